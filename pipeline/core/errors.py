@@ -1,0 +1,61 @@
+"""Coded errors: one line that says what, where, found and allowed, and what to do."""
+
+from __future__ import annotations
+
+# Every code clipwright can end with, and the exit code it ends with (2 config or command line, 3 input refused,
+# 1 failed). Row-level codes (E_IMG_*, E_CAP_*) also stand in rejects.parquet as the reason of a row.
+CODES: dict[str, tuple[int, str]] = {
+    "E_USAGE": (2, "the command line is not of the verb's form"),
+    "E_CONFIG_FILE": (2, "a config file is missing or is not YAML"),
+    "E_CONFIG_KEY": (2, "a config key that does not exist"),
+    "E_CONFIG_CHOICE": (2, "a name that no registry entry bears"),
+    "E_CONFIG_VALUE": (2, "a config value of the wrong type or range"),
+    "E_PLUGIN": (2, "a plugin file that cannot be imported"),
+    "E_BATCH": (2, "a global batch that the ranks cannot share evenly"),
+    "E_OUTPUT": (2, "an output folder that holds something else"),
+    "E_RESUME": (2, "an unfinished output made with another config"),
+    "E_INPUT": (3, "an input file or folder that is missing or unreadable"),
+    "E_TABLE": (3, "a table that cannot be read"),
+    "E_COLUMN": (3, "a column that a table does not have"),
+    "E_MANIFEST": (3, "a folder without a manifest, or with one of another kind or version"),
+    "E_DATA_HASH": (3, "a shard or sample that is not what its manifest says"),
+    "E_DATA_SMALL": (3, "a dataset with fewer samples than needed"),
+    "E_MODEL_HASH": (3, "a model file that is not what its manifest says"),
+    "E_MODEL_SHAPE": (3, "weights that do not fit the model's config"),
+    "E_MODEL_DIM": (3, "a model whose embedding dimension differs from the index's"),
+    "E_FINGERPRINT": (3, "artefacts made with different models"),
+    "E_INDEX_HASH": (3, "an index file that is not what its manifest says"),
+    "E_CKPT_NONE": (3, "a checkpoint that was asked for and is missing"),
+    "E_CKPT_HASH": (3, "a checkpoint file that is not what its manifest says"),
+    "E_NONFINITE": (1, "a loss or gradient that is not finite"),
+    "E_PREP_EMPTY": (3, "an input of which no sample could be written"),
+    "E_IMG_PATH": (3, "an image path that is missing or leaves the source's root"),
+    "E_IMG_EMPTY": (3, "an image of no bytes"),
+    "E_IMG_FORMAT": (3, "bytes that are not an image of an allowed format"),
+    "E_IMG_TRUNCATED": (3, "an image that is cut off or broken"),
+    "E_IMG_PIXELS": (3, "an image beyond the pixel, side or aspect limits"),
+    "E_CAP_EMPTY": (3, "a sample without a caption"),
+    "E_CAP_LONG": (3, "a caption beyond the length limit"),
+    "E_CAP_ENCODING": (3, "a caption that is not valid Unicode text"),
+}
+
+
+class ClipwrightError(Exception):
+    """An error a user can act on.
+
+    `what` names the failure, `where` the culprit (file, row, key), `found` what was found and what is allowed,
+    `fix` what to do. The code decides the exit code.
+    """
+
+    def __init__(self, code: str, what: str, *, where: object, found: str, fix: str) -> None:
+        assert code in CODES, code
+        super().__init__(code, what, str(where), found, fix)
+        self.code, self.what, self.where, self.found, self.fix = code, what, str(where), found, fix
+
+    @property
+    def exit_code(self) -> int:
+        return CODES[self.code][0]
+
+    def __str__(self) -> str:
+        line = f"error[{self.code}]: {self.what} — {self.where} — {self.found} — {self.fix}"
+        return " ".join(line.split())  # one line, whatever a file name or a library's message holds

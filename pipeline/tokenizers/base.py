@@ -1,0 +1,43 @@
+"""The contract of a tokenizer, and the registry of tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from clipwright.pipeline.core.registry import Registry, configclass
+
+
+@configclass
+class TokenizerConfig:
+    """Fields every tokenizer has."""
+
+    name: str
+
+
+class Tokenizer(Protocol):
+    """Text to ids. `files` are what a model folder must hold; `fingerprint` is the SHA-256 of what decides the ids."""
+
+    vocab_size: int
+    sot_id: int
+    eot_id: int
+    pad_id: int
+    fingerprint: str
+
+    def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
+        """Ids int32 (len(texts), context): SOT + ids + EOT + padding; too long → cut to context, last id EOT."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; special ids are dropped."""
+        ...
+
+    def save(self, folder: Path) -> list[Path]:
+        """Writes the tokenizer's files into `folder`; `build(config, folder=folder)` reads them back."""
+        ...
+
+
+TOKENIZERS: Registry[Tokenizer] = Registry("tokenizer", "clipwright.pipeline.tokenizers")

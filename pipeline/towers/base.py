@@ -1,0 +1,84 @@
+"""The contract of a tower: images or tokens in, a pooled vector and tokens out.
+
+Nothing outside this folder asks which tower it holds. A tower is plain single-device PyTorch: it never imports
+torch.distributed or DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from clipwright.pipeline.core.registry import Registry, configclass
+
+
+@dataclass
+class TowerOutput:
+    """What every tower returns.
+
+    pooled (B, D); tokens (B, N, D): patch tokens only, row-major, after the final norm where there is one (text: all
+    positions); grid (h, w) with N = h·w (text: None); mask (B, N): which text positions are real (images: None);
+    extra: further pooled vectors (B, D) by name, each with its own projection.
+    """
+
+    pooled: Float[Tensor, "b d"]
+    tokens: Float[Tensor, "b n d"]
+    grid: tuple[int, int] | None = None
+    mask: Bool[Tensor, "b n"] | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+@configclass
+class ImageTowerConfig:
+    """Fields every image tower has. `projection: none` makes `pooled` itself the embedding."""
+
+    name: str
+    image_size: int = 224
+    projection: Literal["linear", "none"] = "linear"
+
+
+@configclass
+class TextTowerConfig:
+    """Fields every text tower has; `context` is the longest token sequence, SOT and EOT included."""
+
+    name: str
+    context: int = 77
+    pad: Literal["longest", "fixed"] = "longest"
+    projection: Literal["linear", "none"] = "linear"
+
+
+class ImageTower(nn.Module):
+    """Base of image towers: float images (B, 3, H, W), normalised, H = W = image_size."""
+
+    feature_dim: int
+    image_size: int
+    extra_names: tuple[str, ...] = ()  # names in TowerOutput.extra
+    no_weight_decay: tuple[str, ...] = ()  # ends of parameter names free of decay, beyond biases and norms (ndim <= 1)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> TowerOutput:
+        raise AssertionError("a tower defines forward")
+
+
+class TextTower(nn.Module):
+    """Base of text towers: token ids (B, N), N ≤ context; `eot_id` marks the end of a caption."""
+
+    feature_dim: int
+    context: int
+    no_weight_decay: tuple[str, ...] = ()
+
+    def forward(self, tokens: Int[Tensor, "b n"]) -> TowerOutput:
+        raise AssertionError("a tower defines forward")
+
+
+IMAGE_TOWERS: Registry[ImageTower] = Registry("image tower", "clipwright.pipeline.towers")
+TEXT_TOWERS: Registry[TextTower] = Registry("text tower", "clipwright.pipeline.towers")
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Trainable parameters; buffers never count."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
