@@ -1,0 +1,32 @@
+"""The one normal form of a caption: what is stored, compared, tokenised and searched."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+MAX_BYTES = 8192
+
+# C0 and C1 controls and lone format characters that reorder or hide text (bidi overrides, zero-width no-break space).
+# Joiners stay: scripts and emoji need them.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff]")
+_SPACE = re.compile(r"\s+")
+
+
+class CaptionError(ValueError):
+    """A caption that cannot be kept; `args[0]` is its E_CAP code, `args[1]` the detail."""
+
+
+def normalise(text: str) -> str:
+    """NFC, control characters out, white space collapsed. Raises CaptionError (empty, too long, lone surrogate)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CaptionError("E_CAP_ENCODING", f"not valid Unicode at character {error.start}") from None
+    clean = _SPACE.sub(" ", _CONTROL.sub(" ", unicodedata.normalize("NFC", text))).strip()
+    if not clean:
+        raise CaptionError("E_CAP_EMPTY", "nothing but white space")
+    size = len(clean.encode("utf-8"))
+    if size > MAX_BYTES:
+        raise CaptionError("E_CAP_LONG", f"{size} bytes, {MAX_BYTES} allowed")
+    return clean

@@ -1,0 +1,189 @@
+"""What every command shares: its arguments, flags, errors, exit codes and status file.
+
+A folder's `cli.py` writes `@command(app, "prep", kind="module:Config")` over a function of one `Call`. The command
+line is then `clipwright prep CONFIG [section.key=value ...]` with the common flags and no others.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import platform
+import re
+import shlex
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clipwright.pipeline.core.errors import ClipwrightError
+
+DONE, FAILED, INTERRUPTED, PREEMPTED = 0, 1, 130, 85
+
+
+class Preempted(BaseException):
+    """SIGTERM or SIGUSR1 arrived; whoever catches it saves what it has. A BaseException so that no library eats it."""
+
+
+@dataclass
+class Command:
+    """A registered verb: where its configs lie and which class they make."""
+
+    verb: str
+    kind: str | None
+    subject: str | None
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+@dataclass
+class Call:
+    """One command line, parsed: its config, overrides and common flags."""
+
+    command: Command
+    config: str | None
+    words: list[str]
+    overrides: list[str]
+    out: Path | None
+    json: bool
+    quiet: bool
+    debug: bool
+    dry_run: bool
+    yes: bool
+    fresh: bool
+    writes_status: bool = True  # False on ranks other than the first
+
+    def load(self, base: dict[str, Any] | None = None) -> Any:
+        """The `Resolved` config of this command line."""
+        # Imported here: pydantic costs 80 ms that `clipwright --help` need not pay.
+        from clipwright.pipeline.core.config import resolve  # noqa: PLC0415
+
+        overrides = list(self.overrides)
+        if self.command.subject is not None and self.config is not None:
+            overrides.insert(0, f"{self.command.subject}={self.config}")
+        config = None if self.command.subject is not None else self.config
+        folder = self.command.verb.split()[0]
+        return resolve(load_kind(self.command), verb=folder, config=config, overrides=overrides, base=base)
+
+    def output(self) -> Path:
+        """The folder given with -o."""
+        if self.out is None:
+            raise ClipwrightError(
+                "E_USAGE", "no output folder", where=self.command.verb, found="no -o", fix="add -o DIR"
+            )
+        return self.out
+
+    def say(self, text: str) -> None:
+        """Words for a person: stdout, or stderr when stdout is for JSON."""
+        if not self.quiet:
+            print(text, file=sys.stderr if self.json else sys.stdout, flush=True)
+
+    def finish(self, result: dict[str, Any], text: str = "", then: str = "") -> None:
+        """The command's result: one JSON object with --json, else `text`; then the command that usually follows."""
+        if self.json:
+            print(json.dumps(result, sort_keys=True, ensure_ascii=False, allow_nan=False), flush=True)
+        elif text:
+            print(text, flush=True)
+        if then:
+            self.say(f"next: {then}")
+
+
+def load_kind(command: Command) -> type[Any]:
+    assert command.kind is not None, command.verb
+    module, _, name = command.kind.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def command(
+    app: typer.Typer, verb: str, *, kind: str | None = None, subject: str | None = None, metavar: str = "CONFIG"
+) -> Callable[[Callable[[Call], None]], Callable[..., None]]:
+    """Registers `verb` on `app`. With `subject`, the first word sets that config key instead of naming a config."""
+    spec = COMMANDS[verb] = Command(verb, kind, subject)
+
+    def decorate(body: Callable[[Call], None]) -> Callable[..., None]:
+        def run(
+            args: Annotated[
+                list[str] | None, typer.Argument(metavar=f"[{metavar}] [SECTION.KEY=VALUE]...", show_default=False)
+            ] = None,
+            out: Annotated[Path | None, typer.Option("-o", metavar="DIR", help="The folder to write.")] = None,
+            as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+            quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+            debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+            dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, write nothing.")] = False,
+            yes: Annotated[bool, typer.Option("--yes", help="Answer every question with yes.")] = False,
+            fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+        ) -> None:
+            words = args or []
+            overrides = [w for w in words if re.match(r"[A-Za-z_][\w.-]*=", w)]
+            plain = [w for w in words if w not in overrides]
+            call = Call(
+                spec, plain[0] if plain else None, plain, overrides, out, as_json, quiet, debug, dry_run, yes, fresh
+            )
+            raise typer.Exit(_run(call, body))
+
+        run.__doc__ = body.__doc__
+        app.command(verb.split()[-1])(run)
+        return run
+
+    return decorate
+
+
+def _run(call: Call, body: Callable[[Call], None]) -> int:
+    started = datetime.datetime.now(datetime.UTC)
+    error: ClipwrightError | None = None
+    signal.signal(signal.SIGTERM, _preempt)
+    signal.signal(signal.SIGUSR1, _preempt)
+    try:
+        body(call)
+        code = DONE
+    except ClipwrightError as caught:
+        error, code = caught, caught.exit_code
+        if call.debug:
+            traceback.print_exc()
+        print(caught, file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr, flush=True)
+        code = INTERRUPTED
+    except Preempted:
+        print("stopped by a signal: run the same command again to go on", file=sys.stderr, flush=True)
+        code = PREEMPTED
+    if call.writes_status and not call.dry_run and call.out is not None and call.out.is_dir():
+        _write_status(call, started, code, error)
+    return code
+
+
+def _preempt(number: int, frame: object) -> None:
+    raise Preempted(number)
+
+
+def _write_status(call: Call, started: datetime.datetime, code: int, error: ClipwrightError | None) -> None:
+    from clipwright.pipeline.core.records import STATUS, write_json  # noqa: PLC0415
+
+    assert call.out is not None
+    status = {
+        "command": shlex.join(["clipwright", *sys.argv[1:]]),
+        "verb": call.command.verb,
+        "started": started.isoformat(timespec="seconds"),
+        "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "folder": str(Path.cwd()),
+        "versions": _versions(),
+        "exit_code": code,
+        "error": None if error is None else {"code": error.code, "message": str(error)},
+    }
+    write_json(call.out / STATUS, status)
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the libraries this process has loaded."""
+    names = ("torch", "deepspeed", "webdataset", "accelerate", "numpy", "pyarrow", "PIL", "faiss")
+    loaded = {name: getattr(sys.modules[name], "__version__", "?") for name in names if name in sys.modules}
+    return {"python": platform.python_version(), **{k: str(v) for k, v in loaded.items()}}

@@ -1,0 +1,139 @@
+"""Folder formats: manifests, status files, fingerprints, and atomic writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from clipwright.pipeline.core.errors import ClipwrightError
+
+VERSION = 1
+MANIFEST, STATUS = "manifest.json", "status.json"
+
+
+def canonical_json(value: Any) -> str:
+    """UTF-8 JSON with sorted keys, separators `,` `:`, no NaN, floats by repr: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Writes a whole file under its final name or leaves what was there: temporary file, fsync, rename."""
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with staged.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+        fsync_folder(path.parent)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file for people and machines: indented, sorted, atomic."""
+    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    atomic_write(path, text + "\n")
+
+
+def write_manifest(folder: Path, kind: str, fingerprint: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes `manifest.json`, the last file of a folder: with it the folder is whole, without it it is not."""
+    manifest = {"format": kind, "version": VERSION, "fingerprint": fingerprint, **body}
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """The manifest of a folder of format `kind`; E_INPUT, E_MANIFEST say what else was found."""
+    if not folder.is_dir():
+        raise ClipwrightError(
+            "E_INPUT", f"no {kind} folder", where=folder, found="there is no such folder", fix="check the path"
+        )
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ClipwrightError(
+            "E_MANIFEST",
+            f"a {kind} folder without manifest",
+            where=folder,
+            found="no manifest.json: the command that writes this folder did not finish",
+            fix="run that command again; it goes on where it stopped",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ClipwrightError(
+            "E_MANIFEST", "a manifest that cannot be read", where=path, found=str(error), fix="make the folder again"
+        ) from None
+    found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
+    if found != (kind, VERSION):
+        raise ClipwrightError(
+            "E_MANIFEST",
+            "a folder of another format",
+            where=path,
+            found=f"format {found[0]!r} version {found[1]!r}, wanted {kind!r} version {VERSION}",
+            fix=f"give a {kind} folder",
+        )
+    return manifest
+
+
+def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], code: str) -> None:
+    """Compares files with a manifest's `{name: {bytes, sha256}}`; raises `code` at the first that differs."""
+    for name, entry in files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry["bytes"]:
+            found = "the file is missing" if size is None else f"{size} bytes, the manifest says {entry['bytes']}"
+        elif (sha256 := file_sha256(path)) != entry["sha256"]:
+            found = f"sha256 {sha256[:16]}…, the manifest says {entry['sha256'][:16]}…"
+        else:
+            continue
+        raise ClipwrightError(
+            code, "a file that is not what its manifest says", where=path, found=found, fix="restore or make it again"
+        )
+
+
+def file_entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """`{name: {bytes, sha256}}` of files, for a manifest."""
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in sorted(names)
+    }
+
+
+class DatasetFingerprint:
+    """Streaming SHA-256 over what is in a dataset and in which order: keys, stored bytes, captions, shard ends."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def sample(self, key: str, sha256: str, captions: list[str]) -> None:
+        texts = hashlib.sha256(canonical_json(captions).encode()).hexdigest()
+        self._hash.update(f"{key}\t{sha256}\t{texts}\n".encode())
+
+    def shard(self, samples: int) -> None:
+        self._hash.update(f"#{samples}\n".encode())
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
