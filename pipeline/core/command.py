@@ -107,12 +107,11 @@ def command(
 ) -> Callable[[Callable[[Call], None]], Callable[..., None]]:
     """Registers `verb` on `app`. With `subject`, the first word sets that config key instead of naming a config."""
     spec = COMMANDS[verb] = Command(verb, kind, subject)
+    words = typer.Argument(None, metavar=f"[{metavar}] [SECTION.KEY=VALUE]...", show_default=False)
 
     def decorate(body: Callable[[Call], None]) -> Callable[..., None]:
         def run(
-            args: Annotated[
-                list[str] | None, typer.Argument(metavar=f"[{metavar}] [SECTION.KEY=VALUE]...", show_default=False)
-            ] = None,
+            args: list[str] | None = words,
             out: Annotated[Path | None, typer.Option("-o", metavar="DIR", help="The folder to write.")] = None,
             as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
             quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
@@ -121,9 +120,9 @@ def command(
             yes: Annotated[bool, typer.Option("--yes", help="Answer every question with yes.")] = False,
             fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
         ) -> None:
-            words = args or []
-            overrides = [w for w in words if re.match(r"[A-Za-z_][\w.-]*=", w)]
-            plain = [w for w in words if w not in overrides]
+            given = args or []
+            overrides = [w for w in given if re.match(r"[A-Za-z_][\w.-]*=", w)]
+            plain = [w for w in given if w not in overrides]
             call = Call(
                 spec, plain[0] if plain else None, plain, overrides, out, as_json, quiet, debug, dry_run, yes, fresh
             )

@@ -1,0 +1,163 @@
+"""The front door: mounts each part's commands. The only file that imports all three parts."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+from clipwright.data_prep.cli import app as data_prep_app
+from clipwright.eval.cli import app as eval_app
+from clipwright.pipeline.cli import app as pipeline_app
+from clipwright.pipeline.core.command import COMMANDS, Call, command, load_kind
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.nearest import nearest
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Raw image-text pairs to shards, a trained two-tower model, scores, an index and search.",
+    epilog="Exit codes: 0 done · 1 failed or a gate missed · 2 config or command line · 3 input refused · "
+    "85 stopped by a signal with state saved · 130 Ctrl-C. Start with: clipwright demo",
+)
+for part in (data_prep_app, pipeline_app, eval_app):
+    app.registered_commands += part.registered_commands
+    app.registered_groups += part.registered_groups
+config_app = typer.Typer(no_args_is_help=True, help="Resolved configs and their JSON schema.")
+app.add_typer(config_app, name="config")
+
+REGISTRIES = {
+    "towers": "clipwright.pipeline.towers.base:IMAGE_TOWERS,TEXT_TOWERS",
+    "losses": "clipwright.pipeline.losses.base:LOSSES",
+    "tokenizers": "clipwright.pipeline.tokenizers.base:TOKENIZERS",
+    "sources": "clipwright.data_prep.sources.base:SOURCES",
+    "benchmarks": "clipwright.eval.benchmarks.base:BENCHMARKS",
+}
+
+
+@command(app, "demo", kind="clipwright.demo:DemoConfig")
+def demo(call: Call) -> None:
+    """Run every stage on rendered pictures, on a CPU, in minutes; ends with a report and a search."""
+    from clipwright.demo import run_demo
+
+    run_demo(call)
+
+
+@command(app, "list", metavar="WHAT")
+def list_(call: Call) -> None:
+    """List towers, losses, tokenizers, sources, benchmarks or configs, with their size."""
+    kinds = [*REGISTRIES, "configs"]
+    if call.config not in kinds:
+        raise ClipwrightError(
+            "E_USAGE",
+            "nothing of this name to list",
+            where=call.config or "list",
+            found=f"there are {', '.join(kinds)}",
+            fix=nearest(call.config or "", kinds) or "choose one",
+        )
+    rows = _configs() if call.config == "configs" else _entries(call.config)
+    if call.json:
+        call.finish({call.config: rows})
+        return
+    keys = list(rows[0])
+    cells = [keys, *([_cell(row[key]) for key in keys] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
+    for line in cells:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _configs() -> list[dict[str, Any]]:
+    from clipwright.pipeline.core.config import shipped_configs
+
+    return [
+        {"verb": verb, "name": name, "file": f"configs/{verb}/{path.name}"}
+        for verb, names in shipped_configs().items()
+        for name, path in names.items()
+    ]
+
+
+def _entries(kind: str) -> list[dict[str, Any]]:
+    import importlib
+
+    module, _, names = REGISTRIES[kind].partition(":")
+    rows: list[dict[str, Any]] = []
+    for name in names.split(","):
+        registry = getattr(importlib.import_module(module), name)
+        for preset, entry in registry.entries.items():
+            row = {"name": preset, "kind": registry.kind, "family": entry.config.__name__.removesuffix("Config")}
+            if kind == "towers":
+                row |= _tower_size(registry, preset)
+            rows.append({**row, "source": entry.source})
+    return rows
+
+
+def _tower_size(registry: Any, preset: str) -> dict[str, Any]:
+    """Parameters, resolution and pooled dimension of a tower, built on the meta device."""
+    import torch
+
+    from clipwright.pipeline.towers.base import TextTowerConfig, parameter_count
+
+    config = registry.preset(preset)
+    is_text = isinstance(config, TextTowerConfig)
+    with torch.device("meta"):
+        # A text tower's size depends on its vocabulary: CLIP's is the one listed.
+        tower = registry.build(config, vocab_size=49408, eot_id=49407) if is_text else registry.build(config)
+    return {
+        "params_features": parameter_count(tower),
+        "image_size": None if is_text else config.image_size,
+        "feature_dim": tower.feature_dim,
+    }
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _config_verb(call: Call) -> str:
+    """The verb whose config is asked for: `config show train photos` or `config show index build flat`."""
+    verbs = [verb for verb, spec in COMMANDS.items() if spec.kind is not None]
+    for words in (call.words[:2], call.words[:1]):
+        if " ".join(words) in verbs:
+            return " ".join(words)
+    word = call.words[0] if call.words else ""
+    raise ClipwrightError(
+        "E_USAGE",
+        "no verb with a config",
+        where=word or "config",
+        found=f"there are {', '.join(verbs)}",
+        fix=nearest(word, verbs) or "name one of them",
+    )
+
+
+@command(config_app, "config show", metavar="VERB [CONFIG]")
+def config_show(call: Call) -> None:
+    """Print the resolved values of a verb's config, each with its origin."""
+    from clipwright.pipeline.core.config import resolve
+
+    verb = _config_verb(call)
+    rest = call.words[len(verb.split()) :]
+    resolved = resolve(
+        load_kind(COMMANDS[verb]),
+        verb=verb.split()[0],
+        config=rest[0] if rest else None,
+        overrides=call.overrides,
+    )
+    call.finish(resolved.tree, resolved.show())
+
+
+@command(config_app, "config schema", metavar="VERB")
+def config_schema(call: Call) -> None:
+    """Print the JSON schema of a verb's config."""
+    import json
+
+    from clipwright.pipeline.core.config import schema
+
+    call.finish(made := schema(load_kind(COMMANDS[_config_verb(call)])), json.dumps(made, indent=1))
+
+
+def main() -> None:
+    """Runs the command line. DeepSpeed's launcher puts `--local_rank=N` before the verb; it is ignored."""
+    if len(sys.argv) > 1 and sys.argv[1].startswith(("--local_rank=", "--local-rank=")):
+        del sys.argv[1]
+    app()

@@ -1,0 +1,5 @@
+"""Commands of pipeline."""
+
+import typer
+
+app = typer.Typer()
