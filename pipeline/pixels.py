@@ -1,0 +1,342 @@
+"""The one way from bytes to pixels: sniff, check the header, decode upright RGB, resize, crop, encode, hash.
+
+Preparation, loader, evaluation and service use nothing else, so a picture looks the same to all of them. Bytes are
+untrusted: sizes are checked before anything is decoded, and only six formats are let near a decoder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import io
+import logging
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,  # noqa: F401  registers its format, so that Pillow need not load all of its plugins
+    GifImagePlugin,  # noqa: F401
+    Image,
+    ImageCms,
+    ImageOps,
+    JpegImagePlugin,  # noqa: F401
+    MpoImagePlugin,  # noqa: F401
+    PngImagePlugin,  # noqa: F401
+    TiffImagePlugin,  # noqa: F401
+    WebPImagePlugin,  # noqa: F401
+)
+
+MAX_PIXELS = 64_000_000
+MAX_SIDE = 16_384
+MAX_ASPECT = 100
+
+Format = Literal["jpeg", "png", "webp"]
+
+_MAGIC: tuple[tuple[bytes, str], ...] = (
+    (b"\xff\xd8\xff", "jpeg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"GIF87a", "gif"),
+    (b"GIF89a", "gif"),
+    (b"BM", "bmp"),
+    (b"II*\0", "tiff"),
+    (b"MM\0*", "tiff"),
+    (b"II+\0", "tiff"),
+    (b"MM\0+", "tiff"),
+)
+_ORIENTATION = 0x0112
+
+# What Pillow says about odd files is either harmless or raised as well. Its bomb warning is an error here.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+def _silence_libtiff() -> None:
+    """libtiff prints its complaints to stderr; Pillow raises them as well, so the print is only noise."""
+    # Found through Pillow's own extension, since it carries its own copy; a build without libtiff has no symbol.
+    library = ctypes.CDLL(Image.core.__file__)
+    for name in ("TIFFSetErrorHandler", "TIFFSetErrorHandlerExt", "TIFFSetWarningHandler", "TIFFSetWarningHandlerExt"):
+        if hasattr(library, name):
+            setter = getattr(library, name)
+            setter.restype, setter.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+            setter(None)
+
+
+_silence_libtiff()
+
+
+class PixelError(ValueError):
+    """An image that is refused; `args[0]` is its E_IMG code, `args[1]` the detail."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image's header says, before any pixel is decoded.
+
+    `format` is sniffed: jpeg, png, webp, gif, bmp or tiff. `width` and `height` are upright (after `orientation`,
+    EXIF 1-8), `stored_*` as stored. `plain` means: a jpeg, png or webp of one frame, without EXIF, XMP, text or
+    transparency, 8 bits of grey, palette or RGB; such a file may be handed on as it is.
+    """
+
+    format: str
+    width: int
+    height: int
+    stored_width: int
+    stored_height: int
+    orientation: int
+    mode: str
+    plain: bool
+
+
+def sniff(data: bytes) -> str:
+    """The format of an image by its first bytes. Raises PixelError E_IMG_EMPTY or E_IMG_FORMAT."""
+    if not data:
+        raise PixelError("E_IMG_EMPTY", "0 bytes")
+    for magic, name in _MAGIC:
+        if data.startswith(magic):
+            return name
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    raise PixelError("E_IMG_FORMAT", f"{_describe(data)}; jpeg, png, webp, gif, bmp, tiff are read")
+
+
+def _describe(data: bytes) -> str:
+    start = data[:512].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "text/html"
+    if start.startswith((b"<?xml", b"<svg")):
+        return "XML or SVG text"
+    if data[4:8] == b"ftyp":
+        return f"an ISO media file ({data[8:12].decode('latin-1').strip()!r}, such as AVIF or HEIC)"
+    return f"bytes starting {data[:8].hex(' ')}"
+
+
+def probe(data: bytes) -> Header:
+    """The header of an image, with all limits applied and nothing decoded. Raises PixelError."""
+    return _open(data)[1]
+
+
+def _open(data: bytes) -> tuple[Image.Image, Header]:
+    kind = sniff(data)
+    try:
+        image = Image.open(io.BytesIO(data), formats=[kind.upper()])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PixelError("E_IMG_PIXELS", str(error)) from None
+    except Image.UnidentifiedImageError:
+        raise PixelError("E_IMG_TRUNCATED", f"{len(data)} bytes with a {kind} start and no readable header") from None
+    except Exception as error:  # hostile headers make Pillow raise nearly anything
+        raise PixelError("E_IMG_TRUNCATED", f"{kind} header: {_reason(error)}") from None
+    width, height = image.size
+    _check_size(width, height)
+    orientation = _orientation(image)
+    turned = orientation >= 5
+    # Pillow gives the size of a TIFF upright and of all others as stored.
+    upright, across = (width, height), (height, width)
+    if turned and kind != "tiff":
+        upright, across = across, upright
+    stored = across if turned else upright
+    plain = _plain(image, kind, data, orientation)
+    return image, Header(kind, upright[0], upright[1], stored[0], stored[1], orientation, image.mode, plain)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise PixelError("E_IMG_TRUNCATED", f"a header of {width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise PixelError("E_IMG_PIXELS", f"{width} x {height} = {width * height} pixels, {MAX_PIXELS} allowed")
+    if max(width, height) > MAX_SIDE:
+        raise PixelError("E_IMG_PIXELS", f"{width} x {height}, {MAX_SIDE} a side allowed")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise PixelError("E_IMG_PIXELS", f"{width} x {height}, a ratio of {MAX_ASPECT} allowed")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a broken EXIF block says nothing about how the picture stands
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _plain(image: Image.Image, kind: str, data: bytes, orientation: int) -> bool:
+    if kind not in ("jpeg", "png", "webp") or orientation != 1 or getattr(image, "is_animated", False):
+        return False
+    if image.mode not in ("RGB", "L", "P", "1") or "transparency" in image.info:
+        return False
+    if kind == "png":
+        try:
+            return not {b"eXIf", b"tEXt", b"zTXt", b"iTXt"} & {name for name, _, _ in _png_chunks(data)}
+        except PixelError:
+            return False
+    if kind == "webp":
+        return not ({"exif", "xmp"} & image.info.keys())
+    return not any(marker in ("APP1", "APP13") for marker, _ in getattr(image, "applist", []))
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(type, start, length) of each chunk's data; raises PixelError when picture data is cut off."""
+    place = 8
+    while place + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, place)
+        if place + 12 + length > len(data):
+            if name in (b"IHDR", b"PLTE", b"IDAT"):
+                detail = f"{len(data)} bytes of at least {place + 12 + length}"
+                raise PixelError("E_IMG_TRUNCATED", detail)
+            return
+        yield name, place + 8, length
+        if name == b"IEND":
+            return
+        place += 12 + length
+
+
+def _check_png(data: bytes) -> None:
+    """Checks the CRC of a PNG's picture data, which Pillow skips."""
+    view = memoryview(data)
+    for name, start, length in _png_chunks(data):
+        if name in (b"IHDR", b"PLTE", b"IDAT"):
+            (stated,) = struct.unpack_from(">I", data, start + length)
+            if zlib.crc32(view[start - 4 : start + length]) != stated:
+                raise PixelError("E_IMG_TRUNCATED", f"bad CRC of the {name.decode()} chunk at byte {start - 8}")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _decode(data: bytes, min_side: int | None) -> Image.Image:
+    image, header = _open(data)
+    if header.format == "png":
+        _check_png(data)
+    if header.format == "jpeg" and min_side is not None:
+        short = min(image.size)
+        scale = next((s for s in (8, 4, 2) if -(-short // s) >= min_side), 1)
+        if scale > 1:
+            image.draft(image.mode, (max(image.width // scale, 1), max(image.height // scale, 1)))
+    try:
+        image.load()
+        # A PNG may hold its EXIF after the pixels, and loading a TIFF turns it: ask again.
+        upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+        return _rgb(upright)
+    except PixelError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PixelError("E_IMG_PIXELS", str(error)) from None
+    except Exception as error:  # as above: hostile bytes
+        raise PixelError("E_IMG_TRUNCATED", f"{len(data)} bytes of {header.format}: {_reason(error)}") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: transparency is laid on white, deep grey is scaled to 8 bits."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_deep_grey(image)).convert("RGB")
+    if image.mode == "LAB":
+        made = ImageCms.profileToProfile(
+            image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+        assert made is not None
+        return made
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        if image.mode == "La":
+            image = image.convert("LA")
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _deep_grey(image: Image.Image) -> np.ndarray:
+    """Grey of more than 8 bits to uint8 (H, W).
+
+    16-bit files say their range; 32-bit and float ones do not, so the smallest usual range that holds the brightest
+    pixel is taken (1.0 for floats, 255, 65535, else the brightest itself).
+    """
+    if image.mode.startswith("I;16"):
+        wide = np.asarray(image).astype(np.uint32)
+        return ((wide * 255 + 32767) // 65535).astype(np.uint8)
+    wide = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
+    top = float(wide.max())
+    ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+    full = next((r for r in ranges if top <= r), top)
+    return np.rint(wide * (255.0 / full)).astype(np.uint8)
+
+
+def decode(data: bytes, min_side: int | None = None) -> np.ndarray:
+    """An image's first frame as upright RGB, uint8 (H, W, 3).
+
+    With `min_side`, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size (in the DCT, several times faster) as long
+    as its shortest side stays at least `min_side`. Raises PixelError E_IMG_EMPTY, E_IMG_FORMAT, E_IMG_PIXELS, or
+    E_IMG_TRUNCATED for anything cut off or broken: nothing is padded.
+    """
+    return np.array(_decode(data, min_side))
+
+
+def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Antialiased bicubic resize of uint8 (H, W, 3) to (height, width, 3)."""
+    return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def crop_resize(pixels: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
+    """The float box (left, top, width, height) of uint8 (H, W, 3), resized to (size, size, 3), antialiased bicubic.
+
+    Pixels outside the box still feed the filter at its edge, so this equals a resize of the whole, then a crop.
+    """
+    return np.array(_crop_resize(Image.fromarray(pixels), box, size))
+
+
+def _crop_resize(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Image.Image:
+    left, top, width, height = box
+    # Rounding may put the far edge a hair outside, which Pillow refuses.
+    right, bottom = min(left + width, image.width), min(top + height, image.height)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+
+
+def evaluation_view(data: bytes, size: int) -> np.ndarray:
+    """CLIP's view of an image: short side to `size` (bicubic), centre crop; uint8 (size, size, 3).
+
+    Source: openai/CLIP `_transform`, with torchvision's rounding (long side down, crop offset half to even). Only
+    the crop is computed; it is what resizing the whole and cropping gives.
+    """
+    image = _decode(data, None)
+    width, height = image.size
+    short = min(width, height)
+    wide, high = size * width // short, size * height // short
+    per_x, per_y = width / wide, height / high
+    left, top = round((wide - size) / 2), round((high - size) / 2)
+    return np.array(_crop_resize(image, (left * per_x, top * per_y, size * per_x, size * per_y), size))
+
+
+def encode(pixels: np.ndarray, format: Format, quality: int = 90) -> bytes:
+    """uint8 (H, W, 3) as a file without metadata; equal pixels give equal bytes. PNG ignores `quality`."""
+    out = io.BytesIO()
+    options: dict[str, int] = {} if format == "png" else {"quality": quality}
+    Image.fromarray(pixels).save(out, format=format.upper(), **options)
+    return out.getvalue()
+
+
+def dhash(pixels: np.ndarray) -> int:
+    """64-bit difference hash of uint8 (H, W, 3): near-equal pictures differ in few bits.
+
+    Source: N. Krawetz, "Kind of Like That" (2013): 9 × 8 grey, a bit where brightness falls to the right.
+    """
+    grey = np.asarray(Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BICUBIC))
+    bits = np.packbits(grey[:, :-1] > grey[:, 1:])
+    return int.from_bytes(bits.tobytes(), "big")
+
+
+def bytes_key(data: bytes) -> str:
+    """The key of a sample: the first 32 hex digits of the SHA-256 of the original image bytes."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def pixel_key(pixels: np.ndarray) -> str:
+    """The key of a sample that has no bytes: of the SHA-256 of `RGB WxH` and the raw pixels, uint8 (H, W, 3)."""
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3, (pixels.dtype, pixels.shape)
+    made = hashlib.sha256(f"RGB {pixels.shape[1]}x{pixels.shape[0]}".encode())
+    made.update(np.ascontiguousarray(pixels).data)
+    return made.hexdigest()[:32]
