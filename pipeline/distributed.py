@@ -1,0 +1,111 @@
+"""The only reader of RANK and WORLD_SIZE: who am I, and what do we agree on.
+
+A process started by torchrun (or any launcher that sets the same variables) joins its group; a process started
+alone makes a group of one, so that everything behind it has one path.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def rank_from_environment() -> int:
+    """This process's rank before any group exists; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def process_group() -> Iterator[World]:
+    """Joins (or makes) the process group and leaves it again, on every way out.
+
+    A process that does not destroy its group can end in SIGABRT. After an exception the group is left without a
+    barrier: a peer may be gone.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    use_cuda = torch.cuda.is_available()
+    if use_cuda:
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    backend = "nccl" if use_cuda else "gloo"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        # DeepSpeed reads these, and asks for mpi4py when they are missing.
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Every rank's `tensor` (equal shapes), concatenated along the first axis in rank order. No gradient."""
+    size = dist.get_world_size()
+    if size == 1:
+        return tensor
+    out = torch.empty(size * tensor.shape[0], *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    dist.all_gather_into_tensor(out, tensor.contiguous())
+    return out
+
+
+def scatter_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks of `tensor` (W·b, …), of which each rank gets its own b rows: the adjoint of `gather`."""
+    size = dist.get_world_size()
+    if size == 1:
+        return tensor
+    if dist.get_backend() == "gloo":  # gloo has no reduce-scatter
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total.chunk(size)[dist.get_rank()].contiguous()
+    out = torch.empty(tensor.shape[0] // size, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    dist.reduce_scatter_tensor(out, tensor.contiguous())
+    return out
+
+
+def sum_ranks(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether any rank says yes; all ranks get the same answer."""
+    vote = torch.tensor([float(flag)], device=device)
+    return bool(sum_ranks(vote).item() > 0)
+
+
+def from_first(value: object) -> object:
+    """Rank 0's `value` on every rank."""
+    if dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    if dist.get_world_size() > 1:
+        dist.barrier()
