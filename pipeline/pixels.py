@@ -284,31 +284,28 @@ def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
 def crop_resize(pixels: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
     """The float box (left, top, width, height) of uint8 (H, W, 3), resized to (size, size, 3), antialiased bicubic.
 
-    Pixels outside the box still feed the filter at its edge, so this equals a resize of the whole, then a crop.
+    Pixels outside the box still feed the filter at its edge.
     """
-    return np.array(_crop_resize(Image.fromarray(pixels), box, size))
-
-
-def _crop_resize(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Image.Image:
     left, top, width, height = box
+    image = Image.fromarray(pixels)
     # Rounding may put the far edge a hair outside, which Pillow refuses.
     right, bottom = min(left + width, image.width), min(top + height, image.height)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom)))
 
 
 def evaluation_view(data: bytes, size: int) -> np.ndarray:
     """CLIP's view of an image: short side to `size` (bicubic), centre crop; uint8 (size, size, 3).
 
-    Source: openai/CLIP `_transform`, with torchvision's rounding (long side down, crop offset half to even). Only
-    the crop is computed; it is what resizing the whole and cropping gives.
+    Source: openai/CLIP `_transform`, with torchvision's rounding (long side down, crop offset half to even). The
+    whole is resized, then cropped: Pillow orders its two passes by shape and clips to 8 bits between them, so a
+    resize of the crop alone differs by up to 20 levels.
     """
     image = _decode(data, None)
-    width, height = image.size
-    short = min(width, height)
-    wide, high = size * width // short, size * height // short
-    per_x, per_y = width / wide, height / high
+    short = min(image.size)
+    wide, high = size * image.width // short, size * image.height // short
+    image = image.resize((wide, high), Image.Resampling.BICUBIC)
     left, top = round((wide - size) / 2), round((high - size) / 2)
-    return np.array(_crop_resize(image, (left * per_x, top * per_y, size * per_x, size * per_y), size))
+    return np.array(image.crop((left, top, left + size, top + size)))
 
 
 def encode(pixels: np.ndarray, format: Format, quality: int = 90) -> bytes:
