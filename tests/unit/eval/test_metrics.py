@@ -1,0 +1,80 @@
+"""Recall against a slow reference that sorts, and the cases a fast one gets wrong."""
+
+import math
+
+import pytest
+import torch
+from clipwright.eval import metrics
+
+
+def units(rows: int, dim: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(rows, dim, generator=generator), dim=1)
+
+
+def reference(queries, candidates, is_right, k):
+    """Sorts every query's candidates, wrong ones first among equals, and looks at the first k."""
+    hits = 0
+    for q in range(len(queries)):
+        scored = [(float(queries[q] @ candidates[c]), is_right(q, c), c) for c in range(len(candidates))]
+        scored.sort(key=lambda s: (-s[0], s[1]))
+        hits += any(right for _, right, _ in scored[:k])
+    return hits / len(queries)
+
+
+def case(images: int, seed: int):
+    """Uneven captions, copies of an image (`_1`), and captions that two pictures share."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = [f"{i // 2 if i < 6 else i:032x}" + ("_1" if i < 6 and i % 2 else "") for i in range(images)]
+    owners = [i for i in range(images) for _ in range(1 + int(torch.randint(3, (), generator=generator)))]
+    captions = [f"caption {c if c % 4 else 'shared by some'} {c // 12}" for c in range(len(owners))]
+    return keys, captions, owners
+
+
+def test_recall_equals_sorting():
+    keys, captions, owners = case(23, 0)
+    images, texts = units(23, 8, 1), units(len(captions), 8, 2)
+    texts[5] = texts[4]  # a tie between two captions
+    images[9] = images[8]
+
+    def right(image, caption):
+        pictures = {keys[owners[c]][:32] for c in range(len(captions)) if captions[c] == captions[caption]}
+        return keys[image][:32] in pictures
+
+    numbers = metrics.retrieval(images, texts, keys, captions, owners)
+    for k in (1, 5, 10):
+        assert numbers["i2t"][f"r{k}"] == pytest.approx(reference(images, texts, right, k), abs=1e-12)
+        flipped = reference(texts, images, lambda c, i: right(i, c), k)
+        assert numbers["t2i"][f"r{k}"] == pytest.approx(flipped, abs=1e-12)
+    assert (numbers["i2t"]["n"], numbers["t2i"]["n"]) == (23, len(captions))
+
+
+@pytest.mark.parametrize("chunk", [1, 37, 100_000])
+def test_chunks_do_not_change_ranks(chunk):
+    keys, captions, owners = case(23, 3)
+    images, texts = units(23, 8, 4), units(len(captions), 8, 5)
+    right = metrics.Relation.of(keys, captions, owners).captions_of
+    assert torch.equal(metrics.ranks(images, texts, right, chunk=chunk), metrics.ranks(images, texts, right))
+
+
+def test_a_collapsed_model_finds_nothing():
+    images = units(1, 16, 0).repeat(40, 1)
+    keys, captions = [f"{i:032x}" for i in range(40)], [str(i) for i in range(40)]
+    numbers = metrics.retrieval(images, images, keys, captions, range(40))
+    assert all(numbers[way][f"r{k}"] == 0.0 for way in numbers for k in (1, 5, 10))
+
+
+def test_copies_and_equal_texts_are_right():
+    keys = ["a" * 32, "a" * 32 + "_1", "b" * 32, "c" * 32]
+    images = torch.eye(4)
+    texts = torch.eye(4)[[1, 0, 3, 2]]  # each picture's own text is that of its neighbour
+    numbers = metrics.retrieval(images, texts, keys, ["x", "y", "one", "two"], range(4))
+    assert numbers["t2i"]["r1"] == 0.5  # the copies find one another, the other two do not
+    shared = metrics.retrieval(images, texts, keys, ["x", "y", "one", "one"], range(4))
+    assert shared["t2i"]["r1"] == shared["i2t"]["r1"] == 1.0
+
+
+def test_chance_is_the_share_of_random_draws():
+    assert metrics.chance(1, 1000, 10) == pytest.approx(0.01)
+    assert metrics.chance(3, 50, 5) == pytest.approx(1 - math.comb(47, 5) / math.comb(50, 5))
+    assert metrics.chance(2, 5, 4) == 1.0
