@@ -19,13 +19,14 @@ from clipwright.pipeline.core.registry import Registry, configclass
 class TowerOutput:
     """What every tower returns.
 
-    pooled (B, D); tokens (B, N, D): patch tokens only, row-major, after the final norm where there is one (text: all
-    positions); grid (h, w) with N = h·w (text: None); mask (B, N): which text positions are real (images: None);
-    extra: further pooled vectors (B, D) by name, each with its own projection.
+    pooled (B, D); tokens (B, N, T): patch tokens only, row-major, after the final norm where there is one (text: all
+    positions), T = D but for towers that say otherwise (`token_dim`); grid (h, w) with N = h·w (text: None); mask
+    (B, N): which text positions are real (images: None); extra: further pooled vectors (B, D) by name, each with its
+    own projection.
     """
 
     pooled: Float[Tensor, "b d"]
-    tokens: Float[Tensor, "b n d"]
+    tokens: Float[Tensor, "b n t"]
     grid: tuple[int, int] | None = None
     mask: Bool[Tensor, "b n"] | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
@@ -58,8 +59,17 @@ class ImageTower(nn.Module):
     extra_names: tuple[str, ...] = ()  # names in TowerOutput.extra
     no_weight_decay: tuple[str, ...] = ()  # ends of parameter names free of decay, beyond biases and norms (ndim <= 1)
 
+    @property
+    def token_dim(self) -> int:
+        """Width of `TowerOutput.tokens`; feature_dim unless a tower's tokens and pooled differ in width."""
+        return self.feature_dim
+
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> TowerOutput:
         raise AssertionError("a tower defines forward")
+
+    def resized(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of this tower at another image size, its position tables resized to fit this one."""
+        return state
 
 
 class TextTower(nn.Module):
@@ -80,5 +90,3 @@ TEXT_TOWERS: Registry[TextTower] = Registry("text tower", "clipwright.pipeline.t
 def parameter_count(module: nn.Module) -> int:
     """Trainable parameters; buffers never count."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
