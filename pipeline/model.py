@@ -1,0 +1,225 @@
+"""Two towers and one embedding space; model folders in and out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clipwright.pipeline.core.config import Choice, resolve
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.records import check_files, digest, file_entries, read_manifest, write_json, write_manifest
+from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.pixels import evaluation_view
+from clipwright.pipeline.tokenizers.base import TOKENIZERS, Tokenizer, TokenizerConfig
+from clipwright.pipeline.towers.base import (
+    IMAGE_TOWERS,
+    TEXT_TOWERS,
+    ImageTower,
+    ImageTowerConfig,
+    TextTower,
+    TextTowerConfig,
+)
+
+LENGTH_STEP = 8  # trimmed captions are rounded up to a multiple of this
+
+
+@configclass
+class Preprocessing:
+    """How pixels are normalised: (x/255 - mean) / std. The defaults are CLIP's."""
+
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@configclass
+class ModelConfig:
+    """What decides a model's function, weights apart."""
+
+    image: Annotated[ImageTowerConfig, Choice(IMAGE_TOWERS, "vit_nano")]
+    text: Annotated[TextTowerConfig, Choice(TEXT_TOWERS, "text_nano")]
+    tokenizer: Annotated[TokenizerConfig, Choice(TOKENIZERS, "clip_bpe")]
+    embed_dim: int = 512
+    preprocessing: Preprocessing = Preprocessing()
+
+
+class TwoTower(nn.Module):
+    """An image tower and a text tower, each with its projection into the shared space.
+
+    Source: Radford et al. 2021, section 2.3. The temperature belongs to the loss, not to the model.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ModelConfig, *, vocab_size: int, eot_id: int) -> None:
+        super().__init__()
+        self.image: ImageTower = IMAGE_TOWERS.build(config.image)
+        self.text: TextTower = TEXT_TOWERS.build(config.text, vocab_size=vocab_size, eot_id=eot_id)
+        self.image_projection = _projection(config.image, self.image.feature_dim, config.embed_dim, "image")
+        self.text_projection = _projection(config.text, self.text.feature_dim, config.embed_dim, "text")
+        self.register_buffer("mean", torch.tensor(config.preprocessing.mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(config.preprocessing.std).view(3, 1, 1) * 255, persistent=False)
+
+    def encode_image(self, views: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b e"]:
+        """Unit vectors of upright RGB views; normalised here, on the device, so that uint8 travels."""
+        images = (views.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        pooled = self.image(images).pooled
+        return F.normalize(self.image_projection(pooled).float(), dim=-1)
+
+    def encode_text(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b e"]:
+        """Unit vectors of token ids, padded to any common length up to the context."""
+        return F.normalize(self.text_projection(self.text(tokens).pooled).float(), dim=-1)
+
+    def forward(
+        self, views: UInt8[Tensor, "b h w 3"], tokens: Int[Tensor, "t n"]
+    ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "t e"]]:
+        # One call for both towers: under ZeRO-3 separate engine calls are silently wrong from the second step on.
+        return self.encode_image(views), self.encode_text(tokens)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters free of weight decay: biases, norms, and what the towers name (positions, tokens)."""
+        named: set[str] = set()
+        for side, tower in (("image", self.image), ("text", self.text)):
+            for name, parameter in tower.named_parameters(prefix=side):
+                if parameter.ndim <= 1 or name.endswith(tower.no_weight_decay):
+                    named.add(name)
+        return named
+
+
+def _projection(config: Any, width: int, embed_dim: int, side: str) -> nn.Module:
+    if config.projection == "none":
+        if width != embed_dim:
+            raise ClipwrightError(
+                "E_CONFIG_VALUE",
+                "a tower without projection whose width is not the embedding's",
+                where=f"{side}.name={config.name}",
+                found=f"the tower gives {width} numbers, embed_dim is {embed_dim}",
+                fix=f"set embed_dim={width} or {side}.projection=linear",
+            )
+        return nn.Identity()
+    linear = nn.Linear(width, embed_dim, bias=False)
+    nn.init.normal_(linear.weight, std=width**-0.5)
+    return linear
+
+
+def trim(tokens: np.ndarray, pad_id: int, eot_id: int, pad: str) -> np.ndarray:
+    """Cuts token ids (B, context) to the longest caption, rounded up to 8, where the text tower allows it."""
+    if pad != "longest":
+        return tokens
+    longest = int((tokens == eot_id).argmax(1).max()) + 1
+    return tokens[:, : min(-(-longest // LENGTH_STEP) * LENGTH_STEP, tokens.shape[1])]
+
+
+class Model:
+    """A model folder in memory, for evaluation: images and texts to unit vectors."""
+
+    def __init__(self, config: ModelConfig, towers: TwoTower, tokenizer: Tokenizer, fingerprint: str) -> None:
+        self.config, self.towers, self.tokenizer, self.fingerprint = config, towers.eval(), tokenizer, fingerprint
+        self.embed_dim, self.image_size = config.embed_dim, config.image.image_size
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.towers.parameters()).device
+
+    def view(self, data: bytes) -> np.ndarray:
+        """Evaluation preprocessing of an image file: uint8 (S, S, 3). Raises pixels.PixelError."""
+        return evaluation_view(data, self.image_size)
+
+    @torch.inference_mode()
+    def embed_images(self, views: np.ndarray) -> Tensor:
+        """uint8 (B, S, S, 3) → float32 (B, E) on the CPU, unit rows."""
+        return self.towers.encode_image(torch.from_numpy(views).to(self.device)).cpu()
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Captions → float32 (B, E) on the CPU, unit rows."""
+        tokens = self.tokenizer.encode(list(texts), self.config.text.context)
+        tokens = trim(tokens, self.tokenizer.pad_id, self.tokenizer.eot_id, self.config.text.pad)
+        return self.towers.encode_text(torch.from_numpy(tokens).long().to(self.device)).cpu()
+
+
+def build_model(config: ModelConfig, tokenizer: Tokenizer) -> TwoTower:
+    return TwoTower(config, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id)
+
+
+def save_model(
+    folder: Path,
+    *,
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    tokenizer: Tokenizer,
+    made_from: dict[str, Any],
+    card: str,
+) -> dict[str, Any]:
+    """Writes a model folder and returns its manifest.
+
+    config: plain tree with the fields of ModelConfig and `loss`; weights: the towers' tensors, and the loss's as
+    `loss.logit_scale`, `loss.bias`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**config, "tokenizer_fingerprint": tokenizer.fingerprint}
+    save_file({name: tensor.contiguous() for name, tensor in sorted(weights.items())}, folder / "model.safetensors")
+    write_json(folder / "config.json", config)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    files = ["model.safetensors", "config.json", "README.md", *(p.name for p in tokenizer.save(folder))]
+    fingerprint = model_fingerprint(config, weights)
+    body = {"files": file_entries(folder, files), "made_from": made_from, "embed_dim": config["embed_dim"]}
+    return write_manifest(folder, "model", fingerprint, body)
+
+
+def model_fingerprint(config: dict[str, Any], weights: dict[str, Tensor]) -> str:
+    """SHA-256 over tensors (name, dtype, shape, bytes), architecture, tokenizer and preprocessing."""
+    tensors = [
+        [name, str(t.dtype).removeprefix("torch."), list(t.shape), hashlib.sha256(_raw(t)).hexdigest()]
+        for name, t in sorted(weights.items())
+    ]
+    return digest({"tensors": tensors, "config": config})
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def load_model(folder: str | Path, device: str = "auto") -> Model:
+    """Opens a model folder. E_INPUT, E_MANIFEST, E_MODEL_HASH, E_MODEL_SHAPE say what is wrong with it."""
+    folder = Path(folder)
+    manifest = read_manifest(folder, "model")
+    check_files(folder, manifest["files"], "E_MODEL_HASH")
+    tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # The loss and the tokenizer's fingerprint are part of the file, not of what the towers compute.
+    kept = {k: v for k, v in tree.items() if k not in ("loss", "tokenizer_fingerprint")}
+    config = resolve(ModelConfig, base=kept).value
+    tokenizer = TOKENIZERS.build(config.tokenizer, folder=folder)
+    towers = build_model(config, tokenizer)
+    weights = load_file(folder / "model.safetensors")
+    load_weights(towers, {k: v for k, v in weights.items() if not k.startswith("loss.")}, folder)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Model(config, towers.to(device), tokenizer, manifest["fingerprint"])
+
+
+def load_weights(towers: nn.Module, weights: dict[str, Tensor], where: Path) -> None:
+    """Copies `weights` in; names, shapes and dtypes must be the model's and every number finite (E_MODEL_SHAPE)."""
+    wanted = {name: (tuple(t.shape), t.dtype) for name, t in towers.state_dict().items()}
+    found = {name: (tuple(t.shape), t.dtype) for name, t in weights.items()}
+    wrong = next((name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)), None)
+    detail = None
+    if wrong is not None:
+        detail = f"{wrong} is {found.get(wrong, 'missing')}, the config wants {wanted.get(wrong, 'no such tensor')}"
+    elif (bad := next((n for n, t in weights.items() if not bool(torch.isfinite(t).all())), None)) is not None:
+        detail = f"{bad} holds numbers that are not finite"
+    if detail is not None:
+        raise ClipwrightError(
+            "E_MODEL_SHAPE", "weights that do not fit the config", where=where, found=detail, fix="export the run again"
+        )
+    towers.load_state_dict(weights)
