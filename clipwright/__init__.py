@@ -1,0 +1,36 @@
+"""Raw image-text pairs to shards, a trained two-tower model, scores, an index and search.
+
+`load_model(folder)` opens a model folder, `open_index(folder)` an index, `open_dataset(folder)` a dataset. Nothing is
+imported until it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clipwright.eval.search.query import open_index
+    from clipwright.pipeline.core.errors import ClipwrightError
+    from clipwright.pipeline.data.reader import Dataset as open_dataset
+    from clipwright.pipeline.model import load_model
+
+__all__ = ["ClipwrightError", "load_model", "open_dataset", "open_index"]
+
+_PLACES = {
+    "ClipwrightError": ("clipwright.pipeline.core.errors", "ClipwrightError"),
+    "load_model": ("clipwright.pipeline.model", "load_model"),
+    "open_dataset": ("clipwright.pipeline.data.reader", "Dataset"),
+    "open_index": ("clipwright.eval.search.query", "open_index"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'clipwright' has no attribute {name!r}")
+    module, attribute = _PLACES[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__all__", "__doc__"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,12 @@ class World:
     rank: int
     size: int
     local_rank: int
+    local_size: int  # ranks on this machine
     device: torch.device
 
     @property
     def first(self) -> bool:
         return self.rank == 0
-
-
-def rank_from_environment() -> int:
-    """This process's rank before any group exists; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
 
 
 @contextmanager
@@ -43,6 +40,7 @@ def process_group() -> Iterator[World]:
     barrier: a peer may be gone.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     use_cuda = torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(local_rank)
@@ -53,9 +51,9 @@ def process_group() -> Iterator[World]:
     else:
         # DeepSpeed reads these, and asks for mpi4py when they are missing.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
     finally:
         dist.destroy_process_group()
 

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from clipwright.pipeline.core.config import Choice, resolve
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import check_files, digest, file_entries, read_manifest, write_json, write_manifest
+from clipwright.pipeline.core.records import (
+    check_files,
+    digest,
+    file_entries,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.pixels import evaluation_view
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, Tokenizer, TokenizerConfig
@@ -112,7 +119,7 @@ def _projection(config: Any, width: int, embed_dim: int, side: str) -> nn.Module
     return linear
 
 
-def trim(tokens: np.ndarray, pad_id: int, eot_id: int, pad: str) -> np.ndarray:
+def trim(tokens: np.ndarray, eot_id: int, pad: str) -> np.ndarray:
     """Cuts token ids (B, context) to the longest caption, rounded up to 8, where the text tower allows it."""
     if pad != "longest":
         return tokens
@@ -144,7 +151,7 @@ class Model:
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Captions → float32 (B, E) on the CPU, unit rows."""
         tokens = self.tokenizer.encode(list(texts), self.config.text.context)
-        tokens = trim(tokens, self.tokenizer.pad_id, self.tokenizer.eot_id, self.config.text.pad)
+        tokens = trim(tokens, self.tokenizer.eot_id, self.config.text.pad)
         return self.towers.encode_text(torch.from_numpy(tokens).long().to(self.device)).cpu()
 
 
@@ -186,8 +193,8 @@ def model_fingerprint(config: dict[str, Any], weights: dict[str, Tensor]) -> str
     return digest({"tensors": tensors, "config": config})
 
 
-def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def load_model(folder: str | Path, device: str = "auto") -> Model:

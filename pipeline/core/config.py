@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
@@ -326,7 +326,7 @@ def _value_error(error: ValidationError, tree: dict[str, Any], origins: dict[str
     for part in first["loc"]:
         inside = isinstance(node, dict) and part in node
         if inside or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
-            node = node[part]
+            node = cast(Any, node)[part]
             parts.append(str(part))
     if first["type"] == "missing":
         parts.append(str(first["loc"][-1]))

@@ -37,7 +37,9 @@ class Dataset:
             path = self.tar_path(index)
             size = path.stat().st_size if path.is_file() else None
             if size != shard["tar_bytes"]:
-                found = "the file is missing" if size is None else f"{size} bytes, the manifest says {shard['tar_bytes']}"
+                found = (
+                    "the file is missing" if size is None else f"{size} bytes, the manifest says {shard['tar_bytes']}"
+                )
                 raise self._wrong(path, found)
 
     def tar_name(self, shard: int) -> str:

@@ -27,7 +27,7 @@ class Features:
 
     image: Float[Tensor, "b e"]
     text: Float[Tensor, "t e"]
-    image_id: Int[Tensor, "b"]
+    image_id: Int[Tensor, " b"]
     caption_id: Int[Tensor, "b k"]
     first: int
     count: int

@@ -67,7 +67,7 @@ def positives(features: Features) -> Bool[Tensor, "b t"]:
     return positive
 
 
-def _cross_entropy(logits: Float[Tensor, "n m"], positive: Bool[Tensor, "n m"]) -> Float[Tensor, "n"]:
+def _cross_entropy(logits: Float[Tensor, "n m"], positive: Bool[Tensor, "n m"]) -> Float[Tensor, " n"]:
     target = positive / positive.sum(1, keepdim=True)
     return logits.logsumexp(1) - (target * logits).sum(1)
 

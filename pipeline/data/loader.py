@@ -1,0 +1,174 @@
+"""Batches at a position: threads decode ahead, the order decides what."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.data.augment import AugmentConfig, training_view
+from clipwright.pipeline.data.order import Draw, Order, caption_index
+from clipwright.pipeline.data.reader import Dataset
+from clipwright.pipeline.model import trim
+from clipwright.pipeline.pixels import PixelError
+from clipwright.pipeline.tokenizers.base import Tokenizer
+from clipwright.pipeline.towers.base import TextTowerConfig
+
+
+@configclass
+class DataConfig:
+    """What is trained on, in which order. `captions`: how many captions of an image stand in a batch."""
+
+    train: str
+    captions: int = 1
+    streams: int = 64
+    window: int = 4096
+    augment: AugmentConfig = AugmentConfig()
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch.
+
+    views uint8 (b, S, S, 3); tokens (b·K, n), the captions of image i in rows iK to (i+1)K-1; image_id (b) and
+    caption_id (b, K): equal numbers mean equal image bytes, equal captions. `waited`: seconds the step waited for it.
+    """
+
+    views: UInt8[Tensor, "b s s 3"]
+    tokens: Int[Tensor, "t n"]
+    image_id: Int[Tensor, " b"]
+    caption_id: Int[Tensor, "b k"]
+    waited: float = 0.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of each global batch a rank takes: the indices ≡ rank (mod world)."""
+
+    rank: int
+    world: int
+    global_batch: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch % self.world:
+            raise ClipwrightError(
+                "E_BATCH",
+                "a global batch the ranks cannot share evenly",
+                where=f"schedule.global_batch={self.global_batch}",
+                found=f"{self.world} ranks do not divide it",
+                fix=f"take a multiple of {self.world}",
+            )
+
+
+class Loader:
+    """The batches of one rank from any position on; nothing in it depends on where another run stopped."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        share: Share,
+        *,
+        tokenizer: Tokenizer,
+        text: TextTowerConfig,
+        image_size: int,
+        seed: int,
+        workers: int,
+    ) -> None:
+        self.config, self.share, self.tokenizer, self.text = config, share, tokenizer, text
+        self.image_size, self.seed, self.workers = image_size, seed, workers
+        self.dataset = Dataset(Path(config.train))
+        if self.dataset.samples < share.global_batch:
+            raise ClipwrightError(
+                "E_DATA_SMALL",
+                "a dataset with fewer samples than a batch",
+                where=config.train,
+                found=f"{self.dataset.samples} samples, schedule.global_batch is {share.global_batch}",
+                fix="lower schedule.global_batch or prepare more data",
+            )
+        self.order = Order(
+            self.dataset.sizes,
+            fingerprint=self.dataset.fingerprint,
+            seed=seed,
+            streams=config.streams,
+            window=config.window,
+        )
+
+    def batches(self, position: int) -> Generator[Batch, None, None]:
+        """Endless batches from global position `position` on, two decoded ahead of the one in use."""
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
+            ahead: deque[list[Future[Sample]]] = deque()
+            try:
+                while True:
+                    while len(ahead) < 3:
+                        ahead.append(self._submit(pool, position))
+                        position += self.share.global_batch
+                    started = time.perf_counter()
+                    samples = [future.result() for future in ahead.popleft()]
+                    batch = self._collate(samples)
+                    batch.waited = time.perf_counter() - started
+                    yield batch
+            finally:
+                for future in (f for futures in ahead for f in futures):
+                    future.cancel()
+
+    def _submit(self, pool: ThreadPoolExecutor, position: int) -> list[Future[Sample]]:
+        mine = np.arange(position + self.share.rank, position + self.share.global_batch, self.share.world)
+        place = self.order.locate(mine)
+        columns = zip(place.epoch.tolist(), place.shard.tolist(), place.row.tolist(), strict=True)
+        return [pool.submit(self._sample, epoch, shard, row) for epoch, shard, row in columns]
+
+    def _sample(self, epoch: int, shard: int, row: int) -> Sample:
+        record = self.dataset.record(shard, row)
+        key = record["key"][:32]
+        data = self.dataset.image(shard, row)
+        draw = Draw(self.seed, self.dataset.fingerprint, epoch, record["key"], "view")
+        try:
+            view = training_view(data, self.image_size, self.config.augment, draw)
+        except PixelError as error:
+            raise ClipwrightError(
+                error.args[0],
+                "a stored image that cannot be decoded",
+                where=f"{self.dataset.tar_path(shard)} sample {record['key']}",
+                found=error.args[1],
+                fix="run `clipwright prep` again with --fresh",
+            ) from None
+        captions, count = record["captions"], self.config.captions
+        picks = [
+            caption_index(len(captions), seed=self.seed, epoch=epoch * count + turn, key=key) for turn in range(count)
+        ]
+        return Sample(view, [captions[pick] for pick in picks], int(key[:16], 16) - 2**63)
+
+    def _collate(self, samples: list[Sample]) -> Batch:
+        texts = [text for sample in samples for text in sample.captions]
+        tokens = self.tokenizer.encode(texts, self.text.context)
+        tokens = trim(tokens, self.tokenizer.eot_id, self.text.pad)
+        return Batch(
+            views=torch.from_numpy(np.stack([sample.view for sample in samples])),
+            tokens=torch.from_numpy(tokens).long(),
+            image_id=torch.tensor([sample.image_id for sample in samples]),
+            caption_id=torch.tensor([_text_id(text) for text in texts]).view(len(samples), -1),
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded sample: view (S, S, 3), its chosen captions, and its image's key as a 64-bit integer."""
+
+    view: np.ndarray
+    captions: list[str]
+    image_id: int
+
+
+def _text_id(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)

@@ -1,0 +1,57 @@
+"""Where a run's numbers go: the step line, log.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from clipwright.pipeline.core.records import atomic_write
+
+_TAGS = ("loss", "acc_image", "acc_text", "scale", "lr", "grad_norm", "samples_per_s", "data_share", "memory_gb")
+
+
+class RunLog:
+    """`log.jsonl` is the truth, one object per logged step; on resume it is cut back to the checkpoint's step."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.path = run / "log.jsonl"
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        atomic_write(self.path, "".join(kept))
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def _lines(self) -> list[str]:
+        """The log's whole lines: a kill can leave half of the last one."""
+        if not self.path.exists():
+            return []
+        return [line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        for tag in _TAGS:
+            if record.get(tag) is not None:
+                self._board.add_scalar(tag, record[tag], record["step"])
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._board.close()
+
+
+def step_line(record: dict[str, Any], steps: int, eta: float) -> str:
+    """One fixed-field line of a step, for people and grep."""
+    minutes, seconds = divmod(round(eta), 60)
+    hours, minutes = divmod(minutes, 60)
+    left = f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+    return (
+        f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.4f}  "
+        f"acc i2t {record['acc_image']:.2f} t2i {record['acc_text']:.2f}  scale {record.get('scale', 0):.1f}  "
+        f"lr {record['lr']:.2e}  gnorm {record['grad_norm']:.2f}  smp/s {record['samples_per_s']:.0f}  "
+        f"data {record['data_share']:.0%}  mem {record['memory_gb']:.1f}G  eta {left}"
+    )

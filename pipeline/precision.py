@@ -1,0 +1,29 @@
+"""`precision: auto`: bf16 where it is faster, measured where nobody can know."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """`bf16` or `fp32`. On a GPU bf16 where the hardware has it; on a CPU the faster of two timed matmuls.
+
+    CPUs differ: bf16 was 2.2 × fp32 on a Zen 4 with avx512_bf16 and 0.29 × on a Xeon without.
+    """
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if _seconds(torch.bfloat16) < _seconds(torch.float32) else "fp32"
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    a = torch.ones(768, 768, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):  # the first warms up
+        started = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - started)
+    return best

@@ -1,0 +1,75 @@
+"""A run folder: whose it is, whether it may be resumed, and what lies in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from clipwright.pipeline.core.config import read_yaml
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.records import atomic_write, write_json
+
+CONFIG, IDENTITY = "config.yaml", "identity.json"
+
+
+def stored_tree(run: Path) -> dict[str, Any] | None:
+    """The resolved config of the run in `run`, or None where no run was started."""
+    path = run / CONFIG
+    return read_yaml(path) if path.is_file() else None
+
+
+def claim(run: Path, *, yaml: str, identity: dict[str, Any], fresh: bool) -> None:
+    """Makes `run` this config's folder: new, or an unfinished run of equal identity.
+
+    E_OUTPUT when the folder holds something else, E_RESUME (listing the changed keys) when it is another run's.
+    """
+    if (run / IDENTITY).is_file():
+        if fresh:
+            shutil.rmtree(run)
+        else:
+            stored = json.loads((run / IDENTITY).read_text(encoding="utf-8"))
+            if changed := differences(stored, identity):
+                raise ClipwrightError(
+                    "E_RESUME",
+                    "the folder holds a run of another config",
+                    where=run,
+                    found="; ".join(changed),
+                    fix="use the old values, another -o, or --fresh to start over",
+                )
+    elif run.is_dir() and any(run.iterdir()):
+        raise ClipwrightError(
+            "E_OUTPUT",
+            "the output folder holds something else",
+            where=run,
+            found=f"no {IDENTITY} but {min(path.name for path in run.iterdir())}",
+            fix="choose an empty folder",
+        )
+    run.mkdir(parents=True, exist_ok=True)
+    atomic_write(run / CONFIG, yaml)
+    write_json(run / IDENTITY, identity)
+
+
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """`key: old → new` for every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted(old.keys() | new.keys())
+            for line in differences(old.get(key), new.get(key), f"{place}.{key}" if place else key)
+        ]
+    return [] if _plain(old) == _plain(new) else [f"{place}: {old!r} → {new!r}"]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples and lists are one thing once written."""
+    if isinstance(value, Iterable) and not isinstance(value, str | dict):
+        return [_plain(item) for item in value]
+    return value
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run, in order."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,219 @@
+"""The training loop: prints its numbers first, then one line per interval; the same command resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+
+from clipwright.pipeline import checkpoint, runfolder
+from clipwright.pipeline.core.command import Call, Preempted
+from clipwright.pipeline.core.config import Resolved
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.data.order import key64
+from clipwright.pipeline.distributed import World, any_rank, barrier, from_first, process_group
+from clipwright.pipeline.engine import Engine, StepResult, deepspeed_config
+from clipwright.pipeline.metrics import RunLog, step_line
+from clipwright.pipeline.precision import choose_precision
+from clipwright.pipeline.run import Parts, RunConfig, build, identity
+from clipwright.pipeline.towers.base import parameter_count
+
+
+class StopFlag:
+    """Signals as a flag, asked once a step: SIGTERM and SIGUSR1 save and exit 85, Ctrl-C saves and exits 130."""
+
+    def __init__(self) -> None:
+        self.cause: type[BaseException] | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._arrived)
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+        self.cause = KeyboardInterrupt if number == signal.SIGINT else Preempted
+
+
+class Trainer:
+    """One run on one rank."""
+
+    def __init__(self, call: Call, resolved: Resolved[RunConfig], world: World) -> None:
+        self.call, self.world = call, world
+        self.config = resolved.value
+        self.runtime, self.schedule = self.config.runtime, self.config.schedule
+        self.threads = self.runtime.threads or max(1, (os.cpu_count() or 1) // world.local_size)
+        torch.set_num_threads(self.threads)
+        self.parts: Parts = build(self.config, world)
+        self.identity = identity(resolved, self.parts.loader.dataset.fingerprint)
+
+    def open(self, run: Path, yaml: str, fresh: bool) -> None:
+        """Claims the run folder, builds the engine and restores the newest checkpoint."""
+        self.run = run
+        if self.world.first:
+            runfolder.claim(run, yaml=yaml, identity=self.identity, fresh=fresh)
+        barrier()
+        settings = deepspeed_config(
+            self.config.optim,
+            local_batch=self.schedule.global_batch // self.world.size,
+            world=self.world.size,
+            zero=self.runtime.zero,
+            precision=self.config.precision,
+        )
+        self.engine = Engine(self.parts.towers, self.parts.loss, self.config.optim, self.world, settings)
+        found = checkpoint.newest(run)
+        self.step = 0
+        if found is not None:
+            checkpoint.load_into(found, self.engine)
+            self.step = found.step
+        self.last_save = time.monotonic()
+
+    def header(self) -> str:
+        """The run's numbers, printed before its first step."""
+        towers, schedule, data = self.parts.towers, self.schedule, self.parts.loader.dataset
+        return (
+            f"image {self.config.image.name} {parameter_count(towers.image):,} · "
+            f"text {self.config.text.name} {parameter_count(towers.text):,} parameters · "
+            f"embed {self.config.embed_dim}\n"
+            f"data {data.samples:,} samples in {len(data.sizes)} shards · {schedule.samples:,} training samples = "
+            f"{schedule.samples / data.samples:.1f} epochs · {schedule.steps:,} steps of {schedule.global_batch}\n"
+            f"world {self.world.size} · {self.world.device.type} · precision {self.config.precision} · "
+            f"ZeRO {self.runtime.zero} · {self.threads} threads · seed {self.config.seed}"
+        )
+
+    def train(self) -> None:
+        """Steps until the schedule's end, `stop_at`, or a signal; a checkpoint stands at every end."""
+        stop, log = StopFlag(), RunLog(self.run, self.step) if self.world.first else None
+        end = min(self.schedule.steps, self.runtime.stop_at or self.schedule.steps)
+        batches = self.parts.loader.batches(self.step * self.schedule.global_batch)
+        self.parts.towers.train()
+        since, since_step, waited = time.perf_counter(), self.step, 0.0
+        saved = self.step
+        try:
+            while self.step < end:
+                batch = next(batches)
+                waited += batch.waited
+                # Dropout is a function of (seed, step, rank): a resumed run draws what the uninterrupted one drew.
+                torch.manual_seed(key64("step", self.config.seed, self.step, self.world.rank) >> 1)
+                factor = self.schedule.factor(self.step * self.schedule.global_batch)
+                shown = self._shown(self.step + 1, end)
+                result = self.engine.step(batch, factor, measure=shown)
+                self.step += 1
+                self._check_finite(result)
+                if shown:
+                    now = time.perf_counter()
+                    seconds = max(now - since, 1e-9)
+                    rate = (self.step - since_step) * self.schedule.global_batch / seconds
+                    record = self._record(result, factor, rate, waited / seconds)
+                    since, since_step, waited = now, self.step, 0.0
+                    if log is not None:
+                        log.write(record)
+                        self.call.say(step_line(record, self.schedule.steps, self._left() / rate))
+                stopping = any_rank(stop.cause is not None, self.world.device)
+                if stopping or self.step == end or self._save_due():
+                    self._save()
+                    saved = self.step
+                if stopping:
+                    raise (stop.cause or Preempted)()
+            if saved < self.step:
+                self._save()
+        finally:
+            batches.close()
+            if log is not None:
+                log.close()
+
+    def _shown(self, step: int, end: int) -> bool:
+        return step == 1 or step == end or step % self.runtime.log_every == 0
+
+    def _left(self) -> int:
+        """Samples still to train."""
+        return (self.schedule.steps - self.step) * self.schedule.global_batch
+
+    def _save_due(self) -> bool:
+        late = time.monotonic() - self.last_save > self.runtime.save_minutes * 60
+        # Clocks differ between ranks: the first decides, on steps where all ask.
+        on_minute = self.step % 10 == 0 and any_rank(late and self.world.first, self.world.device)
+        return on_minute or self.step % self.runtime.save_every == 0
+
+    def _save(self) -> None:
+        checkpoint.save(self.run, self.engine, step=self.step, identity=self.identity, keep=self.runtime.keep)
+        self.last_save = time.monotonic()
+
+    def _check_finite(self, result: StepResult) -> None:
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise ClipwrightError(
+                "E_NONFINITE",
+                "a step that is not finite",
+                where=f"{self.run} step {self.step}",
+                found=f"loss {result.loss}, gradient norm {result.grad_norm}",
+                fix="lower optim.lr or use precision=fp32, then run again from the last checkpoint",
+            )
+
+    def _record(self, result: StepResult, factor: float, rate: float, data_share: float) -> dict[str, Any]:
+        if self.world.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated()
+        else:
+            memory = psutil.Process().memory_info().rss
+        return {
+            "step": self.step,
+            "samples": self.step * self.schedule.global_batch,
+            **dataclasses.asdict(result),
+            **self.engine.loss.report(),
+            "lr": self.config.optim.lr * factor,
+            "samples_per_s": rate,
+            "data_share": min(data_share, 1.0),
+            "memory_gb": memory / 2**30,
+        }
+
+
+def train(call: Call) -> None:
+    """Runs `clipwright train`, alone or as one rank of a launcher's group."""
+    with process_group() as world:
+        call.writes_status = world.first
+        run = call.output() if not call.dry_run else call.out or Path("run")
+        resolved = _with_precision(call.load(), run, world, fresh=call.fresh)
+        trainer = Trainer(call, resolved, world)
+        if world.first:
+            call.say(trainer.header())
+        if call.dry_run:
+            return
+        trainer.open(run, resolved.yaml(), call.fresh)
+        if world.first and trainer.step:
+            call.say(f"resuming at step {trainer.step}")
+        started, first = time.perf_counter(), trainer.step
+        trainer.train()
+        if world.first:
+            _finish(call, trainer, run, (trainer.step - first) / max(time.perf_counter() - started, 1e-9))
+
+
+def _finish(call: Call, trainer: Trainer, run: Path, steps_per_s: float) -> None:
+    lines = runfolder.read_log(run)
+    result = {
+        "steps": trainer.step,
+        "samples": trainer.step * trainer.schedule.global_batch,
+        "samples_per_s": round(steps_per_s * trainer.schedule.global_batch, 1),
+        "loss_first": lines[0]["loss"],
+        "loss_last": lines[-1]["loss"],
+        "precision": trainer.config.precision,
+        "world": trainer.world.size,
+        "run": str(run),
+    }
+    text = f"trained {result['samples']:,} samples: loss {result['loss_first']:.3f} → {result['loss_last']:.3f}"
+    call.finish(result, text, then=f"clipwright export {run} -o MODEL")
+
+
+def _with_precision(resolved: Resolved[RunConfig], run: Path, world: World, *, fresh: bool) -> Resolved[RunConfig]:
+    """`precision: auto` made definite by rank 0; a run keeps the choice of its first start."""
+    wanted = resolved.value.precision
+    stored = None if fresh else runfolder.stored_tree(run)
+    if wanted == "auto" and stored is not None:
+        wanted = stored["precision"]
+    chosen: Any = from_first(choose_precision(wanted, world.device) if world.first else None)
+    value = dataclasses.replace(resolved.value, precision=chosen)
+    return dataclasses.replace(resolved, value=value, tree={**resolved.tree, "precision": chosen})
