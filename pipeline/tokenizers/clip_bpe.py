@@ -1,0 +1,182 @@
+"""CLIP's tokenizer: lower-cased byte-level BPE of 49,408 ids, with OpenAI's or transformers' cleaning of text."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import html
+import io
+import itertools
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import ftfy
+import numpy as np
+from tokenizers import Regex, models, normalizers, pre_tokenizers
+
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.records import atomic_write, canonical_json
+from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig
+
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # openai/CLIP, MIT; a header line, then one merge a line
+MERGES = 49152 - 256 - 2
+MAX_BYTES = 16 * 2**20  # of an unpacked vocabulary (the shipped one has 3.2 MB): a model folder is not trusted
+SOT, EOT = "<|startoftext|>", "<|endoftext|>"
+CACHE = 2**18  # words whose ids are kept; a few ten MB
+
+
+@configclass
+class CLIPBPEConfig(TokenizerConfig):
+    """CLIP's BPE. clean: `openai` mends mojibake and HTML entities first; `transformers` normalises to NFC only.
+
+    The two disagree on curly quotes, entities, full-width text, ligatures and mojibake. `transformers` is what a model
+    imported from a `CLIPModel` folder needs.
+    """
+
+    clean: Literal["openai", "transformers"] = "openai"
+
+
+_WORDS = {
+    # OpenAI compiles its pattern with IGNORECASE, over lower-cased text: all that adds is the long s, a case of s.
+    "openai": r"<\|[sſ]tartoftext\|>|<\|endoftext\|>|'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
+    "transformers": r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
+}
+# Printable ASCII, for openai without entities: no cleaning changes it but lower case, and Python's `re` can split it.
+_PLAIN = {"openai": re.compile(r"[\t\n\r -%'-~]*"), "transformers": re.compile(r"[\t\n\r -~]*")}
+_PLAIN_WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
+_SPECIAL = re.compile(rf"({re.escape(SOT)}|{re.escape(EOT)})")
+
+
+class CLIPBPE:
+    """Text to CLIP's ids: SOT 49406, EOT 49407, padding 0.
+
+    Radford et al. 2021, section 2.4, and openai/CLIP's simple_tokenizer.py. `folder` holds the vocabulary of a model
+    folder; without it the shipped one is read. E_INPUT if there is none or it is not CLIP's form. Text that spells a
+    special id gives it, as in both originals.
+    """
+
+    def __init__(self, config: CLIPBPEConfig, folder: Path | None = None) -> None:
+        self.clean = config.clean
+        path = (folder or Path(__file__).parent) / VOCABULARY
+        self._file, vocabulary = read_vocabulary(path)
+        merges = parse_merges(path, vocabulary)
+        self._symbols = byte_symbols()
+        # Ids 0..255 are the symbols in the order of their code points, and again as ends of words.
+        single = sorted(self._symbols)
+        self._tokens = [*single, *(s + "</w>" for s in single), *("".join(m) for m in merges), SOT, EOT]
+        vocab = {token: i for i, token in enumerate(self._tokens)}
+        self._bpe = models.BPE(vocab, merges, end_of_word_suffix="</w>")
+        self._split = pre_tokenizers.Split(Regex(_WORDS[self.clean]), "removed", invert=True)
+        self._normalize = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        self._cache: dict[str, list[int]] = {}
+        self.vocab_size = len(vocab)
+        self.sot_id, self.eot_id, self.pad_id = vocab[SOT], vocab[EOT], 0
+        # Of the unpacked vocabulary: packing it anew changes no id.
+        identity = canonical_json(dataclasses.asdict(config)).encode()
+        self.fingerprint = hashlib.sha256(vocabulary + identity).hexdigest()
+
+    def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
+        """Ids int32 (len(texts), context): SOT + ids + EOT + zeros; too long → cut to context, last id EOT."""
+        assert context >= 2, context
+        rows = np.full((len(texts), context), self.pad_id, dtype=np.int32)
+        for row, text in zip(rows, texts, strict=True):
+            ids = [self.sot_id]
+            for word in self._words(text):
+                known = self._cache.get(word)
+                ids += self._word_ids(word) if known is None else known
+                if len(ids) >= context:
+                    break
+            ids = [*ids[: context - 1], self.eot_id]
+            row[: len(ids)] = ids
+        return rows
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` up to the first EOT, lower-cased as it was encoded; SOT is dropped."""
+        real = itertools.takewhile(lambda i: i != self.eot_id, map(int, ids))
+        symbols = "".join(self._tokens[i].replace("</w>", " ") for i in real if i != self.sot_id)
+        byte = {symbol: value for value, symbol in enumerate(self._symbols)} | {" ": ord(" ")}
+        return bytes(byte[s] for s in symbols).decode("utf-8", errors="replace").strip()
+
+    def save(self, folder: Path) -> list[Path]:
+        """Writes the vocabulary as it was read."""
+        path = folder / VOCABULARY
+        atomic_write(path, self._file)
+        return [path]
+
+    def _words(self, text: str) -> list[str]:
+        """The cleaned text in the pieces that BPE works on."""
+        if _PLAIN[self.clean].fullmatch(text) and "<|" not in text:
+            return _PLAIN_WORDS.findall(text.lower())
+        if self.clean == "openai":
+            text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+            return [word for word, _ in self._split.pre_tokenize_str(text.lower())]
+        words: list[str] = []
+        for piece in _SPECIAL.split(text):
+            if _SPECIAL.fullmatch(piece):
+                words.append(piece)
+                continue
+            for word, _ in self._split.pre_tokenize_str(self._normalize.normalize_str(piece)):
+                # A special id that only lower case made is text to transformers, which splits it again.
+                words += ["<|", word[2:-2], "|>"] if _SPECIAL.fullmatch(word) else [word]
+        return words
+
+    def _word_ids(self, word: str) -> list[int]:
+        if word in (SOT, EOT):
+            return [self.sot_id if word == SOT else self.eot_id]
+        symbols = "".join(self._symbols[byte] for byte in word.encode())
+        ids = [token.id for token in self._bpe.tokenize(symbols)]
+        if len(self._cache) >= CACHE:
+            self._cache.clear()
+        self._cache[word] = ids
+        return ids
+
+
+def byte_symbols() -> list[str]:
+    """The printable character that stands for each byte 0..255, as in GPT-2: itself, or one from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    spare = itertools.count(256)
+    return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
+
+
+def read_vocabulary(path: Path) -> tuple[bytes, bytes]:
+    """The vocabulary file as it lies, and unpacked."""
+    try:
+        with path.open("rb") as file:
+            packed = file.read(MAX_BYTES)
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+            return packed, file.read(MAX_BYTES)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ClipwrightError(
+            "E_INPUT",
+            "CLIP's vocabulary cannot be read",
+            where=path,
+            found=str(error),
+            fix="export the model again, or copy the file from clipwright/pipeline/tokenizers",
+        ) from error
+
+
+def parse_merges(path: Path, vocabulary: bytes) -> list[tuple[str, str]]:
+    """The merges in order of rank; E_INPUT unless there are as many as CLIP has and each joins known symbols."""
+    lines = vocabulary.decode("utf-8", errors="replace").split("\n")[1 : MERGES + 1]
+    pairs = [tuple(line.split()) for line in lines]
+    merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
+    known = {s + end for s in byte_symbols() for end in ("", "</w>")} | {left + right for left, right in merges}
+    if len(merges) != MERGES or len(known) != 2 * 256 + MERGES or not all(known.issuperset(m) for m in merges):
+        raise ClipwrightError(
+            "E_INPUT",
+            "this is not CLIP's vocabulary",
+            where=path,
+            found=f"{len(merges)} merges; allowed is a header line and then {MERGES} different ones of known symbols",
+            fix="export the model again, or copy the file from clipwright/pipeline/tokenizers",
+        )
+    return merges
+
+
+TOKENIZERS.add(CLIPBPEConfig, CLIPBPE, {"clip_bpe": {}}, source="Radford et al. 2021 and openai/CLIP")
