@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import lgamma
 
 import numpy as np
 import torch
@@ -84,20 +83,18 @@ def ranks(queries: Tensor, candidates: Tensor, right: Sequence[np.ndarray], *, c
 def recall(found: Tensor, right: Sequence[np.ndarray], candidates: int, ks: Sequence[int]) -> dict[str, float | int]:
     """`r1 … rK` and, under `chance_r1 …`, what random order gives; `n` is the number of queries. All in 0 … 1."""
     numbers: dict[str, float | int] = {"n": len(found)}
+    sizes = np.array([len(group) for group in right])
     for k in ks:
         numbers[f"r{k}"] = (found < k).double().mean().item()
-        numbers[f"chance_r{k}"] = float(np.mean([chance(len(group), candidates, k) for group in right]))
+        numbers[f"chance_r{k}"] = float(chance(sizes, candidates, k).mean())
     return numbers
 
 
-def chance(right: int, candidates: int, k: int) -> float:
-    """Probability that k of the candidates, drawn at random, hold one of the `right` ones: 1 − C(n−m, k) / C(n, k)."""
-    if k > candidates - right:
-        return 1.0
-    wrong = candidates - right
-    return -float(
-        np.expm1(lgamma(wrong + 1) - lgamma(wrong - k + 1) - lgamma(candidates + 1) + lgamma(candidates - k + 1))
-    )
+def chance(right: np.ndarray, candidates: int, k: int) -> np.ndarray:
+    """Probability that k candidates drawn at random hold one of the `right` ones: 1 − C(n−m, k) / C(n, k)."""
+    drawn = np.arange(min(k, candidates))
+    with np.errstate(divide="ignore"):  # log 0 where every draw that is left is right
+        return -np.expm1(np.log1p(-np.minimum(right[:, None] / (candidates - drawn), 1)).sum(1))
 
 
 def retrieval(

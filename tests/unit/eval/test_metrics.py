@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+
 from clipwright.eval import metrics
 
 
@@ -75,6 +77,7 @@ def test_copies_and_equal_texts_are_right():
 
 
 def test_chance_is_the_share_of_random_draws():
-    assert metrics.chance(1, 1000, 10) == pytest.approx(0.01)
-    assert metrics.chance(3, 50, 5) == pytest.approx(1 - math.comb(47, 5) / math.comb(50, 5))
-    assert metrics.chance(2, 5, 4) == 1.0
+    found = metrics.chance(np.array([1, 3, 48]), 50, 5)
+    assert found == pytest.approx([1 - math.comb(50 - m, 5) / math.comb(50, 5) for m in (1, 3, 48)])
+    assert metrics.chance(np.array([1]), 3_000_000, 1) == pytest.approx([1 / 3_000_000], rel=1e-9)
+    assert metrics.chance(np.array([2]), 5, 10) == 1.0

@@ -1,0 +1,68 @@
+"""The contract of a benchmark: a model folder and what it is tried on, to a dict of numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from pydantic import Field
+
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.registry import Registry, configclass
+
+
+@configclass
+class BenchmarkConfig:
+    """What every benchmark's config has."""
+
+    name: str
+
+
+@configclass
+class EvalRuntime:
+    """How evaluation is spread over the machine; not part of a report's identity."""
+
+    batch: Annotated[int, Field(ge=1)] = 64
+    workers: Annotated[int, Field(ge=1)] = 2  # threads that read and decode
+
+
+@dataclass(frozen=True)
+class Context:
+    """The folders a benchmark may ask for, as given, and how to run."""
+
+    benchmark: str
+    model: str | None
+    data: str | None
+    index: str | None
+    runtime: EvalRuntime
+    quiet: bool = False
+
+    def folder(self, name: str) -> Path:
+        """The folder `name` (model, data or index), which this benchmark cannot do without (E_CONFIG_VALUE)."""
+        place = getattr(self, name)
+        if place is None:
+            raise ClipwrightError(
+                "E_CONFIG_VALUE",
+                f"a benchmark without its {name} folder",
+                where=f"benchmark {self.benchmark}",
+                found=f"{name} is not set",
+                fix=f"add {name}=DIR",
+            )
+        return Path(place)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a benchmark found: plain numbers (each set with its n), and the fingerprint of each folder it read."""
+
+    numbers: dict[str, Any]
+    fingerprints: dict[str, str]
+    text: str  # the numbers for a person
+
+
+class Benchmark(Protocol):
+    def run(self, context: Context) -> Outcome: ...
+
+
+BENCHMARKS: Registry[Benchmark] = Registry("benchmark", "clipwright.eval.benchmarks")

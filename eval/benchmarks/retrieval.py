@@ -1,0 +1,76 @@
+"""Image-text retrieval on a dataset: every image against every caption, both ways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, Outcome
+from clipwright.eval.encode import Encoder, encode_images, encode_texts, pieces
+from clipwright.eval.metrics import retrieval
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.data.reader import Dataset
+from clipwright.pipeline.model import load_model
+
+
+@configclass
+class RetrievalConfig(BenchmarkConfig):
+    """Recall at 1, 5 and 10; needs `model` and `data`."""
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    config: RetrievalConfig
+
+    def run(self, context: Context) -> Outcome:
+        folder = context.folder("data")
+        model = load_model(context.folder("model"))
+        data = Dataset(folder)
+        runtime = context.runtime
+        numbers = score(model, data, batch=runtime.batch, workers=runtime.workers, quiet=context.quiet)
+        return Outcome(numbers, {"model": model.fingerprint, "data": data.fingerprint}, table(numbers))
+
+
+def score(model: Encoder, data: Dataset, *, batch: int, workers: int, quiet: bool = False) -> dict[str, Any]:
+    """`{i2t, t2i: {r1, r5, r10, chance_r1 …, n}}` over every image and every caption of `data`.
+
+    The trainer's evaluation calls this as well, with the towers it holds. An image that cannot be read is an error.
+    """
+    if data.samples == 0:
+        raise ClipwrightError(
+            "E_DATA_SMALL", "an empty dataset", where=data.folder, found="0 samples", fix="give one that has samples"
+        )
+    progress = Progress("eval", data.samples, "images", quiet=quiet)
+    keys: list[str] = []
+    images: list[torch.Tensor] = []
+    for names, rows in encode_images(model, data, 0, data.samples, batch=batch, workers=workers):
+        keys += names
+        images.append(rows)
+        progress.add(len(names))
+    captions = [texts for _, _, table in pieces(data, 0, data.samples) for texts in table["captions"].to_pylist()]
+    owners = [image for image, texts in enumerate(captions) for _ in texts]
+    flat = [text for texts in captions for text in texts]
+    texts = torch.cat(list(encode_texts(model, flat, batch=batch)))
+    assert len(keys) == data.samples == len(captions), (len(keys), data.samples, len(captions))
+    return retrieval(torch.cat(images), texts, keys, flat, owners)
+
+
+def table(numbers: dict[str, Any]) -> str:
+    """The numbers for a person, in percent, chance in brackets."""
+    lines = [f"{'retrieval':<14}{'R@1 (chance)':>16}{'R@5':>16}{'R@10':>16}{'queries':>10}"]
+    for way, label in (("i2t", "image → text"), ("t2i", "text → image")):
+        cells = [f"{numbers[way][f'r{k}']:.1%} ({numbers[way][f'chance_r{k}']:.1%})" for k in (1, 5, 10)]
+        lines.append(f"{label:<14}" + "".join(f"{cell:>16}" for cell in cells) + f"{numbers[way]['n']:>10}")
+    return "\n".join(lines)
+
+
+BENCHMARKS.add(
+    RetrievalConfig,
+    Retrieval,
+    {"retrieval": {}},
+    source="Karpathy and Fei-Fei 2015 (arXiv 1412.2306), section 4.2: recall at K both ways over all captions",
+)

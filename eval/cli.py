@@ -1,0 +1,88 @@
+"""Commands of eval."""
+
+from __future__ import annotations
+
+import typer
+
+from clipwright.pipeline.core.command import Call, command
+
+app = typer.Typer()
+index_app = typer.Typer(help="Build search indexes.", no_args_is_help=True)
+app.add_typer(index_app, name="index")
+
+
+@command(app, "embed", kind="clipwright.eval.embed:EmbedConfig")
+def embed(call: Call) -> None:
+    """Dataset folder through a model folder to an embedding folder; also under torchrun or accelerate launch."""
+    import time
+
+    from clipwright.eval.embed import Ranks
+    from clipwright.eval.embed import embed as run
+    from clipwright.pipeline.core.errors import ClipwrightError
+
+    ranks = Ranks()
+    call.writes_status = ranks.rank == 0
+    try:
+        resolved = call.load()
+        out = call.output()
+        if call.dry_run:
+            if ranks.rank == 0:
+                call.finish(
+                    resolved.tree, f"would embed every {resolved.value.what} of {resolved.value.data} into {out}"
+                )
+            return
+        manifest = run(resolved, out, ranks, quiet=call.quiet, fresh=call.fresh)
+    except ClipwrightError as error:
+        if ranks.rank == 0:
+            raise
+        # Launchers stop all ranks when one ends: the first must have said what was wrong by then.
+        time.sleep(2)
+        raise typer.Exit(error.exit_code) from None
+    finally:
+        ranks.close()
+    if ranks.rank == 0:
+        did = "embedded" if manifest["made"] else "already embedded:"
+        text = f"{did} {manifest['rows']} {manifest['what']}s, {manifest['dimension']} numbers each, in {out}"
+        call.finish(manifest, text, then=f"clipwright index build flat embeddings={out} -o INDEX")
+
+
+@command(index_app, "index build", kind="clipwright.eval.search.index:IndexConfig")
+def index_build(call: Call) -> None:
+    """Embedding folder to index folder."""
+    from clipwright.eval.search.index import build
+
+    resolved = call.load()
+    out = call.output()
+    if call.dry_run:
+        call.finish(
+            resolved.tree, f"would build a {resolved.value.recipe} index of {resolved.value.embeddings} in {out}"
+        )
+        return
+    version = build(resolved, out, fresh=call.fresh)
+    did = "built" if version["made"] else "already built from these embeddings:"
+    text = f"{did} {out}/versions/{version['name']}: {version['rows']} rows, {version['recipe']}"
+    call.finish(version, text, then=f'clipwright search {out} text="..."')
+
+
+@command(app, "search", kind="clipwright.eval.search.query:SearchConfig", subject="index", metavar="INDEX")
+def search(call: Call) -> None:
+    """Index folder and a text or image to the nearest rows: `search INDEX text="a red dog"` or `image=FILE`."""
+    from clipwright.eval.search.query import run, table
+
+    result = run(call.load().value)
+    call.finish(result, table(result))
+
+
+@command(app, "eval", kind="clipwright.eval.evaluate:EvalConfig")
+def evaluate(call: Call) -> None:
+    """Scores of a model folder: `eval retrieval model=DIR data=DIR [-o REPORT]`."""
+    from clipwright.eval.evaluate import run
+
+    resolved = call.load()
+    if call.dry_run:
+        call.finish(resolved.tree, f"would run the benchmark {resolved.value.benchmark.name}")
+        return
+    report, text = run(resolved, call.out, quiet=call.quiet, fresh=call.fresh)
+    config = resolved.value
+    then = f"clipwright embed model={config.model} data={config.data} -o EMBEDDINGS" if config.data else ""
+    call.finish(report, text, then=then)

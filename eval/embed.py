@@ -1,0 +1,244 @@
+"""A dataset through a model: an embedding folder, made by one process or by many."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import gather_object
+from pydantic import Field
+
+from clipwright.eval.encode import encode_images, encode_texts, pieces
+from clipwright.eval.folders import CONFIG, claim, write_origin
+from clipwright.pipeline.core.config import Resolved
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.records import (
+    MANIFEST,
+    atomic_write,
+    check_files,
+    digest,
+    file_entries,
+    fsync_folder,
+    read_manifest,
+    write_manifest,
+)
+from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.data.reader import Dataset
+from clipwright.pipeline.model import Model, load_model
+
+T = TypeVar("T")
+
+# What a sidecar says about a sample; every other column is the user's own and goes into `metadata`.
+SIDECAR = (
+    *("row", "key", "captions", "width", "height", "offset", "size"),
+    *("sha256", "dhash", "source", "source_key"),
+)
+_OWN = ("part-*.npy", "part-*.parquet", MANIFEST)
+
+
+@configclass
+class EmbedRuntime:
+    """How embedding is spread over the machine; not part of the result's identity."""
+
+    batch: Annotated[int, Field(ge=1)] = 64
+    workers: Annotated[int, Field(ge=1)] = 2  # threads that read and decode, in each process
+
+
+@configclass
+class EmbedConfig:
+    """What is embedded: every image of a dataset, or every caption of every image."""
+
+    model: str
+    data: str
+    what: Literal["image", "text"] = "image"
+    runtime: EmbedRuntime = EmbedRuntime()
+
+
+class Ranks:
+    """The processes of one embedding run, by accelerate: one, or what torchrun or `accelerate launch` started."""
+
+    def __init__(self) -> None:
+        # Told of no GPU, accelerate takes launched processes for a group (gloo); left to itself it sees loners.
+        cpu = not torch.cuda.is_available()
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        # Ranks wait for the slowest one at the end; the default limit of minutes is no sign of failure here.
+        self._state = PartialState(cpu=cpu, timeout=datetime.timedelta(days=7))
+        self.rank, self.world = self._state.process_index, self._state.num_processes
+        self.device = str(self._state.device)
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Runs `work` on every rank; its results in rank order, or the first failing rank's error on all of them."""
+        try:
+            outcome: Any = (work(), None)
+        except ClipwrightError as error:
+            outcome = (None, error.args)  # the error itself has keyword arguments, which pickle does not restore
+        outcomes = gather_object([outcome])
+        for _, failed in outcomes:
+            if failed is not None:
+                code, what, where, found, fix = failed
+                raise ClipwrightError(code, what, where=where, found=found, fix=fix)
+        return [result for result, _ in outcomes]
+
+    def close(self) -> None:
+        self._state.destroy_process_group()
+
+
+def embed(resolved: Resolved[EmbedConfig], out: Path, ranks: Ranks, *, quiet: bool, fresh: bool) -> dict[str, Any]:
+    """Writes the embedding folder `out` and returns its manifest with `made`: whether there was anything to do.
+
+    Rank r embeds the r-th of equal contiguous ranges into part r, so parts in order are the dataset in order. Parts
+    are staged and take their names when all ranks are done; the manifest is the last file. If one rank fails, all
+    do, with its error. A finished folder of the same inputs is left alone, of others refused (E_OUTPUT).
+    """
+    config = resolved.value
+
+    opened: list[tuple[Model, Dataset]] = []
+    ranks.together(lambda: opened.append((load_model(Path(config.model), ranks.device), Dataset(Path(config.data)))))
+    [(model, data)] = opened
+    body = {"model": model.fingerprint, "data": data.fingerprint, "what": config.what, "dimension": model.embed_dim}
+    done = ranks.together(lambda: _finished(out, body, fresh) if ranks.rank == 0 else None)[0]
+    if done is not None:
+        return {**done, "made": False}
+    start, stop = (data.samples * r // ranks.world for r in (ranks.rank, ranks.rank + 1))
+    total = stop - start if config.what == "image" else None
+    progress = Progress("embed", total, f"{config.what}s", quiet=quiet or ranks.rank > 0)
+    part = _Part(out, ranks.rank)
+    try:
+        parts = ranks.together(lambda: part.write(model, data, start, stop, config, progress))
+        manifest = ranks.together(lambda: _finish(out, resolved, body, parts) if ranks.rank == 0 else None)[0]
+    finally:
+        part.discard()
+    assert manifest is not None
+    return {**manifest, "made": True}
+
+
+def _finished(out: Path, body: dict[str, Any], fresh: bool) -> dict[str, Any] | None:
+    """Claims `out`. Its manifest if it is whole and of these inputs; None if there is work to do."""
+    claim(out, _OWN)
+    if (out / MANIFEST).exists() and not fresh:
+        manifest = read_manifest(out, "embedding")
+        changed = [name for name, value in body.items() if manifest[name] != value]
+        if changed:
+            raise ClipwrightError(
+                "E_OUTPUT",
+                "an embedding folder made from other inputs",
+                where=out,
+                found="; ".join(f"its {n} is {str(manifest[n])[:16]}, this one {str(body[n])[:16]}" for n in changed),
+                fix="name a new folder, or add --fresh to replace it",
+            )
+        check_files(out, manifest["files"], "E_EMBED_HASH")
+        return manifest
+    (out / MANIFEST).unlink(missing_ok=True)
+    for old in (*out.glob("part-*"), *out.glob("*.partial")):
+        old.unlink()
+    return None
+
+
+class _Part:
+    """One rank's rows: float16 unit vectors beside a table of what they are, staged until every rank is done."""
+
+    def __init__(self, out: Path, rank: int) -> None:
+        self.names = [f"part-{rank:05d}{suffix}" for suffix in (".npy", ".parquet")]
+        self.staged = [staged_path(out, name) for name in self.names]
+
+    def write(
+        self, model: Model, data: Dataset, start: int, stop: int, config: EmbedConfig, progress: Progress
+    ) -> dict[str, Any]:
+        """Embeds samples [start, stop) and returns the number of rows and each file's entry for the manifest."""
+        rows = _write_rows(self.staged[1], data, start, stop, config.what)
+        if rows == 0:
+            return {"rows": 0, "files": {}}
+        vectors = np.lib.format.open_memmap(self.staged[0], "w+", np.float16, (rows, model.embed_dim))
+        at = 0
+        for unit in _vectors(model, data, start, stop, config):
+            vectors[at : at + len(unit)] = unit.numpy()
+            at += len(unit)
+            progress.add(len(unit))
+        assert at == rows, (at, rows)
+        vectors.flush()
+        entries = file_entries(self.staged[0].parent, [path.name for path in self.staged])
+        return {
+            "rows": rows,
+            "files": {name: entries[path.name] for name, path in zip(self.names, self.staged, strict=True)},
+        }
+
+    def discard(self) -> None:
+        for path in self.staged:
+            path.unlink(missing_ok=True)
+
+
+def staged_path(out: Path, name: str) -> Path:
+    return out / f".{name}.partial"
+
+
+def _vectors(model: Model, data: Dataset, start: int, stop: int, config: EmbedConfig) -> Iterator[torch.Tensor]:
+    runtime = config.runtime
+    if config.what == "image":
+        for _, unit in encode_images(model, data, start, stop, batch=runtime.batch, workers=runtime.workers):
+            yield unit
+        return
+    for _, _, table in pieces(data, start, stop):
+        texts = [text for captions in table["captions"].to_pylist() for text in captions]
+        yield from encode_texts(model, texts, batch=runtime.batch)
+
+
+def _write_rows(path: Path, data: Dataset, start: int, stop: int, what: str) -> int:
+    """The table beside the vectors: key, caption, captions, metadata, and where the image is (tar, offset, size)."""
+    rows = 0
+    writer: pq.ParquetWriter | None = None
+    try:
+        for shard, _, sidecar in pieces(data, start, stop):
+            table = describe(sidecar, data.tar_name(shard), what)
+            writer = writer or pq.ParquetWriter(path, table.schema)
+            writer.write_table(table.cast(writer.schema))
+            rows += table.num_rows
+    finally:
+        if writer is not None:
+            writer.close()
+    return rows
+
+
+def describe(sidecar: pa.Table, tar: str, what: str) -> pa.Table:
+    """The rows of an embedding part for a sidecar's: one a sample (with its first caption), or one a caption.
+
+    The user's own columns become the struct `metadata`, so none of their names meets one of ours.
+    """
+    captions = sidecar["captions"].combine_chunks()
+    if what == "text":
+        sidecar, caption = sidecar.take(captions.value_parent_indices()), captions.flatten()
+    else:
+        caption = captions.values.take(captions.offsets[:-1])
+    columns: dict[str, Any] = {"key": sidecar["key"], "caption": caption}
+    columns["captions"] = sidecar["captions"]
+    columns["tar"] = pa.array([tar] * sidecar.num_rows, pa.string())
+    for name in ("offset", "size", "width", "height", "source"):
+        columns[name] = sidecar[name]
+    own = [name for name in sidecar.column_names if name not in SIDECAR]
+    if own:
+        arrays = [sidecar[name].combine_chunks() for name in own]
+        columns["metadata"] = pa.StructArray.from_arrays(arrays, fields=[sidecar.schema.field(n) for n in own])
+    return pa.table(columns)
+
+
+def _finish(
+    out: Path, resolved: Resolved[EmbedConfig], body: dict[str, Any], parts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Gives the parts their names and writes config, origin and, last, the manifest."""
+    files = {name: entry for part in parts for name, entry in part["files"].items()}
+    for name in files:
+        staged_path(out, name).replace(out / name)
+    fsync_folder(out)
+    atomic_write(out / CONFIG, resolved.yaml())
+    write_origin(out, model=resolved.value.model, data=resolved.value.data)
+    body = {**body, "rows": sum(part["rows"] for part in parts), "files": files}
+    fingerprint = digest({**body, "files": {name: entry["sha256"] for name, entry in files.items()}})
+    return write_manifest(out, "embedding", fingerprint, body)

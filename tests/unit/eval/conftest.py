@@ -1,0 +1,144 @@
+"""Tiny model and dataset folders, and the command line as a user runs it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from clipwright.pipeline.core.config import resolve
+from clipwright.pipeline.core.records import DatasetFingerprint, file_sha256, write_manifest
+from clipwright.pipeline.model import ModelConfig, build_model, save_model
+from clipwright.pipeline.tokenizers.base import TOKENIZERS
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}
+
+
+def make_model(folder: Path, dim: int = 16, seed: int = 0, scale: float = 1.0) -> Path:
+    """A model folder of random weights; a huge `scale` makes its embeddings overflow."""
+    torch.manual_seed(seed)
+    tree = resolve(
+        ModelConfig,
+        overrides=[
+            f"embed_dim={dim}",
+            *("image.name=vit_nano", "image.image_size=32", "image.dim=32", "image.depth=1", "image.heads=2"),
+            *("text.width=32", "text.depth=1", "text.heads=2", "text.context=24"),
+        ],
+    )
+    tokenizer = TOKENIZERS.build(tree.value.tokenizer)
+    weights = dict(build_model(tree.value, tokenizer).state_dict())
+    weights["image_projection.weight"] = weights["image_projection.weight"] * scale
+    save_model(folder, config=tree.tree, weights=weights, tokenizer=tokenizer, made_from={}, card="a test's model\n")
+    return folder
+
+
+def picture(i: int) -> bytes:
+    """A noisy JPEG, another for every number."""
+    colour = list(COLOURS.values())[i % 3]
+    noise = np.random.default_rng(i).integers(-30, 30, (40, 48, 3))
+    file = io.BytesIO()
+    Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def make_dataset(folder: Path, samples: int, shard: int = 400, broken: int | None = None) -> Path:
+    """A dataset folder of the design's format; sample `broken` holds bytes that are no image. Each has two captions."""
+    folder.mkdir(parents=True)
+    total, shards = DatasetFingerprint(), []
+    for number, first in enumerate(range(0, samples, shard)):
+        numbers = range(first, min(first + shard, samples))
+        shards.append(write_shard(folder, f"set-{number:06d}", numbers, total, broken))
+    body = {"shards": shards, "rows_in": samples, "written": samples, "merged": 0, "rejected": 0}
+    write_manifest(folder, "dataset", total.hexdigest(), body)
+    return folder
+
+
+def write_shard(folder: Path, stem: str, numbers: range, total: DatasetFingerprint, broken: int | None) -> dict:
+    rows = []
+    with tarfile.open(folder / f"{stem}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i in numbers:
+            data = picture(i) if i != broken else b"no image"
+            key = hashlib.sha256(data).hexdigest()[:32]
+            member = tarfile.TarInfo(f"{key}.jpg")
+            member.size = len(data)
+            offset = tar.offset + 512
+            tar.addfile(member, io.BytesIO(data))
+            colour = list(COLOURS)[i % 3]
+            rows.append(
+                {
+                    **{"row": i, "key": key, "captions": [f"a {colour} picture, number {i}", f"picture {i}"]},
+                    **{"width": 48, "height": 40, "offset": offset, "size": len(data)},
+                    **{
+                        "sha256": hashlib.sha256(data).hexdigest(),
+                        "dhash": i,
+                        "source": f"{i}.jpg",
+                        "source_key": None,
+                    },
+                    **{"id": f"user-{i}", "colour": colour, "held_out": i % 3 != 2},
+                }
+            )
+            total.sample(key, rows[-1]["sha256"], rows[-1]["captions"])
+        total.shard(len(numbers))
+    pq.write_table(pa.Table.from_pylist(rows), folder / f"{stem}.parquet")
+    return {
+        **{"sidecar": f"{stem}.parquet", "sidecar_sha256": file_sha256(folder / f"{stem}.parquet")},
+        **{"tar": f"{stem}.tar", "tar_bytes": (folder / f"{stem}.tar").stat().st_size},
+        **{"tar_sha256": file_sha256(folder / f"{stem}.tar"), "samples": len(numbers)},
+    }
+
+
+def cli(*words: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """`clipwright WORDS` in a process of its own, or in several under torchrun."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+    command = [sys.executable, "-m", *launcher, "clipwright", *map(str, words)]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+
+
+def refused(done: subprocess.CompletedProcess[str], code: str, exit_code: int, *named: object) -> None:
+    """The command ended with this code as its last word, named the culprit, and offered a remedy."""
+    assert done.returncode == exit_code, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error[{code}]: "), done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(last.split(" — ")) >= 4, last
+    for name in named:
+        assert str(name) in last, (name, last)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven samples in three shards."""
+    return make_dataset(tmp_path_factory.mktemp("small") / "data", 7, shard=3)
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory: pytest.TempPathFactory, model: Path, small: Path) -> Path:
+    out = tmp_path_factory.mktemp("embedded") / "embeddings"
+    done = cli("embed", f"model={model}", f"data={small}", "-o", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def indexed(tmp_path_factory: pytest.TempPathFactory, embedded: Path) -> Path:
+    out = tmp_path_factory.mktemp("indexed") / "index"
+    done = cli("index", "build", "flat", f"embeddings={embedded}", "-o", out)
+    assert done.returncode == 0, done.stderr
+    return out
