@@ -1,0 +1,38 @@
+# make demo: from a bare machine with Python 3.11, pip and make to a report.  make test: everything CI runs.
+# TORCH_INDEX: where to find CPU builds of torch, if pip's own index has only CUDA builds
+# (for example TORCH_INDEX=https://download.pytorch.org/whl/cpu).
+TORCH_INDEX ?=
+PYTHON ?= python3
+PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints/cpu.txt \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+SOURCES = clipwright/*.py pipeline data_prep eval tests
+export DS_BUILD_OPS = 0
+export DS_ACCELERATOR = cpu
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	.venv/bin/clipwright demo
+
+test: .venv/installed-dev lint
+	OMP_NUM_THREADS=1 .venv/bin/pytest
+
+lint: .venv/installed-dev
+	.venv/bin/ruff check $(SOURCES)
+	.venv/bin/ruff format --check $(SOURCES)
+	.venv/bin/pyright
+	.venv/bin/lint-imports
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints/cpu.txt | .venv/bin/python
+	$(PIP) -e '.[cpu]'
+	touch $@
+
+.venv/installed-dev: pyproject.toml constraints/cpu.txt | .venv/bin/python
+	$(PIP) -e '.[cpu,dev]'
+	touch $@ .venv/installed
+
+clean:
+	rm -rf demo build dist
