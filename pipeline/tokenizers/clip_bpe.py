@@ -16,6 +16,7 @@ from typing import Literal
 
 import ftfy
 import numpy as np
+import regex
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -41,11 +42,10 @@ class CLIPBPEConfig(TokenizerConfig):
     clean: Literal["openai", "transformers"] = "openai"
 
 
-_WORDS = {
-    # OpenAI compiles its pattern with IGNORECASE, over lower-cased text: all that adds is the long s, a case of s.
-    "openai": r"<\|[sſ]tartoftext\|>|<\|endoftext\|>|'[sſ]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
-    "transformers": r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
-}
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# OpenAI's case-folding over lower-cased text matters twice: `'ſ` is a word, and U+0345, whose other case is a letter,
+# falls out. transformers does not fold.
+_OPENAI_WORDS = regex.compile(_WORDS, regex.IGNORECASE)
 # Printable ASCII, for openai without entities: no cleaning changes it but lower case, and Python's `re` can split it.
 _PLAIN = {"openai": re.compile(r"[\t\n\r -%'-~]*"), "transformers": re.compile(r"[\t\n\r -~]*")}
 _PLAIN_WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
@@ -71,7 +71,7 @@ class CLIPBPE:
         self._tokens = [*single, *(s + "</w>" for s in single), *("".join(m) for m in merges), SOT, EOT]
         vocab = {token: i for i, token in enumerate(self._tokens)}
         self._bpe = models.BPE(vocab, merges, end_of_word_suffix="</w>")
-        self._split = pre_tokenizers.Split(Regex(_WORDS[self.clean]), "removed", invert=True)
+        self._split = pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True)
         self._normalize = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
@@ -116,7 +116,7 @@ class CLIPBPE:
             return _PLAIN_WORDS.findall(text.lower())
         if self.clean == "openai":
             text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-            return [word for word, _ in self._split.pre_tokenize_str(text.lower())]
+            return _OPENAI_WORDS.findall(text.lower())
         words: list[str] = []
         for piece in _SPECIAL.split(text):
             if _SPECIAL.fullmatch(piece):

@@ -1,0 +1,265 @@
+"""CoAtNet's blocks against the formulas of the paper, the equalities of relative attention, counts and init."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.towers.base import IMAGE_TOWERS, parameter_count
+from clipwright.pipeline.towers.coatnet import (
+    CoAtNet,
+    CoAtNetConfig,
+    MBConv,
+    RelativeAttention,
+    Transformer,
+    resize_table,
+)
+
+
+def build(**fields) -> CoAtNet:
+    torch.manual_seed(0)
+    return CoAtNet(CoAtNetConfig(name="x", **fields))
+
+
+def randomise(module: torch.nn.Module) -> None:
+    """Random parameters and batch statistics, in double and eval mode."""
+    torch.manual_seed(1)
+    module.double().eval()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(0.3 * torch.randn_like(p))
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.running_mean.normal_()
+                layer.running_var.uniform_(0.5, 2.0)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def slow_norm(bn: torch.nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    shape = (1, -1, 1, 1)
+    x = (x - bn.running_mean.view(shape)) / (bn.running_var.view(shape) + 1e-5).sqrt()
+    return x * bn.weight.view(shape) + bn.bias.view(shape)
+
+
+def slow_pool(x: torch.Tensor, pool: str) -> torch.Tensor:
+    b, c, h, w = x.shape
+    y = torch.empty(b, c, h // 2, w // 2, dtype=x.dtype)
+    for i in range(h // 2):
+        for j in range(w // 2):
+            low = 1 if pool == "max3" else 0
+            cell = x[:, :, max(2 * i - low, 0) : 2 * i + 2, max(2 * j - low, 0) : 2 * j + 2].flatten(2)
+            y[:, :, i, j] = cell.mean(2) if pool == "avg2" else cell.amax(2)
+    return y
+
+
+def slow_attention(attn: RelativeAttention, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Query by query: softmax over keys of q·k/√32, the table's scalar w[i−j] before or after it."""
+    (height, width), out = grid, attn.out.in_features
+    q, k, v = attn.qkv(x).split(out, dim=2)
+    y = torch.zeros_like(q)
+    for s in range(len(x)):
+        for h in range(out // 32):
+            part = slice(32 * h, 32 * h + 32)
+            for i in range(height * width):
+                scores = k[s, :, part] @ q[s, i, part] / 32**0.5
+                w = torch.zeros_like(scores)
+                if attn.relative != "none":
+                    table = attn.relative_table[h].view(2 * height - 1, 2 * width - 1)
+                    for j in range(height * width):
+                        w[j] = table[i // width - j // width + height - 1, i % width - j % width + width - 1]
+                weights = (scores + w).softmax(0) if attn.relative == "pre" else scores.softmax(0) + w
+                y[s, i, part] = weights @ v[s, :, part]
+    return attn.out(y)
+
+
+@pytest.mark.parametrize("relative", ["pre", "post", "none"])
+def test_relative_attention_is_the_slow_one(relative):
+    attn = RelativeAttention(20, 64, (2, 3), relative)
+    randomise(attn)
+    x = torch.randn(2, 6, 20, dtype=torch.double)
+    close(attn(x), slow_attention(attn, x, (2, 3)))
+
+
+def variants(table: torch.Tensor | float) -> dict[str, RelativeAttention]:
+    """The three kinds with the same projections and the given table."""
+    out = {}
+    for relative in ("pre", "post", "none"):
+        out[relative] = RelativeAttention(32, 64, (3, 3), relative)
+        randomise(out[relative])
+        if relative != "none":
+            with torch.no_grad():
+                out[relative].relative_table.copy_(torch.as_tensor(table, dtype=torch.double))
+    for relative in ("pre", "post"):
+        out[relative].load_state_dict(out["none"].state_dict(), strict=False)
+    return out
+
+
+def test_with_a_zero_table_all_three_agree():
+    x, attn = torch.randn(2, 9, 32, dtype=torch.double), variants(0.0)
+    close(attn["pre"](x), attn["none"](x))
+    close(attn["post"](x), attn["none"](x))
+
+
+def test_a_constant_table_cancels_before_the_softmax_and_adds_the_sum_of_values_after_it():
+    x, attn = torch.randn(2, 9, 32, dtype=torch.double), variants(0.7)
+    close(attn["pre"](x), attn["none"](x))
+    values = attn["none"].qkv(x)[..., 128:].sum(dim=1, keepdim=True)
+    close(attn["post"](x), attn["none"](x) + 0.7 * values @ attn["none"].out.weight.T)
+
+
+def test_post_without_queries_is_a_zero_padded_convolution():
+    """Q = 0 makes the softmax 1/(h·w), which w = kernel − 1/(h·w) takes off again."""
+    side, heads = 5, 2
+    attn = RelativeAttention(16, 64, (side, side), "post")
+    randomise(attn)
+    kernel = torch.randn(heads, 3, 3, dtype=torch.double)
+    table = torch.zeros(heads, 2 * side - 1, 2 * side - 1, dtype=torch.double)
+    # The table's offset is query − key, a convolution's kernel runs over key − query: turned by 180°.
+    table[:, side - 2 : side + 1, side - 2 : side + 1] = kernel.flip(1, 2)
+    with torch.no_grad():
+        attn.qkv.weight[:64] = 0
+        attn.qkv.bias[:64] = 0
+        attn.relative_table.copy_((table - 1 / side**2).flatten(1))
+    x = torch.randn(2, side * side, 16, dtype=torch.double)
+    values = attn.qkv(x)[..., 128:].transpose(1, 2).unflatten(2, (side, side))
+    conv = F.conv2d(values, kernel.repeat_interleave(32, dim=0)[:, None], padding=1, groups=64)
+    close(attn(x), attn.out(conv.flatten(2).transpose(1, 2)))
+
+
+@pytest.mark.parametrize("stride", ["dw", "pw"])
+@pytest.mark.parametrize(("dim", "out", "pool"), [(8, 12, "max2"), (12, 12, "avg2"), (8, 12, "max3"), (12, 12, None)])
+def test_mbconv_is_its_formula(dim, out, pool, stride):
+    block = MBConv(dim, out, pool, stride, drop_path=0.0)
+    randomise(block)
+    x = torch.randn(2, dim, 6, 6, dtype=torch.double)
+    y = torch.einsum("bchw,mc->bmhw", slow_norm(block.norm, x), block.expand.weight[:, :, 0, 0])
+    if pool and stride == "pw":
+        y = y[:, :, ::2, ::2]
+    y = F.gelu(slow_norm(block.norm_expand, y))
+    padded, wide = F.pad(y, (1, 1, 1, 1)), torch.zeros_like(y)
+    for i in range(3):
+        for j in range(3):
+            weight = block.depthwise.weight[:, 0, i, j].view(1, -1, 1, 1)
+            wide = wide + weight * padded[:, :, i : i + y.shape[2], j : j + y.shape[3]]
+    if pool and stride == "dw":
+        wide = wide[:, :, ::2, ::2]
+    y = F.gelu(slow_norm(block.norm_depthwise, wide))
+    se = block.squeeze
+    z = y.mean(dim=(2, 3)) @ se.fc1.weight[:, :, 0, 0].T + se.fc1.bias
+    z = (z * torch.sigmoid(z)) @ se.fc2.weight[:, :, 0, 0].T + se.fc2.bias
+    y = y * torch.sigmoid(z)[:, :, None, None]
+    y = torch.einsum("bmhw,om->bohw", y, block.project.weight[:, :, 0, 0]) + block.project.bias.view(1, -1, 1, 1)
+    shortcut = slow_pool(x, pool) if pool else x
+    if pool and dim != out:
+        shortcut = block.shortcut[1](shortcut)
+    assert len(block.shortcut) == (2 if pool and dim != out else 1 if pool else 0)
+    assert se.fc1.out_channels == out // 4
+    close(block(x), shortcut + y)
+
+
+@pytest.mark.parametrize("pool", ["max2", "avg2", "max3", None])
+def test_transformer_block_pools_the_norm_and_the_shortcut(pool):
+    dim = 16 if pool else 32
+    grid = (2, 2) if pool else (4, 4)
+    block = Transformer(dim, 32, grid, pool, "pre", drop_path=0.0)
+    randomise(block)
+    x = torch.randn(2, dim, 4, 4, dtype=torch.double)
+    tokens = lambda m: m.flatten(2).transpose(1, 2)  # noqa: E731
+    y = F.layer_norm(x.permute(0, 2, 3, 1), (dim,), block.norm1.weight, block.norm1.bias, 1e-6).permute(0, 3, 1, 2)
+    shortcut = block.shortcut[1](slow_pool(x, pool)) if pool else x
+    y = tokens(shortcut) + slow_attention(block.attn, tokens(slow_pool(y, pool) if pool else y), grid)
+    z = F.layer_norm(y, (32,), block.norm2.weight, block.norm2.bias, 1e-6)
+    y = y + block.mlp.fc2(F.gelu(block.mlp.fc1(z)))
+    close(block(x), y.transpose(1, 2).unflatten(2, grid))
+
+
+def formula(config: CoAtNetConfig) -> int:
+    """Sections 7.1 to 7.3 of the specification, block by block."""
+    total = 27 * config.stem + 2 * config.stem + 9 * config.stem**2
+    c, side = config.stem, config.image_size // 2
+    for kind, o, depth in zip(config.layout, config.dims, config.depths, strict=True):
+        side //= 2
+        for i in range(depth):
+            if kind == "C":
+                m, r = 4 * o, o // 4
+                total += 2 * c + c * m + 2 * m + 9 * m + 2 * m + (2 * m * r + r + m) + m * o + o
+            else:
+                table = 0 if config.relative == "none" else (2 * side - 1) ** 2 * o // 32
+                total += 2 * c + 3 * (c * o + o) + table + o * o + o + 2 * o + 8 * o * o + 5 * o
+            total += c * o + o if i == 0 and c != o else 0
+            c = o
+    return total + 2 * c
+
+
+@pytest.mark.parametrize("layout", ["CCTT", "CCCT", "CTTT", "CCCC"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image_size": 96, "stem": 10, "dims": (12, 32, 32, 96), "depths": (2, 1, 3, 1), "relative": "post"},
+        {"image_size": 32, "stem": 12, "dims": (12, 64, 32, 32), "depths": (1, 2, 1, 2), "relative": "none"},
+    ],
+)
+def test_count_formula(layout, fields):
+    tower = build(layout=layout, **fields)
+    assert parameter_count(tower) == formula(CoAtNetConfig(name="x", layout=layout, **fields))
+    assert tower(torch.randn(2, 3, tower.image_size, tower.image_size)).pooled.isfinite().all()
+
+
+# reference/towers.json: the four layouts of variant 0, same widths and depths.
+@pytest.mark.parametrize(
+    ("layout", "count"), [("CCTT", 23_677_228), ("CCCT", 22_174_000), ("CTTT", 23_944_654), ("CCCC", 19_582_720)]
+)
+def test_layout_counts(layout, count):
+    with torch.device("meta"):
+        assert parameter_count(IMAGE_TOWERS.build(IMAGE_TOWERS.preset("coatnet_0", layout=layout))) == count
+
+
+def test_final_norm_comes_before_the_mean():
+    tower = build(image_size=64, stem=8, dims=(8, 16, 32, 64), depths=(1, 1, 1, 1)).eval()
+    out = tower(torch.randn(2, 3, 64, 64))
+    assert torch.equal(out.pooled, out.tokens.mean(dim=1)) and out.grid == (2, 2)
+    normed = (out.tokens - tower.norm.bias) / tower.norm.weight
+    torch.testing.assert_close(normed.mean(dim=2), torch.zeros(2, 4), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("relative", ["pre", "post"])
+def test_init(relative):
+    tower = build(image_size=224, relative=relative)
+    mbconv, block = tower.stages[1][1], tower.stages[2][0]
+    std = lambda t: t.std().item()  # noqa: E731
+    assert std(tower.stem[0].weight) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.1)
+    assert std(mbconv.expand.weight) == pytest.approx((2 / 768) ** 0.5, rel=0.1)
+    assert std(mbconv.depthwise.weight) == pytest.approx((2 / 9) ** 0.5, rel=0.1)  # fan_out counts one group
+    assert std(mbconv.project.weight) == pytest.approx((2 / 192) ** 0.5, rel=0.1)
+    assert mbconv.project.bias.abs().max() == 0 and mbconv.squeeze.fc1.bias.abs().max() == 0
+    for matrix in block.attn.qkv.weight.split(384):
+        assert matrix.abs().max().item() == pytest.approx((6 / (192 + 384)) ** 0.5, rel=0.02)
+    assert block.attn.qkv.bias.abs().max() == 0
+    assert std(block.mlp.fc2.bias) == pytest.approx(1e-6, rel=0.15)
+    table = block.attn.relative_table
+    assert table.shape == (12, 27**2)
+    assert std(table) == pytest.approx(0.02, rel=0.1) if relative == "pre" else table.abs().max() == 0
+
+
+def test_drop_path_rises_over_all_blocks():
+    tower = build(image_size=32, stem=8, dims=(8, 16, 32, 32), depths=(1, 2, 1, 1), drop_path=0.4)
+    rates = [block.drop_path.rate for stage in tower.stages for block in stage]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_tables_are_resized_bilinearly_around_their_centre():
+    ramp = torch.arange(7.0).repeat(7, 1)[None].repeat(2, 1, 1)
+    out = resize_table(ramp.flatten(1), 15 * 15).view(2, 15, 15)
+    assert out[0, 7, 7].item() == pytest.approx(3.0, abs=1e-5)
+    assert torch.allclose(out[0, 4, 3:12], ((torch.arange(3, 12) + 0.5) * 7 / 15 - 0.5), atol=1e-5)
+
+
+def test_width_of_a_transformer_stage_must_hold_whole_heads():
+    with pytest.raises(ClipwrightError) as caught:
+        build(image_size=64, dims=(8, 16, 40, 64))
+    assert caught.value.code == "E_CONFIG_VALUE" and "dims: 40" in caught.value.where

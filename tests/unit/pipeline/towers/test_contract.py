@@ -1,0 +1,245 @@
+"""What every registered tower must do, whichever family it belongs to."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS, ImageTower, TextTower, parameter_count
+
+VOCAB, EOT = 100, 99
+
+# Trainable parameters without classifier and CLIP projection, at each preset's own size (reference/towers.json; the
+# ResNets' attention pool holds the projection; text: without the projection of 512² and 768²).
+COUNTS = {
+    "vit_tiny_patch16": 5_524_416,
+    "vit_small_patch16": 21_665_664,
+    "vit_base_patch32": 87_455_232,
+    "vit_base_patch16": 85_798_656,
+    "vit_large_patch16": 303_301_632,
+    "vit_large_patch14": 303_178_752,
+    "vit_huge_patch14": 630_764_800,
+    "clip_vit_b32": 87_456_000,
+    "clip_vit_b16": 85_799_424,
+    "clip_vit_l14": 303_179_776,
+    "coatnet_0": 23_677_228,
+    "coatnet_1": 40_866_184,
+    "coatnet_2": 72_610_144,
+    "coatnet_4": 271_527_456,
+    "clip_rn50": 38_316_896,
+    "clip_text_b": 63_428_096 - 512 * 512,
+    "clip_text_l": 123_650_304 - 768 * 768,
+}
+# Multiply-adds in units of 10⁹ of convolutions, matrix products and both attention products (gmacs_counted).
+GMACS = {
+    "vit_tiny_patch16": 1.2537,
+    "vit_base_patch32": 4.4092,
+    "vit_base_patch16": 17.5638,
+    "clip_vit_b32": 4.4088 - 768 * 512 / 1e9,
+    "coatnet_0": 4.5459,
+    "coatnet_2": 16.4261,
+    "clip_rn50": 5.7932,
+}
+
+
+def image_tower(name: str, **fields) -> ImageTower:
+    torch.manual_seed(0)
+    return IMAGE_TOWERS.build(IMAGE_TOWERS.preset(name, **fields))
+
+
+def text_tower(name: str, vocab_size: int = VOCAB, eot_id: int = EOT, **fields) -> TextTower:
+    torch.manual_seed(0)
+    return TEXT_TOWERS.build(TEXT_TOWERS.preset(name, **fields), vocab_size=vocab_size, eot_id=eot_id)
+
+
+def smallest(registry, build) -> list[str]:
+    """The smallest preset of each family."""
+    with torch.device("meta"):
+        return [min(family.presets, key=lambda name: parameter_count(build(name))) for family in registry.families]
+
+
+IMAGES, TEXTS = smallest(IMAGE_TOWERS, image_tower), smallest(TEXT_TOWERS, text_tower)
+
+
+@lru_cache
+def other_size(name: str) -> int:
+    """The next larger image size that the tower takes."""
+    start = IMAGE_TOWERS.preset(name).image_size
+    with torch.device("meta"):
+        for size in range(start + 1, 4 * start):
+            try:
+                image_tower(name, image_size=size)
+            except ClipwrightError:
+                continue
+            return size
+    raise AssertionError(name)
+
+
+def pictures(tower: ImageTower) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(3, 3, tower.image_size, tower.image_size, generator=generator)
+
+
+def captions(tower: TextTower) -> torch.Tensor:
+    ids = torch.randint(1, EOT, (3, tower.context), generator=torch.Generator().manual_seed(2))
+    for row, end in enumerate([3, 11, 7]):
+        ids[row, end] = EOT
+    return ids
+
+
+def perturb(tower: torch.nn.Module) -> None:
+    """Moves every parameter away from zero, where some schemes start and hide gradients."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in tower.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=generator)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.mark.parametrize("name", list(IMAGE_TOWERS.entries))
+def test_image_preset_has_its_count_and_shapes(name):
+    with torch.device("meta"):
+        tower = image_tower(name).eval()
+        out = tower(torch.empty(2, 3, tower.image_size, tower.image_size))
+    if name in COUNTS:
+        assert parameter_count(tower) == COUNTS[name]
+    assert out.pooled.shape == (2, tower.feature_dim)
+    assert out.grid is not None
+    assert out.tokens.shape == (2, out.grid[0] * out.grid[1], tower.token_dim)
+    assert out.mask is None
+    assert set(out.extra) == set(tower.extra_names)
+    assert all(vector.shape == out.pooled.shape for vector in out.extra.values())
+
+
+@pytest.mark.parametrize("name", list(TEXT_TOWERS.entries))
+def test_text_preset_has_its_count_and_shapes(name):
+    with torch.device("meta"):
+        tower = text_tower(name, 49408, 49407).eval()
+        out = tower(torch.zeros(2, tower.context, dtype=torch.long))
+    if name in COUNTS:
+        assert parameter_count(tower) == COUNTS[name]
+    assert out.pooled.shape == (2, tower.feature_dim)
+    assert out.tokens.shape == (2, tower.context, tower.feature_dim)
+    assert out.mask is not None and out.mask.shape == (2, tower.context)
+    assert out.grid is None
+
+
+@pytest.mark.parametrize("name", GMACS)
+def test_multiply_adds_are_the_counted_ones(name):
+    with torch.device("meta"):
+        tower = image_tower(name).eval()
+        with FlopCounterMode(display=False) as counter:
+            tower(torch.empty(1, 3, tower.image_size, tower.image_size))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(GMACS[name], rel=5e-3)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_image_shapes_at_two_sizes(name):
+    for size in (IMAGE_TOWERS.preset(name).image_size, other_size(name)):
+        tower = image_tower(name, image_size=size).eval()
+        out = tower(pictures(tower))
+        assert tower.image_size == size
+        assert out.grid is not None
+        assert out.tokens.shape == (3, out.grid[0] * out.grid[1], tower.token_dim)
+        assert out.pooled.isfinite().all() and out.tokens.isfinite().all()
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_size_is_refused_or_handled(name):
+    start = IMAGE_TOWERS.preset(name).image_size
+    for size in (0, -32, start + 1, start + 8):
+        try:
+            tower = image_tower(name, image_size=size)
+        except ClipwrightError as error:
+            assert error.code == "E_CONFIG_VALUE"
+            assert "image_size" in error.where and str(size) in error.where and error.fix
+        else:
+            assert size > 0 and tower.eval()(pictures(tower)).pooled.isfinite().all()
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_of_another_size_is_never_cut(name):
+    tower = image_tower(name).eval()
+    with pytest.raises(AssertionError):
+        tower(torch.zeros(1, 3, tower.image_size + 1, tower.image_size + 1))
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_image_eval_is_deterministic_and_independent_of_the_batch(name):
+    tower = image_tower(name).eval()
+    perturb(tower)
+    x = pictures(tower)
+    with torch.no_grad():
+        out, again, alone = tower(x), tower(x), tower(x[1:2])
+    assert torch.equal(out.pooled, again.pooled) and torch.equal(out.tokens, again.tokens)
+    torch.testing.assert_close(alone.pooled[0], out.pooled[1], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(alone.tokens[0], out.tokens[1], atol=2e-5, rtol=1e-5)
+    assert relative(out.pooled[0], out.pooled[1]) > 1e-4, "pooled does not see the image"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_eval_is_deterministic_and_independent_of_the_batch(name):
+    tower = text_tower(name).eval()
+    ids = captions(tower)
+    with torch.no_grad():
+        out, again, alone = tower(ids), tower(ids), tower(ids[1:2])
+    assert torch.equal(out.pooled, again.pooled)
+    torch.testing.assert_close(alone.pooled[0], out.pooled[1], atol=2e-5, rtol=1e-5)
+    assert out.pooled.isfinite().all() and out.tokens.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*IMAGES, *TEXTS])
+def test_gradient_reaches_every_parameter(name):
+    tower = image_tower(name) if name in IMAGES else text_tower(name)
+    perturb(tower)
+    out = tower(pictures(tower) if isinstance(tower, ImageTower) else captions(tower))
+    sum((v * torch.linspace(-1, 1, v.shape[1])).sum() for v in [out.pooled, *out.extra.values()]).backward()
+    for key, p in tower.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), key
+        assert p.grad.abs().max() > 0, key
+
+
+@pytest.mark.parametrize("name", [*IMAGES, *TEXTS])
+def test_state_dict_round_trip(name):
+    build = image_tower if name in IMAGES else text_tower
+    one, two = build(name).eval(), build(name).eval()
+    perturb(one)
+    two.load_state_dict(one.state_dict(), strict=True)
+    x = pictures(one) if isinstance(one, ImageTower) else captions(one)
+    assert torch.equal(one(x).pooled, two(x).pooled)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_weights_move_to_another_size(name):
+    small = image_tower(name).eval()
+    large = image_tower(name, image_size=other_size(name)).eval()
+    perturb(small)
+    same = small.resized(small.state_dict())
+    assert all(torch.equal(value, same[key]) for key, value in small.state_dict().items())
+    large.load_state_dict(large.resized(small.state_dict()), strict=True)
+    assert large(pictures(large)).pooled.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*IMAGES, *TEXTS])
+def test_bfloat16_stays_near_float32(name):
+    tower = (image_tower if name in IMAGES else text_tower)(name).eval()
+    x = pictures(tower) if isinstance(tower, ImageTower) else captions(tower)
+    with torch.no_grad():
+        full = tower(x).pooled
+        with torch.autocast("cpu", torch.bfloat16):
+            half = tower(x).pooled
+    assert relative(half, full) < 2e-2
+
+
+@pytest.mark.parametrize("name", [*IMAGES, *TEXTS])
+def test_position_tables_are_free_of_decay(name):
+    tower = (image_tower if name in IMAGES else text_tower)(name)
+    tables = [key for key, p in tower.named_parameters() if p.ndim == 2 and ("pos" in key or "table" in key)]
+    assert all(key.endswith(tower.no_weight_decay) for key in tables)

@@ -1,0 +1,133 @@
+"""The causal text tower: a literal forward pass, causality, pooling at EOT, trimming, count and init."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipwright.pipeline.towers.base import TEXT_TOWERS, parameter_count
+from clipwright.pipeline.towers.text import CausalText, CausalTextConfig
+
+EOT = 49
+
+
+def build(vocab_size: int = 50, eot_id: int = EOT, **fields) -> CausalText:
+    torch.manual_seed(0)
+    small = {"context": 16, "width": 24, "depth": 3, "heads": 3}
+    return CausalText(CausalTextConfig(name="x", **{**small, **fields}), vocab_size=vocab_size, eot_id=eot_id).eval()
+
+
+def sentences(ends: list[int], length: int, eot_id: int = EOT) -> torch.Tensor:
+    """Random ids below EOT, one EOT a row, padding 0 after it."""
+    torch.manual_seed(1)
+    ids = torch.randint(1, EOT, (len(ends), length))
+    for row, end in enumerate(ends):
+        ids[row, end], ids[row, end + 1 :] = eot_id, 0
+    return ids
+
+
+def test_forward_is_the_literal_one():
+    tower = build(ln_eps=1e-3).double()
+    with torch.no_grad():
+        for p in tower.parameters():
+            p += 0.1 * torch.randn_like(p)
+    ids, width, heads = sentences([4, 9], 10), 24, 3
+    norm = lambda layer, x: F.layer_norm(x, (width,), layer.weight, layer.bias, 1e-3)  # noqa: E731
+    x = torch.stack([torch.stack([tower.token_embed.weight[i] for i in row]) for row in ids]) + tower.pos_embed[:10]
+    forbidden = torch.full((10, 10), float("-inf"), dtype=torch.double).triu(1)
+    for block in tower.blocks:
+        parts = [part.split(width // heads, dim=2) for part in block.attn.qkv(norm(block.norm1, x)).split(width, 2)]
+        out = []
+        for q, k, v in zip(*parts, strict=True):
+            scores = q @ k.transpose(1, 2) / (width / heads) ** 0.5 + forbidden
+            out.append(scores.softmax(dim=2) @ v)
+        x = x + block.attn.out(torch.cat(out, dim=2))
+        z = block.mlp.fc1(norm(block.norm2, x))
+        x = x + block.mlp.fc2(z * torch.sigmoid(1.702 * z))
+    x = norm(tower.norm, x)
+    out = tower(ids)
+    torch.testing.assert_close(out.tokens, x, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(out.pooled, torch.stack([x[0, 4], x[1, 9]]), atol=1e-10, rtol=1e-10)
+
+
+def test_a_token_does_not_touch_what_stands_before_it():
+    tower, ids = build(), sentences([15, 15], 16)
+    before = tower(ids).tokens
+    for t in (1, 7, 15):
+        changed = ids.clone()
+        changed[:, t] = (ids[:, t] + 5) % EOT
+        after = tower(changed).tokens
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.equal(after[:, t:], before[:, t:])
+
+
+def test_what_follows_eot_is_invisible():
+    tower, ids = build(), sentences([4, 9, 12], 16)
+    pooled, noisy = tower(ids).pooled, ids.clone()
+    for row, end in enumerate([4, 9, 12]):
+        noisy[row, end + 1 :] = torch.randint(0, 50, (15 - end,))  # EOT again among them
+    noisy[0, 5] = EOT
+    assert (tower(noisy).pooled - pooled).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["text_nano", "clip"])
+def test_a_trimmed_batch_gives_the_same_pooled(name):
+    if name == "clip":
+        torch.manual_seed(0)
+        config = TEXT_TOWERS.preset("clip_text_b", depth=4)
+        tower = TEXT_TOWERS.build(config, vocab_size=50, eot_id=EOT).eval()
+    else:
+        tower = build(context=32, width=128, depth=4, heads=4)
+    ids = sentences([4, 9, 12], tower.context)
+    with torch.no_grad():
+        whole = tower(ids).pooled
+        for length in (13, 16, 24):
+            assert (tower(ids[:, :length]).pooled - whole).abs().max() <= 3e-6
+
+
+def test_pooling_at_the_first_eot_is_argmax_for_clips_vocabulary():
+    tower = build(vocab_size=49408, eot_id=49407)
+    ids = sentences([4, 9, 12], 16, eot_id=49407)
+    ids[1, 12] = 49407  # a second EOT
+    out = tower(ids)
+    assert torch.equal(out.pooled, out.tokens[torch.arange(3), ids.argmax(dim=1)])
+
+
+def test_eot_need_not_be_the_largest_id():
+    tower = build(eot_id=2)
+    ids = torch.tensor([[1, 40, 2, 0, 0], [1, 30, 41, 42, 2], [1, 2, 45, 2, 0]])
+    out = tower(ids)
+    assert torch.equal(out.pooled, out.tokens[torch.arange(3), torch.tensor([2, 4, 1])])
+    assert out.mask is not None
+    assert out.mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+
+
+def test_a_row_without_eot_is_read_at_its_end():
+    tower, ids = build(), torch.tensor([[1, 2, 3, 4]])
+    out = tower(ids)
+    assert torch.equal(out.pooled, out.tokens[:, 3]) and out.mask is not None and out.mask.all()
+
+
+def test_longer_than_context_is_refused():
+    with pytest.raises(AssertionError):
+        build()(torch.ones(1, 17, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("v", "n", "w", "depth", "heads"), [(77, 9, 20, 3, 5), (300, 33, 36, 1, 2)])
+def test_count_formula(v, n, w, depth, heads):
+    tower = build(vocab_size=v, context=n, width=w, depth=depth, heads=heads)
+    assert parameter_count(tower) == v * w + n * w + depth * (12 * w * w + 13 * w) + 2 * w
+
+
+def test_init():
+    w, depth = 256, 4
+    tower = build(vocab_size=1000, context=64, width=w, depth=depth, heads=4)
+    assert tower.token_embed.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert tower.pos_embed.std().item() == pytest.approx(0.01, rel=0.05)
+    residual = w**-0.5 * (2 * depth) ** -0.5
+    for block in tower.blocks:
+        matrices = (block.attn.qkv, block.attn.out, block.mlp.fc1, block.mlp.fc2)
+        std = [m.weight.std().item() for m in matrices]
+        assert std == pytest.approx([w**-0.5, residual, (2 * w) ** -0.5, residual], rel=0.05)
+        assert all(m.bias.abs().max() == 0 for m in matrices)
