@@ -30,6 +30,7 @@ CODES: dict[str, tuple[int, str]] = {
     "E_CKPT_NONE": (3, "a checkpoint that was asked for and is missing"),
     "E_CKPT_HASH": (3, "a checkpoint file that is not what its manifest says"),
     "E_NONFINITE": (1, "a loss, gradient or embedding that is not finite"),
+    "E_WORKER": (1, "a worker process that died"),
     "E_PREP_EMPTY": (3, "an input of which no sample could be written"),
     "E_IMG_PATH": (3, "an image path that is missing or leaves the source's root"),
     "E_IMG_EMPTY": (3, "an image of no bytes"),
@@ -54,6 +55,9 @@ class ClipwrightError(Exception):
         super().__init__(code, what, str(where), found, fix)
         self.code, self.what, self.where, self.found, self.fix = code, what, str(where), found, fix
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _remake, self.args  # worker processes hand errors to their parent
+
     @property
     def exit_code(self) -> int:
         return CODES[self.code][0]
@@ -61,3 +65,7 @@ class ClipwrightError(Exception):
     def __str__(self) -> str:
         line = f"error[{self.code}]: {self.what} — {self.where} — {self.found} — {self.fix}"
         return " ".join(line.split())  # one line, whatever a file name or a library's message holds
+
+
+def _remake(code: str, what: str, where: str, found: str, fix: str) -> ClipwrightError:
+    return ClipwrightError(code, what, where=where, found=found, fix=fix)

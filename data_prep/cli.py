@@ -1,0 +1,5 @@
+"""Commands of data_prep."""
+
+import typer
+
+app = typer.Typer()

@@ -1,0 +1,126 @@
+"""The plan: which row leads a sample, which rows are its twins, and which rows go to which shard."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipwright.data_prep.engines import Engine
+from clipwright.data_prep.sources.base import Record, Source
+from clipwright.pipeline import pixels
+from clipwright.pipeline.core.records import atomic_write
+
+Duplicates = Literal["merge", "first", "keep"]
+CHUNK = 1024  # rows hashed by one task
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """The rows that lead the samples of one shard, their twins by leading row, and what the plan knows of them.
+
+    `copies`: row → number of the copy, for second and later rows of an image that are kept. `keys`: keys of the
+    leading rows as they were when the plan was made, or None where they were not looked at.
+    """
+
+    number: int
+    rows: np.ndarray
+    twins: dict[int, list[int]]
+    copies: dict[int, int]
+    keys: list[str] | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """For each row: its key (S32, empty when it has no image; None when not looked at), leading row, copy number."""
+
+    keys: np.ndarray | None
+    heads: np.ndarray
+    copies: np.ndarray
+
+    def tasks(self, samples: int) -> Iterator[ShardTask]:
+        """Shards of `samples` leading rows each; twins go where their leading row goes."""
+        rows = np.arange(len(self.heads))
+        leading = np.flatnonzero(self.heads == rows)
+        following = np.flatnonzero(self.heads != rows)
+        following = following[np.argsort(self.heads[following], kind="stable")]
+        of = self.heads[following]
+        for number, start in enumerate(range(0, len(leading), samples)):
+            mine = leading[start : start + samples]
+            first, last = np.searchsorted(of, [mine[0], mine[-1] + 1])
+            twins: dict[int, list[int]] = {}
+            for head, row in zip(of[first:last].tolist(), following[first:last].tolist(), strict=True):
+                twins.setdefault(head, []).append(row)
+            again = mine[self.copies[mine] > 0]
+            copies = dict(zip(again.tolist(), self.copies[again].tolist(), strict=True))
+            keys = None if self.keys is None else [key.decode() for key in self.keys[mine].tolist()]
+            yield ShardTask(number, mine, twins, copies, keys)
+
+    def shards(self, samples: int) -> int:
+        return -(-int((self.heads == np.arange(len(self.heads))).sum()) // samples)
+
+    def save(self, path: Path) -> None:
+        assert self.keys is not None
+        names = pa.array([key.decode() or None for key in self.keys.tolist()], pa.string())
+        table = pa.table({"row": np.arange(len(self.heads)), "key": names, "head": self.heads, "copy": self.copies})
+        out = io.BytesIO()
+        pq.write_table(table, out, compression="zstd")
+        atomic_write(path, out.getvalue())
+
+    @staticmethod
+    def load(path: Path) -> Plan:
+        table = pq.read_table(path)
+        keys = np.array([(key or "").encode() for key in table["key"].to_pylist()], dtype="S32")
+        return Plan(keys, table["head"].to_numpy(), table["copy"].to_numpy())
+
+
+def record_key(record: Record) -> str:
+    """The key of a row's image, or an empty string when it has none."""
+    if record.image is None:
+        return ""
+    return pixels.bytes_key(record.image) if isinstance(record.image, bytes) else pixels.pixel_key(record.image)
+
+
+def hash_rows(source: Source, rows: range) -> tuple[int, list[str]]:
+    """The keys of a stretch of rows, and where it starts."""
+    return rows.start, [record_key(record) for record in source.read(rows)]
+
+
+def make_plan(source: Source, duplicates: Duplicates, engine: Engine | None) -> Plan:
+    """Hashes all rows on `engine` and decides what to do with equal images; None for a source without any."""
+    rows = np.arange(source.count)
+    if engine is None:
+        return Plan(None, rows, np.zeros_like(rows))
+    keys = np.zeros(source.count, dtype="S32")
+    chunks = (range(start, min(start + CHUNK, source.count)) for start in range(0, source.count, CHUNK))
+    for start, found in engine.run(_hash, chunks):
+        keys[start : start + len(found)] = found
+    return decide(keys, duplicates)
+
+
+def _hash(state: object, rows: range) -> tuple[int, list[str]]:
+    source = getattr(state, "source", None)
+    assert isinstance(source, Source)
+    return hash_rows(source, rows)
+
+
+def decide(keys: np.ndarray, duplicates: Duplicates) -> Plan:
+    """Equal keys in plan order: the first leads and the others follow it, or each is a numbered copy (keep)."""
+    rows = np.arange(len(keys))
+    heads, copies = rows.copy(), np.zeros_like(rows)
+    order = np.argsort(keys, kind="stable")
+    order = order[keys[order] != b""]
+    if len(order):
+        starts = np.r_[True, keys[order][1:] != keys[order][:-1]]
+        first = np.flatnonzero(starts)[np.cumsum(starts) - 1]
+        if duplicates == "keep":
+            copies[order] = np.arange(len(order)) - first
+        else:
+            heads[order] = order[first]
+    return Plan(keys, heads, copies)
