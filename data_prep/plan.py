@@ -13,12 +13,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipwright.data_prep.engines import Engine
+from clipwright.data_prep.images import ImagesConfig
 from clipwright.data_prep.sources.base import Record, Source
 from clipwright.pipeline import pixels
 from clipwright.pipeline.core.records import atomic_write
 
 Duplicates = Literal["merge", "first", "keep"]
 CHUNK = 1024  # rows hashed by one task
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all shards of a run share; it travels to the workers once."""
+
+    source: Source
+    images: ImagesConfig
+    duplicates: Duplicates
+    folder: Path
+    name: str
 
 
 @dataclass(frozen=True)
@@ -87,27 +99,21 @@ def record_key(record: Record) -> str:
     return pixels.bytes_key(record.image) if isinstance(record.image, bytes) else pixels.pixel_key(record.image)
 
 
-def hash_rows(source: Source, rows: range) -> tuple[int, list[str]]:
-    """The keys of a stretch of rows, and where it starts."""
-    return rows.start, [record_key(record) for record in source.read(rows)]
+def hash_rows(job: Job, rows: range) -> tuple[int, list[str]]:
+    """Where a stretch of rows starts, and the keys of its rows."""
+    return rows.start, [record_key(record) for record in job.source.read(rows)]
 
 
-def make_plan(source: Source, duplicates: Duplicates, engine: Engine | None) -> Plan:
-    """Hashes all rows on `engine` and decides what to do with equal images; None for a source without any."""
-    rows = np.arange(source.count)
-    if engine is None:
-        return Plan(None, rows, np.zeros_like(rows))
-    keys = np.zeros(source.count, dtype="S32")
-    chunks = (range(start, min(start + CHUNK, source.count)) for start in range(0, source.count, CHUNK))
-    for start, found in engine.run(_hash, chunks):
+def make_plan(job: Job, engine: Engine) -> Plan:
+    """Hashes all rows on `engine` and decides what to do with equal images; a distinct source needs neither."""
+    count = job.source.count
+    if job.source.distinct:
+        return Plan(None, np.arange(count), np.zeros(count, dtype=np.int64))
+    keys = np.zeros(count, dtype="S32")
+    chunks = (range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
+    for start, found in engine.run(hash_rows, chunks):
         keys[start : start + len(found)] = found
-    return decide(keys, duplicates)
-
-
-def _hash(state: object, rows: range) -> tuple[int, list[str]]:
-    source = getattr(state, "source", None)
-    assert isinstance(source, Source)
-    return hash_rows(source, rows)
+    return decide(keys, job.duplicates)
 
 
 def decide(keys: np.ndarray, duplicates: Duplicates) -> Plan:

@@ -7,20 +7,20 @@ import json
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipwright.data_prep.captions import choose
-from clipwright.data_prep.images import ImagesConfig, Stored, store
-from clipwright.data_prep.plan import Duplicates, ShardTask, record_key
-from clipwright.data_prep.sources.base import Record, Source
+from clipwright.data_prep.images import Stored, store
+from clipwright.data_prep.plan import Job, ShardTask, record_key
+from clipwright.data_prep.sources.base import Record
 from clipwright.pipeline.core.captions import CaptionError
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import canonical_json, write_json
+from clipwright.pipeline.core.records import canonical_json, fsync_folder, write_json
 from clipwright.pipeline.pixels import PixelError
 
 WORK = ".prep"  # what a run keeps in its output until it has finished
@@ -51,17 +51,6 @@ REJECTS = pa.schema(
         ("record", pa.string()),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """What all shards of a run share; it travels to the workers once."""
-
-    source: Source
-    images: ImagesConfig
-    duplicates: Duplicates
-    folder: Path
-    name: str
 
 
 def user_columns(schema: pa.Schema) -> pa.Schema:
@@ -95,7 +84,7 @@ def write_shard(job: Job, task: ShardTask) -> dict[str, Any]:
     try:
         twins = {record.row: replace(record, image=None) for record in job.source.read(_twin_rows(task))}
         known = task.keys or [None] * len(task.rows)
-        for record, key in zip(job.source.read(task.rows), known, strict=True):
+        for record, key in zip(job.source.read(task.rows.tolist()), known, strict=True):
             shard.sample(record, [twins[row] for row in task.twins.get(record.row, [])], key, task.copies)
         return shard.close()
     except OSError as error:
@@ -126,7 +115,7 @@ class _Shard:
         self.tar_path, self.sidecar_path = job.folder / f"{self.stem}.tar", job.folder / f"{self.stem}.parquet"
         self.file: BinaryIO = _staged(self.tar_path).open("wb")
         self.hashing = _Hashing(self.file)
-        self.tar = TarWriter(self.hashing, mtime=0, user="", group="", encoder=False)
+        self.tar = TarWriter(cast(Any, self.hashing), mtime=0, user="", group="", encoder=False)
         self.rows: list[dict[str, Any]] = []
         self.columns: list[pa.RecordBatch] = []
         self.rejects: list[dict[str, Any]] = []
@@ -134,7 +123,7 @@ class _Shard:
 
     def sample(self, record: Record, twins: list[Record], known: str | None, copies: dict[int, int]) -> None:
         """Writes a row and accounts for its twins, or rejects them all for the same reason."""
-        key = record_key(record)
+        key, merge = record_key(record), self.job.duplicates == "merge"
         if known is not None and key != known:
             raise ClipwrightError(
                 "E_INPUT",
@@ -147,7 +136,6 @@ class _Shard:
             if record.image is None:
                 assert record.reject is not None, record.source
                 raise PixelError(*record.reject)
-            merge = self.job.duplicates == "merge"
             captions, dropped = choose([*record.captions, *(c for t in twins if merge for c in t.captions)])
             stored = store(record.image, self.job.images)
         except (PixelError, CaptionError) as error:
@@ -230,6 +218,7 @@ class _Shard:
         part = rejects_path(self.job.folder, self.number)
         _write_table(pa.Table.from_pylist(self.rejects, schema=REJECTS), part)
         _staged(part).replace(part)
+        fsync_folder(self.job.folder)
         write_json(receipt_path(self.job.folder, self.number), receipt)
         return receipt
 

@@ -1,0 +1,133 @@
+"""The output folder of a run: whose it is, whether it is unfinished or finished, and starting over."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from clipwright.data_prep.shards import WORK
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.records import MANIFEST, STATUS, read_manifest, write_json
+
+CONFIG, PLAN, REJECTS = "config.yaml", "plan.parquet", "rejects.parquet"
+IDENTITY = "identity.json"
+# What a run leaves that ended before its first shard, or in which no row was good.
+_LEFT = {STATUS, CONFIG, PLAN, REJECTS, WORK}
+_SHARD = re.compile(r"[\w-]+-\d{6}\.(tar|parquet)(\.partial)?")
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds it against a second run at the same time (E_OUTPUT)."""
+    (folder / WORK).mkdir(parents=True, exist_ok=True)
+    with (folder / WORK / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _taken(folder, "another run writes it now", "wait for it or give another folder") from None
+        yield
+
+
+def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a folder that this very config has finished; None when there is work to do.
+
+    Raises E_OUTPUT for a folder that is not ours, E_RESUME for one of another config, E_DATA_HASH for a finished one
+    whose shards are gone.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise _taken(folder, "a file of this name", "give another name")
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder, "dataset")
+        _same(folder, manifest.get("identity", {}), identity, "finished")
+        _all_there(folder, manifest)
+        return manifest
+    known = folder / WORK / IDENTITY
+    if known.is_file():
+        _same(folder, json.loads(known.read_text(encoding="utf-8")), identity, "unfinished")
+    elif folder.is_dir() and (odd := sorted({path.name for path in folder.iterdir()} - _LEFT)):
+        raise _taken(folder, f"it holds {', '.join(odd[:3])}", "give a new or an empty folder")
+    return None
+
+
+def start(folder: Path, identity: Mapping[str, Any], resolved_yaml: str) -> None:
+    """Notes what this run is, and clears what an interrupted one left half-written."""
+    for path in [*folder.glob("*.partial"), *(folder / WORK).glob("*.partial")]:
+        path.unlink()
+    write_json(folder / WORK / IDENTITY, identity)
+    (folder / CONFIG).write_text(resolved_yaml, encoding="utf-8")
+
+
+def clear(folder: Path) -> None:
+    """Removes what earlier runs wrote, the manifest first, and nothing else. E_OUTPUT for a folder that is not ours."""
+    if not folder.is_dir():
+        return
+    ours = (folder / WORK / IDENTITY).is_file()
+    if (folder / MANIFEST).exists():
+        ours = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("format") == "dataset"
+    names = {path.name for path in folder.iterdir()}
+    odd = sorted(n for n in names - _LEFT - {MANIFEST} if not (ours and _SHARD.fullmatch(n)))
+    if odd or (MANIFEST in names and not ours):
+        found = f"it holds {', '.join(odd[:3]) or 'a manifest of another format'}"
+        raise _taken(folder, found, "remove it yourself or give another folder")
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for name in names - {MANIFEST, WORK}:
+        (folder / name).unlink()
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+
+
+def release(folder: Path) -> None:
+    """Ends the run: what it kept for resuming is no longer needed."""
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+
+
+def _taken(folder: Path, found: str, fix: str) -> ClipwrightError:
+    return ClipwrightError("E_OUTPUT", "an output folder that cannot be used", where=folder, found=found, fix=fix)
+
+
+def _all_there(folder: Path, manifest: Mapping[str, Any]) -> None:
+    for shard in manifest["shards"]:
+        tar = folder / shard["tar"]
+        if not (folder / shard["sidecar"]).is_file() or not tar.is_file() or tar.stat().st_size != shard["tar_bytes"]:
+            raise ClipwrightError(
+                "E_DATA_HASH",
+                "a finished dataset of which a shard is missing or changed",
+                where=tar,
+                found=f"the manifest says {shard['tar_bytes']} bytes, with a sidecar beside it",
+                fix="restore it, or make the dataset again with --fresh",
+            )
+
+
+def _same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], state: str) -> None:
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    if changed:
+        shown = [f"{name}: {_short(old.get(name))} → {_short(new.get(name))}" for name in changed[:6]]
+        more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+        raise ClipwrightError(
+            "E_RESUME",
+            f"an {state} dataset of another config"
+            if state == "unfinished"
+            else "a finished dataset of another config",
+            where=folder,
+            found="; ".join(shown) + more,
+            fix="give another folder, undo the change, or start over with --fresh",
+        )
+
+
+def _leaves(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{place}.{key}" if place else str(key))
+    else:
+        yield place, tree
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"

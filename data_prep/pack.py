@@ -1,0 +1,210 @@
+"""Preparation: plan → engine → shards → finish, from a source of pairs to a dataset folder."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from clipwright.data_prep import output
+from clipwright.data_prep.engines import Engine, workers_for
+from clipwright.data_prep.images import ImagesConfig
+from clipwright.data_prep.plan import CHUNK, Duplicates, Job, Plan, make_plan
+from clipwright.data_prep.shards import REJECTS, read_receipt, rejects_path, write_shard
+from clipwright.data_prep.sources.base import SOURCES, Source, SourceConfig
+from clipwright.pipeline.core.config import Choice, Resolved
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.records import DatasetFingerprint, atomic_write, file_entries, write_manifest
+from clipwright.pipeline.core.registry import configclass
+
+
+@configclass
+class ShardsConfig:
+    """Shards NAME-000000.tar, NAME-000001.tar, … of so many samples each."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,40}$")] = "data"
+    samples: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+
+
+@configclass
+class RuntimeConfig:
+    """How a run is carried out, which changes nothing about its result. `workers: 0` takes one a core."""
+
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+
+
+@configclass
+class PrepConfig:
+    """From pairs to a dataset folder.
+
+    `duplicates` says what becomes of rows with equal image bytes: `merge` gives the first all captions, `first` drops
+    the others, `keep` keeps all under numbered keys.
+    """
+
+    source: Annotated[SourceConfig, Choice(SOURCES)]
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
+    duplicates: Duplicates = "merge"
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run gives back: its manifest, and whether the folder was finished before."""
+
+    manifest: dict[str, Any]
+    already: bool
+
+
+def open_source(config: PrepConfig) -> Source:
+    """The source a config names; E_PREP_EMPTY when it has no row."""
+    source = SOURCES.build(config.source)
+    if source.count == 0:
+        raise ClipwrightError(
+            "E_PREP_EMPTY",
+            "no rows",
+            where=f"source {config.source.name}",
+            found="the input has 0 rows, or source.where leaves none",
+            fix="check source.path and source.where",
+        )
+    return source
+
+
+def identity_of(resolved: Resolved[PrepConfig], source: Source) -> dict[str, Any]:
+    """The config as identity: no runtime, files by name and content."""
+    identity = {**resolved.identity(), "source": source.identity()}
+    return json.loads(json.dumps(identity, default=str))  # a date in `where` is a date to YAML, not to JSON
+
+
+def prepare(resolved: Resolved[PrepConfig], folder: Path, *, fresh: bool = False, quiet: bool = False) -> Prepared:
+    """Writes the dataset folder that a config describes, or goes on where an earlier run of it stopped.
+
+    Shards, sidecars and manifest depend on input and config alone, not on workers. Raises ClipwrightError:
+    E_PREP_EMPTY when no sample could be written, E_RESUME, E_OUTPUT, E_WORKER, and what the source raises.
+    """
+    config = resolved.value
+    source = open_source(config)
+    identity = identity_of(resolved, source)
+    if fresh:
+        output.clear(folder)
+    if (manifest := output.finished(folder, identity)) is not None:
+        return Prepared(manifest, True)
+    with output.claim(folder):
+        output.start(folder, identity, resolved.yaml())
+        job = Job(source, config.images, config.duplicates, folder, config.shards.name)
+        receipts = _run(job, config, _plugins(resolved), quiet)
+        manifest = _finish(job, config, identity, receipts)
+        output.release(folder)
+    return Prepared(manifest, False)
+
+
+def _plugins(resolved: Resolved[PrepConfig]) -> list[tuple[str, str]]:
+    return [
+        (path, plugin["sha256"])
+        for path, plugin in zip(resolved.tree.get("plugins", []), resolved.plugins, strict=True)
+    ]
+
+
+def _run(job: Job, config: PrepConfig, plugins: list[tuple[str, str]], quiet: bool) -> list[dict[str, Any]]:
+    """Plans, then writes the shards that are not there yet; the receipts of all, in order."""
+    size = config.shards.samples
+    most = max(-(-job.source.count // size), 1 if job.source.distinct else -(-job.source.count // CHUNK))
+    with Engine(workers_for(config.runtime.workers, most), job, plugins) as engine:
+        plan = _plan(job, engine)
+        progress = Progress("prep", job.source.count, "rows", quiet=quiet)
+        receipts: dict[int, dict[str, Any]] = {}
+        for number in range(plan.shards(size)):
+            if (receipt := read_receipt(job.folder, number)) is not None:
+                receipts[number] = receipt
+        todo = (task for task in plan.tasks(size) if task.number not in receipts)
+        for receipt in engine.run(write_shard, todo):
+            receipts[receipt["shard"]] = receipt
+            lost = sum(receipt["rejects"].values())
+            progress.add(receipt["samples"] + lost, lost - receipt["merged"])
+    return [receipts[number] for number in sorted(receipts)]
+
+
+def _plan(job: Job, engine: Engine) -> Plan:
+    if job.source.distinct:
+        return make_plan(job, engine)
+    path = job.folder / output.PLAN
+    if path.is_file() and read_plan_of_this_run(job, path):
+        return Plan.load(path)
+    plan = make_plan(job, engine)
+    plan.save(path)
+    return plan
+
+
+def read_plan_of_this_run(job: Job, path: Path) -> bool:
+    """Whether a plan found in the folder has this input's rows; identity has been compared before."""
+    return pq.read_metadata(path).num_rows == job.source.count
+
+
+def _finish(job: Job, config: PrepConfig, identity: dict[str, Any], receipts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Joins the rejects, checks that every row stands exactly once, fingerprints, and writes the manifest last."""
+    rejects = pa.concat_tables([pq.read_table(rejects_path(job.folder, r["shard"])) for r in receipts])
+    rejects = rejects.sort_by("row")
+    sink = pa.BufferOutputStream()
+    pq.write_table(rejects.cast(REJECTS), sink, compression="zstd")
+    atomic_write(job.folder / output.REJECTS, sink.getvalue().to_pybytes())
+    reasons = Counter(rejects["reason"].to_pylist())
+    written, merged = sum(r["samples"] for r in receipts), reasons.get("merged", 0)
+    if written == 0:
+        raise _empty(job, reasons, rejects)
+    shards = [r for r in receipts if r["samples"]]
+    fingerprint = DatasetFingerprint()
+    seen = np.zeros(job.source.count, dtype=np.int64)
+    np.add.at(seen, rejects["row"].to_numpy(), 1)
+    for sidecar in _sidecars(job.folder, shards, fingerprint):
+        np.add.at(seen, sidecar, 1)
+    assert (seen == 1).all(), "a plan row that stands not exactly once"
+    names = ("sidecar", "sidecar_sha256", "tar", "tar_bytes", "tar_sha256", "samples")
+    others = [name for name in (output.PLAN, output.REJECTS) if (job.folder / name).is_file()]
+    body = {
+        "name": config.shards.name,
+        "shards": [{name: shard[name] for name in names} for shard in shards],
+        "rows_in": job.source.count,
+        "written": written,
+        "merged": merged,
+        "rejected": rejects.num_rows - merged,
+        "rejects": dict(sorted((reason, n) for reason, n in reasons.items() if reason != "merged")),
+        "captions": sum(r["captions"] for r in receipts),
+        "captions_dropped": sum(r["captions_dropped"] for r in receipts),
+        "files": file_entries(job.folder, others),
+        "identity": identity,
+    }
+    return write_manifest(job.folder, "dataset", fingerprint.hexdigest(), body)
+
+
+def _sidecars(folder: Path, shards: list[dict[str, Any]], fingerprint: DatasetFingerprint) -> Iterator[np.ndarray]:
+    """Feeds each sidecar to the fingerprint and gives its plan rows."""
+    for shard in shards:
+        table = pq.read_table(folder / shard["sidecar"], columns=["row", "key", "sha256", "captions"])
+        columns = (table[name].to_pylist() for name in ("key", "sha256", "captions"))
+        for key, sha256, captions in zip(*columns, strict=True):
+            fingerprint.sample(key, sha256, captions)
+        fingerprint.shard(shard["samples"])
+        yield table["row"].to_numpy()
+
+
+def _empty(job: Job, reasons: Counter[str], rejects: pa.Table) -> ClipwrightError:
+    first = rejects.slice(0, 1).to_pylist()[0]
+    counts = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common())
+    # So that the mended input is not held against this run.
+    output.release(job.folder)
+    return ClipwrightError(
+        "E_PREP_EMPTY",
+        "no sample could be written",
+        where=job.folder / output.REJECTS,
+        found=f"{job.source.count} rows: {counts}; the first is {first['source']}: {first['detail']}",
+        fix="look at the rejects, mend the input or the column names, and run again",
+    )
