@@ -25,7 +25,7 @@ from clipwright.pipeline.tokenizers.base import TOKENIZERS
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}
 
 
-def make_model(folder: Path, dim: int = 16, seed: int = 0, scale: float = 1.0) -> Path:
+def _make_model(folder: Path, dim: int = 16, seed: int = 0, scale: float = 1.0) -> Path:
     """A model folder of random weights; a huge `scale` makes its embeddings overflow."""
     torch.manual_seed(seed)
     tree = resolve(
@@ -43,7 +43,7 @@ def make_model(folder: Path, dim: int = 16, seed: int = 0, scale: float = 1.0) -
     return folder
 
 
-def picture(i: int) -> bytes:
+def _picture(i: int) -> bytes:
     """A noisy JPEG, another for every number."""
     colour = list(COLOURS.values())[i % 3]
     noise = np.random.default_rng(i).integers(-30, 30, (40, 48, 3))
@@ -52,23 +52,23 @@ def picture(i: int) -> bytes:
     return file.getvalue()
 
 
-def make_dataset(folder: Path, samples: int, shard: int = 400, broken: int | None = None) -> Path:
+def _make_dataset(folder: Path, samples: int, shard: int = 400, broken: int | None = None) -> Path:
     """A dataset folder of the design's format; sample `broken` holds bytes that are no image. Each has two captions."""
     folder.mkdir(parents=True)
     total, shards = DatasetFingerprint(), []
     for number, first in enumerate(range(0, samples, shard)):
         numbers = range(first, min(first + shard, samples))
-        shards.append(write_shard(folder, f"set-{number:06d}", numbers, total, broken))
+        shards.append(_write_shard(folder, f"set-{number:06d}", numbers, total, broken))
     body = {"shards": shards, "rows_in": samples, "written": samples, "merged": 0, "rejected": 0}
     write_manifest(folder, "dataset", total.hexdigest(), body)
     return folder
 
 
-def write_shard(folder: Path, stem: str, numbers: range, total: DatasetFingerprint, broken: int | None) -> dict:
+def _write_shard(folder: Path, stem: str, numbers: range, total: DatasetFingerprint, broken: int | None) -> dict:
     rows = []
     with tarfile.open(folder / f"{stem}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for i in numbers:
-            data = picture(i) if i != broken else b"no image"
+            data = _picture(i) if i != broken else b"no image"
             key = hashlib.sha256(data).hexdigest()[:32]
             member = tarfile.TarInfo(f"{key}.jpg")
             member.size = len(data)
@@ -98,7 +98,7 @@ def write_shard(folder: Path, stem: str, numbers: range, total: DatasetFingerpri
     }
 
 
-def cli(*words: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+def _cli(*words: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """`clipwright WORDS` in a process of its own, or in several under torchrun."""
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
     command = [sys.executable, "-m", *launcher, "clipwright", *map(str, words)]
@@ -106,7 +106,7 @@ def cli(*words: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
 
-def refused(done: subprocess.CompletedProcess[str], code: str, exit_code: int, *named: object) -> None:
+def _refused(done: subprocess.CompletedProcess[str], code: str, exit_code: int, *named: object) -> None:
     """The command ended with this code as its last word, named the culprit, and offered a remedy."""
     assert done.returncode == exit_code, done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -118,20 +118,45 @@ def refused(done: subprocess.CompletedProcess[str], code: str, exit_code: int, *
 
 
 @pytest.fixture(scope="session")
+def cli():
+    return _cli
+
+
+@pytest.fixture(scope="session")
+def refused():
+    return _refused
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    return _make_model
+
+
+@pytest.fixture(scope="session")
+def make_dataset():
+    return _make_dataset
+
+
+@pytest.fixture(scope="session")
+def picture():
+    return _picture
+
+
+@pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "model")
+    return _make_model(tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven samples in three shards."""
-    return make_dataset(tmp_path_factory.mktemp("small") / "data", 7, shard=3)
+    return _make_dataset(tmp_path_factory.mktemp("small") / "data", 7, shard=3)
 
 
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory: pytest.TempPathFactory, model: Path, small: Path) -> Path:
     out = tmp_path_factory.mktemp("embedded") / "embeddings"
-    done = cli("embed", f"model={model}", f"data={small}", "-o", out)
+    done = _cli("embed", f"model={model}", f"data={small}", "-o", out)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -139,6 +164,6 @@ def embedded(tmp_path_factory: pytest.TempPathFactory, model: Path, small: Path)
 @pytest.fixture(scope="session")
 def indexed(tmp_path_factory: pytest.TempPathFactory, embedded: Path) -> Path:
     out = tmp_path_factory.mktemp("indexed") / "index"
-    done = cli("index", "build", "flat", f"embeddings={embedded}", "-o", out)
+    done = _cli("index", "build", "flat", f"embeddings={embedded}", "-o", out)
     assert done.returncode == 0, done.stderr
     return out

@@ -1,0 +1,114 @@
+"""Benchmarks: right numbers from models whose answers are known, and refusals through the command."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from clipwright.eval.benchmarks import retrieval, search
+from clipwright.eval.benchmarks.base import BENCHMARKS, Context, EvalRuntime
+from clipwright.eval.search.index import open_version
+from clipwright.eval.search.query import Searcher
+from clipwright.pipeline.data.reader import Dataset
+
+
+class Knowing:
+    """A stand-in model: sees number i in the i-th image it is shown and in every text that says `i`."""
+
+    embed_dim, fingerprint = 64, "f" * 64
+
+    def __init__(self, wrong: int = 0) -> None:
+        self.wrong, self.seen = wrong, 0
+
+    def view(self, data: bytes) -> np.ndarray:
+        return np.zeros((2, 2, 3), np.uint8)
+
+    def embed_images(self, views: np.ndarray) -> torch.Tensor:
+        numbers = torch.arange(self.seen, self.seen + len(views))
+        self.seen += len(views)
+        return torch.eye(64)[torch.where(numbers < self.wrong, 63, numbers)]
+
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        return torch.eye(64)[[int(re.findall(r"\d+", text)[0]) for text in texts]]
+
+
+@pytest.mark.parametrize(("wrong", "share"), [(0, 1.0), (5, 18 / 23)])
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_retrieval_of_a_model_with_known_answers(make_dataset, batch, wrong, share, tmp_path):
+    data = Dataset(make_dataset(tmp_path / "data", 23, shard=5))
+    numbers = retrieval.score(Knowing(wrong), data, batch=batch, workers=2)
+    assert (numbers["i2t"]["n"], numbers["t2i"]["n"]) == (23, 46)
+    assert all(numbers[way][f"r{k}"] == pytest.approx(share) for way in ("i2t", "t2i") for k in (1, 5, 10))
+    assert numbers["t2i"]["chance_r10"] == pytest.approx(10 / 23)
+
+
+class Coloured(Knowing):
+    """Answers every text with the first row that has the text's colour, as the index itself holds it."""
+
+    def __init__(self, index) -> None:
+        self.index = index
+
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        metadata = self.index.rows["metadata"].to_pylist()
+        first = [next(i for i, row in enumerate(metadata) if row["colour"] in text) for text in texts]
+        return torch.from_numpy(np.stack([self.index.faiss.reconstruct(int(self.index.ids[i])) for i in first]))
+
+
+def test_search_counts_hits_of_equal_columns(indexed, monkeypatch):
+    index = open_version(indexed)
+    searcher = Searcher(index, Coloured(index))
+    monkeypatch.setattr(search, "open_index", lambda *_: searcher)
+    config = BENCHMARKS.preset("search", template="a {colour} one", where={"held_out": True}, k=3, seed=1)
+    context = Context("search", None, None, str(indexed), EvalRuntime())
+    numbers = BENCHMARKS.build(config).run(context).numbers
+    assert [q["query"] for q in numbers["queries"]] == ["a green one", "a red one"]  # blue is not held out
+    assert [q["relevant"] for q in numbers["queries"]] == [2, 3]
+    for query, colour in zip(numbers["queries"], ("green", "red"), strict=True):
+        hits = searcher.search(text=colour, k=3)
+        assert query["hits_right"] == sum(hit["metadata"]["colour"] == colour for hit in hits) >= 1
+    rights = [q["hits_right"] for q in numbers["queries"]]
+    assert numbers["mean_precision_at_3"] == pytest.approx(sum(rights) / 6)
+    assert (numbers["n"], numbers["k"], numbers["chance"]) == (2, 3, pytest.approx(2.5 / 7))
+    shown = [BENCHMARKS.build(replace(config, seed=seed)).run(context).numbers["query"] for seed in (*range(9), 0)]
+    assert set(shown) == {"a green one", "a red one"} and shown[0] == shown[-1]
+
+
+def test_report_is_what_json_prints(cli, refused, model, small, indexed, tmp_path):
+    out = tmp_path / "report"
+    done = cli("eval", "retrieval", f"model={model}", f"data={small}", "-o", out, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report == json.loads((out / "report.json").read_text())
+    assert report["fingerprints"]["data"] == Dataset(small).fingerprint
+    assert report["config"]["data"] == {"name": small.name, "fingerprint": Dataset(small).fingerprint}
+    assert {"r1", "r5", "r10", "n"} <= report["retrieval"]["i2t"].keys() & report["retrieval"]["t2i"].keys()
+    again = cli("eval", "retrieval", f"model={model}", f"data={small}", "runtime.batch=2", "-o", out)
+    assert again.returncode == 0 and "R@10" in again.stdout
+    other = cli("eval", "search", f"index={indexed}", "benchmark.template={colour}", "-o", out)
+    refused(other, "E_OUTPUT", 2, out, "--fresh")
+
+
+def test_search_suite_through_the_command(cli, indexed):
+    done = cli("eval", "search", f"index={indexed}", "benchmark.template={colour}", "benchmark.k=5", "--json")
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads(done.stdout)["search"]
+    assert [q["query"] for q in numbers["queries"]] == ["blue", "green", "red"]
+    assert numbers["mean_precision_at_5"] == pytest.approx(np.mean([q["hits_right"] for q in numbers["queries"]]) / 5)
+
+
+def test_what_cannot_be_measured_is_an_error(cli, refused, make_model, make_dataset, model, small, indexed, tmp_path):
+    broken = make_dataset(tmp_path / "broken", 7, shard=3, broken=4)
+    key = Dataset(broken).sidecar(1)["key"][1].as_py()
+    refused(cli("eval", "retrieval", f"model={model}", f"data={broken}"), "E_IMG_FORMAT", 3, key, "set-000001.tar")
+    empty = make_dataset(tmp_path / "empty", 0)
+    refused(cli("eval", "retrieval", f"model={model}", f"data={empty}"), "E_DATA_SMALL", 3, empty)
+    refused(cli("eval", "retrieval", f"model={model}"), "E_CONFIG_VALUE", 2, "retrieval", "data=DIR")
+    refused(cli("eval", "search", f"index={indexed}", "benchmark.template={color}"), "E_COLUMN", 3, "color", "'colour'")
+    never = cli("eval", "search", f"index={indexed}", "benchmark.template={colour}", "benchmark.where.colour=pink")
+    refused(never, "E_CONFIG_VALUE", 2, "benchmark.where", "pink")
+    refused(cli("eval", "search", f"index={indexed}", "benchmark.template={"), "E_CONFIG_VALUE", 2, "template")
+    overflow = make_model(tmp_path / "overflow", scale=3e38)
+    refused(cli("eval", "retrieval", f"model={overflow}", f"data={small}"), "E_NONFINITE", 1, "image ")

@@ -1,0 +1,117 @@
+"""Embedding folders: the same rows from one process and from two, whole or absent."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from clipwright.pipeline.core.records import file_sha256
+from clipwright.pipeline.data.reader import Dataset
+
+
+def read(folder: Path) -> tuple[np.ndarray, list[dict]]:
+    names = sorted(json.loads((folder / "manifest.json").read_text())["files"])
+    vectors = [np.load(folder / name) for name in names if name.endswith(".npy")]
+    rows = [row for name in names if name.endswith(".parquet") for row in pq.read_table(folder / name).to_pylist()]
+    return np.concatenate(vectors).astype(np.float32), rows
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("samples", [1, 7, 1001])
+def test_one_and_two_processes_agree(cli, make_dataset, samples, model, tmp_path):
+    data = make_dataset(tmp_path / "data", samples, shard=3 if samples < 10 else 400)
+    keys = [key for s in range(len(Dataset(data).sizes)) for key in Dataset(data).sidecar(s)["key"].to_pylist()]
+    found = {}
+    for ranks in (1, 2):
+        out = tmp_path / f"ranks-{ranks}"
+        done = cli("embed", f"model={model}", f"data={data}", "-o", out, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("embedded") == 1
+        vectors, rows = found[ranks] = read(out)
+        assert [row["key"] for row in rows] == keys and len(set(keys)) == samples
+        assert len(vectors) == samples
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=2e-3)
+        assert not list(out.glob(".*"))
+        assert json.loads((out / "status.json").read_text())["exit_code"] == 0
+    assert len(list((tmp_path / "ranks-2").glob("part-*.npy"))) == min(samples, 2)
+    np.testing.assert_allclose(found[1][0], found[2][0], atol=1e-3)
+    assert found[1][1] == found[2][1]
+
+
+def test_rows_say_what_they_are(embedded, small):
+    _, rows = read(embedded)
+    data = Dataset(small)
+    row, sidecar = rows[4], data.sidecar(1).slice(1, 1).to_pylist()[0]
+    assert row["key"] == sidecar["key"] and row["caption"] == sidecar["captions"][0]
+    assert row["metadata"] == {name: sidecar[name] for name in ("id", "colour", "held_out")}
+    with (small / row["tar"]).open("rb") as tar:
+        tar.seek(row["offset"])
+        assert tar.read(row["size"]) == data.image(1, 1)
+
+
+def test_text_has_a_row_for_each_caption(cli, model, small, tmp_path):
+    done = cli("embed", f"model={model}", f"data={small}", "what=text", "runtime.batch=4", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    vectors, rows = read(tmp_path / "out")
+    assert len(vectors) == len(rows) == 14
+    assert [row["caption"] for row in rows] == [caption for row in rows[::2] for caption in row["captions"]]
+
+
+def test_again_is_already_done_and_other_inputs_are_refused(cli, refused, model, small, embedded, tmp_path):
+    out = shutil.copytree(embedded, tmp_path / "out")
+    before = file_sha256(out / "manifest.json")
+    again = cli("embed", f"model={model}", f"data={small}", "-o", out)
+    assert again.returncode == 0 and "already embedded" in again.stdout
+    refused(cli("embed", f"model={model}", f"data={small}", "what=text", "-o", out), "E_OUTPUT", 2, out, "what")
+    assert file_sha256(out / "manifest.json") == before
+    fresh = cli("embed", f"model={model}", f"data={small}", "what=text", "-o", out, "--fresh", "--json")
+    assert json.loads(fresh.stdout)["rows"] == 14 and len(read(out)[0]) == 14
+
+
+def test_unfinished_folder_is_finished(cli, refused, model, small, embedded, tmp_path):
+    out = shutil.copytree(embedded, tmp_path / "out")
+    (out / "manifest.json").unlink()
+    (out / ".part-00007.npy.partial").write_bytes(b"left by a killed process")
+    refused(cli("index", "build", f"embeddings={out}", "-o", tmp_path / "index"), "E_MANIFEST", 3, out)
+    assert not (tmp_path / "index").exists()
+    assert cli("embed", f"model={model}", f"data={small}", "-o", out).returncode == 0
+    assert not list(out.glob(".*")) and len(read(out)[0]) == 7
+
+
+@pytest.mark.xdist_group("ranks")
+def test_one_failing_rank_fails_all_and_leaves_nothing(cli, make_dataset, model, tmp_path):
+    data = make_dataset(tmp_path / "data", 7, shard=3, broken=5)
+    key = Dataset(data).sidecar(1)["key"][2].as_py()
+    for ranks, exit_code in ((1, 3), (2, 1)):  # torchrun turns every failure into 1
+        out = tmp_path / f"out-{ranks}"
+        done = cli("embed", f"model={model}", f"data={data}", "-o", out, ranks=ranks)
+        assert done.returncode == exit_code, done.stderr
+        [line] = [line for line in done.stderr.splitlines() if line.startswith("error[")]
+        assert line.startswith("error[E_IMG_FORMAT]") and key in line and "set-000001.tar" in line and "prep" in line
+        status = json.loads((out / "status.json").read_text())
+        assert (status["exit_code"], status["error"]["code"]) == (3, "E_IMG_FORMAT")
+        assert [path.name for path in out.iterdir()] == ["status.json"]
+
+
+def test_refuses_what_is_not_what_it_says(cli, refused, make_model, model, small, tmp_path):
+    out = tmp_path / "out"
+    changed = shutil.copytree(small, tmp_path / "changed")
+    tar = changed / "set-000002.tar"
+    content = bytearray(tar.read_bytes())
+    content[700] ^= 1
+    tar.write_bytes(content)
+    refused(cli("embed", f"model={model}", f"data={changed}", "-o", out), "E_DATA_HASH", 3, tar.name)
+    (changed / "manifest.json").unlink()
+    refused(cli("embed", f"model={model}", f"data={changed}", "-o", out), "E_MANIFEST", 3, changed)
+    assert not out.exists() or [path.name for path in out.iterdir()] == ["status.json"]
+    broken = make_model(tmp_path / "broken", scale=3e38)
+    refused(cli("embed", f"model={broken}", f"data={small}", "-o", out), "E_NONFINITE", 1, "image ")
+
+
+def test_does_not_write_into_a_folder_of_other_things(cli, refused, model, small, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    refused(cli("embed", f"model={model}", f"data={small}", "-o", tmp_path), "E_OUTPUT", 2, tmp_path, "notes.txt")
+    assert {path.name for path in tmp_path.iterdir()} <= {"notes.txt", "status.json"}
