@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -13,6 +15,7 @@ from clipwright.pipeline.cli import app as pipeline_app
 from clipwright.pipeline.core.command import COMMANDS, Call, command, load_kind
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.nearest import nearest
+from clipwright.pipeline.core.registry import configclass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,12 +39,57 @@ REGISTRIES = {
 }
 
 
-@command(app, "demo", kind="clipwright.demo:DemoConfig")
+@configclass
+class DemoConfig:
+    """`steps`: name → a command line of ours; `{demo}` stands for the output folder, `{seed}` for the seed."""
+
+    seed: int
+    steps: dict[str, str]
+
+
+@command(app, "demo", kind="clipwright.cli:DemoConfig")
 def demo(call: Call) -> None:
     """Run every stage on rendered pictures, on a CPU, in minutes; ends with a report and a search."""
-    from clipwright.demo import run_demo
+    import time
 
-    run_demo(call)
+    from clipwright.pipeline.core.config import read_yaml
+    from clipwright.pipeline.core.records import write_json
+
+    out = call.out = call.out or Path("demo")
+    config: DemoConfig = call.load(base=read_yaml(Path(__file__).parent / "configs" / "demo.yaml")).value
+    report: dict[str, Any] = {}
+    for number, (name, line) in enumerate(config.steps.items(), 1):
+        words = [word.format(demo=out, seed=config.seed) for word in shlex.split(line)]
+        call.say(f"{number}/{len(config.steps)} {name}: clipwright {shlex.join(words)}")
+        if call.dry_run:
+            continue
+        started = time.monotonic()
+        report[name] = _demo_step([*words, *(["--quiet"] if call.quiet else []), *(["--fresh"] if call.fresh else [])])
+        report[name]["seconds"] = round(time.monotonic() - started, 1)
+    if call.dry_run:
+        return
+    report["seconds"] = round(sum(step["seconds"] for step in report.values()), 1)
+    write_json(out / "report.json", report)
+    search = report["search"]
+    text = (
+        f"“{search['query']}”: {search['hits_right']} of the first {search['k']} hits are right; over all held-out "
+        f"combinations {search['mean_precision_at_10']:.0%}\n"
+        f"a smoke test on toy pictures, not a useful model\nreport {out / 'report.json'}"
+    )
+    call.finish(report, text, then=f"clipwright search {out / 'index'} text='{search['query']}'")
+
+
+def _demo_step(words: list[str]) -> dict[str, Any]:
+    """One command line in a process of its own, as a user would run it; its result as JSON."""
+    import json
+    import subprocess
+
+    done = subprocess.run(
+        [sys.executable, "-m", "clipwright", *words, "--json"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise typer.Exit(done.returncode)  # the step has said why
+    return json.loads(done.stdout)
 
 
 @command(app, "list", metavar="WHAT")

@@ -6,8 +6,7 @@ torch.distributed or DeepSpeed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -15,21 +14,21 @@ from torch import Tensor, nn
 from clipwright.pipeline.core.registry import Registry, configclass
 
 
-@dataclass
-class TowerOutput:
+class TowerOutput(NamedTuple):
     """What every tower returns.
 
-    pooled (B, D); tokens (B, N, T): patch tokens only, row-major, after the final norm where there is one (text: all
-    positions), T = D but for towers that say otherwise (`token_dim`); grid (h, w) with N = h·w (text: None); mask
-    (B, N): which text positions are real (images: None); extra: further pooled vectors (B, D) by name, each with its
-    own projection.
+    pooled (B, D); tokens (B, N, D): patch tokens only, row-major, after the final norm where there is one (text: all
+    positions); grid (h, w) with N = h·w (text: None); mask (B, N): which text positions are real (images: None);
+    extra: further pooled vectors (B, D) by name, each with its own projection.
+    A named tuple, not a dataclass: DeepSpeed's ZeRO-3 hooks look for tensors in tuples, lists and dicts only, and a
+    tower whose output they cannot see loses its own parameters in the backward pass.
     """
 
     pooled: Float[Tensor, "b d"]
-    tokens: Float[Tensor, "b n t"]
+    tokens: Float[Tensor, "b n d"]
     grid: tuple[int, int] | None = None
     mask: Bool[Tensor, "b n"] | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, Tensor] = {}  # noqa: RUF012  never written to
 
 
 @configclass

@@ -1,0 +1,77 @@
+"""Shared fixtures, and the rule that a test may be skipped only for a reason in allowed-skips.txt."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.modules.setdefault("conftest_root", sys.modules[__name__])
+
+ALLOWED = set((Path(__file__).parent / "allowed-skips.txt").read_text(encoding="utf-8").split("\n")) - {""}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or hasattr(session.config, "workerinput"):
+        return
+    for report in reporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if reason.removeprefix("Skipped: ") not in ALLOWED:
+            reporter.write_line(f"not an allowed reason to skip: {report.nodeid}: {reason}", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+class Cli:
+    """Runs `python -m clipwright` as a user would, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(
+        self, *words: object, code: int = 0, ranks: int = 0, env: dict[str, str] | None = None, timeout: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable, "-m"]
+        if ranks:
+            launcher += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m"]
+        done = subprocess.run(
+            [*launcher, "clipwright", *map(str, words)],
+            cwd=self.folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def json(self, *words: object, **options: Any) -> Any:
+        """The one JSON object a command prints with --json as its only stdout."""
+        return json.loads(self(*words, "--json", **options).stdout)
+
+    def error(self, *words: object, code: int) -> str:
+        """The error line of a failing command: its last line on stderr."""
+        done = self(*words, code=code)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    return Cli(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The development-only photo sets beside the checkout."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/data")
+    return folder

@@ -1,0 +1,50 @@
+"""A small dataset of rendered pictures and the settings of a small run, shared by the tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Two blocks and 32 pixels: seconds, not minutes, and every mechanism of a large run.
+SMALL = [
+    *("image.name=vit_nano", "image.image_size=32", "image.depth=2", "text.depth=2", "embed_dim=64"),
+    *("schedule.global_batch=16", "runtime.threads=1", "runtime.workers=1", "runtime.log_every=1", "precision=fp32"),
+]
+
+
+class Small:
+    """Runs `clipwright train` with small settings; `cli`, `losses` and `settings` for tests that need the pieces."""
+
+    settings = SMALL
+
+    def __call__(self, folder: Path, *words: object, **options: Any) -> Any:
+        return self.cli(folder)("train", *SMALL, *words, **options)
+
+    def cli(self, folder: Path) -> Any:
+        # Found by name: tests are no package that could be imported from.
+        return sys.modules["conftest_root"].Cli(folder)
+
+    def losses(self, run: Path) -> list[dict[str, Any]]:
+        return losses(run)
+
+
+@pytest.fixture(scope="session")
+def small() -> Small:
+    return Small()
+
+
+def losses(run: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 rendered pictures in three shards, made by the command a user would run."""
+    cli = Small().cli(tmp_path_factory.mktemp("scenes"))
+    cli("prep", "scenes", "source.count=96", "source.image_size=32", "shards.samples=32", "-o", "data")
+    return cli.folder / "data"

@@ -1,0 +1,78 @@
+"""Two processes against one: same losses, norms and parameters under every ZeRO stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+SGD = ["optim.name=sgd", "optim.lr=0.05", "optim.weight_decay=0", "schedule.warmup=0", "schedule.decay=constant"]
+ADAMW = ["optim.name=adamw", "optim.lr=1e-3", "optim.eps=1e-6", "schedule.warmup=64"]
+
+
+@pytest.fixture(scope="session")
+def reference(scenes: Path, tmp_path_factory: pytest.TempPathFactory, small: Any) -> dict[str, Path]:
+    """One process, ZeRO 0: what every other layout must equal."""
+    folder = tmp_path_factory.mktemp("reference")
+    for name, optim in (("sgd", SGD), ("adamw", ADAMW)):
+        small(folder, f"data.train={scenes}", "schedule.samples=320", *optim, "-o", name)
+    return {name: folder / name for name in ("sgd", "adamw")}
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_two_ranks_equal_one_under_sgd(zero: int, scenes: Path, reference: dict, tmp_path: Path, small: Any) -> None:
+    """SGD without warm-up: AdamW would hide a gradient wrong by a constant factor."""
+    words = [f"data.train={scenes}", "schedule.samples=320", f"runtime.zero={zero}", *SGD, "-o", "run"]
+    small(tmp_path, *words, ranks=2)
+    ours, theirs = small.losses(tmp_path / "run"), small.losses(reference["sgd"])
+    assert [line["step"] for line in ours] == list(range(1, 21))
+    for mine, other in zip(ours, theirs, strict=True):
+        for field in ("loss", "grad_norm", "scale"):
+            assert mine[field] == pytest.approx(other[field], rel=1e-5, abs=1e-5), (mine["step"], field)
+    assert ours[-1]["loss"] < 0.95 * ours[0]["loss"]
+    mine, other = (load_file(run / "checkpoints/step-00000020/model.safetensors") for run in (tmp_path / "run", reference["sgd"]))
+    assert mine.keys() == other.keys()
+    for name, tensor in mine.items():
+        assert torch.allclose(tensor, other[name], rtol=0, atol=1e-5), name
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_two_ranks_equal_one_under_adamw(zero: int, scenes: Path, reference: dict, tmp_path: Path, small: Any) -> None:
+    words = [f"data.train={scenes}", "schedule.samples=320", f"runtime.zero={zero}", *ADAMW, "-o", "run"]
+    small(tmp_path, *words, ranks=2)
+    pairs = zip(small.losses(tmp_path / "run"), small.losses(reference["adamw"]), strict=True)
+    assert all(mine["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-5) for mine, other in pairs)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_one_process_runs_every_stage(zero: int, scenes: Path, reference: dict, tmp_path: Path, small: Any) -> None:
+    words = [f"data.train={scenes}", "schedule.samples=320", f"runtime.zero={zero}", *SGD, "-o", "run"]
+    small(tmp_path, *words)
+    pairs = zip(small.losses(tmp_path / "run"), small.losses(reference["sgd"]), strict=True)
+    for mine, other in pairs:
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-5)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5, abs=1e-5)
+
+
+def test_clipping_is_what_the_config_says(scenes: Path, tmp_path: Path, small: Any) -> None:
+    """DeepSpeed clips at 1.0 when it is told nothing: `optim.clip=0` must mean none, and the norm is logged unclipped."""
+    common = [f"data.train={scenes}", "schedule.samples=64", *SGD]
+    small(tmp_path, *common, "optim.clip=0", "-o", "off")
+    small(tmp_path, *common, "optim.clip=1e-3", "-o", "on")
+    off, on = small.losses(tmp_path / "off"), small.losses(tmp_path / "on")
+    assert off[0]["grad_norm"] == pytest.approx(on[0]["grad_norm"], rel=1e-6)
+    assert off[0]["grad_norm"] > 0.01
+    assert off[0]["loss"] - off[-1]["loss"] > 10 * abs(on[0]["loss"] - on[-1]["loss"])
+
+
+def test_ranks_that_cannot_share_the_batch_are_refused(scenes: Path, tmp_path: Path, small: Any) -> None:
+    words = [f"data.train={scenes}", "schedule.global_batch=15", "schedule.samples=30", "-o", "run"]
+    done = small(tmp_path, *words, ranks=2, code=1)  # torchrun turns every exit code into 1
+    assert "error[E_BATCH]" in done.stderr and "schedule.global_batch=15" in done.stderr
+    assert "take a multiple of 2" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,118 @@
+"""A run that was killed goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+STEPS = ["schedule.samples=480", "schedule.warmup=64", "runtime.save_every=10", "runtime.keep=9"]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(scenes: Path, tmp_path_factory: pytest.TempPathFactory, small: Any) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    small(folder, f"data.train={scenes}", *STEPS, "-o", "run")
+    return folder / "run"
+
+
+def start(folder: Path, words: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "clipwright", "train", *words],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def stop_after(process: subprocess.Popen[str], run: Path, steps: int, number: int) -> tuple[int, str]:
+    """Sends a signal once `steps` steps stand in the log."""
+    log, deadline = run / "log.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= steps):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def same(run: Path, other: Path, small: Any) -> None:
+    ours, theirs = small.losses(run), small.losses(other)
+    assert [line["step"] for line in ours] == list(range(1, 31))  # each step stands once
+    assert [(line["loss"], line["grad_norm"]) for line in ours] == [(o["loss"], o["grad_norm"]) for o in theirs]
+    last = "checkpoints/step-00000030/model.safetensors"
+    assert (run / last).read_bytes() == (other / last).read_bytes()
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_a_killed_run_resumes_bit_identically(
+    zero: int, scenes: Path, uninterrupted: Path, tmp_path: Path, small: Any
+) -> None:
+    words = [*small.settings, f"data.train={scenes}", *STEPS, f"runtime.zero={zero}", "-o", "run"]
+    code, _ = stop_after(start(tmp_path, words), tmp_path / "run", 14, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    other = uninterrupted
+    if zero:
+        small(tmp_path, f"data.train={scenes}", *STEPS, f"runtime.zero={zero}", "-o", "whole")
+        other = tmp_path / "whole"
+    done = small(tmp_path, f"data.train={scenes}", *STEPS, f"runtime.zero={zero}", "-o", "run")
+    assert "resuming at step 10" in done.stdout or "resuming at step 20" in done.stdout
+    same(tmp_path / "run", other, small)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    number: int, code: int, scenes: Path, uninterrupted: Path, tmp_path: Path, small: Any
+) -> None:
+    words = [*small.settings, f"data.train={scenes}", *STEPS, "-o", "run"]
+    got, errors = stop_after(start(tmp_path, words), tmp_path / "run", 3, number)
+    assert got == code and "Traceback" not in errors
+    done = small(tmp_path, f"data.train={scenes}", *STEPS, "-o", "run")
+    first = int(done.stdout.split("resuming at step ")[1].split()[0])
+    assert 3 <= first < 30
+    same(tmp_path / "run", uninterrupted, small)
+
+
+def test_a_broken_checkpoint_is_skipped_loudly_and_all_broken_is_an_error(
+    scenes: Path, uninterrupted: Path, tmp_path: Path, small: Any
+) -> None:
+    words = [f"data.train={scenes}", *STEPS, "-o", "run"]
+    small(tmp_path, *words, "runtime.stop_at=25")
+    run = tmp_path / "run"
+    saved = sorted((run / "checkpoints").iterdir())
+    assert [p.name for p in saved] == ["step-00000010", "step-00000020", "step-00000025"]
+    with (saved[2] / "model.safetensors").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"\xff\x00\xff")
+    done = small(tmp_path, *words)
+    assert "skipping a broken checkpoint" in done.stderr and "resuming at step 20" in done.stdout
+    same(run, uninterrupted, small)
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "loss.safetensors").unlink()
+    line = small.cli(tmp_path).error("train", *small.settings, *words, code=3)
+    assert line.startswith("error[E_CKPT_HASH]") and "run" in line and "--fresh" in line
+
+
+def test_another_config_or_folder_is_refused(scenes: Path, tmp_path: Path, small: Any) -> None:
+    words = [f"data.train={scenes}", *STEPS, "-o", "run"]
+    small(tmp_path, *words, "runtime.stop_at=2")
+    cli = small.cli(tmp_path)
+    line = cli.error("train", *small.settings, *words, "optim.lr=0.7", "seed=3", code=2)
+    assert line.startswith("error[E_RESUME]") and "optim.lr" in line and "seed: 0 → 3" in line and "--fresh" in line
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    line = cli.error("train", *small.settings, *words[:-1], "full", code=2)
+    assert line.startswith("error[E_OUTPUT]") and "thesis.txt" in line and "empty folder" in line
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+    done = small(tmp_path, *words, "seed=3", "runtime.stop_at=1", "--fresh")
+    assert "resuming" not in done.stdout
