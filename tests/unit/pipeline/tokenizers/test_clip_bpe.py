@@ -49,7 +49,7 @@ CASES = [
         "caf\u00e9 cafe\u0301",
         "A\u030a \u00c5 \u212b",
         "\u1e9b\u0323",
-    "x\u0345y !\u0345? \u03b1\u0345",
+        "x\u0345y !\u0345? \u03b1\u0345",
         "İstanbul ISTANBUL ıi",
         "ΟΔΟΣ ὈΔΥΣΣΕΎΣ Σ",
         "STRAẞE straße",
