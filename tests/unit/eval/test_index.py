@@ -50,6 +50,7 @@ def test_every_row_finds_itself_over_uneven_parts(tmp_path):
     index = open_version(tmp_path / "index")
     scores, ids = index.faiss.search(rows, 1)
     captions = index.rows["caption"].to_pylist()
+    assert captions == [f"caption {i}" for i in range(len(rows))]  # part order is the dataset's
     assert [captions[i] for i in ids[:, 0]] == [f"caption {i}" for i in range(len(rows))]
     np.testing.assert_allclose(scores[:, 0], np.linalg.norm(rows, axis=1), atol=1e-5)
 
