@@ -64,7 +64,10 @@ class EmbedConfig:
 
 
 class Ranks:
-    """The processes of one embedding run, by accelerate: one, or what torchrun or `accelerate launch` started."""
+    """The processes of one embedding run, by accelerate: one, or what torchrun or `accelerate launch` started.
+
+    `accelerate launch` starts several on GPUs only; on a CPU (accelerate 1.15) it starts one, torchrun as many as told.
+    """
 
     def __init__(self) -> None:
         # Told of no GPU, accelerate takes launched processes for a group (gloo); left to itself it sees loners.
