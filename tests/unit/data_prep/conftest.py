@@ -1,0 +1,54 @@
+"""Small inputs for preparation."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from clipwright.data_prep.pack import Prepared, PrepConfig, prepare
+from clipwright.pipeline.core.config import resolve
+
+
+def picture_bytes(seed: int, width: int = 48, height: int = 36, format: str = "JPEG", **options: Any) -> bytes:
+    """A picture that `seed` alone decides."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(out, format, **options)
+    return out.getvalue()
+
+
+@pytest.fixture
+def picture() -> Callable[..., bytes]:
+    return picture_bytes
+
+
+@pytest.fixture
+def write_table(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a parquet table of `image` bytes, `captions` lists and any other columns."""
+
+    def write(images: Sequence[bytes], captions: Sequence[Any], name: str = "pairs.parquet", **columns: Any) -> Path:
+        typed = {"image": pa.array(images, pa.binary()), "captions": pa.array(captions, pa.list_(pa.string()))}
+        path = tmp_path / name
+        pq.write_table(pa.table({**typed, **columns}), path, row_group_size=7)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run_prep() -> Callable[..., Prepared]:
+    """Runs preparation in this process, as the command does."""
+
+    def run(out: Path, *overrides: str, fresh: bool = False) -> Prepared:
+        resolved = resolve(PrepConfig, overrides=["runtime.workers=1", *overrides])
+        return prepare(resolved, out, fresh=fresh, quiet=True)
+
+    return run

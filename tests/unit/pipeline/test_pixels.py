@@ -1,0 +1,266 @@
+"""Pixels: awkward and hostile files, orientation, modes, CLIP's view, keys."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipwright.pipeline import pixels
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def smooth(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """A picture without hard edges, so that a JPEG of it is close to it."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def saved(image: Image.Image | np.ndarray, format: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(out, format, **options)
+    return out.getvalue()
+
+
+def refused(data: bytes) -> tuple[str, str]:
+    with pytest.raises(pixels.PixelError) as caught:
+        pixels.decode(data)
+    return caught.value.args
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_orientations_come_out_upright(format: str, orientation: int) -> None:
+    picture = smooth(61, 43)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if format == "WEBP" else {"quality": 98} if format == "JPEG" else {}
+    data = saved(picture, format, exif=exif, **options)
+    turned = Image.fromarray(picture)
+    wanted = np.asarray(turned.transpose(TURNS[orientation]) if orientation > 1 else turned)
+    got, header = pixels.decode(data), pixels.probe(data)
+    assert got.shape == wanted.shape
+    assert np.abs(got.astype(int) - wanted).mean() < (3 if format == "JPEG" else 1e-9)
+    assert (header.height, header.width) == got.shape[:2]
+    assert (header.stored_width, header.stored_height, header.orientation) == (61, 43, orientation)
+    assert not header.plain
+
+
+def test_modes_become_rgb_as_they_look() -> None:
+    grey = np.linspace(0, 255, 16 * 12).reshape(12, 16).astype(np.uint8)
+    as_rgb = np.repeat(grey[..., None], 3, axis=2)
+    assert (pixels.decode(saved(grey, "PNG")) == as_rgb).all()
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert (pixels.decode(saved(deep, "PNG")) == as_rgb).all()
+    assert (pixels.decode(saved(deep, "TIFF")) == as_rgb).all()
+    unit = Image.fromarray(grey.astype(np.float32) / 255)
+    assert np.abs(pixels.decode(saved(unit, "TIFF")).astype(int) - as_rgb).max() <= 1
+    bits = Image.fromarray(grey).convert("1")
+    assert (pixels.decode(saved(bits, "PNG")) == np.asarray(bits.convert("RGB"))).all()
+    cmyk = Image.fromarray(smooth(32, 24)).convert("CMYK")
+    assert np.abs(pixels.decode(saved(cmyk, "JPEG", quality=98)).astype(int) - smooth(32, 24)).mean() < 4
+    lab = Image.new("LAB", (4, 4), (128, 128, 128))
+    assert np.ptp(pixels.decode(saved(lab, "TIFF"))) <= 3  # neutral stays grey
+
+
+def test_transparency_is_laid_on_white() -> None:
+    red = np.zeros((8, 8, 4), dtype=np.uint8)
+    red[..., 0], red[:, :4, 3], red[:, 4:, 3] = 255, 0, 128
+    for data in (saved(red, "PNG"), saved(red, "WEBP", lossless=True, exact=True), saved(red, "TIFF")):
+        got = pixels.decode(data)
+        assert (got[:, :4] == 255).all() and (got[0, 4] == (255, 127, 127)).all()
+        assert not pixels.probe(data).plain
+    half = np.full((8, 8, 2), (0, 128), dtype=np.uint8)
+    assert (pixels.decode(saved(Image.fromarray(half, "LA"), "PNG")) == 127).all()
+    palette = Image.fromarray(red[..., :3]).quantize(2)
+    assert (pixels.decode(saved(palette, "PNG", transparency=palette.getpixel((0, 0)))) == 255).all()
+
+
+def test_broken_files_are_refused_and_never_padded(capfd: pytest.CaptureFixture[str]) -> None:
+    picture = smooth(200, 150)
+    assert refused(b"")[0] == "E_IMG_EMPTY"
+    code, detail = refused(b"\n<!DOCTYPE html><html>not found</html>")
+    assert code == "E_IMG_FORMAT" and "text/html" in detail
+    assert refused(saved(picture, "PPM"))[0] == "E_IMG_FORMAT"
+    assert refused(b"\xff\xd8\xff\xe0nothing")[0] == "E_IMG_TRUNCATED"
+    for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
+        data = saved(picture, format)
+        assert pixels.decode(data).shape == picture.shape
+        for share in (0.3, 0.7, 0.9):
+            assert refused(data[: int(len(data) * share)])[0] == "E_IMG_TRUNCATED", (format, share)
+    assert refused(saved(picture, "JPEG", progressive=True)[:-900])[0] == "E_IMG_TRUNCATED"
+    data = bytearray(saved(picture, "PNG"))
+    data[data.index(b"IDAT") + 60] ^= 1
+    code, detail = refused(bytes(data))
+    assert code == "E_IMG_TRUNCATED" and "CRC" in detail
+    assert capfd.readouterr().err == ""
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG whose header declares a size, with hardly any data."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "limit"),
+    [(30_000, 30_000, "64000000"), (8001, 8000, "64000000"), (16_385, 300, "16384"), (1, 101, "100")],
+)
+def test_sizes_beyond_the_limits_are_refused_before_decoding(width: int, height: int, limit: str) -> None:
+    started = time.monotonic()
+    code, detail = refused(png_header(width, height))
+    assert code == "E_IMG_PIXELS"
+    if width < 20_000:  # beyond that Pillow speaks first
+        assert f"{width} x {height}" in detail and limit in detail
+    assert time.monotonic() - started < 0.5
+
+
+def test_sizes_at_the_limits_pass() -> None:
+    for width, height in ((8000, 8000), (16_384, 164), (1, 100)):
+        assert pixels.probe(png_header(width, height)).width == width
+
+
+def test_jpeg_header_of_65500_a_side_is_refused() -> None:
+    data = bytearray(saved(smooth(16, 16), "JPEG"))
+    place = data.index(b"\xff\xc0") + 5
+    data[place : place + 4] = (65_500).to_bytes(2, "big") * 2
+    assert refused(bytes(data))[0] == "E_IMG_PIXELS"
+
+
+@pytest.mark.parametrize("size", [(300, 200), (97, 301), (224, 224), (50, 70), (1001, 600)])
+@pytest.mark.parametrize("side", [64, 224])
+def test_evaluation_view_is_clips(size: tuple[int, int], side: int) -> None:
+    width, height = size
+    picture = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    short = min(size)
+    wide, high = int(side * width / short), int(side * height / short)
+    whole = Image.fromarray(picture).resize((wide, high), Image.Resampling.BICUBIC)
+    left, top = round((wide - side) / 2.0), round((high - side) / 2.0)
+    wanted = np.asarray(whole.crop((left, top, left + side, top + side))).astype(int)
+    assert np.abs(pixels.evaluation_view(saved(picture, "PNG"), side) - wanted).max() <= 1
+
+
+def test_draft_never_goes_below_the_wanted_side() -> None:
+    data = saved(smooth(1000, 750), "JPEG")
+    for wanted, short in ((94, 94), (95, 188), (188, 188), (189, 375), (376, 750), (2000, 750)):
+        assert min(pixels.decode(data, min_side=wanted).shape[:2]) == short
+    whole = pixels.decode(data)
+    small = pixels.decode(data, min_side=100)
+    assert np.abs(pixels.resize(whole, small.shape[1], small.shape[0]).astype(int) - small).mean() < 2
+
+
+def test_crop_resize_takes_the_box() -> None:
+    picture = smooth(90, 60)
+    assert (pixels.crop_resize(picture, (0, 0, 60, 60), 60) == picture[:, :60]).all()
+    got = pixels.crop_resize(picture, (30.0, 0.0, 60.0, 60.0), 30)
+    wanted = pixels.resize(picture[:, 30:], 30, 30)
+    assert np.abs(got.astype(int) - wanted)[2:-2, 2:-2].max() <= 1
+
+
+def test_keys_encoding_and_difference_hash() -> None:
+    picture = smooth(40, 30)
+    assert pixels.bytes_key(b"abc") == hashlib.sha256(b"abc").hexdigest()[:32]
+    assert pixels.pixel_key(picture) == hashlib.sha256(b"RGB 40x30" + picture.tobytes()).hexdigest()[:32]
+    assert pixels.pixel_key(picture) == pixels.pixel_key(np.asfortranarray(picture))
+    for format in ("jpeg", "png", "webp"):
+        data = pixels.encode(picture, format, 90)
+        assert data == pixels.encode(picture, format, 90) and pixels.probe(data).plain
+        assert np.abs(pixels.decode(data).astype(int) - picture).mean() < 6
+        assert (pixels.dhash(pixels.decode(data)) ^ pixels.dhash(picture)).bit_count() <= 6
+    assert (pixels.dhash(smooth(40, 30, 7)) ^ pixels.dhash(picture)).bit_count() > 12
+    ramp = np.repeat(np.arange(0, 180, 20, dtype=np.uint8)[None, :, None], 8, axis=0).repeat(3, axis=2)
+    assert pixels.dhash(ramp) == 0 and pixels.dhash(ramp[:, ::-1]) == 2**64 - 1
+
+
+def test_metadata_makes_a_file_not_plain() -> None:
+    picture = smooth(40, 30)
+    assert pixels.probe(saved(picture, "JPEG")).plain and pixels.probe(saved(picture, "PNG")).plain
+    exif = Image.Exif()
+    exif[0x010F] = "maker"
+    text = Image.new("RGB", (1, 1)).info
+    assert text == {}
+    assert not pixels.probe(saved(picture, "JPEG", exif=exif)).plain
+    assert not pixels.probe(saved(picture, "PNG", exif=exif)).plain
+    assert not pixels.probe(saved(picture, "WEBP", exif=exif)).plain
+    assert not pixels.probe(saved(picture, "JPEG", xmp=b"<x:xmpmeta/>")).plain
+    frames = [Image.fromarray(smooth(40, 30, seed)) for seed in (1, 2)]
+    moving = saved(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert not pixels.probe(moving).plain
+    assert (pixels.decode(moving) == np.asarray(frames[0])).all()
+
+
+def test_importing_pixels_leaves_torch_alone() -> None:
+    code = "import sys; from clipwright.pipeline import pixels; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Pillow decodes these, and we refuse them: wrong CRC, cut-off chunk, beyond the aspect limit.
+STRICTER = {
+    "derived_a__bad_crc.png": "E_IMG_TRUNCATED",
+    "pillow__broken_data_stream.png": "E_IMG_TRUNCATED",
+    "pillow__truncated_end_chunk.png": "E_IMG_TRUNCATED",
+    "derived_a__tall_1x3000.png": "E_IMG_PIXELS",
+    "derived_a__wide_3000x2.jpg": "E_IMG_PIXELS",
+}
+ALLOWED_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+# pytest puts its own warning filters in place of ours.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+def test_every_awkward_file_decodes_or_is_refused_with_a_code(
+    shared_data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with (shared_data / "messy" / "messy-manifest.csv").open(encoding="utf-8", newline="") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    wrong: list[tuple[str, str]] = []
+    with tarfile.open(shared_data / "messy" / "messy-images.tar") as tar:
+        for member in tar:
+            opened = tar.extractfile(member)
+            assert opened is not None
+            started = time.process_time()
+            try:
+                got = pixels.decode(opened.read())
+                result = "ok"
+                assert got.dtype == np.uint8 and got.ndim == 3 and got.shape[2] == 3
+            except pixels.PixelError as error:
+                result, detail = error.args
+                assert result.startswith("E_IMG_") and detail
+            assert time.process_time() - started < 5, member.name
+            row = rows.pop(member.name)
+            if row["format"] not in ALLOWED_FORMATS:
+                assert result != "ok", member.name
+                continue
+            wanted = STRICTER.get(member.name) or ("ok" if row["pillow_decodes"] == "1" else "E_IMG")
+            if not result.startswith(wanted):
+                wrong.append((member.name, result))
+    assert not wrong and not rows
+    assert capfd.readouterr().err == ""
