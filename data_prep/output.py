@@ -59,6 +59,8 @@ def start(folder: Path, identity: Mapping[str, Any], resolved_yaml: str) -> None
     """Notes what this run is, and clears what an interrupted one left half-written."""
     for path in [*folder.glob("*.partial"), *(folder / WORK).glob("*.partial")]:
         path.unlink()
+    if not (folder / WORK / IDENTITY).is_file():
+        (folder / PLAN).unlink(missing_ok=True)  # of a run that ended without a good row; the input may have changed
     write_json(folder / WORK / IDENTITY, identity)
     (folder / CONFIG).write_text(resolved_yaml, encoding="utf-8")
 

@@ -137,16 +137,11 @@ def _plan(job: Job, engine: Engine) -> Plan:
     if job.source.distinct:
         return make_plan(job, engine)
     path = job.folder / output.PLAN
-    if path.is_file() and read_plan_of_this_run(job, path):
+    if path.is_file():
         return Plan.load(path)
     plan = make_plan(job, engine)
     plan.save(path)
     return plan
-
-
-def read_plan_of_this_run(job: Job, path: Path) -> bool:
-    """Whether a plan found in the folder has this input's rows; identity has been compared before."""
-    return pq.read_metadata(path).num_rows == job.source.count
 
 
 def _finish(job: Job, config: PrepConfig, identity: dict[str, Any], receipts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -96,6 +97,8 @@ def write_shard(job: Job, task: ShardTask) -> dict[str, Any]:
             fix="free space or mend permissions and run the same command again; it goes on where it stopped",
         ) from error
     finally:
+        with suppress(OSError, ValueError):
+            shard.tar.close()  # before its file, into which it flushes
         shard.file.close()
 
 

@@ -131,8 +131,8 @@ def _open_all(config: TableConfig) -> list[TableFile]:
     for file in files[1:]:
         if file.schema.equals(first.schema):
             continue
-        different = [f for f in (*file.schema, *first.schema) if _field(file, f.name) != _field(first, f.name)]
-        names = list(dict.fromkeys(f.name for f in different)) or ["the order of columns"]
+        mine, theirs = ({(f.name, str(f.type)) for f in schema} for schema in (file.schema, first.schema))
+        names = sorted({name for name, _ in mine ^ theirs}) or ["the order of columns"]
         raise ClipwrightError(
             "E_TABLE",
             "tables of different columns",
@@ -141,10 +141,6 @@ def _open_all(config: TableConfig) -> list[TableFile]:
             fix="give tables of equal column names and types, or prepare them apart",
         )
     return files
-
-
-def _field(file: TableFile, name: str) -> pa.Field | None:
-    return file.schema.field(name) if name in file.schema.names else None
 
 
 def _check_column(name: str, file: TableFile) -> None:

@@ -1,0 +1,181 @@
+"""Runs that stop: killed, interrupted, changed, repeated."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clipwright.pipeline.core.errors import ClipwrightError
+
+Run = Callable[..., Any]
+SCENES = ["prep", "scenes", "source.count=600", "source.image_size=32", "shards.samples=50"]
+FINAL = ("*.tar", "*.parquet", "manifest.json")
+
+# A source that waits at a row until a file is gone, so that a test can stop the run there; or dies at a row.
+SLOW = """
+import os, time
+from clipwright.data_prep.sources.base import SOURCES
+from clipwright.data_prep.sources.scenes import ScenesConfig, ScenesSource
+from clipwright.pipeline.core.registry import configclass
+
+@configclass
+class SlowConfig(ScenesConfig):
+    gate: str = ""
+    dies_at: int = -1
+
+class SlowSource(ScenesSource):
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate, self.dies_at = config.gate, config.dies_at
+    def read(self, rows):
+        for record in super().read(rows):
+            if record.row == self.dies_at:
+                os._exit(9)
+            while record.row == 320 and self.gate and os.path.exists(self.gate):
+                time.sleep(0.05)
+            yield record
+
+SOURCES.add(SlowConfig, SlowSource, {"slow": {}})
+"""
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for pattern in FINAL for path in sorted(out.glob(pattern))}
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> list[str]:
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "gate").touch()
+    words = ["plugins=[slow.py]", "source.name=slow", "source.gate=gate", "source.count=600", "source.image_size=32"]
+    return ["prep", *words, "shards.samples=50"]
+
+
+def begin(folder: Path, words: list[str], *more: str) -> subprocess.Popen[str]:
+    """Starts a run and waits until it has finished six shards and stands at the gate."""
+    command = [sys.executable, "-m", "clipwright", *words, "-o", "out", *more]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while len(list((folder / "out" / ".prep").glob("shard-*.json"))) < 6:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_run_goes_on_and_redoes_no_finished_shard(
+    tmp_path: Path, cli: Any, slow: list[str], workers: int
+) -> None:
+    process = begin(tmp_path, slow, f"runtime.workers={workers}")
+    time.sleep(0.3)
+    process.kill()
+    process.communicate()
+    out = tmp_path / "out"
+    done = sorted(out.glob("*-000*.tar"))
+    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in done}
+    assert 6 <= len(before) < 12 and not (out / "manifest.json").exists()
+    (tmp_path / "gate").unlink()
+    if workers == 2:
+        # The workers of a killed run end with it; one that did not would go on writing now that the gate is open.
+        time.sleep(0.5)
+        assert sorted(out.glob("*-000*.tar")) == done
+    cli(*slow, "-o", "out", "runtime.workers=1")
+    after = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.glob("*.tar")}
+    assert {name: after[name] for name in before} == before and len(after) == 12
+    cli(*slow, "-o", "clean")
+    assert content(out) == content(tmp_path / "clean")
+    assert not list(out.rglob("*.partial")) and not (out / ".prep").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85)])
+def test_a_signal_lets_running_shards_finish(tmp_path: Path, cli: Any, slow: list[str], number: int, code: int) -> None:
+    process = begin(tmp_path, slow, "runtime.workers=2")
+    process.send_signal(number)
+    time.sleep(0.5)
+    (tmp_path / "gate").unlink()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and "run the same command again" in errors and "Traceback" not in errors
+    out = tmp_path / "out"
+    assert (out / "data-000006.tar").exists() and not (out / "manifest.json").exists()
+    assert json.loads((out / "status.json").read_text())["exit_code"] == code
+    assert cli.json(*slow, "-o", "out")["written"] == 600
+
+
+def test_a_dead_worker_is_a_coded_error(tmp_path: Path, cli: Any, slow: list[str]) -> None:
+    (tmp_path / "gate").unlink()
+    error = cli.error(*slow, "source.dies_at=320", "runtime.workers=2", "-o", "out", code=1)
+    assert error.startswith("error[E_WORKER]") and "workers" in error and "run the same command again" in error
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path, cli: Any) -> None:
+    cli(*SCENES, "-o", "out")
+    before = content(tmp_path / "out")
+    assert "finished before" in cli(*SCENES, "-o", "out", "runtime.workers=1").stdout
+    assert content(tmp_path / "out") == before
+
+
+def test_another_config_is_refused_and_fresh_starts_over(tmp_path: Path, cli: Any) -> None:
+    cli(*SCENES, "-o", "out")
+    before = content(tmp_path / "out")
+    changed = [*SCENES, "images.quality=50", "shards.name=other"]
+    error = cli.error(*changed, "-o", "out", code=2)
+    assert error.startswith("error[E_RESUME]") and "images.quality: 85 → 50" in error and "shards.name" in error
+    assert "--fresh" in error and content(tmp_path / "out") == before
+    cli(*changed, "-o", "out", "--fresh")
+    assert sorted({name.split("-")[0] for name in content(tmp_path / "out") if name.endswith(".tar")}) == ["other"]
+    (tmp_path / "out" / "other-000003.tar").write_bytes(b"")
+    error = cli.error(*changed, "-o", "out", code=3)
+    assert error.startswith("error[E_DATA_HASH]") and "other-000003.tar" in error and "--fresh" in error
+
+
+def test_an_unfinished_run_of_another_config_is_refused(tmp_path: Path, slow: list[str], cli: Any) -> None:
+    process = begin(tmp_path, slow, "runtime.workers=1")
+    second = cli.error(*slow, "-o", "out", code=2)
+    assert second.startswith("error[E_OUTPUT]") and "another run" in second
+    process.kill()
+    process.communicate()
+    error = cli.error(*slow, "source.seed=7", "-o", "out", code=2)
+    assert error.startswith("error[E_RESUME]") and "source.seed: 0 → 7" in error
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, cli: Any) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years")
+    for flags in ((), ("--fresh",)):
+        error = cli.error(*SCENES, "-o", "out", *flags, code=2)
+        assert error.startswith("error[E_OUTPUT]") and "thesis.tex" in error
+    assert (out / "thesis.tex").read_text() == "years"
+    (tmp_path / "file").touch()
+    assert cli.error(*SCENES, "-o", "file", code=2).startswith("error[E_OUTPUT]")
+
+
+def test_an_image_that_changes_between_plan_and_shard_stops_the_run(tmp_path: Path, run_prep: Run) -> None:
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 20), (i * 80, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "pairs.csv").write_text("image,caption\n" + "".join(f"images/{i}.png,text {i}\n" for i in range(3)))
+    words = ["source.name=table", f"source.path={tmp_path / 'pairs.csv'}"]
+    run_prep(tmp_path / "out", *words)
+    # As a run that stopped after its plan: the plan is there, no shard is.
+    out = tmp_path / "out"
+    identity = json.loads((out / "manifest.json").read_text())["identity"]
+    for path in (*out.glob("data-*"), out / "manifest.json"):
+        path.unlink()
+    (out / ".prep").mkdir()
+    (out / ".prep" / "identity.json").write_text(json.dumps(identity))
+    Image.new("RGB", (20, 20), (1, 2, 3)).save(tmp_path / "images" / "1.png")
+    with pytest.raises(ClipwrightError) as caught:
+        run_prep(out, *words)
+    assert caught.value.code == "E_INPUT" and "images/1.png" in str(caught.value)
