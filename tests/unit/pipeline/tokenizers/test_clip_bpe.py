@@ -293,7 +293,7 @@ def test_a_bad_vocabulary_is_refused(damage, tmp_path):
     elif damage == "unknown symbol":
         lines[5] = b"zzzzqqqq xxxxyyyy"
     elif damage == "twice the same merge":
-        lines[5] = lines[6]
+        lines[48894] = lines[48893]  # the last two, on which no other merge builds
     if damage != "missing":
         whole = gzip.compress(b"\n".join(lines), 1)
         path.write_bytes({"not gzip": b"merges", "cut": packed[:5000]}.get(damage, whole))

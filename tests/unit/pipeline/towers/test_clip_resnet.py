@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, parameter_count
 from clipwright.pipeline.towers.clip_resnet import AttentionPool, Bottleneck, CLIPResNet, CLIPResNetConfig
 
@@ -158,6 +159,14 @@ def test_nano_takes_the_small_sizes(size):
     torch.manual_seed(0)
     tower = IMAGE_TOWERS.build(IMAGE_TOWERS.preset("clip_rn_nano", image_size=size))
     assert tower(torch.randn(2, 3, size, size)).grid == (size // 16, size // 16)
+
+
+@pytest.mark.parametrize(("size", "stem_stride", "last_stride"), [(48, 4, 2), (24, 4, 1), (72, 2, 2), (60, 2, 1)])
+def test_a_size_that_the_strides_would_cut_is_refused(size, stem_stride, last_stride):
+    with pytest.raises(ClipwrightError) as caught:
+        build(image_size=size, stem_stride=stem_stride, last_stride=last_stride)
+    assert caught.value.code == "E_CONFIG_VALUE"
+    assert f"multiple of {4 * stem_stride * last_stride}" in caught.value.found
 
 
 def test_init():

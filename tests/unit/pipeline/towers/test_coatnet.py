@@ -263,3 +263,10 @@ def test_width_of_a_transformer_stage_must_hold_whole_heads():
     with pytest.raises(ClipwrightError) as caught:
         build(image_size=64, dims=(8, 16, 40, 64))
     assert caught.value.code == "E_CONFIG_VALUE" and "dims: 40" in caught.value.where
+
+
+@pytest.mark.parametrize("size", [16, 48, 80, 200])
+def test_a_size_that_five_halvings_would_cut_is_refused(size):
+    with pytest.raises(ClipwrightError) as caught:
+        build(image_size=size)
+    assert caught.value.code == "E_CONFIG_VALUE" and "multiple of 32" in caught.value.found
