@@ -89,7 +89,8 @@ def _demo_step(words: list[str]) -> dict[str, Any]:
     )
     if done.returncode:
         raise typer.Exit(done.returncode)  # the step has said why
-    return json.loads(done.stdout)
+    result = json.loads(done.stdout)
+    return result[result["benchmark"]] if "benchmark" in result else result
 
 
 @command(app, "list", metavar="WHAT")
@@ -190,6 +191,7 @@ def config_show(call: Call) -> None:
         verb=verb.split()[0],
         config=rest[0] if rest else None,
         overrides=call.overrides,
+        partial=True,
     )
     call.finish(resolved.tree, resolved.show())
 

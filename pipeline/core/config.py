@@ -70,7 +70,7 @@ class Resolved(Generic[T]):
     def show(self) -> str:
         """The resolved values as YAML, each with its origin as a comment."""
         lines = []
-        for place, value in _leaves(self.tree):
+        for place, value in _leaves(self.tree, self.origins):
             text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
             text = text.removesuffix("\n").removesuffix("\n...")
             lines.append((f"{place}: {text}", self.origins.get(place, "default")))
@@ -116,10 +116,12 @@ def resolve(
     config: str | None = None,
     overrides: Sequence[str] = (),
     base: dict[str, Any] | None = None,
+    partial: bool = False,
 ) -> Resolved[T]:
     """Merges preset, YAML and overrides into a validated `kind`.
 
-    `base` is a lowest layer, for callers that hold a tree already (a run folder's config.yaml). Raises
+    `base` is a lowest layer, for callers that hold a tree already (a run folder's config.yaml). `partial` lets
+    required values be missing, for `config show`: they stand as `???` and `value` is not to be used. Raises
     E_CONFIG_FILE, E_CONFIG_KEY, E_CONFIG_CHOICE, E_CONFIG_VALUE, E_PLUGIN or E_USAGE.
     """
     layers: list[tuple[str, dict[str, Any]]] = []
@@ -137,7 +139,10 @@ def resolve(
     try:
         value = _adapter(kind).validate_python(tree)
     except ValidationError as error:
-        raise _value_error(error, tree, origins) from None
+        if not partial or any(found["type"] != "missing" for found in error.errors()):
+            raise _value_error(error, tree, origins) from None
+        value = cast(T, None)
+        _mark_missing(error, tree, origins)
     if plugins:
         tree["plugins"] = [name for name, _ in plugins]
     hashes = [{"name": Path(name).name, "sha256": digest} for name, digest in plugins]
@@ -319,21 +324,28 @@ def _parse(hint: Any, value: Any) -> Any:
         return plain
 
 
-def _value_error(error: ValidationError, tree: dict[str, Any], origins: dict[str, str]) -> ClipwrightError:
-    first = error.errors()[0]
+def _place(found: Any, tree: dict[str, Any]) -> tuple[list[str], Any]:
+    """The keys of a pydantic error's place, without the tags of unions, and the value found there."""
     node: Any = tree
     parts: list[str] = []
-    for part in first["loc"]:
+    for part in found["loc"]:
         inside = isinstance(node, dict) and part in node
         if inside or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
             node = cast(Any, node)[part]
             parts.append(str(part))
-    if first["type"] == "missing":
-        parts.append(str(first["loc"][-1]))
-        found, fix = "no value", f"set it: {'.'.join(parts)}=…"
-    else:
-        found, fix = f"{node!r}: {first['msg']}", "change the value"
+    if found["type"] == "missing":
+        parts.append(str(found["loc"][-1]))
+    return parts, node
+
+
+def _value_error(error: ValidationError, tree: dict[str, Any], origins: dict[str, str]) -> ClipwrightError:
+    first = error.errors()[0]
+    parts, value = _place(first, tree)
     place = ".".join(parts)
+    if first["type"] == "missing":
+        found, fix = "no value", f"set it: {place}=…"
+    else:
+        found, fix = f"{value!r}: {first['msg']}", "change the value"
     return ClipwrightError(
         "E_CONFIG_VALUE",
         "a config value that is not allowed",
@@ -341,6 +353,13 @@ def _value_error(error: ValidationError, tree: dict[str, Any], origins: dict[str
         found=found,
         fix=fix,
     )
+
+
+def _mark_missing(error: ValidationError, tree: dict[str, Any], origins: dict[str, str]) -> None:
+    for found in error.errors():
+        parts, section = _place(found, tree)
+        section[parts[-1]] = "???"
+        origins[".".join(parts)] = "required"
 
 
 def schema(kind: type[Any]) -> dict[str, Any]:
@@ -376,10 +395,11 @@ def _join(place: str, key: object) -> str:
     return f"{place}.{key}" if place else str(key)
 
 
-def _leaves(tree: dict[str, Any], place: str = "") -> Iterable[tuple[str, Any]]:
+def _leaves(tree: dict[str, Any], origins: dict[str, str], place: str = "") -> Iterable[tuple[str, Any]]:
+    """Every value that has an origin: a mapping that was set as a whole is one value."""
     for key, value in tree.items():
         where = _join(place, key)
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, where)
+        if isinstance(value, dict) and where not in origins:
+            yield from _leaves(value, origins, where)
         else:
             yield where, value

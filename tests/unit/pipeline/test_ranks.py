@@ -35,7 +35,9 @@ def test_two_ranks_equal_one_under_sgd(zero: int, scenes: Path, reference: dict,
         for field in ("loss", "grad_norm", "scale"):
             assert mine[field] == pytest.approx(other[field], rel=1e-5, abs=1e-5), (mine["step"], field)
     assert ours[-1]["loss"] < 0.95 * ours[0]["loss"]
-    mine, other = (load_file(run / "checkpoints/step-00000020/model.safetensors") for run in (tmp_path / "run", reference["sgd"]))
+    mine, other = (
+        load_file(run / "checkpoints/step-00000020/model.safetensors") for run in (tmp_path / "run", reference["sgd"])
+    )
     assert mine.keys() == other.keys()
     for name, tensor in mine.items():
         assert torch.allclose(tensor, other[name], rtol=0, atol=1e-5), name

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+
 from clipwright.pipeline.core.config import Choice, resolve, schema
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import Registry, configclass
@@ -105,3 +106,19 @@ def test_schema_names_presets_and_forbids_other_keys() -> None:
     assert made["additionalProperties"] is False
     names = {n for d in made["$defs"].values() for n in d["properties"].get("name", {}).get("enum", [])}
     assert {"ball", "disc"} <= names
+
+
+@configclass
+class Needs:
+    inner: Speed = Speed()
+    path: str
+
+
+def test_a_partial_config_shows_what_is_required() -> None:
+    with pytest.raises(ClipwrightError, match="path"):
+        resolve(Needs)
+    resolved = resolve(Needs, partial=True, overrides=["inner.workers=3"])
+    assert resolved.tree == {"inner": {"workers": 3}, "path": "???"}
+    assert "path: ???" in resolved.show() and "# required" in resolved.show()
+    with pytest.raises(ClipwrightError):
+        resolve(Needs, partial=True, overrides=["inner.workers=x"])

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from clipwright.pipeline.core import records
 from clipwright.pipeline.core.captions import MAX_BYTES, CaptionError, normalise
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -90,7 +91,12 @@ def test_captions_have_one_normal_form(text: str, want: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "code"),
-    [("", "E_CAP_EMPTY"), (" \n\x00", "E_CAP_EMPTY"), ("x" * (MAX_BYTES + 1), "E_CAP_LONG"), ("\ud800", "E_CAP_ENCODING")],
+    [
+        ("", "E_CAP_EMPTY"),
+        (" \n\x00", "E_CAP_EMPTY"),
+        ("x" * (MAX_BYTES + 1), "E_CAP_LONG"),
+        ("\ud800", "E_CAP_ENCODING"),
+    ],
 )
 def test_captions_that_cannot_be_kept_say_why(text: str, code: str) -> None:
     with pytest.raises(CaptionError) as caught:

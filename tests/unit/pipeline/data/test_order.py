@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from clipwright.pipeline.data.order import Draw, Order, caption_index, key64, permute
 
 MASK = 2**64 - 1

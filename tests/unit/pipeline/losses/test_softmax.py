@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from clipwright.pipeline.losses.base import LOSSES, Features
 from clipwright.pipeline.losses.softmax import MAX_LOG_SCALE, SoftmaxLoss
-from torch import Tensor
 
 
 def slow_loss(image: Tensor, text: Tensor, t: Tensor, image_id: list[int], caption_id: list[list[int]]) -> Tensor:

@@ -1,0 +1,60 @@
+"""What may import what, what `--help` may load, and that every error code is provoked by a test."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clipwright.pipeline.core.errors import CODES
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "transformers", "webdataset", "deepspeed", "accelerate", "faiss", "pyarrow", "numpy", "pydantic")
+
+
+def loaded_by(code: str) -> set[str]:
+    """Which heavy libraries a fresh interpreter holds after `code`."""
+    end = f"\nimport sys\nprint('LOADED', *[m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code + end], capture_output=True, text=True, check=True)
+    return set(done.stdout.rsplit("LOADED", 1)[1].split())
+
+
+def test_help_loads_no_heavy_library() -> None:
+    start = "import sys; sys.argv = ['clipwright', '--help']\nfrom clipwright.cli import main\n"
+    assert loaded_by(start + "try:\n    main()\nexcept SystemExit:\n    pass") == set()
+    assert loaded_by("import clipwright; dir(clipwright)") == set()
+
+
+@pytest.mark.parametrize("module", ["errors", "registry", "config", "records", "captions", "log", "command"])
+def test_the_core_knows_no_torch(module: str) -> None:
+    assert not loaded_by(f"import clipwright.pipeline.core.{module}") & {"torch", "transformers", "webdataset"}
+
+
+def test_prep_reaches_torch_inside_workers_only() -> None:
+    assert "torch" not in loaded_by("import clipwright.data_prep.pack")
+
+
+def test_the_public_api() -> None:
+    import clipwright
+
+    for name in clipwright.__all__:
+        assert callable(getattr(clipwright, name)), name
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = clipwright.no_such_thing
+
+
+def test_deepspeed_has_one_importer_and_torch_distributed_stays_out_of_models() -> None:
+    for path in [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("data_prep/**/*.py"), *ROOT.glob("eval/**/*.py")]:
+        text = path.read_text(encoding="utf-8")
+        if path.relative_to(ROOT).as_posix() != "pipeline/engine.py":
+            assert not re.search(r"^\s*(import|from) deepspeed", text, re.M), path
+        if path.parent.name in ("towers", "losses", "tokenizers"):
+            assert "torch.distributed" not in text.replace("torch.distributed or DeepSpeed", ""), path
+
+
+def test_every_error_code_is_provoked_by_a_test() -> None:
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("**/test_*.py"))
+    assert [code for code in CODES if code not in tests] == []

@@ -1,0 +1,71 @@
+"""What an installed wheel gives: one import name, whatever folders lie in the current directory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.xdist_group("wheel")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_package_its_data_and_its_licences(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"clipwright", f"clipwright-{wheel.name.split('-')[1]}.dist-info"}
+    for part in (
+        "clipwright/cli.py",
+        "clipwright/pipeline/towers/vit.py",
+        "clipwright/data_prep/pack.py",
+        "clipwright/eval/search/query.py",
+        "clipwright/configs/demo.yaml",
+        "clipwright/configs/train/photos.yaml",
+        "clipwright/pipeline/tokenizers/bpe_simple_vocab_16e6.txt.gz",
+    ):
+        assert part in names
+    licences = [name for name in names if name.endswith(("/LICENSE", "/THIRD-PARTY-NOTICES"))]
+    assert len(licences) == 2
+
+
+def test_an_installed_wheel_runs_beside_decoys(wheel: Path, tmp_path: Path) -> None:
+    """`eval.py`, `pipeline/` and `data_prep/` of a user's own must not shadow ours, under any way of starting."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    python = venv / "bin" / "python"
+    install = [str(python), "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", str(wheel)]
+    subprocess.run(install, check=True)
+    inner = next((venv / "lib").glob("python*/site-packages"))
+    (inner / "outer.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    work = tmp_path / "work"
+    for decoy in ("eval.py", "pipeline/__init__.py", "data_prep/__init__.py"):
+        (work / decoy).parent.mkdir(parents=True, exist_ok=True)
+        (work / decoy).write_text("raise SystemExit('a decoy was imported')\n")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {"OMP_NUM_THREADS": "1"}
+    torchrun = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for start in (
+        [str(venv / "bin" / "clipwright")],
+        [str(python), "-m", "clipwright"],
+        [*torchrun, "-m", "clipwright"],
+    ):
+        for words in (["list", "towers", "--json"], ["config", "show", "train", "photos"], ["prep", "--help"]):
+            done = subprocess.run([*start, *words], cwd=work, env=env, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            assert "decoy" not in done.stdout + done.stderr
+    where = "import clipwright.eval.embed, clipwright; print(clipwright.__file__)"
+    done = subprocess.run([str(python), "-c", where], cwd=work, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(str(inner)), (done.stdout, done.stderr)
