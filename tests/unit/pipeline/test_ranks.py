@@ -62,7 +62,7 @@ def test_one_process_runs_every_stage(zero: int, scenes: Path, reference: dict, 
 
 
 def test_clipping_is_what_the_config_says(scenes: Path, tmp_path: Path, small: Any) -> None:
-    """DeepSpeed clips at 1.0 when it is told nothing: `optim.clip=0` must mean none, and the norm is logged unclipped."""
+    """DeepSpeed clips at 1.0 when told nothing: `optim.clip=0` must mean none, and the norm is logged unclipped."""
     common = [f"data.train={scenes}", "schedule.samples=64", *SGD]
     small(tmp_path, *common, "optim.clip=0", "-o", "off")
     small(tmp_path, *common, "optim.clip=1e-3", "-o", "on")
