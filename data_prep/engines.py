@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ R = TypeVar("R")
 PRELOAD = ["clipwright.data_prep.shards", "webdataset.writer"]
 
 _state: Any = None
+_busy = _ending = False
 
 
 class Engine:
@@ -44,6 +45,7 @@ class Engine:
             # Not fork: pyarrow and a caller's torch have threads, whose locks a fork would copy as they are.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(PRELOAD)
+            _start_server()
             self._pool = ProcessPoolExecutor(
                 workers, mp_context=context, initializer=_start, initargs=(pickle.dumps(state), list(plugins))
             )
@@ -89,6 +91,19 @@ class Engine:
             ) from None
 
 
+def _start_server() -> None:
+    """Starts the fork server deaf to SIGTERM: sent to the whole process group, it must not take the workers along."""
+    if threading.current_thread() is not threading.main_thread():
+        forkserver.ensure_running()
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        forkserver.ensure_running()  # an ignored signal stays ignored in what is started meanwhile
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def workers_for(wanted: int, tasks: int) -> int:
     """How many processes to use: `wanted`, or with 0 one a core, but never more than there are tasks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -96,10 +111,11 @@ def workers_for(wanted: int, tasks: int) -> int:
 
 
 def _start(state: bytes, plugins: list[tuple[str, str]]) -> None:
-    """A worker's start: it leaves signals to its parent, ends with it, and keeps to one core."""
+    """A worker's start: it leaves Ctrl-C to its parent, ends with it, and keeps to one core."""
     global _state
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
@@ -115,5 +131,20 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
+def _terminate(number: int, frame: object) -> None:
+    """SIGTERM, which launchers send to every process: a worker ends, but not in the middle of a task."""
+    global _ending
+    if not _busy:
+        os._exit(0)
+    _ending = True
+
+
 def _call(function: Callable[[Any, T], R], task: T) -> R:
-    return function(_state, task)
+    global _busy
+    _busy = True
+    try:
+        return function(_state, task)
+    finally:
+        _busy = False
+        if _ending:
+            os._exit(0)
