@@ -1,0 +1,105 @@
+"""The whole way through the commands a user types: pairs → shards → run → model → scores, embeddings, index, hits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+# A model that learns in seconds: tiny pictures, one shape of caption, few samples.
+TRAIN = [
+    *("image.name=clip_rn_nano", "image.image_size=32", "text.depth=1", "embed_dim=64", "precision=fp32"),
+    *("schedule.global_batch=64", "schedule.samples=6400", "schedule.warmup=640", "optim.lr=2e-3"),
+    *("runtime.threads=1", "data.augment.flip=0"),
+]
+
+
+def test_pairs_to_hits(cli: Any) -> None:
+    words = ["source.count=600", "source.image_size=32", "runtime.workers=1"]
+    made = cli.json("prep", "scenes", *words, "source.combinations=train", "-o", "shards")
+    assert made["rows_in"] == 600 == made["written"] + made["merged"] + made["rejected"]
+    cli("prep", "scenes", *words, "source.combinations=all", "source.seed=9", "-o", "test")
+    trained = cli.json("train", *TRAIN, "data.train=shards", "-o", "run")
+    assert trained["steps"] == 100 and trained["loss_last"] < 0.8 * trained["loss_first"]
+    line = json.loads((cli.folder / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert {"step", "loss", "grad_norm", "scale", "lr", "samples_per_s", "data_share", "memory_gb"} <= line.keys()
+    assert list((cli.folder / "run" / "tensorboard").iterdir())
+    cli("export", "run", "-o", "model")
+    retrieval = cli.json("eval", "retrieval", "model=model", "data=test", "-o", "report")["retrieval"]
+    for way in ("i2t", "t2i"):
+        assert retrieval[way]["r10"] > 2 * retrieval[way]["chance_r10"]
+    cli("embed", "model=model", "data=test", "-o", "embeddings")
+    cli("index", "build", "flat", "embeddings=embeddings", "-o", "index")
+    scores = cli.json("eval", "scenes", "index=index")["search"]
+    assert scores["n"] > 5 and scores["mean_precision_at_10"] > 2 * scores["chance"]
+    hits = cli.json("search", "index", f"text={scores['query']}", "k=3")["hits"]
+    assert [hit["rank"] for hit in hits] == [1, 2, 3]
+    assert hits[0]["score"] >= hits[1]["score"] >= hits[2]["score"]
+    _search_by_image(cli, hits[0])
+    for folder in ("shards", "test", "run", "model", "embeddings", "index"):
+        status = json.loads((cli.folder / folder / "status.json").read_text())
+        assert status["exit_code"] == 0 and status["command"].startswith("clipwright ")
+    assert not list(cli.folder.glob("**/*.partial"))
+
+
+def _search_by_image(cli: Any, hit: dict[str, Any]) -> None:
+    """An indexed picture finds itself."""
+    import clipwright
+
+    data = clipwright.open_dataset(cli.folder / "test")
+    shard = [data.tar_name(i) for i in range(len(data.sizes))].index(hit["tar"])
+    row = data.sidecar(shard)["key"].to_pylist().index(hit["key"])
+    (cli.folder / "query.jpg").write_bytes(data.image(shard, row))
+    first = cli.json("search", "index", "image=query.jpg", "k=1")["hits"][0]
+    assert first["key"] == hit["key"] and first["score"] > 0.999
+
+
+def test_the_public_api_opens_what_the_commands_wrote(cli: Any) -> None:
+    import clipwright
+
+    cli("prep", "scenes", "source.count=64", "source.image_size=32", "runtime.workers=1", "-o", "data")
+    cli("train", *TRAIN, "data.train=data", "runtime.stop_at=1", "-o", "run")
+    cli("export", "run", "-o", "model")
+    model = clipwright.load_model(cli.folder / "model")
+    data = clipwright.open_dataset(cli.folder / "data")
+    texts = model.embed_texts(["a red circle", "a blue star"])
+    views = model.view(data.image(0, 0))[None]
+    images = model.embed_images(views)
+    assert texts.shape == (2, 64) and images.shape == (1, 64)
+    assert abs(float((texts**2).sum(1)[0]) - 1) < 1e-5
+    with pytest.raises(clipwright.ClipwrightError, match="E_MANIFEST"):
+        clipwright.load_model(cli.folder / "run")
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_training_needs_no_compiler(ranks: int, cli: Any) -> None:
+    """Nothing but Python on the machine: no c++, cc or ninja is found, and --json owns stdout."""
+    cli("prep", "scenes", "source.count=64", "source.image_size=32", "runtime.workers=1", "-o", "data")
+    (cli.folder / "empty").mkdir()
+    bare = {"PATH": str(cli.folder / "empty")}
+    words = ["train", *TRAIN, "data.train=data", "runtime.stop_at=2", "-o", "run"]
+    trained = cli.json(*words, ranks=ranks, env=bare)
+    assert trained["steps"] == 2
+
+
+def test_the_demo_is_a_list_of_our_own_commands(cli: Any) -> None:
+    done = cli("demo", "--dry-run")
+    lines = [line for line in done.stdout.splitlines() if "clipwright " in line]
+    assert [line.split(":")[0].split()[1] for line in lines][:3] == ["prep", "prep_test", "train"]
+    assert not (cli.folder / "demo").exists()
+
+
+def test_photos_through_the_shipped_configs(cli: Any, shared_data: Path) -> None:
+    """A thin slice of the README's walk-through: real photos, one exact duplicate, several captions each."""
+    table = shared_data / "pairs" / "coco2017-cc-train.parquet"
+    words = [f"source.path={table}", "source.caption=captions", "images.resize=shortest", "images.size=96"]
+    made = cli.json("prep", "table", *words, "-o", "photos")
+    assert (made["rows_in"], made["written"], made["rejected"]) == (125, 125, 0)
+    cli("train", "photos", "data.train=photos", "schedule.global_batch=32", "runtime.stop_at=2", "-o", "run")
+    cli("export", "run", "-o", "model")
+    scores = cli.json("eval", "retrieval", "model=model", "data=photos")["retrieval"]
+    assert scores["i2t"]["n"] == 125 and scores["t2i"]["n"] == 625
