@@ -93,7 +93,7 @@ class Call:
             print(json.dumps(result, sort_keys=True, ensure_ascii=False, allow_nan=False), flush=True)
         elif text:
             print(text, flush=True)
-        if then:
+        if then and not self.json:
             self.say(f"next: {then}")
 
 
