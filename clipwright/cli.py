@@ -210,4 +210,23 @@ def main() -> None:
     """Runs the command line. DeepSpeed's launcher puts `--local_rank=N` before the verb; it is ignored."""
     if len(sys.argv) > 1 and sys.argv[1].startswith(("--local_rank=", "--local-rank=")):
         del sys.argv[1]
-    app()
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
+    try:
+        code = app(standalone_mode=False)
+    except typer.TyperException as error:
+        verb = " ".join(sys.argv[1:2])
+        line = ClipwrightError(
+            "E_USAGE",
+            "not a command line of clipwright",
+            where=verb,
+            found=getattr(error, "message", "") or "a verb is missing",
+            fix=f"see clipwright {verb} --help"
+            if verb in {v.split()[0] for v in COMMANDS}
+            else "see clipwright --help",
+        )
+        print(line, file=sys.stderr)
+        code = line.exit_code
+    except typer.Abort:
+        code = 130
+    sys.exit(code)

@@ -105,12 +105,13 @@ class Engine:
         self.engine.backward(surrogate * self.world.size)
         before = self._norm_before_step()
         self.engine.step()
-        norm = before if before is not None else float(self.engine.get_global_grad_norm() or 0.0)
+        norm = before if before is not None else self.engine.get_global_grad_norm()
+        assert norm is not None
         for parameter, grad in zip(parameters, own, strict=True):
             parameter.grad = sum_ranks(grad)
         self.loss_optimizer.step()
         self.loss.constrain()
-        result = StepResult(float(sum_ranks(loss.detach().clone())), norm)
+        result = StepResult(float(sum_ranks(loss.detach().clone())), float(norm))
         if measure:
             correct = sum_ranks(torch.stack(_correct(features)))
             result.acc_image = float(correct[0]) / len(features.image)

@@ -36,7 +36,8 @@ class ScheduleConfig:
 
     @property
     def steps(self) -> int:
-        return math.ceil(self.samples / self.global_batch)
+        """Whole batches that fit into the budget: it is never exceeded."""
+        return max(self.samples // self.global_batch, 1)
 
     def factor(self, samples: int) -> float:
         """The learning rate's factor for the batch that begins at sample `samples`: linear warm-up, then the decay."""

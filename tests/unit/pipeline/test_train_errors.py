@@ -44,6 +44,11 @@ def test_each_error_says_what_where_and_what_to_do(
 def test_a_missing_output_config_or_verb_is_a_usage_error(scenes: Path, tmp_path: Path, small: Any) -> None:
     cli = small.cli(tmp_path)
     assert "error[E_USAGE]" in (line := cli.error("train", f"data.train={scenes}", code=2)) and "add -o DIR" in line
+    line = cli.error("trian", "photos", code=2)
+    assert line.startswith("error[E_USAGE]") and "trian" in line and "Did you mean 'train'?" in line
+    line = cli.error("train", "--foo", code=2)
+    assert line.startswith("error[E_USAGE]") and "--foo" in line and "clipwright train --help" in line
+    assert "clipwright" in cli().stdout  # no words at all: help, not an error
     assert "error[E_CONFIG_FILE]" in (line := cli.error("train", "phtos", "-o", "run", code=2)) and "photos" in line
     assert "error[E_CONFIG_FILE]" in cli.error("train", "./absent.yaml", "-o", "run", code=2)
     (tmp_path / "bad.yaml").write_text("a: [")
