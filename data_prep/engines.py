@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from clipwright.pipeline.core.config import _import_plugin
+from clipwright.pipeline.core.config import import_plugin
 from clipwright.pipeline.core.errors import ClipwrightError
 
 S = TypeVar("S")
@@ -121,7 +121,7 @@ def _start(state: bytes, plugins: list[tuple[str, str]]) -> None:
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     pa.set_cpu_count(1)
     for path, digest in plugins:
-        _import_plugin(Path(path), digest)
+        import_plugin(Path(path), digest)
     _state = pickle.loads(state)  # our own parent's bytes
 
 

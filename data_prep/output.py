@@ -13,7 +13,7 @@ from typing import Any
 
 from clipwright.data_prep.shards import WORK
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import MANIFEST, STATUS, read_manifest, write_json
+from clipwright.pipeline.core.records import MANIFEST, STATUS, differences, read_manifest, write_json
 
 CONFIG, PLAN, REJECTS = "config.yaml", "plan.parquet", "rejects.parquet"
 IDENTITY = "identity.json"
@@ -106,10 +106,7 @@ def _all_there(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], state: str) -> None:
-    old, new = dict(_leaves(before)), dict(_leaves(now))
-    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    if changed:
-        shown = [f"{name}: {_short(old.get(name))} → {_short(new.get(name))}" for name in changed[:6]]
+    if changed := differences(before, now):
         more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
         raise ClipwrightError(
             "E_RESUME",
@@ -117,19 +114,6 @@ def _same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], state
             if state == "unfinished"
             else "a finished dataset of another config",
             where=folder,
-            found="; ".join(shown) + more,
+            found="; ".join(changed[:6]) + more,
             fix="give another folder, undo the change, or start over with --fresh",
         )
-
-
-def _leaves(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from _leaves(value, f"{place}.{key}" if place else str(key))
-    else:
-        yield place, tree
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "…"

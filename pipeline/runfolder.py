@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from clipwright.pipeline.core.config import read_yaml
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import atomic_write, write_json
+from clipwright.pipeline.core.records import atomic_write, differences, write_json
 
 CONFIG, IDENTITY = "config.yaml", "identity.json"
 
@@ -50,24 +49,6 @@ def claim(run: Path, *, yaml: str, identity: dict[str, Any], fresh: bool) -> Non
     run.mkdir(parents=True, exist_ok=True)
     atomic_write(run / CONFIG, yaml)
     write_json(run / IDENTITY, identity)
-
-
-def differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """`key: old → new` for every leaf that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for key in sorted(old.keys() | new.keys())
-            for line in differences(old.get(key), new.get(key), f"{place}.{key}" if place else key)
-        ]
-    return [] if _plain(old) == _plain(new) else [f"{place}: {old!r} → {new!r}"]
-
-
-def _plain(value: Any) -> Any:
-    """Tuples and lists are one thing once written."""
-    if isinstance(value, Iterable) and not isinstance(value, str | dict):
-        return [_plain(item) for item in value]
-    return value
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

@@ -188,7 +188,8 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 @cache
-def _import_plugin(path: Path, digest: str) -> None:
+def import_plugin(path: Path, digest: str) -> None:
+    """Imports a plugin file once; `digest` is the SHA-256 of its bytes. E_PLUGIN when it cannot be imported."""
     name = f"clipwright_plugin_{digest[:16]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -224,7 +225,7 @@ def _load_plugins(layers: list[tuple[str, dict[str, Any]]], folder: Path) -> lis
                     "E_PLUGIN", "no plugin file", where=path, found="it is missing or not .py", fix="check the path"
                 )
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            _import_plugin(path, digest)
+            import_plugin(path, digest)
             found.append((str(path), digest))
     return found
 

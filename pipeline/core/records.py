@@ -137,3 +137,20 @@ class DatasetFingerprint:
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
+
+
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """`key: old → new` for every leaf in which two identities differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return [
+            line
+            for key in sorted(old.keys() | new.keys())
+            for line in differences(old.get(key), new.get(key), f"{place}.{key}" if place else str(key))
+        ]
+    # By their JSON: tuples and lists are one thing once written.
+    left, right = (json.dumps(value, ensure_ascii=False, sort_keys=True) for value in (old, new))
+    return [] if left == right else [f"{place}: {_short(left)} → {_short(right)}"]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "…"
