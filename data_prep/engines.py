@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from clipwright.pipeline.core.config import import_plugin
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.plugins import import_plugin
 
 S = TypeVar("S")
 T = TypeVar("T")

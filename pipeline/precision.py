@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
+
+from clipwright.pipeline import runfolder
+from clipwright.pipeline.core.config import Resolved
+from clipwright.pipeline.distributed import World, from_first
+from clipwright.pipeline.run import RunConfig
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
@@ -27,3 +35,14 @@ def _seconds(dtype: torch.dtype) -> float:
         torch.mm(a, a)
         best = min(best, time.perf_counter() - started)
     return best
+
+
+def settle_precision(resolved: Resolved[RunConfig], run: Path, world: World, *, fresh: bool) -> Resolved[RunConfig]:
+    """`precision: auto` made definite by rank 0; a run keeps the choice of its first start."""
+    wanted = resolved.value.precision
+    stored = None if fresh else runfolder.stored_tree(run)
+    if wanted == "auto" and stored is not None:
+        wanted = stored["precision"]
+    chosen: Any = from_first(choose_precision(wanted, world.device) if world.first else None)
+    value = dataclasses.replace(resolved.value, precision=chosen)
+    return dataclasses.replace(resolved, value=value, tree={**resolved.tree, "precision": chosen})

@@ -19,10 +19,10 @@ from clipwright.pipeline.core.command import Call, Preempted
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data.order import key64
-from clipwright.pipeline.distributed import World, any_rank, barrier, from_first, process_group
+from clipwright.pipeline.distributed import World, any_rank, barrier, process_group
 from clipwright.pipeline.engine import Engine, StepResult, deepspeed_config
 from clipwright.pipeline.metrics import RunLog, step_line
-from clipwright.pipeline.precision import choose_precision
+from clipwright.pipeline.precision import settle_precision
 from clipwright.pipeline.run import Parts, RunConfig, build, identity
 from clipwright.pipeline.towers.base import parameter_count
 
@@ -177,7 +177,7 @@ def train(call: Call) -> None:
     with process_group() as world:
         call.writes_status = world.first
         run = call.output() if not call.dry_run else call.out or Path("run")
-        resolved = _with_precision(call.load(), run, world, fresh=call.fresh)
+        resolved = settle_precision(call.load(), run, world, fresh=call.fresh)
         trainer = Trainer(call, resolved, world)
         if world.first:
             call.say(trainer.header())
@@ -206,14 +206,3 @@ def _finish(call: Call, trainer: Trainer, run: Path, steps_per_s: float) -> None
     }
     text = f"trained {result['samples']:,} samples: loss {result['loss_first']:.3f} → {result['loss_last']:.3f}"
     call.finish(result, text, then=f"clipwright export {run} -o MODEL")
-
-
-def _with_precision(resolved: Resolved[RunConfig], run: Path, world: World, *, fresh: bool) -> Resolved[RunConfig]:
-    """`precision: auto` made definite by rank 0; a run keeps the choice of its first start."""
-    wanted = resolved.value.precision
-    stored = None if fresh else runfolder.stored_tree(run)
-    if wanted == "auto" and stored is not None:
-        wanted = stored["precision"]
-    chosen: Any = from_first(choose_precision(wanted, world.device) if world.first else None)
-    value = dataclasses.replace(resolved.value, precision=chosen)
-    return dataclasses.replace(resolved, value=value, tree={**resolved.tree, "precision": chosen})

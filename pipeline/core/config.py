@@ -7,14 +7,10 @@ preset's fields; a layer that changes `name` drops what lower layers set there, 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.util
 import re
-import sys
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -24,6 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.nearest import nearest
+from clipwright.pipeline.core.plugins import load_plugins
 from clipwright.pipeline.core.registry import Registry
 
 T = TypeVar("T")
@@ -133,11 +130,11 @@ def resolve(
         folder = path.parent
         layers.append((config, read_yaml(path)))
     layers.append(("command line", parse_overrides(overrides)))
-    plugins = _load_plugins(layers, folder)
+    plugins = load_plugins(_plugin_paths(layers, folder))
     origins: dict[str, str] = {}
     tree = _merge(kind, layers, "", origins)
     try:
-        value = _adapter(kind).validate_python(tree)
+        value = TypeAdapter(kind).validate_python(tree)
     except ValidationError as error:
         if not partial or any(found["type"] != "missing" for found in error.errors()):
             raise _value_error(error, tree, origins) from None
@@ -187,47 +184,16 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     return tree
 
 
-@cache
-def import_plugin(path: Path, digest: str) -> None:
-    """Imports a plugin file once; `digest` is the SHA-256 of its bytes. E_PLUGIN when it cannot be imported."""
-    name = f"clipwright_plugin_{digest[:16]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ClipwrightError(
-            "E_PLUGIN",
-            "a plugin that cannot be imported",
-            where=path,
-            found=f"{type(error).__name__}: {error}",
-            fix="run the file with python to see more",
-        ) from error
-
-
-def _load_plugins(layers: list[tuple[str, dict[str, Any]]], folder: Path) -> list[tuple[str, str]]:
-    """Imports the files named by `plugins`, relative to the config file (or the current folder, from overrides)."""
-    found: list[tuple[str, str]] = []
+def _plugin_paths(layers: list[tuple[str, dict[str, Any]]], folder: Path) -> list[Path]:
+    """Takes `plugins` out of the layers; the highest that names any wins. A config file's are relative to it."""
+    paths: list[Path] = []
     for origin, layer in layers:
         names = layer.pop("plugins", None)
-        if names is None:
-            continue
-        base = Path() if origin in ("command line", "base") else folder
-        names = yaml.safe_load(names) if isinstance(names, Raw) else names
-        found = []
-        for name in [names] if isinstance(names, str) else names:
-            path = (base / name).resolve()
-            if path.suffix != ".py" or not path.is_file():
-                raise ClipwrightError(
-                    "E_PLUGIN", "no plugin file", where=path, found="it is missing or not .py", fix="check the path"
-                )
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            import_plugin(path, digest)
-            found.append((str(path), digest))
-    return found
+        if names is not None:
+            names = yaml.safe_load(names) if isinstance(names, Raw) else names
+            base = Path() if origin in ("command line", "base") else folder
+            paths = [(base / name).resolve() for name in ([names] if isinstance(names, str) else names)]
+    return paths
 
 
 def _merge(kind: type[Any], layers: list[tuple[str, Any]], place: str, origins: dict[str, str]) -> dict[str, Any]:
@@ -365,11 +331,7 @@ def _mark_missing(error: ValidationError, tree: dict[str, Any], origins: dict[st
 
 def schema(kind: type[Any]) -> dict[str, Any]:
     """JSON schema of a config, for editors."""
-    return _adapter(kind).json_schema()
-
-
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(kind)
+    return TypeAdapter(kind).json_schema()
 
 
 def _choice(hint: Any) -> Choice | None:
