@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import signal
+import statistics
 import time
 from pathlib import Path
 from types import FrameType
@@ -186,18 +187,17 @@ def train(call: Call) -> None:
         trainer.open(run, resolved.yaml(), call.fresh)
         if world.first and trainer.step:
             call.say(f"resuming at step {trainer.step}")
-        started, first = time.perf_counter(), trainer.step
         trainer.train()
         if world.first:
-            _finish(call, trainer, run, (trainer.step - first) / max(time.perf_counter() - started, 1e-9))
+            _finish(call, trainer, run)
 
 
-def _finish(call: Call, trainer: Trainer, run: Path, steps_per_s: float) -> None:
+def _finish(call: Call, trainer: Trainer, run: Path) -> None:
     lines = runfolder.read_log(run)
     result = {
         "steps": trainer.step,
         "samples": trainer.step * trainer.schedule.global_batch,
-        "samples_per_s": round(steps_per_s * trainer.schedule.global_batch, 1),
+        "samples_per_s": round(statistics.median(line["samples_per_s"] for line in lines), 1),
         "loss_first": lines[0]["loss"],
         "loss_last": lines[-1]["loss"],
         "precision": trainer.config.precision,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import clipwright
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -22,7 +25,7 @@ def test_pairs_to_hits(cli: Any) -> None:
     words = ["source.count=600", "source.image_size=32", "runtime.workers=1"]
     made = cli.json("prep", "scenes", *words, "source.combinations=train", "-o", "shards")
     assert made["rows_in"] == 600 == made["written"] + made["merged"] + made["rejected"]
-    cli("prep", "scenes", *words, "source.combinations=all", "source.seed=9", "-o", "test")
+    cli("prep", "scenes", *words, "source.combinations=all", "source.split=test", "-o", "test")
     trained = cli.json("train", *TRAIN, "data.train=shards", "-o", "run")
     assert trained["steps"] == 100 and trained["loss_last"] < 0.8 * trained["loss_first"]
     line = json.loads((cli.folder / "run" / "log.jsonl").read_text().splitlines()[-1])
@@ -48,8 +51,6 @@ def test_pairs_to_hits(cli: Any) -> None:
 
 def _search_by_image(cli: Any, hit: dict[str, Any]) -> None:
     """An indexed picture finds itself."""
-    import clipwright
-
     data = clipwright.open_dataset(cli.folder / "test")
     shard = [data.tar_name(i) for i in range(len(data.sizes))].index(hit["tar"])
     row = data.sidecar(shard)["key"].to_pylist().index(hit["key"])
@@ -59,8 +60,6 @@ def _search_by_image(cli: Any, hit: dict[str, Any]) -> None:
 
 
 def test_the_public_api_opens_what_the_commands_wrote(cli: Any) -> None:
-    import clipwright
-
     cli("prep", "scenes", "source.count=64", "source.image_size=32", "runtime.workers=1", "-o", "data")
     cli("train", *TRAIN, "data.train=data", "runtime.stop_at=1", "-o", "run")
     cli("export", "run", "-o", "model")
@@ -91,6 +90,21 @@ def test_the_demo_is_a_list_of_our_own_commands(cli: Any) -> None:
     lines = [line for line in done.stdout.splitlines() if "clipwright " in line]
     assert [line.split(":")[0].split()[1] for line in lines][:3] == ["prep", "prep_test", "train"]
     assert not (cli.folder / "demo").exists()
+    # Small versions of its two preps: what training never shows is what the search is asked for.
+    for line in lines[:2]:
+        words = shlex.split(line.split("clipwright ", 1)[1])
+        cli(*words, "source.count=400", "runtime.workers=1")
+    train, test = (
+        [(row["colour"], row["shape"], row["held_out"]) for i in range(len(data.sizes)) for row in rows(data, i)]
+        for data in (clipwright.open_dataset(cli.folder / "demo" / name) for name in ("shards", "test"))
+    )
+    shown = {(colour, shape) for colour, shape, _ in train}
+    asked = {(colour, shape) for colour, shape, held_out in test if held_out}
+    assert len(asked) == 10 and not asked & shown
+
+
+def rows(data: Any, shard: int) -> list[dict[str, Any]]:
+    return data.sidecar(shard).select(["colour", "shape", "held_out"]).to_pylist()
 
 
 def test_photos_through_the_shipped_configs(cli: Any, shared_data: Path) -> None:
