@@ -1,12 +1,13 @@
 # make demo: from a bare machine with Python 3.11, pip and make to a report.  make test: everything CI runs.
-# TORCH_INDEX: where to find CPU builds of torch, if pip's own index has only CUDA builds
-# (for example TORCH_INDEX=https://download.pytorch.org/whl/cpu).
+# TORCH_INDEX: address of an index with CPU builds of torch, where pip's own has only CUDA builds.
 TORCH_INDEX ?=
 PYTHON ?= python3
-PIP = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints/cpu.txt \
+PIP = .venv/bin/pip install --quiet --disable-pip-version-check \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SOURCES = clipwright/*.py pipeline data_prep eval tests
 export DS_BUILD_OPS = 0
+# By the environment and not by -c, so that it holds for what packages are built with too.
+export PIP_CONSTRAINT = $(CURDIR)/constraints/cpu.txt
 export DS_ACCELERATOR = cpu
 
 .PHONY: demo test lint clean
