@@ -58,7 +58,7 @@ def export(call: Call) -> None:
     run_config = resolve(RunConfig, base=tree).value
     loss = {f"loss.{k}": v for k, v in found.loss().items() if not k.startswith("optimizer.")}
     made_from = {
-        "dataset": found.manifest["identity"]["data"]["train"]["sha256"],
+        "dataset": found.manifest["identity"]["data"]["train"],
         "run": digest(found.manifest["identity"]),
         "samples": found.step * run_config.schedule.global_batch,
     }

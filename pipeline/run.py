@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -77,10 +76,7 @@ def build(config: RunConfig, world: World) -> Parts:
 def identity(resolved: Resolved[RunConfig], fingerprint: str) -> dict[str, Any]:
     """What decides a run's result; the dataset enters by fingerprint, never by where it lies."""
     tree = resolved.identity()
-    return {
-        **tree,
-        "data": {**tree["data"], "train": {"name": Path(tree["data"]["train"]).name, "sha256": fingerprint}},
-    }
+    return {**tree, "data": {**tree["data"], "train": fingerprint}}
 
 
 def model_tree(tree: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,14 @@ def test_a_broken_checkpoint_is_skipped_loudly_and_all_broken_is_an_error(
         (folder / "loss.safetensors").unlink()
     line = small.cli(tmp_path).error("train", *small.settings, *words, code=3)
     assert line.startswith("error[E_CKPT_HASH]") and "run" in line and "--fresh" in line
+
+
+def test_a_dataset_may_move_between_two_starts(scenes: Path, uninterrupted: Path, tmp_path: Path, small: Any) -> None:
+    """A dataset is known by its fingerprint, not by where it lies."""
+    small(tmp_path, f"data.train={scenes}", *STEPS, "runtime.stop_at=11", "-o", "run")
+    shutil.copytree(scenes, tmp_path / "elsewhere")
+    small(tmp_path, "data.train=elsewhere", *STEPS, "-o", "run")
+    same(tmp_path / "run", uninterrupted, small)
 
 
 def test_another_config_or_folder_is_refused(scenes: Path, tmp_path: Path, small: Any) -> None:
