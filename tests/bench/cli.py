@@ -20,7 +20,7 @@ def cpu_seconds(*command: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", default=["help"], choices=["help"])
+    parser.add_argument("case", nargs="?", default="help", choices=["help"])
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     runs = 3 if options.quick else 9
