@@ -12,7 +12,7 @@ import typer
 from clipwright.data_prep.cli import app as data_prep_app
 from clipwright.eval.cli import app as eval_app
 from clipwright.pipeline.cli import app as pipeline_app
-from clipwright.pipeline.core.command import COMMANDS, Call, command, load_kind
+from clipwright.pipeline.core.command import COMMANDS, Call, Preempted, command, load_kind
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.registry import configclass
@@ -84,12 +84,17 @@ def _demo_step(words: list[str]) -> dict[str, Any]:
     import json
     import subprocess
 
-    done = subprocess.run(
-        [sys.executable, "-m", "clipwright", *words, "--json"], stdout=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode:
-        raise typer.Exit(done.returncode)  # the step has said why
-    result = json.loads(done.stdout)
+    child = subprocess.Popen([sys.executable, "-m", "clipwright", *words, "--json"], stdout=subprocess.PIPE, text=True)
+    try:
+        printed, _ = child.communicate()
+    except (KeyboardInterrupt, Preempted) as stop:
+        if isinstance(stop, Preempted):
+            child.terminate()  # Ctrl-C has reached the whole foreground group already
+        child.communicate()  # it saves what it has
+        raise
+    if child.returncode:
+        raise typer.Exit(child.returncode)  # the step has said why
+    result = json.loads(printed)
     return result[result["benchmark"]] if "benchmark" in result else result
 
 
@@ -179,7 +184,7 @@ def _config_verb(call: Call) -> str:
     )
 
 
-@command(config_app, "config show", metavar="VERB [CONFIG]")
+@command(config_app, "config show", metavar="VERB [CONFIG]", words=3)
 def config_show(call: Call) -> None:
     """Print the resolved values of a verb's config, each with its origin."""
     from clipwright.pipeline.core.config import resolve
@@ -196,7 +201,7 @@ def config_show(call: Call) -> None:
     call.finish(resolved.tree, resolved.show())
 
 
-@command(config_app, "config schema", metavar="VERB")
+@command(config_app, "config schema", metavar="VERB", words=2)
 def config_schema(call: Call) -> None:
     """Print the JSON schema of a verb's config."""
     import json

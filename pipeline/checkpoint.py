@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from clipwright.pipeline.core.records import (
     read_manifest,
 )
 from clipwright.pipeline.core.records import write_manifest as write_folder_manifest
-from clipwright.pipeline.distributed import barrier
+from clipwright.pipeline.distributed import any_rank, barrier
 from clipwright.pipeline.engine import Engine
 
 WEIGHTS, LOSS = "model.safetensors", "loss.safetensors"
@@ -67,6 +68,16 @@ def save(run: Path, engine: Engine, *, step: int, identity: dict[str, Any], keep
         extra = {f"optimizer.{i}.{k}": v for i, entry in state.items() for k, v in entry.items()}
         own = {k: v.detach().cpu() for k, v in engine.loss.state_dict().items()}
         save_file({**own, **extra}, staged / LOSS)
+    # Never sealed, never promoted: the last update may have overflowed after its loss was finite.
+    bad = next((name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())), None)
+    if any_rank(bad is not None, engine.world.device):
+        raise ClipwrightError(
+            "E_NONFINITE",
+            "weights that are not finite are not saved",
+            where=f"{run} step {step}",
+            found=f"{bad or 'a tensor of another rank'} holds them",
+            fix="lower optim.lr or use precision=fp32, with --fresh or another -o; older checkpoints stand",
+        )
     barrier()  # every rank's files are there before they are hashed
     if engine.world.first:
         _seal(staged, step=step, world=engine.world.size, zero=engine.zero, identity=identity)
@@ -94,6 +105,13 @@ def _seal(folder: Path, *, step: int, world: int, zero: int, identity: dict[str,
         "files": file_entries(folder, names),
     }
     write_folder_manifest(folder, "checkpoint", digest(body["files"]), body)
+
+
+def drop_after(run: Path, step: int) -> None:
+    """Removes checkpoints behind `step`: the run was cut back to it because they are broken."""
+    for folder in (run / "checkpoints").glob("step-*"):
+        if folder.name > f"step-{step:08d}":
+            shutil.rmtree(folder)
 
 
 def load_into(checkpoint: Checkpoint, engine: Engine) -> None:
@@ -145,7 +163,7 @@ def newest(run: Path, step: int | None = None) -> Checkpoint | None:
     if broken is not None:
         raise ClipwrightError(
             "E_CKPT_HASH",
-            "no checkpoint of this run is whole",
+            "no checkpoint of this run is whole" if step is None else "the checkpoint is not whole",
             where=run,
             found=broken.found,
             fix="restore one, or start over with --fresh",

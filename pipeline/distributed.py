@@ -7,7 +7,7 @@ alone makes a group of one, so that everything behind it has one path.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
+
+from clipwright.pipeline.core.errors import ClipwrightError
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,20 @@ def from_first(value: object) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_first(work: Callable[[], None]) -> None:
+    """Runs `work` on rank 0 while the others wait; its ClipwrightError is raised on all of them."""
+    failure: object = None
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except ClipwrightError as error:
+            failure = error.args
+    if (failure := from_first(failure)) is not None:
+        assert isinstance(failure, tuple)
+        code, what, where, found, fix = failure
+        raise ClipwrightError(code, what, where=where, found=found, fix=fix)
 
 
 def barrier() -> None:

@@ -154,7 +154,8 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote. The caller has checked every file against the checkpoint's manifest."""
-        self.engine.load_checkpoint(str(folder), tag="deepspeed")
+        found, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
+        assert found is not None, folder  # DeepSpeed says so, and goes on, when it finds nothing
 
 
 @torch.no_grad()

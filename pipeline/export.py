@@ -10,7 +10,7 @@ from clipwright.pipeline import checkpoint, runfolder
 from clipwright.pipeline.core.command import Call
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import digest
+from clipwright.pipeline.core.records import STATUS, digest, read_manifest
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.model import load_model, save_model
 from clipwright.pipeline.run import RunConfig, model_tree
@@ -29,7 +29,7 @@ class ExportConfig:
 def export(call: Call) -> None:
     """Runs `clipwright export RUN -o MODEL`."""
     config: ExportConfig = call.load().value
-    run, out = Path(config.run), call.output()
+    run, out = Path(config.run), call.output().absolute()
     tree = runfolder.stored_tree(run)
     if tree is None:
         raise ClipwrightError(
@@ -44,14 +44,7 @@ def export(call: Call) -> None:
             found="none was saved yet",
             fix="train on, then export",
         )
-    if out.exists() and any(out.iterdir()) and not (out / "manifest.json").exists():
-        raise ClipwrightError(
-            "E_OUTPUT",
-            "the output folder holds something else",
-            where=out,
-            found="no manifest.json",
-            fix="choose another",
-        )
+    _check_output(out)
     if call.dry_run:
         call.say(f"would export step {found.step} of {run} to {out}")
         return
@@ -73,12 +66,33 @@ def export(call: Call) -> None:
         card=_card(tree, made_from),
     )
     load_model(staged, device="cpu")  # what is announced has been read back
-    shutil.rmtree(out, ignore_errors=True)
+    old = out.with_name(f".{out.name}.old.partial")
+    if out.exists():
+        out.rename(old)
     staged.rename(out)
-    result = {"model": str(out), "fingerprint": manifest["fingerprint"], "step": found.step, **made_from}
+    shutil.rmtree(old, ignore_errors=True)
+    result = {"model": str(call.out), "fingerprint": manifest["fingerprint"], "step": found.step, **made_from}
     call.finish(
-        result, f"exported step {found.step} to {out}", then=f"clipwright eval retrieval model={out} data=DATASET"
+        result,
+        f"exported step {found.step} to {call.out}",
+        then=f"clipwright eval retrieval model={call.out} data=DATASET",
     )
+
+
+def _check_output(out: Path) -> None:
+    """An export replaces a model folder or fills an empty one; anything else is E_OUTPUT."""
+    if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {STATUS}):
+        return
+    try:
+        read_manifest(out, "model")
+    except ClipwrightError as error:
+        raise ClipwrightError(
+            "E_OUTPUT",
+            "the output holds something else than a model folder",
+            where=out,
+            found=error.found,
+            fix="choose another folder",
+        ) from None
 
 
 def _card(tree: dict[str, Any], made_from: dict[str, Any]) -> str:

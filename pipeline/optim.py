@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from clipwright.pipeline.core.registry import configclass
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @configclass
@@ -16,23 +20,23 @@ class OptimConfig:
     """`name: adamw` uses betas and eps, `sgd` uses momentum. `clip`: largest global gradient norm, 0 for none."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 5e-4
+    lr: Positive = 5e-4
     betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    momentum: float = 0.0
-    weight_decay: float = 0.2
-    clip: float = 1.0
+    eps: Positive = 1e-6
+    momentum: NotNegative = 0.0
+    weight_decay: NotNegative = 0.2
+    clip: NotNegative = 1.0
 
 
 @configclass
 class ScheduleConfig:
     """How long and how fast: all counts are samples (images), so that a batch size changes no schedule."""
 
-    samples: int = 100_000
-    global_batch: int = 256
-    warmup: int = 5_000
+    samples: Annotated[int, Field(ge=1)] = 100_000
+    global_batch: Annotated[int, Field(ge=1)] = 256
+    warmup: Annotated[int, Field(ge=0)] = 5_000
     decay: Literal["cosine", "constant"] = "cosine"
-    final: float = 0.0
+    final: NotNegative = 0.0
 
     @property
     def steps(self) -> int:

@@ -42,7 +42,7 @@ def settle_precision(resolved: Resolved[RunConfig], run: Path, world: World, *, 
     wanted = resolved.value.precision
     stored = None if fresh else runfolder.stored_tree(run)
     if wanted == "auto" and stored is not None:
-        wanted = stored["precision"]
+        wanted = stored.get("precision", wanted)  # a foreign config.yaml is refused later, by name
     chosen: Any = from_first(choose_precision(wanted, world.device) if world.first else None)
     value = dataclasses.replace(resolved.value, precision=chosen)
     return dataclasses.replace(resolved, value=value, tree={**resolved.tree, "precision": chosen})

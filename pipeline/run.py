@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from clipwright.pipeline.core.config import Choice, Resolved
@@ -22,14 +23,14 @@ from clipwright.pipeline.tokenizers.base import TOKENIZERS, Tokenizer
 class RuntimeConfig:
     """What may change between two starts of one run without changing its result beyond rounding."""
 
-    workers: int = 2
-    threads: int = 0  # 0: the cores of this machine divided by its local ranks
+    workers: Annotated[int, Field(ge=1)] = 2
+    threads: Annotated[int, Field(ge=0)] = 0  # 0: the cores of this machine divided by its local ranks
     zero: Literal[0, 1, 2, 3] = 0
-    log_every: int = 20  # steps
-    save_every: int = 1000  # steps
-    save_minutes: float = 15.0
-    keep: int = 2  # newest checkpoints
-    stop_at: int | None = None  # step to stop at, as if the run were interrupted there
+    log_every: Annotated[int, Field(ge=1)] = 20  # steps
+    save_every: Annotated[int, Field(ge=1)] = 1000  # steps
+    save_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 15.0
+    keep: Annotated[int, Field(ge=1)] = 2  # newest checkpoints
+    stop_at: Annotated[int, Field(ge=1)] | None = None  # step to stop at, as if the run were interrupted there
 
 
 @configclass

@@ -9,7 +9,7 @@ from typing import Any
 
 from clipwright.pipeline.core.config import read_yaml
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import atomic_write, differences, write_json
+from clipwright.pipeline.core.records import STATUS, atomic_write, differences, write_json
 
 CONFIG, IDENTITY = "config.yaml", "identity.json"
 
@@ -38,14 +38,17 @@ def claim(run: Path, *, yaml: str, identity: dict[str, Any], fresh: bool) -> Non
                     found="; ".join(changed),
                     fix="use the old values, another -o, or --fresh to start over",
                 )
-    elif run.is_dir() and any(run.iterdir()):
-        raise ClipwrightError(
-            "E_OUTPUT",
-            "the output folder holds something else",
-            where=run,
-            found=f"no {IDENTITY} but {min(path.name for path in run.iterdir())}",
-            fix="choose an empty folder",
-        )
+    elif run.exists():
+        # What a start leaves that was refused or killed before it had an identity is no obstacle to the next.
+        odd = {path.name for path in run.iterdir()} - {STATUS, CONFIG} if run.is_dir() else {run.name}
+        if odd := sorted(name for name in odd if not name.endswith(".partial")):
+            raise ClipwrightError(
+                "E_OUTPUT",
+                "the output folder holds something else",
+                where=run,
+                found=f"no {IDENTITY} but {odd[0]}",
+                fix="choose an empty folder",
+            )
     run.mkdir(parents=True, exist_ok=True)
     atomic_write(run / CONFIG, yaml)
     write_json(run / IDENTITY, identity)

@@ -20,7 +20,7 @@ from clipwright.pipeline.core.command import Call, Preempted
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data.order import key64
-from clipwright.pipeline.distributed import World, any_rank, barrier, process_group
+from clipwright.pipeline.distributed import World, any_rank, on_first, process_group
 from clipwright.pipeline.engine import Engine, StepResult, deepspeed_config
 from clipwright.pipeline.metrics import RunLog, step_line
 from clipwright.pipeline.precision import settle_precision
@@ -57,9 +57,7 @@ class Trainer:
     def open(self, run: Path, yaml: str, fresh: bool) -> None:
         """Claims the run folder, builds the engine and restores the newest checkpoint."""
         self.run = run
-        if self.world.first:
-            runfolder.claim(run, yaml=yaml, identity=self.identity, fresh=fresh)
-        barrier()
+        on_first(lambda: runfolder.claim(run, yaml=yaml, identity=self.identity, fresh=fresh))
         settings = deepspeed_config(
             self.config.optim,
             local_batch=self.schedule.global_batch // self.world.size,
@@ -73,6 +71,8 @@ class Trainer:
         if found is not None:
             checkpoint.load_into(found, self.engine)
             self.step = found.step
+        if self.world.first:
+            checkpoint.drop_after(run, self.step)  # broken ones would count as the newest to keep
         self.last_save = time.monotonic()
 
     def header(self) -> str:
@@ -95,7 +95,6 @@ class Trainer:
         batches = self.parts.loader.batches(self.step * self.schedule.global_batch)
         self.parts.towers.train()
         since, since_step, waited = time.perf_counter(), self.step, 0.0
-        saved = self.step
         try:
             while self.step < end:
                 batch = next(batches)
@@ -119,11 +118,8 @@ class Trainer:
                 stopping = any_rank(stop.cause is not None, self.world.device)
                 if stopping or self.step == end or self._save_due():
                     self._save()
-                    saved = self.step
                 if stopping:
                     raise (stop.cause or Preempted)()
-            if saved < self.step:
-                self._save()
         finally:
             batches.close()
             if log is not None:
@@ -153,7 +149,7 @@ class Trainer:
                 "a step that is not finite",
                 where=f"{self.run} step {self.step}",
                 found=f"loss {result.loss}, gradient norm {result.grad_norm}",
-                fix="lower optim.lr or use precision=fp32, then run again from the last checkpoint",
+                fix="lower optim.lr or use precision=fp32, with --fresh or another -o",
             )
 
     def _record(self, result: StepResult, factor: float, rate: float, data_share: float) -> dict[str, Any]:

@@ -103,6 +103,26 @@ def test_the_demo_is_a_list_of_our_own_commands(cli: Any) -> None:
     assert len(asked) == 10 and not asked & shown
 
 
+def test_a_small_demo_ends_with_its_report(cli: Any) -> None:
+    small = "source.image_size=32 runtime.workers=1"
+    steps = {
+        "prep": f"prep scenes {small} source.count=300 source.combinations=train -o {{demo}}/shards",
+        "prep_test": f"prep scenes {small} source.count=300 source.split=test source.combinations=all -o {{demo}}/test",
+        "train": f"train {' '.join(TRAIN)} schedule.samples=640 data.train={{demo}}/shards -o {{demo}}/run",
+    }
+    printed = cli.json("demo", *(f"steps.{name}={line}" for name, line in steps.items()))
+    report = json.loads((cli.folder / "demo" / "report.json").read_text())
+    assert report == printed
+    assert {"rows_in", "written", "merged", "rejected"} <= report["prep"].keys() and report["prep"]["rows_in"] == 300
+    assert {"steps", "samples_per_s", "loss_first", "loss_last"} <= report["train"].keys()
+    assert all({"r1", "r5", "r10", "n"} <= report["retrieval"][way].keys() for way in ("i2t", "t2i"))
+    assert {"query", "hits_right", "k", "mean_precision_at_10"} <= report["search"].keys()
+    assert 0 <= report["search"]["hits_right"] <= report["search"]["k"] == 10
+    failed = cli("demo", "steps.prep=prep table source.path=nowhere.csv -o {demo}/x", "-o", "other", code=3)
+    assert "error[E_INPUT]" in failed.stderr and "Traceback" not in failed.stderr
+    assert not (cli.folder / "other" / "report.json").exists()
+
+
 def rows(data: Any, shard: int) -> list[dict[str, Any]]:
     return data.sidecar(shard).select(["colour", "shape", "held_out"]).to_pylist()
 

@@ -40,6 +40,7 @@ class Command:
     verb: str
     kind: str | None
     subject: str | None
+    words: int  # how many words may stand beside the overrides
 
 
 COMMANDS: dict[str, Command] = {}
@@ -61,6 +62,20 @@ class Call:
     yes: bool
     fresh: bool
     writes_status: bool = True  # False on ranks other than the first
+
+    def check(self) -> None:
+        """E_USAGE for words nobody would read: a lost `=` must not train on the defaults."""
+        spare = self.words[self.command.words :]
+        if self.command.kind is None and self.command.words == 1:
+            spare += self.overrides
+        if spare:
+            raise ClipwrightError(
+                "E_USAGE",
+                "a word too many",
+                where=" ".join([self.command.verb, *spare]),
+                found=f"'{spare[0]}' is neither the one word this verb takes nor section.key=value",
+                fix=f"see clipwright {self.command.verb} --help",
+            )
 
     def load(self, base: dict[str, Any] | None = None) -> Any:
         """The `Resolved` config of this command line."""
@@ -104,15 +119,21 @@ def load_kind(command: Command) -> type[Any]:
 
 
 def command(
-    app: typer.Typer, verb: str, *, kind: str | None = None, subject: str | None = None, metavar: str = "CONFIG"
+    app: typer.Typer,
+    verb: str,
+    *,
+    kind: str | None = None,
+    subject: str | None = None,
+    metavar: str = "CONFIG",
+    words: int = 1,
 ) -> Callable[[Callable[[Call], None]], Callable[..., None]]:
     """Registers `verb` on `app`. With `subject`, the first word sets that config key instead of naming a config."""
-    spec = COMMANDS[verb] = Command(verb, kind, subject)
-    words = typer.Argument(None, metavar=f"[{metavar}] [SECTION.KEY=VALUE]...", show_default=False)
+    spec = COMMANDS[verb] = Command(verb, kind, subject, words)
+    listed = typer.Argument(None, metavar=f"[{metavar}] [SECTION.KEY=VALUE]...", show_default=False)
 
     def decorate(body: Callable[[Call], None]) -> Callable[..., None]:
         def run(
-            args: list[str] | None = words,
+            args: list[str] | None = listed,
             out: Annotated[Path | None, typer.Option("-o", metavar="DIR", help="The folder to write.")] = None,
             as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
             quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
@@ -145,6 +166,7 @@ def _run(call: Call, body: Callable[[Call], None]) -> int:
     signal.signal(signal.SIGTERM, _preempt)
     signal.signal(signal.SIGUSR1, _preempt)
     try:
+        call.check()
         body(call)
         code = DONE
     except ClipwrightError as caught:
@@ -152,15 +174,44 @@ def _run(call: Call, body: Callable[[Call], None]) -> int:
         if call.debug:
             traceback.print_exc()
         print(caught, file=sys.stderr, flush=True)
+    except OSError as caught:
+        error = ClipwrightError(
+            "E_SYSTEM",
+            "the operating system refused",
+            where=caught.filename or call.command.verb,
+            found=caught.strerror or str(caught),
+            fix="free space or mend the path or its permissions, and run the same command again",
+        )
+        code = error.exit_code
+        if call.debug:
+            traceback.print_exc()
+        print(error, file=sys.stderr, flush=True)
+    except typer.Exit as stop:
+        code = stop.exit_code
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on", file=sys.stderr, flush=True)
         code = INTERRUPTED
     except Preempted:
         print("stopped by a signal: run the same command again to go on", file=sys.stderr, flush=True)
         code = PREEMPTED
-    if call.writes_status and not call.dry_run and call.out is not None and call.out.is_dir():
+    if call.writes_status and not call.dry_run and call.out is not None and _owns(call, call.out, code):
         _write_status(call, started, code, error)
     return code
+
+
+def _owns(call: Call, folder: Path, code: int) -> bool:
+    """Whether `folder` is this command's to write a status into: done, or empty, or begun by the same verb.
+
+    A command that was refused must not leave a file in a folder that belongs to somebody else.
+    """
+    if not folder.is_dir():
+        return False
+    if code == DONE or not any(folder.iterdir()):
+        return True
+    try:
+        return json.loads((folder / "status.json").read_text(encoding="utf-8"))["verb"] == call.command.verb
+    except (OSError, ValueError, KeyError):
+        return code in (INTERRUPTED, PREEMPTED)
 
 
 def _preempt(number: int, frame: object) -> None:

@@ -14,6 +14,7 @@ CODES: dict[str, tuple[int, str]] = {
     "E_BATCH": (2, "a global batch that the ranks cannot share evenly"),
     "E_OUTPUT": (2, "an output folder that holds something else"),
     "E_RESUME": (2, "an unfinished output made with another config"),
+    "E_SYSTEM": (1, "the operating system refused: disk full, no permission, a file where a folder should be"),
     "E_INPUT": (3, "an input file or folder that is missing or unreadable"),
     "E_TABLE": (3, "a table that cannot be read"),
     "E_COLUMN": (3, "a column that a table does not have"),

@@ -64,6 +64,8 @@ class Registry(Generic[C]):
         source: str = "",
     ) -> None:
         """Registers a family under its preset names; `source` cites where the presets come from."""
+        if not config.__module__.startswith(self.package):
+            self.discover()  # a plugin's names must not take ours
         entry = Entry(config, build, presets, source)
         for name in presets:
             known = self._entries.get(name)

@@ -9,10 +9,12 @@ from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
+from pydantic import Field
 from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -31,9 +33,9 @@ class DataConfig:
     """What is trained on, in which order. `captions`: how many captions of an image stand in a batch."""
 
     train: str
-    captions: int = 1
-    streams: int = 64
-    window: int = 4096
+    captions: Annotated[int, Field(ge=1)] = 1
+    streams: Annotated[int, Field(ge=1)] = 64
+    window: Annotated[int, Field(ge=1)] = 4096
     augment: AugmentConfig = AugmentConfig()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,6 @@ class Dataset:
         self.samples = sum(self.sizes)
         self._sidecars: dict[int, pa.Table] = {}
         self._columns: dict[int, dict[str, Any]] = {}
-        self._files: dict[int, int] = {}
-        self._lock = threading.Lock()
         for index, shard in enumerate(self._shards):
             path = self.tar_path(index)
             size = path.stat().st_size if path.is_file() else None
@@ -76,23 +73,17 @@ class Dataset:
         Not mmap: a truncated network file under mmap is a SIGBUS, not an error.
         """
         record = self.record(shard, row)
-        data = os.pread(self._file(shard), record["size"], record["offset"])
+        # Opened for each: a descriptor kept for every shard would meet the limit of open files on a large set.
+        handle = os.open(self.tar_path(shard), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.pread(handle, record["size"], record["offset"])
+        finally:
+            os.close(handle)
         if verify and hashlib.sha256(data).hexdigest() != record["sha256"]:
             raise self._wrong(
                 self.tar_path(shard), f"the bytes of sample {record['key']} at offset {record['offset']} have changed"
             )
         return data
-
-    def close(self) -> None:
-        for handle in self._files.values():
-            os.close(handle)
-        self._files.clear()
-
-    def _file(self, shard: int) -> int:
-        with self._lock:
-            if shard not in self._files:
-                self._files[shard] = os.open(self.tar_path(shard), os.O_RDONLY | os.O_CLOEXEC)
-            return self._files[shard]
 
     def _wrong(self, path: Path, found: str) -> ClipwrightError:
         return ClipwrightError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor, nn
 
 from clipwright.pipeline.core.registry import configclass
@@ -18,7 +20,7 @@ MAX_LOG_SCALE = math.log(100.0)
 class SoftmaxConfig(LossConfig):
     """`init_scale`: exp(t) at the start; CLIP's is 1/0.07."""
 
-    init_scale: float = 1 / 0.07
+    init_scale: Annotated[float, Field(ge=1, le=100)] = 1 / 0.07
 
 
 class SoftmaxLoss(ContrastiveLoss):

@@ -125,3 +125,12 @@ def test_another_config_or_folder_is_refused(scenes: Path, tmp_path: Path, small
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
     done = small(tmp_path, *words, "seed=3", "runtime.stop_at=1", "--fresh")
     assert "resuming" not in done.stdout
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_two_ranks_resume_bit_identically(zero: int, scenes: Path, tmp_path: Path, small: Any) -> None:
+    words = [f"data.train={scenes}", *STEPS, f"runtime.zero={zero}", "data.captions=2"]
+    small(tmp_path, *words, "-o", "whole", ranks=2)
+    small(tmp_path, *words, "runtime.stop_at=17", "-o", "run", ranks=2)
+    small(tmp_path, *words, "-o", "run", ranks=2)
+    same(tmp_path / "run", tmp_path / "whole", small)

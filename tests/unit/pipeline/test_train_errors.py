@@ -70,6 +70,43 @@ def test_a_dataset_without_manifest_or_with_a_changed_tar_is_refused(scenes: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_refused_command_leaves_other_folders_alone(scenes: Path, tmp_path: Path, small: Any) -> None:
+    cli = small.cli(tmp_path)
+    shutil.copytree(scenes, tmp_path / "data")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    small(tmp_path, f"data.train={scenes}", "schedule.samples=16", "-o", "run")
+    for words in (
+        ["train", *small.settings, f"data.train={scenes}", "-o", "data"],
+        ["train", *small.settings, f"data.train={scenes}", "precision=auto", "-o", "data"],
+        ["export", "run", "-o", "data"],
+    ):
+        line = cli.error(*words, code=2)
+        assert line.startswith("error[E_OUTPUT]") and "data" in line and "choose" in line
+    line = cli.error("train", *small.settings, "data.train=typo", "-o", "data", code=3)
+    assert line.startswith("error[E_INPUT]")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+    # A first try that was refused is no obstacle to the second.
+    (tmp_path / "again").mkdir()
+    cli.error("train", *small.settings, "data.train=typo", "-o", "again", code=3)
+    small(tmp_path, f"data.train={scenes}", "schedule.samples=16", "-o", "again")
+    line = cli.error("train", *small.settings, f"data.train={scenes}", "schedule.samples", "=", "9", "-o", "x", code=2)
+    assert line.startswith("error[E_USAGE]") and "'='" in line and "train --help" in line
+    (tmp_path / "file").write_text("mine")
+    line = cli.error("train", *small.settings, f"data.train={scenes}", "-o", "file/run", code=1)
+    assert line.startswith("error[E_SYSTEM]") and "file" in line and "mend the path" in line
+    line = cli.error("train", *small.settings, f"data.train={scenes}", "-o", "file", code=2)
+    assert line.startswith("error[E_OUTPUT]") and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["runtime.keep=-1", "runtime.save_every=0", "schedule.global_batch=0", "optim.lr=.nan", "data.captions=0"],
+)
+def test_values_out_of_range_are_refused(word: str, scenes: Path, tmp_path: Path, small: Any) -> None:
+    line = small.cli(tmp_path).error("train", f"data.train={scenes}", word, "-o", "run", code=2)
+    assert line.startswith("error[E_CONFIG_VALUE]") and word.split("=")[0] in line
+
+
 def test_export_and_model_folders(scenes: Path, tmp_path: Path, small: Any) -> None:
     cli = small.cli(tmp_path)
     small(tmp_path, f"data.train={scenes}", "schedule.samples=32", "-o", "run")
