@@ -109,3 +109,16 @@ def test_auto_precision_is_chosen_once_and_kept(scenes: Path, tmp_path: Path, sm
         path.write_text(path.read_text().replace(chosen, other))
     done = small(tmp_path, *words)
     assert "resuming at step 2" in done.stdout and f"precision {other}" in done.stdout
+
+
+def test_running_statistics_are_the_average_over_ranks(scenes: Path, tmp_path: Path, small: Any) -> None:
+    """The first norm sees the same pixels however they are shared: its saved mean must not be one rank's alone."""
+    words = [f"data.train={scenes}", "image.name=clip_rn_nano", "image.image_size=32", "schedule.samples=16"]
+    settings = [word for word in small.settings if not word.startswith("image.")]
+    for ranks in (0, 2):
+        small.cli(tmp_path)("train", *settings, *words, "-o", f"run{ranks}", ranks=ranks)
+    last = "checkpoints/step-00000001/model.safetensors"
+    one, two = load_file(tmp_path / "run0" / last), load_file(tmp_path / "run2" / last)
+    first = next(name for name in sorted(one) if name.startswith("image.stem.0") and name.endswith("running_mean"))
+    assert one[first].abs().max() > 1e-4
+    assert torch.allclose(one[first], two[first], rtol=0, atol=1e-6)

@@ -182,6 +182,10 @@ IMAGE_TOWERS.add(MeanColourConfig, MeanColour, {"mean_colour": {"image_size": 32
     resumed = ["train", *words, f"data.train={scenes}", "schedule.samples=32", "image.width=4", "-o", "run"]
     line = cli.error(*resumed, code=2)
     assert line.startswith("error[E_RESUME]") and "plugins" in line
+    text = (tmp_path / "mean_colour.py").read_text().replace('"mean_colour"', '"vit_nano"')
+    (tmp_path / "thief.py").write_text(text)
+    line = cli.error("train", "plugins=thief.py", "-o", "x", code=2)
+    assert line.startswith("error[E_PLUGIN]") and "thief.py" in line and "vit_nano exists" in line
     (tmp_path / "broken.py").write_text("import does_not_exist\n")
     line = cli.error("train", "plugins=broken.py", "-o", "x", code=2)
     assert line.startswith("error[E_PLUGIN]") and "broken.py" in line and "does_not_exist" in line
