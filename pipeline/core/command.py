@@ -160,6 +160,7 @@ def command(
 def _run(call: Call, body: Callable[[Call], None]) -> int:
     started = datetime.datetime.now(datetime.UTC)
     error: ClipwrightError | None = None
+    owned = _owns(call)
     # Read when OpenMP loads with torch, which no command has done yet. Waiting threads that spin cost a factor of 7
     # where another process wants the cores (36 against 260 samples/s seen), and little where none does.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -194,24 +195,32 @@ def _run(call: Call, body: Callable[[Call], None]) -> int:
     except Preempted:
         print("stopped by a signal: run the same command again to go on", file=sys.stderr, flush=True)
         code = PREEMPTED
-    if call.writes_status and not call.dry_run and call.out is not None and _owns(call, call.out, code):
+    mine = owned or code == DONE or (code in (INTERRUPTED, PREEMPTED) and not _has_status(call))
+    if mine and call.writes_status and not call.dry_run and call.out is not None and call.out.is_dir():
         _write_status(call, started, code, error)
     return code
 
 
-def _owns(call: Call, folder: Path, code: int) -> bool:
-    """Whether `folder` is this command's to write a status into: done, or empty, or begun by the same verb.
+def _owns(call: Call) -> bool:
+    """Whether the output folder is this command's before it starts: absent, empty, or begun by the same verb.
 
-    A command that was refused must not leave a file in a folder that belongs to somebody else.
+    A command that was refused must not leave a status in a folder that belongs to somebody else.
     """
+    folder = call.out
+    if folder is None or not folder.exists():
+        return True
     if not folder.is_dir():
         return False
-    if code == DONE or not any(folder.iterdir()):
+    if not any(folder.iterdir()):
         return True
     try:
         return json.loads((folder / "status.json").read_text(encoding="utf-8"))["verb"] == call.command.verb
     except (OSError, ValueError, KeyError):
-        return code in (INTERRUPTED, PREEMPTED)
+        return False
+
+
+def _has_status(call: Call) -> bool:
+    return call.out is not None and (call.out / "status.json").exists()
 
 
 def _preempt(number: int, frame: object) -> None:
