@@ -162,7 +162,7 @@ def _run(call: Call, body: Callable[[Call], None]) -> int:
     error: ClipwrightError | None = None
     owned = _owns(call)
     # Read when OpenMP loads with torch, which no command has done yet. Waiting threads that spin cost a factor of 7
-    # where another process wants the cores (36 against 260 samples/s seen), and little where none does.
+    # where another process wants the cores (36 against 260 samples/s seen).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, _preempt)
     signal.signal(signal.SIGUSR1, _preempt)
