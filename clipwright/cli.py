@@ -193,7 +193,7 @@ def config_show(call: Call) -> None:
     rest = call.words[len(verb.split()) :]
     resolved = resolve(
         load_kind(COMMANDS[verb]),
-        verb=verb.split()[0],
+        verb=COMMANDS[verb].configs,
         config=rest[0] if rest else None,
         overrides=call.overrides,
         partial=True,

@@ -120,16 +120,16 @@ def _run(job: Job, config: PrepConfig, plugins: list[tuple[str, str]], quiet: bo
     most = max(-(-job.source.count // size), 1 if job.source.distinct else -(-job.source.count // CHUNK))
     with Engine(workers_for(config.runtime.workers, most), job, plugins) as engine:
         plan = _plan(job, engine)
-        progress = Progress("prep", job.source.count, "rows", quiet=quiet)
         receipts: dict[int, dict[str, Any]] = {}
         for number in range(plan.shards(size)):
             if (receipt := read_receipt(job.folder, number)) is not None:
                 receipts[number] = receipt
         todo = (task for task in plan.tasks(size) if task.number not in receipts)
-        for receipt in engine.run(write_shard, todo):
-            receipts[receipt["shard"]] = receipt
-            lost = sum(receipt["rejects"].values())
-            progress.add(receipt["samples"] + lost, lost - receipt["merged"])
+        with Progress("prep", job.source.count, "rows", quiet=quiet) as progress:
+            for receipt in engine.run(write_shard, todo):
+                receipts[receipt["shard"]] = receipt
+                lost = sum(receipt["rejects"].values())
+                progress.add(receipt["samples"] + lost, lost - receipt["merged"])
     return [receipts[number] for number in sorted(receipts)]
 
 

@@ -119,6 +119,7 @@ def embed(resolved: Resolved[EmbedConfig], out: Path, ranks: Ranks, *, quiet: bo
         parts = ranks.together(lambda: part.write(model, data, start, stop, config, progress))
         manifest = ranks.together(lambda: _finish(out, resolved, body, parts) if ranks.rank == 0 else None)[0]
     finally:
+        progress.close()
         part.discard()
     assert manifest is not None
     return {**manifest, "made": True}

@@ -90,6 +90,7 @@ class Engine:
         for group in (*self.optimizer.param_groups, *self.loss_optimizer.param_groups):
             group["lr"] = self.optim.lr * lr_factor
         image, text = self.engine(batch.views.to(device), batch.tokens.to(device))
+        text = text[batch.text_row.to(device)]
         features = Features(
             image=gather(image.detach().float()).requires_grad_(),
             text=gather(text.detach().float()).requires_grad_(),

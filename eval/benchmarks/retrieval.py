@@ -44,13 +44,13 @@ def score(model: Encoder, data: Dataset, *, batch: int, workers: int, quiet: boo
         raise ClipwrightError(
             "E_DATA_SMALL", "an empty dataset", where=data.folder, found="0 samples", fix="give one that has samples"
         )
-    progress = Progress("eval", data.samples, "images", quiet=quiet)
     keys: list[str] = []
     images: list[torch.Tensor] = []
-    for names, rows in encode_images(model, data, 0, data.samples, batch=batch, workers=workers):
-        keys += names
-        images.append(rows)
-        progress.add(len(names))
+    with Progress("eval", data.samples, "images", quiet=quiet) as progress:
+        for names, rows in encode_images(model, data, 0, data.samples, batch=batch, workers=workers):
+            keys += names
+            images.append(rows)
+            progress.add(len(names))
     captions = [texts for _, _, table in pieces(data, 0, data.samples) for texts in table["captions"].to_pylist()]
     owners = [image for image, texts in enumerate(captions) for _ in texts]
     flat = [text for texts in captions for text in texts]

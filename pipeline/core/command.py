@@ -41,6 +41,7 @@ class Command:
     kind: str | None
     subject: str | None
     words: int  # how many words may stand beside the overrides
+    configs: str = ""  # whose folder of configs/ it reads
 
 
 COMMANDS: dict[str, Command] = {}
@@ -86,8 +87,8 @@ class Call:
         if self.command.subject is not None and self.config is not None:
             overrides.insert(0, f"{self.command.subject}={self.config}")
         config = None if self.command.subject is not None else self.config
-        folder = self.command.verb.split()[0]
-        return resolve(load_kind(self.command), verb=folder, config=config, overrides=overrides, base=base)
+        verb = self.command.configs
+        return resolve(load_kind(self.command), verb=verb, config=config, overrides=overrides, base=base)
 
     def output(self) -> Path:
         """The folder given with -o."""
@@ -126,9 +127,14 @@ def command(
     subject: str | None = None,
     metavar: str = "CONFIG",
     words: int = 1,
+    configs: str = "",
 ) -> Callable[[Callable[[Call], None]], Callable[..., None]]:
-    """Registers `verb` on `app`. With `subject`, the first word sets that config key instead of naming a config."""
-    spec = COMMANDS[verb] = Command(verb, kind, subject, words)
+    """Registers `verb` on `app`.
+
+    With `subject`, the first word sets that config key instead of naming a config. `configs`: whose shipped configs a
+    name means, where they are not the verb's own (`doctor photos` reads configs/train/photos.yaml).
+    """
+    spec = COMMANDS[verb] = Command(verb, kind, subject, words, configs or verb.split()[0])
     listed = typer.Argument(None, metavar=f"[{metavar}] [SECTION.KEY=VALUE]...", show_default=False)
 
     def decorate(body: Callable[[Call], None]) -> Callable[..., None]:

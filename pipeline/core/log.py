@@ -1,4 +1,4 @@
-"""What a person reads while a command runs: words, plain progress lines, and no noise from libraries."""
+"""What a person reads while a command runs: words, progress, and no noise from libraries."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import sys
 import time
 import warnings
+from types import TracebackType
+from typing import Any
 
 
 def quiet_libraries() -> None:
@@ -19,26 +21,71 @@ def quiet_libraries() -> None:
 
 
 class Progress:
-    """One plain line per interval on stderr: done/total, rate, ETA, and what failed."""
+    """Done/total, rate, time left and failures, on stderr: a bar on a terminal, elsewhere a plain line per interval.
+
+    Used as `with Progress("prep", total, "rows", quiet=call.quiet) as progress: … progress.add(10)`. The bar leaves
+    nothing behind; the command's own summary says what was done. NO_COLOR is honoured.
+    """
 
     def __init__(self, what: str, total: int | None, unit: str, *, quiet: bool = False, interval: float = 10.0) -> None:
         self.what, self.total, self.unit, self.quiet, self.interval = what, total, unit, quiet, interval
         self.started = self.last = time.monotonic()
         self.done = self.failed = 0
+        self._bar: Any = None
+        if not quiet and sys.stderr.isatty():
+            self._start_bar()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def add(self, done: int, failed: int = 0) -> None:
         self.done += done
         self.failed += failed
-        now = time.monotonic()
-        if now - self.last >= self.interval:
-            self.last = now
-            self.line(now)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, left=self._left())
+        elif not self.quiet and time.monotonic() - self.last >= self.interval:
+            self.last = time.monotonic()
+            of = f"/{self.total}" if self.total is not None else ""
+            print(f"{self.what} {self.done}{of} {self.unit}  {self._left()}", file=sys.stderr, flush=True)
 
-    def line(self, now: float) -> None:
-        if self.quiet:
-            return
-        rate = self.done / max(now - self.started, 1e-9)
-        of = f"/{self.total}" if self.total is not None else ""
-        left = f"  eta {(self.total - self.done) / rate:.0f} s" if self.total is not None and rate > 0 else ""
-        bad = f"  failed {self.failed}" if self.failed else ""
-        print(f"{self.what} {self.done}{of} {self.unit}  {rate:.0f}/s{left}{bad}", file=sys.stderr, flush=True)
+    def say(self, text: str) -> None:
+        """A line of words on stdout, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.stop()
+            print(text, flush=True)
+            self._bar.start()
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Takes the bar away; the cursor is back, whatever ended the work."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _left(self) -> str:
+        """Rate, time left, failures."""
+        rate = self.done / max(time.monotonic() - self.started, 1e-9)
+        text = f"{rate:.0f}/s" if rate >= 10 else f"{rate:.1f}/s"
+        if self.total is not None and rate > 0:
+            seconds = round(max(self.total - self.done, 0) / rate)
+            text += f"  eta {seconds // 60}m{seconds % 60:02d}s"
+        return text + (f"  failed {self.failed}" if self.failed else "")
+
+    def _start_bar(self) -> None:
+        # Imported where there is a terminal to draw on: rich costs 60 ms that a job's log need not pay.
+        from rich.console import Console  # noqa: PLC0415
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn  # noqa: PLC0415
+        from rich.progress import Progress as Bar  # noqa: PLC0415
+
+        count = MofNCompleteColumn() if self.total is not None else TextColumn("{task.completed}")
+        columns = (TextColumn("{task.description}"), BarColumn(), count, TextColumn("{task.fields[left]}"))
+        # transient: a bar that is done says nothing that the summary does not say.
+        self._bar = Bar(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4)
+        self._task = self._bar.add_task(f"{self.what} ({self.unit})", total=self.total, left="")
+        self._bar.start()

@@ -43,12 +43,14 @@ class DataConfig:
 class Batch:
     """One rank's part of a global batch.
 
-    views uint8 (b, S, S, 3); tokens (b·K, n), the captions of image i in rows iK to (i+1)K-1; image_id (b) and
-    caption_id (b, K): equal numbers mean equal image bytes, equal captions. `waited`: seconds the step waited for it.
+    views uint8 (b, S, S, 3); tokens (u, n), each different caption once; text_row (b·K): the row of caption k of image
+    i stands at iK + k. Class-name captions repeat, and a text tower that reads each once costs a fraction. image_id (b)
+    and caption_id (b, K): equal numbers mean equal image bytes, equal captions. `waited`: seconds the step waited.
     """
 
     views: UInt8[Tensor, "b s s 3"]
-    tokens: Int[Tensor, "t n"]
+    tokens: Int[Tensor, "u n"]
+    text_row: Int[Tensor, " t"]
     image_id: Int[Tensor, " b"]
     caption_id: Int[Tensor, "b k"]
     waited: float = 0.0
@@ -153,11 +155,13 @@ class Loader:
 
     def _collate(self, samples: list[Sample]) -> Batch:
         texts = [text for sample in samples for text in sample.captions]
-        tokens = self.tokenizer.encode(texts, self.text.context)
+        row = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        tokens = self.tokenizer.encode(list(row), self.text.context)
         tokens = trim(tokens, self.tokenizer.eot_id, self.text.pad)
         return Batch(
             views=torch.from_numpy(np.stack([sample.view for sample in samples])),
             tokens=torch.from_numpy(tokens).long(),
+            text_row=torch.tensor([row[text] for text in texts]),
             image_id=torch.tensor([sample.image_id for sample in samples]),
             caption_id=torch.tensor([_text_id(text) for text in texts]).view(len(samples), -1),
         )

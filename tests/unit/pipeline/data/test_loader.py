@@ -43,7 +43,7 @@ def test_resume_workers_and_ranks_change_nothing(scenes: Path) -> None:
     again = take(loader(scenes, Share(0, 1, 16), workers=5), 16 * 9, 5)
     for one, other in zip(whole[9:], again, strict=True):
         assert torch.equal(one.views, other.views)
-        assert torch.equal(one.tokens, other.tokens)
+        assert torch.equal(one.tokens, other.tokens) and torch.equal(one.text_row, other.text_row)
     halves = [take(loader(scenes, Share(r, 2, 16)), 0, 14) for r in range(2)]
     for step, one in enumerate(whole):
         for r in range(2):
@@ -65,10 +65,12 @@ def test_views_differ_between_epochs_and_captions_follow_their_image(scenes: Pat
     first, second = take(source, 0, 6), take(source, 96, 6)
     tokenizer = source.tokenizer
     for batch in first:
-        assert batch.tokens.shape[0] == 32 and batch.caption_id.shape == (16, 2)
+        assert batch.text_row.shape == (32,) and batch.caption_id.shape == (16, 2)
+        # Each different caption stands once, and equal captions share its row.
+        assert len(batch.tokens) == len(set(batch.caption_id.flatten().tolist())) == len(set(batch.text_row.tolist()))
         assert batch.tokens.shape[1] % 8 == 0 or batch.tokens.shape[1] == source.text.context
         for i, image in enumerate(batch.image_id.tolist()):
-            texts = {tokenizer.decode(batch.tokens[2 * i + k].tolist()).strip() for k in range(2)}
+            texts = {tokenizer.decode(batch.tokens[batch.text_row[2 * i + k]].tolist()).strip() for k in range(2)}
             assert texts <= {c.lower() for c in owner[image]}
     by_key = {i: v for b in first for i, v in zip(b.image_id.tolist(), b.views, strict=True)}
     changed = [not torch.equal(by_key[i], v) for b in second for i, v in zip(b.image_id.tolist(), b.views, strict=True)]
