@@ -161,13 +161,19 @@ class Engine:
 
 @torch.no_grad()
 def _correct(features: Features) -> tuple[Tensor, Tensor]:
-    """How many of this rank's images and texts rank a text, an image of their own first among the global batch."""
-    per_image = len(features.text) // len(features.image)
-    own = slice(features.first, features.first + features.count)
-    own_texts = slice(own.start * per_image, own.stop * per_image)
-    best_text = (features.image[own] @ features.text.T).argmax(1) // per_image
+    """How many of this rank's images and texts rank one of their positives first among the global batch.
+
+    Positives are the loss's: equal image bytes or equal captions, so that class-name captions count as they should.
+    """
+    per_image = features.caption_id.shape[1]
+    own = torch.arange(features.first, features.first + features.count, device=features.image.device)
+    own_texts = (own[:, None] * per_image + torch.arange(per_image, device=own.device)).flatten()
+    best_text = (features.image[own] @ features.text.T).argmax(1)
     best_image = (features.text[own_texts] @ features.image.T).argmax(1)
-    ids = features.image_id
-    image_right = (ids[best_text] == ids[own]).sum()
-    text_right = (ids[best_image] == ids[own].repeat_interleave(per_image)).sum()
-    return image_right.float(), text_right.float()
+
+    def right(images: Tensor, texts: Tensor) -> Tensor:
+        same_image = features.image_id[images] == features.image_id[texts // per_image]
+        same_caption = features.caption_id[images] == features.caption_id.flatten()[texts, None]
+        return (same_image | same_caption.any(1)).sum().float()
+
+    return right(own, best_text), right(best_image, own_texts)
