@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +78,56 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/data")
     return folder
+
+
+@dataclass
+class Look:
+    """What a browser made of a page."""
+
+    errors: list[str]  # of its console and of the page
+    requests: list[str]  # every address asked for but the page's own and data:
+    overflow: int  # pixels by which the document is wider than the window
+    text: str
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium: $CLIPWRIGHT_CHROMIUM, or the one on PATH."""
+    names = (os.environ.get("CLIPWRIGHT_CHROMIUM"), "chromium", "google-chrome")
+    program = next((found for name in names if name and (found := shutil.which(name))), None)
+    if program is None:
+        pytest.skip("no Chromium")
+    from playwright.sync_api import sync_playwright
+
+    # It neither updates nor reports: the only traffic is the page's.
+    words = ("no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking", "disable-component-update")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=[f"--{word}" for word in words])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def look(browser: Any) -> Callable[..., Look]:
+    """`look(page, width, shot=None)` opens a file in a window of that width; `shot`: where its picture goes."""
+
+    def open_page(page: Path, width: int, shot: Path | None = None) -> Look:
+        context = browser.new_context(viewport={"width": width, "height": 900})
+        try:
+            tab = context.new_page()
+            errors: list[str] = []
+            requests: list[str] = []
+            tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+            tab.on("pageerror", lambda error: errors.append(str(error)))
+            tab.on("request", lambda request: requests.append(request.url))
+            address = page.resolve().as_uri()
+            tab.goto(address, wait_until="networkidle")
+            overflow = tab.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+            if shot is not None:
+                tab.screenshot(path=str(shot), full_page=True)
+            asked = [url for url in requests if url != address and not url.startswith("data:")]
+            return Look(errors, asked, max(0, overflow), tab.inner_text("body"))
+        finally:
+            context.close()
+
+    return open_page
