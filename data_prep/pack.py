@@ -59,14 +59,15 @@ class PrepConfig:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run gives back: its manifest, and whether the folder was finished before."""
+    """What a run gives back: its manifest, whether the folder was finished before, lines about unused input."""
 
     manifest: dict[str, Any]
     already: bool
+    notes: list[str]
 
 
-def open_source(config: PrepConfig) -> Source:
-    """The source a config names; E_PREP_EMPTY when it has no row."""
+def open_source(config: PrepConfig, *, quiet: bool = False) -> Source:
+    """The source a config names, scanned; E_PREP_EMPTY when it has no row."""
     source = SOURCES.build(config.source)
     if source.count == 0:
         raise ClipwrightError(
@@ -76,6 +77,7 @@ def open_source(config: PrepConfig) -> Source:
             found="the input has 0 rows, or source.where leaves none",
             fix="check source.path and source.where",
         )
+    source.scan(quiet=quiet)
     return source
 
 
@@ -92,19 +94,19 @@ def prepare(resolved: Resolved[PrepConfig], folder: Path, *, fresh: bool = False
     E_PREP_EMPTY when no sample could be written, E_RESUME, E_OUTPUT, E_WORKER, and what the source raises.
     """
     config = resolved.value
-    source = open_source(config)
+    source = open_source(config, quiet=quiet)
     identity = identity_of(resolved, source)
     if fresh:
         output.clear(folder)
     if (manifest := output.finished(folder, identity)) is not None:
-        return Prepared(manifest, True)
+        return Prepared(manifest, True, list(source.notes))
     with output.claim(folder):
         output.start(folder, identity, resolved.yaml())
         job = Job(source, config.images, config.duplicates, folder, config.shards.name)
         receipts = _run(job, config, _plugins(resolved), quiet)
         manifest = _finish(job, config, identity, receipts)
         output.release(folder)
-    return Prepared(manifest, False)
+    return Prepared(manifest, False, list(source.notes))
 
 
 def _plugins(resolved: Resolved[PrepConfig]) -> list[tuple[str, str]]:
@@ -119,27 +121,32 @@ def _run(job: Job, config: PrepConfig, plugins: list[tuple[str, str]], quiet: bo
     size = config.shards.samples
     most = max(-(-job.source.count // size), 1 if job.source.distinct else -(-job.source.count // CHUNK))
     with Engine(workers_for(config.runtime.workers, most), job, plugins) as engine:
-        plan = _plan(job, engine)
+        plan = _plan(job, engine, quiet)
         receipts: dict[int, dict[str, Any]] = {}
         for number in range(plan.shards(size)):
             if (receipt := read_receipt(job.folder, number)) is not None:
                 receipts[number] = receipt
         todo = (task for task in plan.tasks(size) if task.number not in receipts)
-        with Progress("prep", job.source.count, "rows", quiet=quiet) as progress:
+        begun = sum(map(_rows, receipts.values()))
+        with Progress("prep", job.source.count, "rows", quiet=quiet, begun=begun) as progress:
             for receipt in engine.run(write_shard, todo):
                 receipts[receipt["shard"]] = receipt
-                lost = sum(receipt["rejects"].values())
-                progress.add(receipt["samples"] + lost, lost - receipt["merged"])
+                progress.add(_rows(receipt), sum(receipt["rejects"].values()) - receipt["merged"])
     return [receipts[number] for number in sorted(receipts)]
 
 
-def _plan(job: Job, engine: Engine) -> Plan:
+def _rows(receipt: dict[str, Any]) -> int:
+    """How many rows of the plan a shard accounts for."""
+    return receipt["samples"] + sum(receipt["rejects"].values())
+
+
+def _plan(job: Job, engine: Engine, quiet: bool) -> Plan:
     if job.source.distinct:
         return make_plan(job, engine)
     path = job.folder / output.PLAN
     if path.is_file():
         return Plan.load(path)
-    plan = make_plan(job, engine)
+    plan = make_plan(job, engine, quiet=quiet)
     plan.save(path)
     return plan
 

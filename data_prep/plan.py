@@ -16,6 +16,7 @@ from clipwright.data_prep.engines import Engine
 from clipwright.data_prep.images import ImagesConfig
 from clipwright.data_prep.sources.base import Record, Source
 from clipwright.pipeline import pixels
+from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.records import atomic_write
 
 Duplicates = Literal["merge", "first", "keep"]
@@ -104,15 +105,19 @@ def hash_rows(job: Job, rows: range) -> tuple[int, list[str]]:
     return rows.start, [record_key(record) for record in job.source.read(rows)]
 
 
-def make_plan(job: Job, engine: Engine) -> Plan:
-    """Hashes all rows on `engine` and decides what to do with equal images; a distinct source needs neither."""
+def make_plan(job: Job, engine: Engine, *, quiet: bool = False) -> Plan:
+    """Hashes all rows on `engine`, where the source has not, and decides what to do with equal images."""
     count = job.source.count
     if job.source.distinct:
         return Plan(None, np.arange(count), np.zeros(count, dtype=np.int64))
+    if (known := job.source.keys()) is not None:
+        return decide(known, job.duplicates)
     keys = np.zeros(count, dtype="S32")
     chunks = (range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
-    for start, found in engine.run(hash_rows, chunks):
-        keys[start : start + len(found)] = found
+    with Progress("prep: plan", count, "rows", quiet=quiet) as progress:
+        for start, found in engine.run(hash_rows, chunks):
+            keys[start : start + len(found)] = found
+            progress.add(len(found))
     return decide(keys, job.duplicates)
 
 

@@ -58,7 +58,7 @@ def index_build(call: Call) -> None:
             resolved.tree, f"would build a {resolved.value.recipe} index of {resolved.value.embeddings} in {out}"
         )
         return
-    version = build(resolved, out, fresh=call.fresh)
+    version = build(resolved, out, fresh=call.fresh, quiet=call.quiet)
     did = "built" if version["made"] else "already built from these embeddings:"
     text = f"{did} {out}/versions/{version['name']}: {version['rows']} rows, {version['recipe']}"
     call.finish(version, text, then=f'clipwright search {out} text="..."')

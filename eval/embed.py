@@ -112,14 +112,12 @@ def embed(resolved: Resolved[EmbedConfig], out: Path, ranks: Ranks, *, quiet: bo
     if done is not None:
         return {**done, "made": False}
     start, stop = (data.samples * r // ranks.world for r in (ranks.rank, ranks.rank + 1))
-    total = stop - start if config.what == "image" else None
-    progress = Progress("embed", total, f"{config.what}s", quiet=quiet or ranks.rank > 0)
     part = _Part(out, ranks.rank)
+    quiet = quiet or ranks.rank > 0
     try:
-        parts = ranks.together(lambda: part.write(model, data, start, stop, config, progress))
+        parts = ranks.together(lambda: part.write(model, data, start, stop, config, quiet))
         manifest = ranks.together(lambda: _finish(out, resolved, body, parts) if ranks.rank == 0 else None)[0]
     finally:
-        progress.close()
         part.discard()
     assert manifest is not None
     return {**manifest, "made": True}
@@ -155,7 +153,7 @@ class _Part:
         self.staged = [staged_path(out, name) for name in self.names]
 
     def write(
-        self, model: Model, data: Dataset, start: int, stop: int, config: EmbedConfig, progress: Progress
+        self, model: Model, data: Dataset, start: int, stop: int, config: EmbedConfig, quiet: bool
     ) -> dict[str, Any]:
         """Embeds samples [start, stop) and returns the number of rows and each file's entry for the manifest."""
         rows = _write_rows(self.staged[1], data, start, stop, config.what)
@@ -163,10 +161,11 @@ class _Part:
             return {"rows": 0, "files": {}}
         vectors = np.lib.format.open_memmap(self.staged[0], "w+", np.float16, (rows, model.embed_dim))
         at = 0
-        for unit in _vectors(model, data, start, stop, config):
-            vectors[at : at + len(unit)] = unit.numpy()
-            at += len(unit)
-            progress.add(len(unit))
+        with Progress("embed", rows, f"{config.what}s", quiet=quiet) as progress:
+            for unit in _vectors(model, data, start, stop, config):
+                vectors[at : at + len(unit)] = unit.numpy()
+                at += len(unit)
+                progress.add(len(unit))
         assert at == rows, (at, rows)
         vectors.flush()
         entries = file_entries(self.staged[0].parent, [path.name for path in self.staged])

@@ -54,9 +54,13 @@ def score(model: Encoder, data: Dataset, *, batch: int, workers: int, quiet: boo
     captions = [texts for _, _, table in pieces(data, 0, data.samples) for texts in table["captions"].to_pylist()]
     owners = [image for image, texts in enumerate(captions) for _ in texts]
     flat = [text for texts in captions for text in texts]
-    texts = torch.cat(list(encode_texts(model, flat, batch=batch)))
+    texts: list[torch.Tensor] = []
+    with Progress("eval", len(flat), "captions", quiet=quiet) as progress:
+        for rows in encode_texts(model, flat, batch=batch):
+            texts.append(rows)
+            progress.add(len(rows))
     assert len(keys) == data.samples == len(captions), (len(keys), data.samples, len(captions))
-    return retrieval(torch.cat(images), texts, keys, flat, owners)
+    return retrieval(torch.cat(images), torch.cat(texts), keys, flat, owners)
 
 
 def table(numbers: dict[str, Any]) -> str:

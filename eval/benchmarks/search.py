@@ -13,6 +13,7 @@ from pydantic import Field
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, Outcome
 from clipwright.eval.search.query import Searcher, open_index
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.registry import configclass
 
@@ -45,9 +46,12 @@ class SearchBenchmark:
         asked = sorted(self._combinations(own, columns), key=repr)
         shown = [tuple(row[c] for c in columns) for row in own]
         k = min(config.k, len(rows))
-        queries = [self._query(searcher, dict(zip(columns, values, strict=True)), k) for values in asked]
-        for query, values in zip(queries, asked, strict=True):
-            query["relevant"] = shown.count(values)
+        queries: list[dict[str, Any]] = []
+        with Progress("eval", len(asked), "queries", quiet=context.quiet) as progress:
+            for values in asked:
+                query = self._query(searcher, dict(zip(columns, values, strict=True)), k)
+                queries.append({**query, "relevant": shown.count(values)})
+                progress.add(1)
         drawn = random.Random(config.seed).choice(queries)
         numbers = {
             "n": len(queries),

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from clipwright.eval.folders import CONFIG, claim, read_origin, write_origin
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.records import (
     atomic_write,
     check_files,
@@ -51,7 +52,7 @@ class Index:
     ids: np.ndarray
 
 
-def build(resolved: Resolved[IndexConfig], out: Path, *, fresh: bool) -> dict[str, Any]:
+def build(resolved: Resolved[IndexConfig], out: Path, *, fresh: bool, quiet: bool = False) -> dict[str, Any]:
     """Builds the next version in `out` and makes it the current one; returns its manifest, `name` and `made`.
 
     If the current version is whole and made from the same embeddings by the same recipe, nothing is done. Ids are
@@ -70,7 +71,8 @@ def build(resolved: Resolved[IndexConfig], out: Path, *, fresh: bool) -> dict[st
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     try:
-        manifest = _write_version(staged, embeddings, source, config.recipe, first=_next_id(versions))
+        with Progress("index", source["rows"], "vectors", quiet=quiet) as progress:
+            manifest = _write_version(staged, embeddings, source, config.recipe, _next_id(versions), progress)
         atomic_write(staged / CONFIG, resolved.yaml())
         name = f"{1 + max((int(p.name) for p in versions.glob('[0-9]*')), default=0):06d}"
         write_origin(staged, embeddings=embeddings, **read_origin(embeddings))
@@ -100,7 +102,7 @@ def _next_id(versions: Path) -> int:
 
 
 def _write_version(
-    folder: Path, embeddings: Path, source: dict[str, Any], recipe: str, *, first: int
+    folder: Path, embeddings: Path, source: dict[str, Any], recipe: str, first: int, progress: Progress
 ) -> dict[str, Any]:
     index = faiss.IndexIDMap2(faiss.IndexFlatIP(source["dimension"]))
     schema: pa.Schema | None = None
@@ -110,7 +112,9 @@ def _write_version(
         for unit, rows in _parts(embeddings, source):
             ids = np.arange(following, following + len(unit), dtype=np.int64)
             for start in range(0, len(unit), _CHUNK):
-                index.add_with_ids(_unit(unit[start : start + _CHUNK]), ids[start : start + _CHUNK])
+                some = slice(start, start + _CHUNK)
+                index.add_with_ids(_unit(unit[some]), ids[some])
+                progress.add(len(ids[some]))
             table = rows.add_column(0, "id", pa.array(ids))
             schema = schema or table.schema
             writer = writer or pq.ParquetWriter(folder / ROWS, schema)

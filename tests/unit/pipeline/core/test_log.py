@@ -1,0 +1,140 @@
+"""Progress on a terminal, in a job's log, and when it is interrupted."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clipwright.pipeline.core.log import Progress
+
+# Works through a few items, saying a line in the middle; waits at item 3 until a file is gone.
+WORK = """
+import os, sys, time
+from clipwright.pipeline.core.log import Progress
+with Progress("count", 5, "things", quiet="--quiet" in sys.argv) as progress:
+    for number in range(5):
+        progress.add(1, failed=number == 1)
+        if number == 2:
+            with progress.above():
+                print("a line of words", flush=True)
+        time.sleep(0.05)
+        while number == 2 and os.path.exists("gate"):
+            time.sleep(0.02)
+print("done", flush=True)
+"""
+HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
+COLOUR = re.compile(r"\x1b\[[\d;]*(3[0-8]|4[0-8]|9[0-7]|10[0-7])[\d;]*m")
+
+
+class Terminal:
+    """A child whose stderr (and stdout, unless it goes elsewhere) is a pseudo-terminal."""
+
+    def __init__(self, folder: Path, *words: str, stdout: int | None = None, **env: str) -> None:
+        self.master, inside = os.openpty()
+        drop = ("NO_COLOR", "FORCE_COLOR", "TERM", "COLORTERM", "TTY_COMPATIBLE")
+        environment = {k: v for k, v in os.environ.items() if k not in drop}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORK, *words],
+            cwd=folder,
+            stderr=inside,
+            stdout=inside if stdout is None else stdout,
+            env={**environment, "TERM": "xterm-256color", **env},
+        )
+        os.close(inside)
+        self.text = ""
+
+    def read(self, until: str | None = None) -> str:
+        """All it prints, or what it prints until `until` stands there."""
+        deadline = time.monotonic() + 60
+        while until is None or until not in self.text:
+            assert time.monotonic() < deadline, self.text
+            try:
+                data = os.read(self.master, 4096)
+            except OSError:  # the child has closed its end
+                break
+            if not data:
+                break
+            self.text += data.decode()
+        if until is None:
+            os.close(self.master)
+            self.process.wait(timeout=60)
+        return self.text
+
+
+def test_a_terminal_gets_a_bar_that_is_gone_at_the_end(tmp_path: Path) -> None:
+    text = Terminal(tmp_path).read()
+    assert HIDE in text and text.rindex(SHOW) > text.rindex(HIDE)
+    assert COLOUR.search(text) and "count (things)" in text and "eta 0m" in text and "failed 1" in text
+    assert re.search(r"[1-5]/5", text)
+    last = text[text.rindex(SHOW) :]
+    assert "done" in last and "count" not in last
+    # The line stands on a line of its own: the bar was taken away before, by erasing it.
+    before = text[: text.index("a line of words")]
+    assert before.rindex("\x1b[2K") > before.rindex("count (things)")
+
+
+def test_no_color_is_honoured(tmp_path: Path) -> None:
+    text = Terminal(tmp_path, NO_COLOR="1").read()
+    assert "count (things)" in text and not COLOUR.search(text)
+
+
+def test_words_on_stdout_do_not_go_to_the_terminal(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("wb") as out:
+        text = Terminal(tmp_path, stdout=out.fileno()).read()
+    assert (tmp_path / "out").read_text() == "a line of words\ndone\n"
+    assert "count (things)" in text and "a line of words" not in text
+
+
+def test_quiet_shows_nothing(tmp_path: Path) -> None:
+    assert Terminal(tmp_path, "--quiet").read().replace("\r\n", "\n") == "a line of words\ndone\n"
+
+
+def test_an_interrupt_gives_the_cursor_back(tmp_path: Path) -> None:
+    (tmp_path / "gate").touch()
+    terminal = Terminal(tmp_path)
+    terminal.read("a line of words")
+    terminal.read("3/5")
+    terminal.process.send_signal(signal.SIGINT)
+    text = terminal.read()
+    assert text.rindex(SHOW) > text.rindex(HIDE) and "done" not in text
+    assert "count (things)" not in text[text.rindex(SHOW) :]
+
+
+def test_elsewhere_it_is_plain_lines_at_intervals(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Progress("prep", 4000, "rows", interval=10) as progress:
+        for _ in range(8):
+            clock[0] += 4
+            progress.add(100, failed=1)
+        with progress.above():
+            print("a line of words")
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [
+        "prep 300/4000 rows  25/s  eta 2m28s  failed 3",
+        "prep 600/4000 rows  25/s  eta 2m16s  failed 6",
+    ]
+    assert printed.out == "a line of words\n"
+
+
+def test_what_an_earlier_start_did_counts_as_done_but_not_for_the_rate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Progress("prep", 100_000, "rows", begun=9000) as progress:
+        clock[0] += 10
+        progress.add(10)
+    with Progress("prep", 100_000, "rows", quiet=True) as progress:
+        clock[0] += 20
+        progress.add(10)
+    assert capsys.readouterr().err == "prep 9010/100000 rows  1.0/s  eta 25h16m\n"
