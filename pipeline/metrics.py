@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from clipwright.pipeline.core.records import atomic_write
@@ -42,6 +43,15 @@ class RunLog:
         os.fsync(self._file.fileno())
         self._file.close()
         self._board.close()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes so far: on a GPU what torch has allocated, on a CPU this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not getrusage: its figure starts with that of the process that started this one.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def step_line(record: dict[str, Any], steps: int, eta: float) -> str:

@@ -8,21 +8,22 @@ import os
 import signal
 import statistics
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 
 from clipwright.pipeline import checkpoint, runfolder
 from clipwright.pipeline.core.command import Call, Preempted
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.data.order import key64
 from clipwright.pipeline.distributed import World, any_rank, on_first, process_group
 from clipwright.pipeline.engine import Engine, StepResult, deepspeed_config
-from clipwright.pipeline.metrics import RunLog, step_line
+from clipwright.pipeline.metrics import RunLog, peak_memory, step_line
 from clipwright.pipeline.precision import settle_precision
 from clipwright.pipeline.run import Parts, RunConfig, build, identity
 from clipwright.pipeline.towers.base import parameter_count
@@ -90,22 +91,25 @@ class Trainer:
 
     def train(self) -> None:
         """Steps until the schedule's end, `stop_at`, or a signal; a checkpoint stands at every end."""
-        stop, log = StopFlag(), RunLog(self.run, self.step) if self.world.first else None
+        stop = StopFlag()
         end = min(self.schedule.steps, self.runtime.stop_at or self.schedule.steps)
-        batches = self.parts.loader.batches(self.step * self.schedule.global_batch)
         self.parts.towers.train()
         since, since_step, waited = time.perf_counter(), self.step, 0.0
-        try:
+        with ExitStack() as ends:
+            batches = ends.enter_context(closing(self.parts.loader.batches(self._samples())))
+            log = ends.enter_context(closing(RunLog(self.run, self.step))) if self.world.first else None
+            bar = ends.enter_context(self._bar(end))
             while self.step < end:
                 batch = next(batches)
                 waited += batch.waited
                 # Dropout is a function of (seed, step, rank): a resumed run draws what the uninterrupted one drew.
                 torch.manual_seed(key64("step", self.config.seed, self.step, self.world.rank) >> 1)
-                factor = self.schedule.factor(self.step * self.schedule.global_batch)
+                factor = self.schedule.factor(self._samples())
                 shown = self._shown(self.step + 1, end)
                 result = self.engine.step(batch, factor, measure=shown)
                 self.step += 1
                 self._check_finite(result)
+                bar.add(self.schedule.global_batch)
                 if shown:
                     now = time.perf_counter()
                     seconds = max(now - since, 1e-9)
@@ -114,16 +118,22 @@ class Trainer:
                     since, since_step, waited = now, self.step, 0.0
                     if log is not None:
                         log.write(record)
-                        self.call.say(step_line(record, self.schedule.steps, self._left() / rate))
+                        with bar.above():
+                            self.call.say(step_line(record, self.schedule.steps, self._left() / rate))
                 stopping = any_rank(stop.cause is not None, self.world.device)
                 if stopping or self.step == end or self._save_due():
                     self._save()
                 if stopping:
                     raise (stop.cause or Preempted)()
-        finally:
-            batches.close()
-            if log is not None:
-                log.close()
+
+    def _bar(self, end: int) -> Progress:
+        """On a terminal; elsewhere the step lines are the progress."""
+        total, quiet = end * self.schedule.global_batch, self.call.quiet or not self.world.first
+        return Progress("train", total, "samples", quiet=quiet, interval=math.inf, begun=self._samples())
+
+    def _samples(self) -> int:
+        """Samples trained on so far."""
+        return self.step * self.schedule.global_batch
 
     def _shown(self, step: int, end: int) -> bool:
         return step == 1 or step == end or step % self.runtime.log_every == 0
@@ -153,19 +163,15 @@ class Trainer:
             )
 
     def _record(self, result: StepResult, factor: float, rate: float, data_share: float) -> dict[str, Any]:
-        if self.world.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated()
-        else:
-            memory = psutil.Process().memory_info().rss
         return {
             "step": self.step,
-            "samples": self.step * self.schedule.global_batch,
+            "samples": self._samples(),
             **dataclasses.asdict(result),
             **self.engine.loss.report(),
             "lr": self.config.optim.lr * factor,
             "samples_per_s": rate,
             "data_share": min(data_share, 1.0),
-            "memory_gb": memory / 2**30,
+            "memory_gb": peak_memory(self.world.device) / 2**30,
         }
 
 
