@@ -13,8 +13,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import STATUS, digest, read_manifest
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.model import load_model, save_model
-from clipwright.pipeline.run import RunConfig, model_tree
-from clipwright.pipeline.tokenizers.base import TOKENIZERS
+from clipwright.pipeline.run import RunConfig, model_tree, stored_tokenizer
 
 
 @configclass
@@ -61,7 +60,7 @@ def export(call: Call) -> None:
         staged,
         config=model_tree(tree),
         weights={**found.weights(), **loss},
-        tokenizer=TOKENIZERS.build(run_config.tokenizer),
+        tokenizer=stored_tokenizer(run_config.tokenizer, run),
         made_from=made_from,
         card=_card(tree, made_from),
     )

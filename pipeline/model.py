@@ -207,6 +207,14 @@ def load_model(folder: str | Path, device: str = "auto") -> Model:
     kept = {k: v for k, v in tree.items() if k not in ("loss", "tokenizer_fingerprint")}
     config = resolve(ModelConfig, base=kept).value
     tokenizer = TOKENIZERS.build(config.tokenizer, folder=folder)
+    if tokenizer.fingerprint != (known := tree.get("tokenizer_fingerprint")):
+        raise ClipwrightError(
+            "E_MODEL_HASH",
+            "a tokenizer that is not the model's",
+            where=folder,
+            found=f"fingerprint {tokenizer.fingerprint[:16]}…, config.json says {str(known)[:16]}…",
+            fix="export the run again",
+        )
     towers = build_model(config, tokenizer)
     weights = load_file(folder / "model.safetensors")
     load_weights(towers, {k: v for k, v in weights.items() if not k.startswith("loss.")}, folder)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from clipwright.pipeline import runfolder
 from clipwright.pipeline.core.config import Choice, Resolved
+from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.data.loader import DataConfig, Loader, Share
-from clipwright.pipeline.distributed import World
+from clipwright.pipeline.data.reader import Dataset
+from clipwright.pipeline.distributed import World, from_first, on_first
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, LossConfig
 from clipwright.pipeline.model import ModelConfig, TwoTower, build_model
 from clipwright.pipeline.optim import OptimConfig, ScheduleConfig
-from clipwright.pipeline.tokenizers.base import TOKENIZERS, Tokenizer
+from clipwright.pipeline.tokenizers.base import TOKENIZERS, Tokenizer, TokenizerConfig
+
+CAPTIONS = 1_000_000  # of a larger dataset, as many captions teach a tokenizer
 
 
 @configclass
@@ -56,9 +65,9 @@ class Parts:
     loss: ContrastiveLoss
 
 
-def build(config: RunConfig, world: World) -> Parts:
-    """Builds data, towers and loss. All ranks build equal weights from the seed."""
-    tokenizer = TOKENIZERS.build(config.tokenizer)
+def build(config: RunConfig, world: World, run: Path | None = None) -> Parts:
+    """Builds data, towers and loss. All ranks build equal weights from the seed. `run`: a run folder to go on with."""
+    tokenizer = open_tokenizer(config.tokenizer, Dataset(Path(config.data.train)), run, world)
     loader = Loader(
         config.data,
         Share(world.rank, world.size, config.schedule.global_batch),
@@ -74,10 +83,61 @@ def build(config: RunConfig, world: World) -> Parts:
     return Parts(tokenizer, loader, towers.to(world.device), loss.to(world.device))
 
 
-def identity(resolved: Resolved[RunConfig], fingerprint: str) -> dict[str, Any]:
-    """What decides a run's result; the dataset enters by fingerprint, never by where it lies."""
+def open_tokenizer(config: TokenizerConfig, dataset: Dataset, run: Path | None, world: World) -> Tokenizer:
+    """The tokenizer of the run that was begun in `run`, or one for a new run on `dataset`; writes nothing there.
+
+    One that has to be learned is learned by rank 0 while the others wait.
+    """
+    begun = None if run is None else runfolder.stored_identity(run)
+    if config.learned is None or (begun is not None and begun.get("tokenizer", {}).get("name") == config.name):
+        return stored_tokenizer(config, run)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / config.learned
+        on_first(lambda: config.learn(sample_captions(dataset, CAPTIONS), path.parent))
+        data = from_first(path.read_bytes() if world.first else None)
+        assert isinstance(data, bytes)
+        path.write_bytes(data)  # the other ranks may be on other machines
+        return TOKENIZERS.build(config, folder=path.parent)
+
+
+def stored_tokenizer(config: TokenizerConfig, run: Path | None) -> Tokenizer:
+    """The tokenizer that run `run` trains with; E_INPUT, E_CKPT_HASH when its file is missing or another."""
+    if config.learned is None:
+        return TOKENIZERS.build(config)
+    assert run is not None
+    tokenizer = TOKENIZERS.build(config, folder=run / runfolder.TOKENIZER)
+    known = (runfolder.stored_identity(run) or {}).get("tokenizer", {}).get("fingerprint")
+    if tokenizer.fingerprint != known:
+        raise ClipwrightError(
+            "E_CKPT_HASH",
+            "a tokenizer that is not the one this run was begun with",
+            where=run / runfolder.TOKENIZER / config.learned,
+            found=f"fingerprint {tokenizer.fingerprint[:16]}…, the run has {str(known)[:16]}…",
+            fix="restore the file, or start over with --fresh",
+        )
+    return tokenizer
+
+
+def sample_captions(dataset: Dataset, most: int) -> Iterator[str]:
+    """All captions in the sidecars' order, or `most` of them, evenly spaced."""
+    columns = [dataset.sidecar(shard)["captions"].combine_chunks().flatten() for shard in range(len(dataset.sizes))]
+    total = sum(map(len, columns))
+    wanted = np.arange(min(most, total)) * total // min(most, total)
+    start = 0
+    for column in columns:
+        first, last = np.searchsorted(wanted, [start, start + len(column)])
+        yield from column.take(wanted[first:last] - start).to_pylist()
+        start += len(column)
+
+
+def identity(resolved: Resolved[RunConfig], dataset: str, tokenizer: str) -> dict[str, Any]:
+    """What decides a run's result; dataset and tokenizer enter by fingerprint, never by where they lie."""
     tree = resolved.identity()
-    return {**tree, "data": {**tree["data"], "train": fingerprint}}
+    return {
+        **tree,
+        "data": {**tree["data"], "train": dataset},
+        "tokenizer": {**tree["tokenizer"], "fingerprint": tokenizer},
+    }
 
 
 def model_tree(tree: dict[str, Any]) -> dict[str, Any]:

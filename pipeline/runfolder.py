@@ -10,8 +10,10 @@ from typing import Any
 from clipwright.pipeline.core.config import read_yaml
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import STATUS, atomic_write, differences, write_json
+from clipwright.pipeline.tokenizers.base import Tokenizer
 
 CONFIG, IDENTITY = "config.yaml", "identity.json"
+TOKENIZER = "tokenizer"  # the folder of a tokenizer that was learned for this run
 
 
 def stored_tree(run: Path) -> dict[str, Any] | None:
@@ -20,27 +22,31 @@ def stored_tree(run: Path) -> dict[str, Any] | None:
     return read_yaml(path) if path.is_file() else None
 
 
-def claim(run: Path, *, yaml: str, identity: dict[str, Any], fresh: bool) -> None:
-    """Makes `run` this config's folder: new, or an unfinished run of equal identity.
+def stored_identity(run: Path) -> dict[str, Any] | None:
+    """The identity of the run in `run`, or None where no run has begun."""
+    path = run / IDENTITY
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def claim(run: Path, *, yaml: str, identity: dict[str, Any], fresh: bool, learned: Tokenizer | None = None) -> None:
+    """Makes `run` this config's folder: new, or an unfinished run of equal identity. `learned`: what it is to keep.
 
     E_OUTPUT when the folder holds something else, E_RESUME (listing the changed keys) when it is another run's.
     """
-    if (run / IDENTITY).is_file():
+    if (stored := stored_identity(run)) is not None:
         if fresh:
             shutil.rmtree(run)
-        else:
-            stored = json.loads((run / IDENTITY).read_text(encoding="utf-8"))
-            if changed := differences(stored, identity):
-                raise ClipwrightError(
-                    "E_RESUME",
-                    "the folder holds a run of another config",
-                    where=run,
-                    found="; ".join(changed),
-                    fix="use the old values, another -o, or --fresh to start over",
-                )
+        elif changed := differences(stored, identity):
+            raise ClipwrightError(
+                "E_RESUME",
+                "the folder holds a run of another config",
+                where=run,
+                found="; ".join(changed),
+                fix="use the old values, another -o, or --fresh to start over",
+            )
     elif run.exists():
         # What a start leaves that was refused or killed before it had an identity is no obstacle to the next.
-        odd = {path.name for path in run.iterdir()} - {STATUS, CONFIG} if run.is_dir() else {run.name}
+        odd = {path.name for path in run.iterdir()} - {STATUS, CONFIG, TOKENIZER} if run.is_dir() else {run.name}
         if odd := sorted(name for name in odd if not name.endswith(".partial")):
             raise ClipwrightError(
                 "E_OUTPUT",
@@ -50,7 +56,11 @@ def claim(run: Path, *, yaml: str, identity: dict[str, Any], fresh: bool) -> Non
                 fix="choose an empty folder",
             )
     run.mkdir(parents=True, exist_ok=True)
+    if learned is not None:
+        (run / TOKENIZER).mkdir(exist_ok=True)
+        learned.save(run / TOKENIZER)
     atomic_write(run / CONFIG, yaml)
+    # Last: with it the run has begun.
     write_json(run / IDENTITY, identity)
 
 

@@ -46,19 +46,20 @@ class StopFlag:
 class Trainer:
     """One run on one rank."""
 
-    def __init__(self, call: Call, resolved: Resolved[RunConfig], world: World) -> None:
+    def __init__(self, call: Call, resolved: Resolved[RunConfig], world: World, run: Path) -> None:
         self.call, self.world = call, world
         self.config = resolved.value
         self.runtime, self.schedule = self.config.runtime, self.config.schedule
         self.threads = self.runtime.threads or max(1, (os.cpu_count() or 1) // world.local_size)
         torch.set_num_threads(self.threads)
-        self.parts: Parts = build(self.config, world)
-        self.identity = identity(resolved, self.parts.loader.dataset.fingerprint)
+        self.parts: Parts = build(self.config, world, None if call.fresh else run)
+        self.identity = identity(resolved, self.parts.loader.dataset.fingerprint, self.parts.tokenizer.fingerprint)
 
     def open(self, run: Path, yaml: str, fresh: bool) -> None:
         """Claims the run folder, builds the engine and restores the newest checkpoint."""
         self.run = run
-        on_first(lambda: runfolder.claim(run, yaml=yaml, identity=self.identity, fresh=fresh))
+        learned = self.parts.tokenizer if self.config.tokenizer.learned else None
+        on_first(lambda: runfolder.claim(run, yaml=yaml, identity=self.identity, fresh=fresh, learned=learned))
         settings = deepspeed_config(
             self.config.optim,
             local_batch=self.schedule.global_batch // self.world.size,
@@ -181,7 +182,7 @@ def train(call: Call) -> None:
         call.writes_status = world.first
         run = call.output() if not call.dry_run else call.out or Path("run")
         resolved = settle_precision(call.load(), run, world, fresh=call.fresh)
-        trainer = Trainer(call, resolved, world)
+        trainer = Trainer(call, resolved, world, run)
         if world.first:
             call.say(trainer.header())
         if call.dry_run:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -13,9 +13,18 @@ from clipwright.pipeline.core.registry import Registry, configclass
 
 @configclass
 class TokenizerConfig:
-    """Fields every tokenizer has."""
+    """Fields every tokenizer has.
+
+    `learned` names the file that `learn` writes, where a tokenizer is learned from the captions it is trained on.
+    """
+
+    learned: ClassVar[str | None] = None
 
     name: str
+
+    def learn(self, captions: Iterable[str], folder: Path) -> None:
+        """Writes `learned` into `folder`; `build(config, folder=folder)` then reads it."""
+        raise NotImplementedError
 
 
 class Tokenizer(Protocol):

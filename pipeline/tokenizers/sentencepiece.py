@@ -1,0 +1,163 @@
+"""SentencePiece: a vocabulary learned from the dataset's own captions, for any language."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+from clipwright.pipeline.core.captions import MAX_BYTES
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.records import atomic_write
+from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig
+
+MODEL = "sentencepiece.model"
+MAX_MODEL_BYTES = 64 * 2**20  # a million pieces have 30 MB: a model folder is not trusted
+PAD, UNKNOWN, SOT, EOT = 0, 1, 2, 3
+
+# What SentencePiece says of a vocabulary it cannot make: the most, and the least that it may have.
+_TOO_LARGE = re.compile(r"Vocabulary size too high .*<= (\d+)")
+_TOO_SMALL = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
+
+
+@configclass
+class SentencePieceConfig(TokenizerConfig):
+    """Byte-pair encoding of `vocab_size` pieces: 4 special ones, the 256 bytes, characters, and merges of them.
+
+    Characters too rare for a piece are spelt in bytes, so nothing is unknown. `normalization` is SentencePiece's NFKC,
+    with (`nmt_nfkc_cf`) or without case folding.
+    """
+
+    learned: ClassVar[str | None] = MODEL
+
+    vocab_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8000
+    normalization: Literal["nmt_nfkc_cf", "nmt_nfkc"] = "nmt_nfkc_cf"
+
+    def learn(self, captions: Iterable[str], folder: Path) -> None:
+        """Writes the vocabulary of `captions`; equal captions give equal bytes.
+
+        E_CONFIG_VALUE where they allow none of this size, E_INPUT where they allow none at all.
+        """
+        # BPE, since it counts: unigram's sums of logarithms may round otherwise on another machine.
+        model = io.BytesIO()
+        try:
+            SentencePieceTrainer.train(
+                sentence_iterator=iter(captions),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=self.vocab_size,
+                normalization_rule_name=self.normalization,
+                byte_fallback=True,
+                max_sentence_length=MAX_BYTES,
+                num_threads=1,
+                pad_id=PAD,
+                unk_id=UNKNOWN,
+                bos_id=SOT,
+                eos_id=EOT,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise _refused(self.vocab_size, str(error)) from None
+        atomic_write(folder / MODEL, model.getvalue())
+
+
+def _refused(vocab_size: int, reason: str) -> ClipwrightError:
+    large, small = _TOO_LARGE.search(reason), _TOO_SMALL.search(reason)
+    if large is None and small is None:
+        return ClipwrightError(
+            "E_INPUT",
+            "captions that no vocabulary can be learned from",
+            where="tokenizer.name=sentencepiece",
+            found=reason,
+            fix="prepare other captions or choose another tokenizer",
+        )
+    if large is not None:
+        what, allowed, order = "larger than the captions allow", f"at most {large[1]}", f"{large[1]} or less"
+    else:
+        assert small is not None
+        what, allowed, order = "too small for the captions' characters", f"at least {small[1]}", f"{small[1]} or more"
+    return ClipwrightError(
+        "E_CONFIG_VALUE",
+        f"a vocabulary {what}",
+        where=f"tokenizer.vocab_size={vocab_size}",
+        found=f"{vocab_size} pieces were asked for, these captions allow {allowed}",
+        fix=f"set tokenizer.vocab_size={order}",
+    )
+
+
+class SentencePiece:
+    """Text to the ids of the model in `folder`: padding 0, SOT 2, EOT 3; E_INPUT if there is none or it is not ours.
+
+    Kudo and Richardson 2018. Canonically equal texts have equal ids, such as Hangul as syllables and as letters.
+    """
+
+    sot_id, eot_id, pad_id = SOT, EOT, PAD
+
+    def __init__(self, config: SentencePieceConfig, folder: Path) -> None:
+        path = folder / MODEL
+        self._model = _read(path)
+        self._pieces = SentencePieceProcessor()
+        try:
+            self._pieces.LoadFromSerializedProto(self._model)
+        except RuntimeError as error:
+            raise _unreadable(path, str(error)) from None
+        ids = (self._pieces.pad_id(), self._pieces.unk_id(), self._pieces.bos_id(), self._pieces.eos_id())
+        if ids != (PAD, UNKNOWN, SOT, EOT):
+            raise _unreadable(path, f"ids {ids} of pad, unknown, start and end; allowed is {(PAD, UNKNOWN, SOT, EOT)}")
+        self.vocab_size = self._pieces.vocab_size()
+        self.fingerprint = hashlib.sha256(b"sentencepiece of NFC\n" + self._model).hexdigest()
+
+    def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
+        """Ids int32 (len(texts), context): SOT + ids + EOT + padding; too long → cut to context, last id EOT."""
+        assert context >= 2, context
+        rows = np.full((len(texts), context), PAD, dtype=np.int32)
+        composed = [unicodedata.normalize("NFC", text) for text in texts]
+        for row, ids in zip(rows, self._pieces.encode(composed, out_type=int, num_threads=1), strict=True):
+            ids = [SOT, *ids[: context - 2], EOT]
+            row[: len(ids)] = ids
+        return rows
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` up to the first EOT, normalised as it was encoded; special ids are dropped."""
+        real = list(map(int, ids))
+        real = real[: real.index(EOT)] if EOT in real else real
+        return self._pieces.decode([i for i in real if i not in (PAD, UNKNOWN, SOT)])
+
+    def save(self, folder: Path) -> list[Path]:
+        """Writes the model as it was read."""
+        path = folder / MODEL
+        atomic_write(path, self._model)
+        return [path]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_MODEL_BYTES + 1)
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from None
+    if len(data) > MAX_MODEL_BYTES:
+        raise _unreadable(path, f"more than {MAX_MODEL_BYTES} bytes")
+    return data
+
+
+def _unreadable(path: Path, found: str) -> ClipwrightError:
+    return ClipwrightError(
+        "E_INPUT",
+        "a SentencePiece model that cannot be read",
+        where=path,
+        found=found,
+        fix="restore the file, export the model again, or train with --fresh",
+    )
+
+
+TOKENIZERS.add(SentencePieceConfig, SentencePiece, {"sentencepiece": {}}, source="Kudo and Richardson 2018")
