@@ -75,7 +75,9 @@ def search(call: Call) -> None:
 
 @command(app, "eval", kind="clipwright.eval.evaluate:EvalConfig")
 def evaluate(call: Call) -> None:
-    """Scores of a model folder: `eval retrieval model=DIR data=DIR [-o REPORT]`."""
+    """Scores of a model folder: `eval retrieval` or `eval zeroshot` with `model=DIR data=DIR [-o REPORT]`."""
+    from pathlib import Path
+
     from clipwright.eval.evaluate import run
 
     resolved = call.load()
@@ -84,5 +86,6 @@ def evaluate(call: Call) -> None:
         return
     report, text = run(resolved, call.out, quiet=call.quiet, fresh=call.fresh)
     config = resolved.value
-    then = f"clipwright embed model={config.model} data={config.data} -o EMBEDDINGS" if config.data else ""
+    folder = config.data is not None and Path(config.data).is_dir()
+    then = f"clipwright embed model={config.model} data={config.data} -o EMBEDDINGS" if folder else ""
     call.finish(report, text, then=then)

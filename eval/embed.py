@@ -16,7 +16,7 @@ from accelerate.state import PartialState
 from accelerate.utils import gather_object
 from pydantic import Field
 
-from clipwright.eval.encode import encode_images, encode_texts, pieces
+from clipwright.eval.encode import encode_images, encode_texts, pictures, pieces
 from clipwright.eval.folders import CONFIG, claim, write_origin
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -186,7 +186,8 @@ def staged_path(out: Path, name: str) -> Path:
 def _vectors(model: Model, data: Dataset, start: int, stop: int, config: EmbedConfig) -> Iterator[torch.Tensor]:
     runtime = config.runtime
     if config.what == "image":
-        for _, unit in encode_images(model, data, start, stop, batch=runtime.batch, workers=runtime.workers):
+        images = pictures(data, range(start, stop))
+        for _, unit in encode_images(model, images, batch=runtime.batch, workers=runtime.workers):
             yield unit
         return
     for _, _, table in pieces(data, start, stop):

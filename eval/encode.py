@@ -1,10 +1,12 @@
-"""A dataset's images and captions as unit vectors, in the dataset's order, none left out."""
+"""Images and captions as unit vectors, in the order given, none left out."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -35,38 +37,61 @@ def pieces(data: Dataset, start: int, stop: int) -> Iterator[tuple[int, int, pa.
         begin += size
 
 
-def encode_images(
-    model: Encoder, data: Dataset, start: int, stop: int, *, batch: int, workers: int
-) -> Iterator[tuple[list[str], Tensor]]:
-    """Keys and float32 unit rows of samples [start, stop), at most `batch` at a time.
+@dataclass(frozen=True)
+class Picture:
+    """An image that is to be read: its key, where it stands for an error's sake, and how to get its bytes."""
 
-    `workers` threads read and decode while the model embeds. An image that cannot be read raises its E_IMG code (or
-    E_DATA_HASH) with shard and key: a number over fewer images than asked for would be another number.
+    key: str
+    where: str
+    fix: str
+    read: Callable[[], bytes]
+
+
+def pictures(data: Dataset, rows: Iterable[int]) -> Iterator[Picture]:
+    """The images of a dataset's `rows`, which ascend."""
+    shard, begin, loaded, keys = 0, 0, -1, []
+    for row in rows:
+        while row >= begin + data.sizes[shard]:
+            begin, shard = begin + data.sizes[shard], shard + 1
+        if loaded != shard:
+            loaded, keys = shard, data.sidecar(shard)["key"].to_pylist()
+        key = keys[row - begin]
+        yield Picture(
+            key=key,
+            where=f"{data.tar_name(shard)}, key {key}",
+            fix="remove the sample from the input and run `clipwright prep` again",
+            read=partial(data.image, shard, row - begin),
+        )
+
+
+def encode_images(
+    model: Encoder, images: Iterable[Picture], *, batch: int, workers: int
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Keys and float32 unit rows of `images`, at most `batch` at a time.
+
+    `workers` threads read and decode while the model embeds; a few batches are held. An image that cannot be read
+    raises its E_IMG code (or E_DATA_HASH) with its place: a number over fewer images than asked for would be another
+    number.
     """
 
-    def view(shard: int, row: int, key: str) -> np.ndarray:
+    def view(image: Picture) -> np.ndarray:
         try:
-            return model.view(data.image(shard, row))
+            return model.view(image.read())
         except PixelError as error:
             code, detail = error.args
             raise ClipwrightError(
-                code,
-                "an image that cannot be read",
-                where=f"{data.tar_name(shard)}, key {key}",
-                found=detail,
-                fix="remove the sample from the input and run `clipwright prep` again",
+                code, "an image that cannot be read", where=image.where, found=detail, fix=image.fix
             ) from None
 
     def groups() -> Iterator[tuple[list[str], list[Future[np.ndarray]]]]:
         keys: list[str] = []
         views: list[Future[np.ndarray]] = []
-        for shard, first, table in pieces(data, start, stop):
-            for row, key in enumerate(table["key"].to_pylist(), first):
-                keys.append(key)
-                views.append(pool.submit(view, shard, row, key))
-                if len(keys) == batch:
-                    yield keys, views
-                    keys, views = [], []
+        for image in images:
+            keys.append(image.key)
+            views.append(pool.submit(view, image))
+            if len(keys) == batch:
+                yield keys, views
+                keys, views = [], []
         if keys:
             yield keys, views
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, EvalRuntime
 from clipwright.eval.folders import CONFIG, claim
 from clipwright.pipeline.core.config import Choice, Resolved, read_yaml
@@ -27,14 +30,14 @@ class EvalConfig:
 
 
 def run(resolved: Resolved[EvalConfig], out: Path | None, *, quiet: bool, fresh: bool) -> tuple[dict[str, Any], str]:
-    """Runs the benchmark; returns the report and its text for a person, and writes `out`/report.json if asked.
+    """Runs the benchmark; returns the report and its text for a person, and writes `out`: its tables, then report.json.
 
     The report holds the numbers under the benchmark's name, the fingerprints of what was read, and the config's
     identity, folders by name and fingerprint. A report of another config is refused (E_OUTPUT), of the same replaced.
     """
     config = resolved.value
     if out is not None:
-        claim(out, (REPORT,))
+        claim(out, (REPORT, *_table_files()))
         if (out / REPORT).exists() and not fresh and _without_runtime(out / CONFIG) != resolved.identity():
             raise ClipwrightError(
                 "E_OUTPUT",
@@ -60,9 +63,25 @@ def run(resolved: Resolved[EvalConfig], out: Path | None, *, quiet: bool, fresh:
         "config": {**resolved.identity(), **folders},
     }
     if out is not None:
-        atomic_write(out / CONFIG, resolved.yaml())
-        write_json(out / REPORT, report)
+        _write(out, resolved.yaml(), report, outcome.tables)
     return report, outcome.text
+
+
+def _table_files() -> set[str]:
+    """The names of the tables that any benchmark may leave beside its report."""
+    return {name for entry in BENCHMARKS.families for name in getattr(entry.build, "files", ())}
+
+
+def _write(out: Path, config: str, report: dict[str, Any], tables: dict[str, pa.Table]) -> None:
+    # A report stands beside its own tables or not at all.
+    for old in (REPORT, *_table_files()):
+        (out / old).unlink(missing_ok=True)
+    for name, table in tables.items():
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        atomic_write(out / name, sink.getvalue().to_pybytes())
+    atomic_write(out / CONFIG, config)
+    write_json(out / REPORT, report)
 
 
 def _without_runtime(path: Path) -> dict[str, Any] | None:

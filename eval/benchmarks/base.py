@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
+import pyarrow as pa
 from pydantic import Field
 
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -59,9 +60,12 @@ class Outcome:
     numbers: dict[str, Any]
     fingerprints: dict[str, str]
     text: str  # the numbers for a person
+    tables: dict[str, pa.Table] = field(default_factory=dict)  # file name → one row a query, kept beside the report
 
 
 class Benchmark(Protocol):
+    files: ClassVar[tuple[str, ...]]  # the names of its tables
+
     def run(self, context: Context) -> Outcome: ...
 
 

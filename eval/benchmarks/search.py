@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import string
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -35,6 +35,7 @@ class SearchBenchmarkConfig(BenchmarkConfig):
 
 @dataclass(frozen=True)
 class SearchBenchmark:
+    files: ClassVar[tuple[str, ...]] = ()
     config: SearchBenchmarkConfig
 
     def run(self, context: Context) -> Outcome:
