@@ -11,8 +11,7 @@ from math import cos, pi, sin
 
 import numpy as np
 
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
+# Colours and shapes are numbers here, in the order of a grammar's words.
 _RGB = np.array(
     [
         (214, 30, 36),
