@@ -67,7 +67,11 @@ class Parts:
 
 def build(config: RunConfig, world: World, run: Path | None = None) -> Parts:
     """Builds data, towers and loss. All ranks build equal weights from the seed. `run`: a run folder to go on with."""
-    tokenizer = open_tokenizer(config.tokenizer, Dataset(Path(config.data.train)), run, world)
+    return assemble(config, world, open_tokenizer(config.tokenizer, Dataset(Path(config.data.train)), run, world))
+
+
+def assemble(config: RunConfig, world: World, tokenizer: Tokenizer) -> Parts:
+    """The same, around a tokenizer that is open already."""
     loader = Loader(
         config.data,
         Share(world.rank, world.size, config.schedule.global_batch),
