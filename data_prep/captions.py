@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from clipwright.data_prep.sources.base import Caption
 from clipwright.pipeline.core.captions import CaptionError, normalise
 
 
-def choose(texts: Iterable[str | bytes | None]) -> tuple[list[str], int]:
+def choose(texts: Iterable[Caption]) -> tuple[list[str], int]:
     """The captions to keep, in order, and how many were dropped as bad.
 
     A repeated text is kept once and is not bad. Raises CaptionError, that of the first bad caption, when none is
@@ -27,9 +28,11 @@ def choose(texts: Iterable[str | bytes | None]) -> tuple[list[str], int]:
     return list(kept), dropped
 
 
-def _text(text: str | bytes | None) -> str:
+def _text(text: Caption) -> str:
     if text is None:
         raise CaptionError("E_CAP_EMPTY", "no caption")
+    if isinstance(text, tuple):
+        raise CaptionError(*text)
     if isinstance(text, str):
         return text
     try:

@@ -31,7 +31,7 @@ def prep(call: Call) -> None:
     manifest = done.manifest
     names = ("rows_in", "written", "merged", "rejected", "rejects", "fingerprint")
     result: dict[str, Any] = {name: manifest[name] for name in names}
-    result |= {"shards": len(manifest["shards"]), "output": str(folder)}
+    result |= {"shards": len(manifest["shards"]), "output": str(folder), "notes": done.notes}
     result["seconds"] = round(time.monotonic() - started, 3)
     text = "" if call.quiet else _summary(result, done)
     call.finish(result, text, then=f"clipwright train photos data.train={folder} -o RUN")
@@ -44,6 +44,7 @@ def _summary(result: dict[str, Any], done: Prepared) -> str:
     lines = [f"prep: {counts}" + (f" ({reasons})" if reasons else "")]
     if done.manifest["captions_dropped"]:
         lines.append(f"prep: {done.manifest['captions_dropped']} bad captions left out of written samples")
+    lines += [f"prep: {note}" for note in done.notes]
     lines.append(f"prep: {result['shards']} shards in {result['output']}, {how}")
     lines.append(f"prep: fingerprint {result['fingerprint']}")
     return "\n".join(lines)
@@ -52,7 +53,7 @@ def _summary(result: dict[str, Any], done: Prepared) -> str:
 def _dry_run(call: Call, resolved: Any) -> None:
     from clipwright.data_prep.pack import open_source
 
-    source = open_source(resolved.value)
+    source = open_source(resolved.value, quiet=call.quiet)
     most = -(-source.count // resolved.value.shards.samples)
     result = {"rows_in": source.count, "shards_at_most": most, "columns": source.columns.names}
     names = ", ".join(source.columns.names)

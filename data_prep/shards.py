@@ -189,7 +189,8 @@ class _Shard:
         row: dict[str, Any] = {"row": record.row, "reason": reason, "detail": detail, "source": record.source}
         row["key"] = key or None
         if kept is not None:
-            whole = {"captions": [_plain(text) for text in record.captions], "source_key": record.source_key}
+            texts = [_plain(text) for text in record.captions if not isinstance(text, tuple)]
+            whole = {"captions": texts, "source_key": record.source_key}
             row |= {"kept_row": kept[0], "kept_key": kept[1]}
             row["record"] = canonical_json({**whole, "columns": plain_columns(record.columns)})
         self.rejects.append(row)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import field
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipwright.data_prep.sources.base import SOURCES, Record, Source, SourceConfig
+from clipwright.data_prep.sources.base import SOURCES, Record, Source, SourceConfig, read_image
 from clipwright.data_prep.tables import TableFile, find_files, open_file
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.nearest import nearest
@@ -208,18 +207,7 @@ def _image(value: object, root: Path) -> tuple[bytes | None, tuple[str, str] | N
         return None, ("E_IMG_EMPTY", "no image in this row")
     if isinstance(value, bytes):
         return (value, None) if value else (None, ("E_IMG_EMPTY", "0 bytes"))
-    path = str(value)
-    try:
-        place = (root / path).resolve(strict=True)
-        if not place.is_relative_to(root):
-            return None, ("E_IMG_PATH", f"{path!r} leaves the root")
-        if not stat.S_ISREG(place.stat().st_mode):
-            return None, ("E_IMG_PATH", f"{path!r} is not a plain file")
-        data = place.read_bytes()
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        return None, ("E_IMG_PATH", f"{path!r}: {reason}")
-    return (data, None) if data else (None, ("E_IMG_EMPTY", "0 bytes"))
+    return read_image(root, str(value))
 
 
 def _values(column: pa.Array) -> list[Any]:

@@ -26,11 +26,13 @@ CODES: dict[str, tuple[int, str]] = {
     "E_MODEL_SHAPE": (3, "weights that do not fit the model's config"),
     "E_MODEL_DIM": (3, "a model whose embedding dimension differs from the index's"),
     "E_FINGERPRINT": (3, "artefacts made with different models"),
+    "E_UNFINISHED": (3, "a demo of which a step is missing or did not finish"),
     "E_EMBED_HASH": (3, "an embedding file that is not what its manifest says"),
     "E_INDEX_HASH": (3, "an index file that is not what its manifest says"),
     "E_INDEX_ROWS": (3, "vectors and rows that differ in number, ids or dimension"),
     "E_CKPT_NONE": (3, "a checkpoint that was asked for and is missing"),
     "E_CKPT_HASH": (3, "a checkpoint file that is not what its manifest says"),
+    "E_DOCTOR": (1, "a check of doctor that failed"),
     "E_NONFINITE": (1, "a loss, gradient or embedding that is not finite"),
     "E_WORKER": (1, "a worker process that died"),
     "E_PREP_EMPTY": (3, "an input of which no sample could be written"),
@@ -41,6 +43,7 @@ CODES: dict[str, tuple[int, str]] = {
     "E_IMG_PIXELS": (3, "an image beyond the pixel, side or aspect limits"),
     "E_CAP_EMPTY": (3, "a sample without a caption"),
     "E_CAP_LONG": (3, "a caption beyond the length limit"),
+    "E_CAP_FILE": (3, "a caption file that is missing, unreadable, unsafe or not of its form"),
     "E_CAP_ENCODING": (3, "a caption that is not valid Unicode text"),
 }
 

@@ -37,7 +37,13 @@ def sources(tmp_path: Path, write_table: Write, picture: Picture) -> dict[str, S
         write_table([picture(i) for i in range(k, k + 20)], [[f"{i}"] for i in range(20)], f"{k}.parquet")
         for k in (0, 20)
     ]
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    for i in range(40):
+        stem = tmp_path / "images" / ("sub" if i % 3 else "") / f"{i:02d}"
+        stem.with_suffix(".jpg").write_bytes(picture(i))
+        stem.with_suffix(".json").write_text(json.dumps({"caption": f"words {i}", "n": i, "x": None if i % 2 else 0.5}))
     made = {
+        "folder": build("folder", path=str(tmp_path / "images")),
         "table": build("table", path=[str(path) for path in paths], caption="captions"),
         "scenes": build("scenes", count=70, image_size=24),
     }
