@@ -49,14 +49,16 @@ class DemoConfig:
 
 @command(app, "demo", kind="clipwright.cli:DemoConfig")
 def demo(call: Call) -> None:
-    """Run every stage on rendered pictures, on a CPU, in minutes; ends with a report and a search."""
+    """Run every stage on rendered pictures, on a CPU, in minutes; ends with a page that shows what came of it."""
     import time
 
     from clipwright.pipeline.core.config import read_yaml
-    from clipwright.pipeline.core.records import write_json
+    from clipwright.pipeline.core.records import atomic_write, write_json
 
     out = call.out = call.out or Path("demo")
-    config: DemoConfig = call.load(base=read_yaml(Path(__file__).parent / "configs" / "demo.yaml")).value
+    resolved = call.load(base=read_yaml(Path(__file__).parent / "configs" / "demo.yaml"))
+    config: DemoConfig = resolved.value
+    _not_anothers(out / "config.yaml")
     report: dict[str, Any] = {}
     for number, (name, line) in enumerate(config.steps.items(), 1):
         words = [word.format(demo=out, seed=config.seed) for word in shlex.split(line)]
@@ -66,21 +68,39 @@ def demo(call: Call) -> None:
         started = time.monotonic()
         report[name] = _demo_step([*words, *(["--quiet"] if call.quiet else []), *(["--fresh"] if call.fresh else [])])
         report[name]["seconds"] = round(time.monotonic() - started, 1)
+        if number == 1:  # which has refused a folder of another demo
+            atomic_write(out / "config.yaml", resolved.yaml())
     if call.dry_run:
         return
     report["seconds"] = round(sum(step["seconds"] for step in report.values()), 1)
     write_json(out / "report.json", report)
-    search = report["search"]
+    zeroshot, search = report["zeroshot"], report["search"]
     text = (
-        f"“{search['query']}”: {search['hits_right']} of the first {search['k']} hits are right; over all held-out "
-        f"combinations {search['mean_precision_at_10']:.0%}\n"
-        f"a smoke test on toy pictures, not a useful model\nreport {out / 'report.json'}"
+        f"zero-shot on {zeroshot['n']} new pictures: {zeroshot['top1']:.0%} right (chance {zeroshot['chance']:.0%}); "
+        f"shape {zeroshot['shape_top1']:.0%} (knowing only the colour: {zeroshot['shape_chance']:.0%})\n"
+        f"“{search['query']}”: {search['hits_right']} of the first {search['k']} hits are right; over all "
+        f"{search['n']} queries {search['mean_precision_at_10']:.0%} (chance {search['chance']:.0%})\n"
+        f"a smoke test on toy pictures, not a useful model\npage {report['report']['page']}"
     )
     call.finish(report, text, then=f"clipwright search {out / 'index'} text='{search['query']}'")
 
 
+def _not_anothers(config: Path) -> None:
+    """Whoever writes `-o .` by mistake keeps the config that lies there."""
+    from clipwright.pipeline.core.config import read_yaml
+
+    if config.exists() and "steps" not in read_yaml(config):
+        raise ClipwrightError(
+            "E_OUTPUT",
+            "an output folder that holds something else",
+            where=config,
+            found="a config of another command",
+            fix="name a new folder: -o DIR",
+        )
+
+
 def _demo_step(words: list[str]) -> dict[str, Any]:
-    """One command line in a process of its own, as a user would run it; its result as JSON."""
+    """One command line in a process of its own, as a user would run it; its result as JSON, without its lists."""
     import json
     import subprocess
 
@@ -95,13 +115,14 @@ def _demo_step(words: list[str]) -> dict[str, Any]:
     if child.returncode:
         raise typer.Exit(child.returncode)  # the step has said why
     result = json.loads(printed)
-    return result[result["benchmark"]] if "benchmark" in result else result
+    numbers = result[result["benchmark"]] if "benchmark" in result else result
+    return {name: value for name, value in numbers.items() if not isinstance(value, list)}
 
 
 @command(app, "list", metavar="WHAT")
 def list_(call: Call) -> None:
-    """List towers, losses, tokenizers, sources, benchmarks or configs, with their size."""
-    kinds = [*REGISTRIES, "configs"]
+    """List towers, losses, tokenizers, sources, benchmarks, prompts or configs, with their size."""
+    kinds = [*REGISTRIES, "prompts", "configs"]
     if call.config not in kinds:
         raise ClipwrightError(
             "E_USAGE",
@@ -110,7 +131,8 @@ def list_(call: Call) -> None:
             found=f"there are {', '.join(kinds)}",
             fix=nearest(call.config or "", kinds) or "choose one",
         )
-    rows = _configs() if call.config == "configs" else _entries(call.config)
+    own = {"prompts": _prompts, "configs": _configs}
+    rows = own[call.config]() if call.config in own else _entries(call.config)
     if call.json:
         call.finish({call.config: rows})
         return
@@ -129,6 +151,12 @@ def _configs() -> list[dict[str, Any]]:
         for verb, names in shipped_configs().items()
         for name, path in names.items()
     ]
+
+
+def _prompts() -> list[dict[str, Any]]:
+    from clipwright.eval.prompting import listing
+
+    return listing()
 
 
 def _entries(kind: str) -> list[dict[str, Any]]:

@@ -89,3 +89,19 @@ def evaluate(call: Call) -> None:
     folder = config.data is not None and Path(config.data).is_dir()
     then = f"clipwright embed model={config.model} data={config.data} -o EMBEDDINGS" if folder else ""
     call.finish(report, text, then=then)
+
+
+@command(app, "report", metavar="FOLDER")
+def report(call: Call) -> None:
+    """The page of a finished demo: every figure of its steps in one file, FOLDER/report.html."""
+    from pathlib import Path
+
+    from clipwright.eval.demo import Demo
+    from clipwright.eval.report import write
+
+    folder = Path(call.config or "demo")
+    if call.dry_run:
+        call.finish(Demo(folder).headline(), f"would write {folder / 'report.html'}")
+        return
+    made = write(folder)
+    call.finish(made, f"{made['page']}, {made['bytes'] / 1e6:.1f} MB")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field
 
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, Outcome
@@ -33,9 +34,20 @@ class SearchBenchmarkConfig(BenchmarkConfig):
     seed: int = 0  # which query is shown
 
 
+# One row a query: the keys of its hits, best first, which of them are right, and their cosines.
+_HITS = pa.schema(
+    [
+        ("query", pa.string()),
+        ("top", pa.list_(pa.string())),
+        ("right", pa.list_(pa.bool_())),
+        ("score", pa.list_(pa.float32())),
+    ]
+)
+
+
 @dataclass(frozen=True)
 class SearchBenchmark:
-    files: ClassVar[tuple[str, ...]] = ()
+    files: ClassVar[tuple[str, ...]] = ("hits.parquet",)
     config: SearchBenchmarkConfig
 
     def run(self, context: Context) -> Outcome:
@@ -48,10 +60,13 @@ class SearchBenchmark:
         shown = [tuple(row[c] for c in columns) for row in own]
         k = min(config.k, len(rows))
         queries: list[dict[str, Any]] = []
+        found: list[dict[str, Any]] = []
         with Progress("eval", len(asked), "queries", quiet=context.quiet) as progress:
             for values in asked:
-                query = self._query(searcher, dict(zip(columns, values, strict=True)), k)
-                queries.append({**query, "relevant": shown.count(values)})
+                hits = self._hits(searcher, dict(zip(columns, values, strict=True)), k)
+                found.append(hits)
+                right = sum(hits["right"])
+                queries.append({"query": hits["query"], "hits_right": right, "relevant": shown.count(values)})
                 progress.add(1)
         drawn = random.Random(config.seed).choice(queries)
         numbers = {
@@ -64,7 +79,7 @@ class SearchBenchmark:
             "queries": queries,
         }
         fingerprints = {"model": searcher.model.fingerprint, "index": searcher.index.manifest["fingerprint"]}
-        return Outcome(numbers, fingerprints, table(numbers))
+        return Outcome(numbers, fingerprints, table(numbers), {"hits.parquet": pa.Table.from_pylist(found, _HITS)})
 
     def _columns(self, own: list[dict[str, Any]]) -> list[str]:
         """The columns that the template names; E_CONFIG_VALUE if it is none, E_COLUMN if the rows lack one."""
@@ -94,11 +109,13 @@ class SearchBenchmark:
             raise self._bad("where", f"no row of the index has {where}", "change it")
         return found
 
-    def _query(self, searcher: Searcher, values: dict[str, Any], k: int) -> dict[str, Any]:
+    def _hits(self, searcher: Searcher, values: dict[str, Any], k: int) -> dict[str, Any]:
+        """One query and its hits, a row of `hits.parquet`."""
         text = self.config.template.format(**values)
         hits = searcher.search(text=text, k=k)
-        right = sum(all(hit["metadata"][c] == v for c, v in values.items()) for hit in hits)
-        return {"query": text, "hits_right": right}
+        right = [all(hit["metadata"][c] == v for c, v in values.items()) for hit in hits]
+        keys, scores = [hit["key"] for hit in hits], [hit["score"] for hit in hits]
+        return {"query": text, "top": keys, "right": right, "score": scores}
 
     def _bad(self, key: str, found: str, fix: str) -> ClipwrightError:
         return ClipwrightError(

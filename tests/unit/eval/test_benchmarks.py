@@ -63,12 +63,17 @@ def test_search_counts_hits_of_equal_columns(indexed, monkeypatch):
     monkeypatch.setattr(search, "open_index", lambda *_: searcher)
     config = BENCHMARKS.preset("search", template="a {colour} one", where={"held_out": True}, k=3, seed=1)
     context = Context("search", None, None, str(indexed), EvalRuntime())
-    numbers = BENCHMARKS.build(config).run(context).numbers
+    outcome = BENCHMARKS.build(config).run(context)
+    numbers = outcome.numbers
     assert [q["query"] for q in numbers["queries"]] == ["a green one", "a red one"]  # blue is not held out
     assert [q["relevant"] for q in numbers["queries"]] == [2, 3]
-    for query, colour in zip(numbers["queries"], ("green", "red"), strict=True):
+    rows = outcome.tables["hits.parquet"].to_pylist()
+    for query, colour, row in zip(numbers["queries"], ("green", "red"), rows, strict=True):
         hits = searcher.search(text=colour, k=3)
         assert query["hits_right"] == sum(hit["metadata"]["colour"] == colour for hit in hits) >= 1
+        assert (row["query"], row["top"]) == (query["query"], [hit["key"] for hit in hits])
+        assert row["right"] == [hit["metadata"]["colour"] == colour for hit in hits]
+        assert row["score"] == pytest.approx([hit["score"] for hit in hits])
     rights = [q["hits_right"] for q in numbers["queries"]]
     assert numbers["mean_precision_at_3"] == pytest.approx(sum(rights) / 6)
     assert (numbers["n"], numbers["k"], numbers["chance"]) == (2, 3, pytest.approx(2.5 / 7))
