@@ -17,6 +17,31 @@ def train(call: Call) -> None:
     run(call)
 
 
+@command(app, "doctor", kind="clipwright.pipeline.run:RunConfig", configs="train")
+def doctor(call: Call) -> None:
+    """Check this machine; with a training config also its data, model and speed: predicts rate, time and memory."""
+    import time
+
+    from clipwright.pipeline.doctor.base import Context, Found, checks, failure, report
+
+    call.writes_status = False  # -o says where a run would go; nothing is written
+    context = Context(call)
+    for check in checks("environment"):
+        context.rows[check.name] = check.outcome(context)
+    try:
+        from clipwright.pipeline.doctor.run import examine
+    except (ImportError, OSError) as error:
+        context.rows["device"] = Found("FAIL", f"a library cannot be loaded: {error}", fix="install clipwright anew")
+        report(context)
+    else:
+        examine(context)
+    if (error := failure(context)) is not None:
+        if not context.first:
+            time.sleep(2)  # launchers stop all ranks when one ends: the first must have said what was wrong by then
+            raise typer.Exit(error.exit_code)
+        raise error
+
+
 @command(app, "export", kind="clipwright.pipeline.export:ExportConfig", subject="run", metavar="RUN")
 def export(call: Call) -> None:
     """Write a run's newest checkpoint as a model folder."""

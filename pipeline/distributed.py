@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from clipwright.pipeline.core.errors import ClipwrightError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,15 @@ def from_first(value: object) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_all(value: T) -> list[T]:
+    """Every rank's `value`, in rank order."""
+    if dist.get_world_size() == 1:
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def on_first(work: Callable[[], None]) -> None:

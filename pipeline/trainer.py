@@ -25,7 +25,7 @@ from clipwright.pipeline.distributed import World, any_rank, on_first, process_g
 from clipwright.pipeline.engine import Engine, StepResult, deepspeed_config
 from clipwright.pipeline.metrics import RunLog, peak_memory, step_line
 from clipwright.pipeline.precision import settle_precision
-from clipwright.pipeline.run import Parts, RunConfig, build, identity
+from clipwright.pipeline.run import Parts, RunConfig, RuntimeConfig, build, identity
 from clipwright.pipeline.towers.base import parameter_count
 
 
@@ -43,6 +43,11 @@ class StopFlag:
         self.cause = KeyboardInterrupt if number == signal.SIGINT else Preempted
 
 
+def thread_count(runtime: RuntimeConfig, world: World) -> int:
+    """Threads of one rank: as configured, or its share of this machine's cores."""
+    return runtime.threads or max(1, (os.cpu_count() or 1) // world.local_size)
+
+
 class Trainer:
     """One run on one rank."""
 
@@ -50,7 +55,7 @@ class Trainer:
         self.call, self.world = call, world
         self.config = resolved.value
         self.runtime, self.schedule = self.config.runtime, self.config.schedule
-        self.threads = self.runtime.threads or max(1, (os.cpu_count() or 1) // world.local_size)
+        self.threads = thread_count(self.runtime, world)
         torch.set_num_threads(self.threads)
         self.parts: Parts = build(self.config, world, None if call.fresh else run)
         self.identity = identity(resolved, self.parts.loader.dataset.fingerprint, self.parts.tokenizer.fingerprint)

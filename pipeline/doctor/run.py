@@ -1,0 +1,29 @@
+"""The part of `clipwright doctor` that needs torch: its checks, on every rank of a group."""
+
+from __future__ import annotations
+
+from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.distributed import barrier, from_all, process_group
+from clipwright.pipeline.doctor.base import GROUPS, Check, Context, Found, checks, report
+
+_WORST = ("FAIL", "warn", "skip", "ok")
+
+
+def examine(context: Context) -> None:
+    """Runs the checks behind `environment` and reports; under a launcher the first rank speaks for all."""
+    with process_group() as world:
+        context.world = world
+        todo = [one for group in (GROUPS[1:] if context.asked else GROUPS[1:2]) for one in checks(group)]
+        with Progress("doctor", len(todo), "checks", quiet=context.call.quiet or not world.first) as progress:
+            for one in todo:
+                progress.rename(f"doctor: {one.name}")
+                context.rows[one.name] = agreed(one, context)
+                progress.add(1, failed=int(context.rows[one.name].status == "FAIL"))
+        if world.first:
+            report(context)
+        barrier()  # the others wait: a launcher stops all when one ends
+
+
+def agreed(one: Check, context: Context) -> Found:
+    """The worst of what the ranks found, so that all of them go on alike."""
+    return min(from_all(one.outcome(context)), key=lambda found: _WORST.index(found.status))

@@ -1,0 +1,133 @@
+"""A short real measurement: the run's own loader, engine and step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from clipwright.pipeline.distributed import any_rank
+from clipwright.pipeline.doctor.base import Context, Found, check
+from clipwright.pipeline.doctor.model import autocast, forget_peak, free_on
+from clipwright.pipeline.engine import Engine, deepspeed_config
+from clipwright.pipeline.metrics import peak_memory
+
+WARM, LEAST, MOST, SECONDS = 3, 3, 64, 8.0  # steps before, and steps or seconds of the measurement
+SHARE = 0.2  # of its time that a step may wait for data
+
+
+@dataclass
+class Times:
+    """Seconds of each measured step, of which it waited for data; processor seconds of all of them together."""
+
+    steps: list[float] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
+    processor: float = 0.0
+
+
+@check("speed", "step", "shards")
+def speed(context: Context) -> Found:
+    """Predicted samples a second, time and peak memory, and what a step spends its time on."""
+    config, world, batch = context.config, context.world, context.batch
+    forget_peak(world.device)
+    towers, device = context.parts.towers, world.device
+    image = tower_seconds(context, lambda: towers.encode_image(batch.views.to(device)))
+    text = tower_seconds(context, lambda: towers.encode_text(batch.tokens.to(device)))
+    times = measure(context)
+    size = config.schedule.global_batch
+    each, waited = statistics.median(times.steps), sum(times.waits) / sum(times.steps)
+    shares = {"data": waited, "image tower": image / each, "text tower": text / each}
+    shares["loss and optimiser"] = max(1 - sum(shares.values()), 0.0)
+    context.predicted |= {
+        "samples_per_s": size / each,
+        "processor_s_per_sample": times.processor / len(times.steps) / (size // world.size),
+        "data_share": waited,
+        "seconds": config.schedule.steps * each,
+        "memory_gb": peak_memory(world.device) / 2**30,
+        "measured_steps": len(times.steps),
+        "shares": shares,
+    }
+    hours, rest = divmod(round(context.predicted["seconds"]), 3600)
+    took = f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+    return Found(
+        "ok", f"{size / each:.0f} samples/s, {config.schedule.samples:,} in {took}, {len(times.steps)} steps timed"
+    )
+
+
+@check("bottleneck", "speed")
+def bottleneck(context: Context) -> Found:
+    """What a step spends most of its time on."""
+    shares: dict[str, float] = context.predicted["shares"]
+    order = sorted(shares, key=lambda name: -shares[name])
+    context.predicted["bottleneck"] = order[0]
+    found = ", ".join(f"{name} {shares[name]:.0%}" for name in order)
+    if shares["data"] > SHARE:
+        fix = "raise runtime.workers, or prepare smaller pictures (images.resize, images.size)"
+        return Found("warn", found, f"at most {SHARE:.0%} waiting for data", fix)
+    return Found("ok", found, f"at most {SHARE:.0%} waiting for data")
+
+
+@check("peak memory", "speed")
+def memory(context: Context) -> Found:
+    """The measured peak of all ranks here against what this machine has."""
+    peak = int(context.predicted["memory_gb"] * 2**30)
+    local = context.world.local_size if context.world.device.type == "cpu" else 1
+    free, found = free_on(context) + peak, f"{peak / 2**30:.1f} GiB a rank"
+    need = f"at most 90% of the {free / 2**30:.1f} GiB there are for {local} ranks"
+    if peak * local > 0.9 * free:
+        return Found("warn", found, need, "lower schedule.global_batch or image.image_size, or use fewer ranks here")
+    return Found("ok", found, need)
+
+
+def tower_seconds(context: Context, encode: Callable[[], Tensor]) -> float:
+    """Seconds of a tower's forward and backward, the second of two."""
+    seconds = 0.0
+    for _ in range(2):
+        synchronize(context)
+        started = time.perf_counter()
+        with autocast(context):
+            out = encode()
+        out.sum().backward()
+        synchronize(context)
+        seconds = time.perf_counter() - started
+    context.parts.towers.zero_grad(set_to_none=True)
+    return seconds
+
+
+def synchronize(context: Context) -> None:
+    if context.world.device.type == "cuda":
+        torch.cuda.synchronize(context.world.device)
+
+
+def measure(context: Context) -> Times:
+    """Real steps, some to warm up and then for SECONDS; all ranks take equally many."""
+    config, world, parts = context.config, context.world, context.parts
+    size = config.schedule.global_batch
+    settings = deepspeed_config(
+        config.optim,
+        local_batch=size // world.size,
+        world=world.size,
+        zero=config.runtime.zero,
+        precision=config.precision,
+    )
+    engine = Engine(parts.towers, parts.loss, config.optim, world, settings)
+    parts.towers.train()
+    times = Times()
+    with closing(parts.loader.batches(0)) as batches:
+        for turn in range(WARM + MOST):
+            started, processor = time.perf_counter(), time.process_time()
+            batch = next(batches)
+            engine.step(batch, config.schedule.factor(turn * size), measure=False)
+            if turn >= WARM:
+                times.steps.append(time.perf_counter() - started)
+                times.waits.append(batch.waited)
+                times.processor += time.process_time() - processor
+            late = len(times.steps) >= LEAST and sum(times.steps) > SECONDS
+            if any_rank(late, world.device):
+                break
+    return times
