@@ -84,18 +84,28 @@ class LabelledTable:
         self.fingerprint = digest([file_sha256(path) for path in files])
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        parts = [pq.read_table(path, columns=list(columns)) for path in self.files]
-        for path, part in zip(self.files, parts, strict=True):
-            if part.schema.types != parts[0].schema.types:
-                raise _unreadable(path, f"{part.schema.to_string()}, {self.name} has {parts[0].schema.to_string()}")
+        parts: list[pa.Table] = []
+        for path in self.files:
+            try:
+                parts.append(pq.read_table(path, columns=list(columns)).select(list(columns)).replace_schema_metadata())
+            except (OSError, pa.ArrowException) as error:
+                raise _unreadable(path, str(error)) from None
+            mine, first = parts[-1].schema, parts[0].schema
+            if not mine.equals(first):
+                kinds = "; ".join(
+                    f"{field.name} {field.type}" for field in mine if not field.equals(first.field(field.name))
+                )
+                raise _unreadable(path, f"its columns are not of the types that {self.name} has: {kinds}")
         return pa.concat_tables(parts)
 
     def pictures(self, rows: np.ndarray) -> Iterator[Picture]:
         begin = 0
         for path, size in zip(self.files, self.sizes, strict=True):
             inside = rows[(rows >= begin) & (rows < begin + size)] - begin
-            if len(inside):
+            try:
                 yield from _table_pictures(path, inside)
+            except (OSError, pa.ArrowException) as error:
+                raise _unreadable(path, str(error)) from None
             begin += size
 
 

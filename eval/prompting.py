@@ -61,8 +61,8 @@ def load_classes(given: str | Sequence[Any]) -> list[Names]:
         raise _refused("classes", "an empty list", "name at least one class")
     classes = [tuple(entry) if isinstance(entry, list) else (entry,) for entry in entries]
     for names in classes:
-        if not names or not all(isinstance(name, str) and name.strip() for name in names):
-            raise _refused("classes", f"{list(names)!r} among {len(classes)}", "give each class a name")
+        if not names or not all(isinstance(name, str) for name in names):
+            raise _refused("classes", f"{list(names)!r}, entry of {given}", "write a name or a list of names")
     return classes
 
 

@@ -68,29 +68,35 @@ def ask(data: Labelled, classes: Sequence[Names] | None, label: str | None, wher
     found = sorted({text for text in texts if text is not None})
     known = [(text,) for text in found] if classes is None else _merge(classes)
     position = {names[0]: i for i, names in enumerate(known)}
+    labels: list[int] = []
     for row in rows.tolist():
-        if texts[row] not in position:
+        text = texts[row]
+        if text is None or text not in position:
             raise _unknown_label(texts, row, known, data)
+        labels.append(position[text])
     return Question(
         rows=rows,
-        labels=np.array([position[texts[row] or ""] for row in rows.tolist()], np.int64),
+        labels=np.array(labels, np.int64),
         classes=known,
         merged=len(classes) - len(known) if classes is not None else 0,
         values=_values(fields, known, places) if len(fields) > 1 else {},
     )
 
 
-def class_vectors(model: Encoder, classes: Sequence[Names], templates: Sequence[str], *, batch: int) -> Tensor:
+def class_vectors(
+    model: Encoder, classes: Sequence[Names], templates: Sequence[str], *, batch: int, quiet: bool = False
+) -> Tensor:
     """One float32 unit row a class: the mean of the unit vectors of every template with every of its names."""
     prompts = [template.replace("{}", name) for names in classes for name in names for template in templates]
-    owners = np.repeat(np.arange(len(classes)), [len(names) * len(templates) for names in classes])
+    owners = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(n) * len(templates) for n in classes]))
     sums: Tensor | None = None
     start = 0
-    for rows in encode_texts(model, prompts, batch=batch):
-        if sums is None:
-            sums = torch.zeros(len(classes), rows.shape[1], dtype=torch.float64)
-        sums.index_add_(0, torch.from_numpy(owners[start : start + len(rows)]), rows.double())
-        start += len(rows)
+    with Progress("eval", len(prompts), "prompts", quiet=quiet) as progress:
+        for rows in encode_texts(model, prompts, batch=batch):
+            sums = torch.zeros(len(classes), rows.shape[1], dtype=torch.float64) if sums is None else sums
+            sums.index_add_(0, owners[start : start + len(rows)], rows.double())
+            start += len(rows)
+            progress.add(len(rows))
     assert sums is not None, "no prompts"
     return torch.nn.functional.normalize(sums, dim=1).float()
 
@@ -164,8 +170,7 @@ def answer(
     A wrong class that ties with the right one stands before it, and so does one of a wrong value with the right value
     of its column.
     """
-    with Progress("prompts", None, "classes", quiet=quiet):
-        vectors = class_vectors(model, question.classes, templates, batch=batch)
+    vectors = class_vectors(model, question.classes, templates, batch=batch, quiet=quiet)
     alike = {
         name: [np.flatnonzero([v == w for w in values]) for v in values] for name, values in question.values.items()
     }
@@ -263,15 +268,17 @@ def _texts(
             fix="set benchmark.label to the column with the labels, or to a format such as '{colour} {shape}'",
         )
     numbers = {value for value in values if value is not None}
-    classes = _named(table, numbers, values) if classes is None else classes
-    count = max(numbers, default=-1) + 1
-    if count != len(classes) or min(numbers, default=0) < 0:
-        found = f"{len(classes)} classes, labels from {min(numbers, default=0)} to {count - 1}: {count} classes"
+    if classes is None:
+        names = _named(table, numbers, values)
+        return [names.get(value) for value in values], [(names[number],) for number in sorted(numbers)]
+    low, count = min(numbers, default=0), max(numbers, default=-1) + 1
+    if low < 0 or count != len(classes):
+        found = f"{len(classes)} classes, and labels from {low} to {count - 1}, which are {count - low} classes"
         raise _misfit(found, "give benchmark.classes one name for each label, in order")
     return [None if value is None else classes[value][0] for value in values], classes
 
 
-def _named(table: pa.Table, numbers: set[int], values: list[Any]) -> list[Names]:
+def _named(table: pa.Table, numbers: set[int], values: list[Any]) -> dict[int, str]:
     """The name of each number, as the column `class_name` gives it."""
     if "class_name" not in table.column_names:
         raise _misfit(
@@ -280,9 +287,10 @@ def _named(table: pa.Table, numbers: set[int], values: list[Any]) -> list[Names]
         )
     names: dict[int, str] = {}
     for number, name in zip(values, table["class_name"].to_pylist(), strict=True):
-        if number is not None and names.setdefault(number, name) != name:
-            raise _misfit(f"label {number} is both {names[number]!r} and {name!r}", "set benchmark.classes")
-    return [(names.get(number, f"label {number}"),) for number in range(max(numbers, default=-1) + 1)]
+        if number is not None and (name is None or names.setdefault(number, name) != name):
+            found = f"label {number} is {names.get(number)!r} in one row and {name!r} in another"
+            raise _misfit(found, "set benchmark.classes to the names in the order of the numbers")
+    return names
 
 
 def _merge(classes: Sequence[Names]) -> list[Names]:

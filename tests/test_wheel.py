@@ -36,6 +36,7 @@ def test_the_wheel_holds_the_package_its_data_and_its_licences(wheel: Path) -> N
         "clipwright/configs/demo.yaml",
         "clipwright/configs/train/photos.yaml",
         "clipwright/pipeline/tokenizers/bpe_simple_vocab_16e6.txt.gz",
+        "clipwright/eval/prompts/openai.json",
     ):
         assert part in names
     licences = [name for name in names if name.endswith(("/LICENSE", "/THIRD-PARTY-NOTICES"))]
