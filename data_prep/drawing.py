@@ -7,6 +7,7 @@ they round alike on every machine. Distances: I. Quilez, "2D distance functions"
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import cos, pi, sin
 
 import numpy as np
@@ -25,8 +26,81 @@ _RGB = np.array(
     ],
     dtype=np.float32,
 )
-# Half of an object's extent, by size (small, medium, large).
-_RADIUS = np.array([0.14, 0.205, 0.31])
+SPECK = 7  # uniform draws that a distractor takes
+
+
+@dataclass(frozen=True)
+class Look:
+    """What makes pictures easy or hard. Pairs are the least and what the most has more than it; colours are 0 to 255.
+
+    `single`, `double`: shares of pictures that show one object, and at most two.
+    """
+
+    single: float
+    double: float
+    radius: tuple[float, float, float]  # half of an object's extent, by size (small, medium, large)
+    turn: float  # most that an object is turned by, as the tangent of half the angle
+    fade: tuple[float, float]  # how far an object's colour goes towards the ground's
+    ground: tuple[float, float]  # lightness of the ground
+    cast: float  # how much its colours differ from grey
+    field: tuple[float, float]  # how much light and dark vary over it
+    blur: tuple[float, float]  # share of the neighbours, 0.25 at most
+    grain: tuple[float, float]  # of the noise
+    specks: int  # distractors, a third of them in front
+
+
+LOOKS = {
+    "easy": Look(
+        single=0.9,
+        double=0.98,
+        radius=(0.18, 0.235, 0.33),
+        turn=0.06,
+        fade=(0.0, 0.0),
+        ground=(165.0, 60.0),
+        cast=24.0,
+        field=(4.0, 10.0),
+        blur=(0.0, 0.1),
+        grain=(0.005, 0.015),
+        specks=0,
+    ),
+    "normal": Look(
+        single=0.7,
+        double=0.9,
+        radius=(0.14, 0.205, 0.31),
+        turn=0.12,
+        fade=(0.0, 0.0),
+        ground=(70.0, 150.0),
+        cast=36.0,
+        field=(20.0, 70.0),
+        blur=(0.0, 0.25),
+        grain=(0.01, 0.07),
+        specks=0,
+    ),
+    "hard": Look(
+        single=0.7,
+        double=0.9,
+        radius=(0.1, 0.15, 0.22),
+        turn=0.27,
+        fade=(0.1, 0.35),
+        ground=(70.0, 150.0),
+        cast=80.0,
+        field=(50.0, 100.0),
+        blur=(0.1, 0.15),
+        grain=(0.03, 0.1),
+        specks=9,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What B pictures show: arrays (B) of numbers of words, and centres (B, 3, 2) of up to three equal objects."""
+
+    shape: np.ndarray
+    colour: np.ndarray
+    size: np.ndarray
+    count: np.ndarray
+    centres: np.ndarray
 
 
 def noise_words(side: int) -> int:
@@ -34,9 +108,9 @@ def noise_words(side: int) -> int:
     return -(-side * side * 6 // 8)
 
 
-def place(count: np.ndarray, size: np.ndarray, u: np.ndarray) -> np.ndarray:
+def place(look: Look, count: np.ndarray, size: np.ndarray, u: np.ndarray) -> np.ndarray:
     """Centres (B, 3, 2) of up to three objects that stay inside the picture and apart; `u` (B, 9) uniform draws."""
-    room = 0.5 - _RADIUS[size] * 1.04
+    room = 0.5 - np.array(look.radius)[size] * 1.04
     single = 0.5 + (u[:, 0:2] * 2 - 1) * room[:, None]
     # A direction without sine and cosine: a rational point on the circle, then one of four turns.
     t = u[:, 0]
@@ -55,30 +129,37 @@ def place(count: np.ndarray, size: np.ndarray, u: np.ndarray) -> np.ndarray:
     return centres
 
 
-def draw(
-    side: int,
-    shape: np.ndarray,
-    colour: np.ndarray,
-    size: np.ndarray,
-    count: np.ndarray,
-    centres: np.ndarray,
-    u: np.ndarray,
-    words: np.ndarray,
-) -> np.ndarray:
+def draw(look: Look, side: int, objects: Objects, u: np.ndarray, words: np.ndarray, specks: np.ndarray) -> np.ndarray:
     """Pictures uint8 (B, side, side, 3).
 
-    `shape`, `colour`, `size`, `count` (B); `centres` (B, 3, 2); `u` (B, 36) uniform draws; `words` (B, noise_words).
+    `u` (B, 36) uniform draws, `words` (B, noise_words), `specks` (B, look.specks, SPECK) uniform draws.
     """
-    picture = _background(side, u[:, 8:34].astype(np.float32))
+    picture, tint = _background(look, side, u[:, 8:34].astype(np.float32))
+    specks = specks.astype(np.float32)
+    behind = look.specks - look.specks // 3
+    for k in range(behind):
+        _speck(picture, specks[:, k])
+    _objects(look, picture, objects, tint, u)
+    for k in range(behind, look.specks):
+        _speck(picture, specks[:, k])
+    share = np.float32(look.blur[0]) + np.float32(look.blur[1]) * u[:, 34].astype(np.float32)
+    strength = np.float32(look.grain[0]) + np.float32(look.grain[1]) * u[:, 35].astype(np.float32)
+    return _noise(_blur(picture, share), strength, words)
+
+
+def _objects(look: Look, picture: np.ndarray, objects: Objects, tint: np.ndarray, u: np.ndarray) -> None:
+    side, centres = picture.shape[-1], objects.centres
     axis = ((np.arange(side, dtype=np.float32) + np.float32(0.5)) / np.float32(side)).astype(np.float32)
-    paint = _RGB[colour] * (0.88 + 0.24 * u[:, 0:1].astype(np.float32)) + 14 * (u[:, 1:4].astype(np.float32) - 0.5)
-    radius = (_RADIUS[size] * (0.9 + 0.1 * u[:, 4])).astype(np.float32)
-    # Turned by up to about 14 degrees, by a rational point on the circle.
-    t = (u[:, 5] * 2 - 1) * 0.12
+    few = u.astype(np.float32)
+    paint = _RGB[objects.colour] * (0.88 + 0.24 * few[:, 0:1]) + 14 * (few[:, 1:4] - 0.5)
+    paint += (look.fade[0] + look.fade[1] * few[:, 12:13]) * (tint - paint)
+    radius = (np.array(look.radius)[objects.size] * (0.9 + 0.1 * u[:, 4])).astype(np.float32)
+    # Turned by a rational point on the circle.
+    t = (u[:, 5] * 2 - 1) * look.turn
     c, s = ((1 - t * t) / (1 + t * t)).astype(np.float32), (2 * t / (1 + t * t)).astype(np.float32)
     light = (u[:, 6:8] * 2 - 1).astype(np.float32) * np.float32(0.18)
     for k in range(3):
-        rows = np.flatnonzero(count > k)
+        rows = np.flatnonzero(objects.count > k)
         if not len(rows):
             break
         x = (axis[None, None, :] - centres[rows, k, 0, None, None].astype(np.float32)) / radius[rows, None, None]
@@ -88,7 +169,7 @@ def draw(
         shade = 1 + x * light[rows, 0, None, None] + y * light[rows, 1, None, None]
         cover = np.empty_like(x)
         for which, distance in enumerate(_DISTANCES):
-            mine = shape[rows] == which
+            mine = objects.shape[rows] == which
             if mine.any():
                 inside = distance(x[mine], y[mine]) * (radius[rows[mine], None, None] * np.float32(side))
                 cover[mine] = np.clip(np.float32(0.5) - inside, 0, 1)
@@ -96,37 +177,57 @@ def draw(
         for channel in range(3):
             under[:, channel] += cover * (paint[rows, channel, None, None] * shade - under[:, channel])
         picture[rows] = under
-    return _noise(_blur(picture, u[:, 34].astype(np.float32)), u[:, 35].astype(np.float32), words)
 
 
-def _background(side: int, u: np.ndarray) -> np.ndarray:
-    """Dull, uneven grounds float32 (B, 3, side, side): a tint and a smooth 4 × 4 field of light and dark."""
-    tint = 70 + 150 * u[:, 0:1] + 36 * (u[:, 1:4] - 0.5)
-    field = (u[:, 10:26].reshape(-1, 4, 4) - 0.5) * (20 + 70 * u[:, 6, None, None])
+def _background(look: Look, side: int, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Uneven grounds float32 (B, 3, side, side): a tint (B, 3) and a smooth 4 × 4 field of light and dark."""
+    tint = look.ground[0] + look.ground[1] * u[:, 0:1] + look.cast * (u[:, 1:4] - 0.5)
+    field = (u[:, 10:26].reshape(-1, 4, 4) - 0.5) * (look.field[0] + look.field[1] * u[:, 6, None, None])
     place_at = np.arange(side, dtype=np.float32) * np.float32(3 / max(side - 1, 1))
     low = np.minimum(place_at.astype(np.int64), 2)
     part = place_at - low.astype(np.float32)
     part = part * part * (3 - 2 * part)
     lines = field[:, low, :] + (field[:, low + 1, :] - field[:, low, :]) * part[None, :, None]
     plane = lines[:, :, low] + (lines[:, :, low + 1] - lines[:, :, low]) * part[None, None, :]
-    return tint[:, :, None, None] + plane[:, None]
+    return tint[:, :, None, None] + plane[:, None], tint
 
 
-def _blur(picture: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """A three-tap blur along both axes, from none to strong."""
-    share = (u * np.float32(0.25))[:, None, None, None]
+def _speck(picture: np.ndarray, u: np.ndarray) -> None:
+    """Draws a small disc or square of any colour on each picture; `u` (B, SPECK) uniform draws."""
+    batch, channels, side, _ = picture.shape
+    radius = (np.float32(0.015) + np.float32(0.035) * u[:, 2]) * np.float32(side)
+    reach = -(-side // 10) + 2  # pixels of a square that holds the largest
+    centre = u[:, 0:2] * np.float32(side)
+    start = np.clip(centre.astype(np.int64) - reach // 2, 0, side - reach)
+    pixels = start[:, :, None] + np.arange(reach)
+    x, y = ((pixels[:, i] + np.float32(0.5)).astype(np.float32) - centre[:, i, None] for i in (0, 1))
+    x, y = x[:, None, :], y[:, :, None]
+    away = np.where(u[:, 6, None, None] < 0.5, np.sqrt(x * x + y * y), np.maximum(np.abs(x), np.abs(y)))
+    cover = np.clip(np.float32(0.5) - (away - radius[:, None, None]), 0, 1)[:, None]
+    at = (
+        np.arange(batch)[:, None, None, None],
+        np.arange(channels)[None, :, None, None],
+        pixels[:, 1][:, None, :, None],
+        pixels[:, 0][:, None, None, :],
+    )
+    under = picture[at]
+    picture[at] = under + cover * (u[:, 3:6, None, None] * np.float32(255) - under)
+
+
+def _blur(picture: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """A three-tap blur along both axes; `share` (B) of each neighbour, from none to 0.25."""
+    share = share[:, None, None, None]
     picture[:, :, 1:-1] += share * (picture[:, :, :-2] + picture[:, :, 2:] - 2 * picture[:, :, 1:-1])
     picture[..., 1:-1] += share * (picture[..., :-2] + picture[..., 2:] - 2 * picture[..., 1:-1])
     return picture
 
 
-def _noise(picture: np.ndarray, u: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Adds sensor noise (triangular, from two bytes a value) and rounds to uint8."""
+def _noise(picture: np.ndarray, strength: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Adds sensor noise (triangular, from two bytes a value) of `strength` (B) and rounds to uint8."""
     batch, _, side, _ = picture.shape
     raw = np.ascontiguousarray(words).view(np.uint8)[:, : side * side * 6].reshape(batch, 2, 3, side, side)
     grain = raw[:, 0].astype(np.float32) + raw[:, 1] - np.float32(255)
-    strength = (np.float32(0.01) + np.float32(0.07) * u)[:, None, None, None]
-    final = np.clip(picture + strength * grain + np.float32(0.5), 0, 255).astype(np.uint8)
+    final = np.clip(picture + strength[:, None, None, None] * grain + np.float32(0.5), 0, 255).astype(np.uint8)
     return np.ascontiguousarray(final.transpose(0, 2, 3, 1))
 
 

@@ -30,6 +30,7 @@ class ScenesConfig(SourceConfig):
 
     A set of 10 of the 48 pairs of colour and shape, drawn by `seed`, is held out: `combinations` says which pairs are
     shown. `split` gives other pictures of the same seed. `language: both` writes every caption in English and Korean.
+    `difficulty`: easy has large single objects on plain grounds; hard has small ones, faded, turned and among specks.
     """
 
     count: Annotated[int, Field(ge=1)] = 20_000
@@ -38,6 +39,7 @@ class ScenesConfig(SourceConfig):
     split: Literal["train", "test"] = "train"
     combinations: Literal["train", "held_out", "all"] = "train"
     language: Literal["en", "ko", "both"] = "en"
+    difficulty: Literal["easy", "normal", "hard"] = "normal"
 
 
 class ScenesSource(Source):
@@ -58,14 +60,14 @@ class ScenesSource(Source):
     def __init__(self, config: ScenesConfig) -> None:
         self.count, self.image_size, self.seed = config.count, config.image_size, config.seed
         self.split, self.combinations = config.split, config.combinations
-        self.language = config.language
+        self.language, self.difficulty = config.language, config.difficulty
         self.held_out = held_out(config.seed)
         pairs = [(c, s) for c in range(len(ENGLISH.colours)) for s in range(len(ENGLISH.shapes))]
         wanted = {"train": (False,), "held_out": (True,), "all": (False, True)}[config.combinations]
         self._pairs = np.array([pair for pair in pairs if (pair in self.held_out) in wanted])
 
     def identity(self) -> dict[str, Any]:
-        fields = ("count", "image_size", "seed", "split", "combinations", "language")
+        fields = ("count", "image_size", "seed", "split", "combinations", "language", "difficulty")
         return {"name": "scenes", **{name: getattr(self, name) for name in fields}}
 
     def read(self, rows: Sequence[int]) -> Iterator[Record]:
@@ -73,19 +75,21 @@ class ScenesSource(Source):
             yield from self._batch([int(row) for row in rows[start : start + BATCH]])
 
     def _batch(self, rows: list[int]) -> Iterator[Record]:
-        noise = drawing.noise_words(self.image_size)
-        words = np.stack([stream(f"{self.split} {self.seed}", row, PARAMETERS + noise) for row in rows])
-        # 53 bits of each word as a number in [0, 1).
-        u = (words[:, :PARAMETERS] >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        look = drawing.LOOKS[self.difficulty]
+        noise, specks = drawing.noise_words(self.image_size), look.specks * drawing.SPECK
+        key = f"{self.split} {self.seed}"
+        words = np.stack([stream(key, row, PARAMETERS + noise + specks) for row in rows])
+        drawn, grain, scattered = np.split(words, [PARAMETERS, PARAMETERS + noise], axis=1)
+        u = uniform(drawn)
         pair = self._pairs[(u[:, 0] * len(self._pairs)).astype(np.int64)]
         colour, shape = pair[:, 0], pair[:, 1]
         # Shape is learnt last and from single objects, so most pictures show one.
-        count = 1 + (u[:, 1] >= 0.7).astype(np.int64) + (u[:, 1] >= 0.9)
+        count = 1 + (u[:, 1] >= look.single).astype(np.int64) + (u[:, 1] >= look.double)
         size = (u[:, 2] * (4 - count)).astype(np.int64)  # the more there are, the smaller they must be
-        centres = drawing.place(count, size, u[:, 3:12])
-        pictures = drawing.draw(
-            self.image_size, shape, colour, size, count, centres, u[:, 12:48], words[:, PARAMETERS:]
-        )
+        centres = drawing.place(look, count, size, u[:, 3:12])
+        objects = drawing.Objects(shape, colour, size, count, centres)
+        distractors = uniform(scattered).reshape(len(rows), look.specks, drawing.SPECK)
+        pictures = drawing.draw(look, self.image_size, objects, u[:, 12:48], grain, distractors)
         places = [place_of(*centres[i, 0]) if count[i] == 1 else None for i in range(len(rows))]
         told = (column.tolist() for column in (colour, shape, size, count))
         scenes = [Scene(*values) for values in zip(*told, places, strict=True)]
@@ -115,6 +119,11 @@ def stream(key: str, row: int, words: int) -> np.ndarray:
     """`words` random uint64 of row `row`, by Philox: a function of key and row alone."""
     digest = np.frombuffer(hashlib.sha256(f"clipwright scenes {key}".encode()).digest()[:16], dtype=np.uint64)
     return np.random.Philox(key=digest, counter=np.array([0, 0, 0, row], dtype=np.uint64)).random_raw(words)
+
+
+def uniform(words: np.ndarray) -> np.ndarray:
+    """53 bits of each word as a number in [0, 1)."""
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def held_out(seed: int) -> frozenset[tuple[int, int]]:

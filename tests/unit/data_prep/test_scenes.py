@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
+import tarfile
+import unicodedata
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from clipwright.data_prep import drawing
 from clipwright.data_prep.grammar import ENGLISH, KOREAN, Grammar, Scene, particle
+from clipwright.data_prep.pack import Prepared
 from clipwright.data_prep.sources.base import SOURCES, Record, Source
 from clipwright.data_prep.sources.scenes import held_out
 from clipwright.pipeline import pixels
@@ -94,9 +102,9 @@ def test_drawn_area_is_that_of_the_shape(shape: int) -> None:
     cover = np.clip(0.5 - drawing._DISTANCES[shape](x, y)[0] * 0.3 * side, 0, 1)
     assert abs(cover.sum() - wanted.sum()) / wanted.sum() < 0.03 and np.abs(cover - wanted).mean() < 0.01
     assert 0.3 < wanted.sum() / (0.6 * side) ** 2 < 0.85
-    made = drawing.draw(
-        side, one * shape, one * 0, one * 2, one, centres, np.full((1, 36), 0.5), np.zeros((1, 3072), np.uint64)
-    )
+    objects = drawing.Objects(one * shape, one * 0, one * 2, one, centres)
+    words, look = np.zeros((1, drawing.noise_words(side)), np.uint64), drawing.LOOKS["normal"]
+    made = drawing.draw(look, side, objects, np.full((1, 36), 0.5), words, np.zeros((1, 0, drawing.SPECK)))
     assert made.shape == (1, side, side, 3) and made[0, 32, 32, 0] > made[0, 32, 32, 1] + 60  # red in the middle
 
 
@@ -190,3 +198,120 @@ def test_one_row_says_the_same_in_every_language() -> None:
         for text in map(str, other.captions):
             assert theirs["colour"] in text and theirs["shape"] in text and not re.search("[a-zA-Z{}]", text)
             assert normalise(text) == text
+
+
+def looks(difficulty: str, count: int = 400) -> dict[str, float]:
+    """Of a set of pictures: the share that shows one object, how uneven their edges are, how much neighbours differ."""
+    made = rows(build(count=count, combinations="all", difficulty=difficulty, image_size=64))
+    images = np.stack([record.image for record in made if isinstance(record.image, np.ndarray)]).astype(float)
+    told = [record.columns.to_pylist()[0] for record in made]
+    single = np.array([row["count"] == 1 for row in told])
+    # Without objects and specks: the outermost pixels of each picture, which few of them reach.
+    edge = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], axis=1)
+    return {
+        "single": float(single.mean()),
+        "busy": float(np.std(edge, axis=1).mean()),
+        "grain": float(np.abs(np.diff(images, axis=2)).mean()),
+    }
+
+
+def test_difficulty_changes_what_is_seen() -> None:
+    easy, normal, hard = (looks(name) for name in ("easy", "normal", "hard"))
+    assert easy["single"] > 0.85 > normal["single"] > 0.6
+    assert 4 * easy["busy"] < 2 * normal["busy"] < hard["busy"] * 1.5
+    assert 3 * easy["grain"] < 2 * normal["grain"] < 1.5 * hard["grain"]
+
+
+@pytest.mark.parametrize("size", range(3))
+def test_objects_shrink_fade_and_turn_with_difficulty(size: int) -> None:
+    """One red square in the middle, on grounds of its own look: how much of the picture it takes, and its contrast."""
+    side, batch = 96, 64
+    one = np.ones(batch, dtype=np.int64)
+    u = np.random.default_rng(0).random((batch, 36))
+    areas, contrasts, turns = {}, {}, {}
+    for name, look in drawing.LOOKS.items():
+        quiet = replace(look, field=(0.0, 0.0), grain=(0.0, 0.0), blur=(0.0, 0.0), specks=0)
+        objects = drawing.Objects(one, 0 * one, size * one, one, np.full((batch, 3, 2), 0.5))
+        words = np.zeros((batch, drawing.noise_words(side)), np.uint64)
+        made = drawing.draw(quiet, side, objects, u, words, np.zeros((batch, 0, drawing.SPECK))).astype(float)
+        away = np.abs(made - made[:, :1, :1]).sum(axis=3)
+        inside = away > away[:, side // 2, side // 2][:, None, None] / 2
+        areas[name] = inside.mean()
+        contrasts[name] = away[:, side // 2, side // 2].mean()
+        # A square that is not turned fills its own box.
+        boxes = [np.ptp(np.nonzero(mask)[0]) * np.ptp(np.nonzero(mask)[1]) / mask.sum() for mask in inside]
+        turns[name] = np.mean(boxes)
+    assert areas["easy"] > 1.1 * areas["normal"] > 1.8 * areas["hard"]
+    assert contrasts["easy"] > contrasts["hard"] and contrasts["normal"] > 1.15 * contrasts["hard"]
+    assert turns["easy"] < turns["normal"] < turns["hard"]
+
+
+def test_specks_are_there_in_hard_pictures_only() -> None:
+    assert [drawing.LOOKS[name].specks for name in ("easy", "normal", "hard")] == [0, 0, 9]
+    look, side = drawing.LOOKS["hard"], 64
+    none = np.zeros(1, dtype=np.int64)
+    objects = drawing.Objects(none, none, none, none, np.full((1, 3, 2), 0.5))  # count 0: nothing but specks
+    u, words = np.full((1, 36), 0.5), np.zeros((1, drawing.noise_words(side)), np.uint64)
+    specks = np.full((1, 9, drawing.SPECK), 0.5)
+    specks[0, :, 0] = (np.arange(9) + 0.5) / 9  # in a row
+    specks[0, :, 3:6] = [1, 0, 0]
+    with_specks = drawing.draw(look, side, objects, u, words, specks)[0].astype(int)
+    without = drawing.draw(replace(look, specks=0), side, objects, u, words, specks[:, :0])[0].astype(int)
+    changed = np.abs(with_specks - without).sum(axis=2) > 60
+    assert changed[24:40].any() and not changed[:24].any() and not changed[40:].any()
+    steps = np.diff(changed[side // 2].astype(int))
+    assert (steps == 1).sum() == 9  # nine of them, apart
+
+
+def test_every_difficulty_keeps_its_bytes() -> None:
+    keys = {}
+    for name in ("easy", "normal", "hard"):
+        (record,) = build(count=1, difficulty=name).read([0])
+        assert isinstance(record.image, np.ndarray)
+        keys[name] = pixels.pixel_key(record.image)
+    assert keys == {
+        "easy": "c08285e478f056737d8639ee9bcfed96",
+        "normal": "e9eb3785f252b846c428274bda9c5a91",
+        "hard": "e2fa1c6e81fed1e0b0f93489f1d3c984",
+    }
+    # At any size that the config allows, also where a speck's square is nearly the picture.
+    for side in (16, 17, 257):
+        for record in build(count=40, difficulty="hard", image_size=side).read(range(40)):
+            assert isinstance(record.image, np.ndarray) and record.image.shape == (side, side, 3)
+
+
+def test_korean_stays_korean_through_prep(tmp_path: Path, run_prep: Callable[..., Prepared]) -> None:
+    """In the tar's text and JSON, in the sidecar, and in labels made of its columns."""
+    run_prep(tmp_path / "out", "source.name=scenes", "source.count=30", "source.image_size=16", "source.language=ko")
+    wanted = rows(build(count=30, image_size=16, language="ko"))
+    (sidecar,) = (tmp_path / "out").glob("*-000000.parquet")
+    stored = pq.read_table(sidecar).to_pylist()
+    assert [row["captions"] for row in stored] == [record.captions for record in wanted]
+    labels = {"{colour} {shape}".format(**row) for row in stored}
+    assert labels <= {f"{colour} {shape}" for colour in KOREAN.colours for shape in KOREAN.shapes}
+    with tarfile.open(sidecar.with_suffix(".tar")) as tar:
+        files = {member.name: tar.extractfile(member) for member in tar}
+        for row in stored:
+            text, about = files[f"{row['key']}.txt"], files[f"{row['key']}.json"]
+            assert text is not None and about is not None
+            assert text.read().decode() == row["captions"][0]
+            raw = about.read().decode()
+            assert row["captions"][-1] in raw  # as written, not as escapes
+            told = json.loads(raw)
+            assert told["captions"] == row["captions"] and told["columns"]["shape"] == row["shape"]
+
+
+def test_korean_stays_korean_in_rejects(
+    tmp_path: Path, run_prep: Callable[..., Prepared], write_table: Callable[..., Path], picture: Callable[..., bytes]
+) -> None:
+    images = [picture(0), picture(0), b"no image"]
+    captions = [["빨간 원"], [unicodedata.normalize("NFD", "원은 빨간색이다")], ["별"]]
+    table = write_table(images, captions, name="쌍.parquet", shape=["원", "원", "별"])
+    run_prep(tmp_path / "out", "source.name=table", f"source.path={table}", "source.caption=captions")
+    (sidecar,) = (tmp_path / "out").glob("*-000000.parquet")
+    (row,) = pq.read_table(sidecar).to_pylist()
+    assert row["captions"] == ["빨간 원", "원은 빨간색이다"] and row["shape"] == "원" and "쌍" in row["source"]
+    merged, broken = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
+    assert merged["reason"] == "merged" and '"shape":"원"' in merged["record"] and "쌍" in merged["source"]
+    assert normalise(json.loads(merged["record"])["captions"][0]) == "원은 빨간색이다"
+    assert broken["reason"] == "E_IMG_FORMAT" and "쌍" in broken["source"]
