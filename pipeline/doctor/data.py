@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data.loader import Share
@@ -18,7 +18,8 @@ from clipwright.pipeline.run import open_tokenizer
 
 SHARDS, CAPTIONS, IMAGES = 16, 20_000, 64  # looked at, spread over the dataset
 CUT, ODD = 0.01, 0.05  # shares of captions and of tokens beyond which there is a warning
-KEY = r"^[0-9a-f]{32}(_[0-9]+)?$"
+ROWS = 20_000  # of each of these shards, for their keys
+KEY = re.compile(r"[0-9a-f]{32}(_[0-9]+)?")
 
 
 @check("config")
@@ -45,11 +46,12 @@ def keys(context: Context) -> Found:
     """Keys of our form, each once in its shard, and a caption for each."""
     data, seen, odd, bare, twice = context.dataset, 0, 0, 0, 0
     for shard in spread(len(data.sizes), SHARDS):
-        table = data.sidecar(shard)
-        seen += table.num_rows
-        odd += table.num_rows - (pc.sum(pc.match_substring_regex(table["key"], KEY)).as_py() or 0)
-        twice += table.num_rows - pc.count_distinct(table["key"]).as_py()
-        bare += pc.sum(pc.equal(pc.list_value_length(table["captions"]), 0)).as_py() or 0
+        table = data.sidecar(shard).slice(0, ROWS)
+        names = table["key"].to_pylist()
+        seen += len(names)
+        odd += sum(not KEY.fullmatch(name) for name in names)
+        twice += len(names) - len(set(names))
+        bare += int((table["captions"].combine_chunks().value_lengths().to_numpy() == 0).sum())
     found = f"{seen:,} looked at: {odd} of another form, {twice} twice in a shard, {bare} without caption"
     need = "32 hex digits, each once, with a caption"
     if odd or twice or bare:
@@ -74,7 +76,7 @@ def shards(context: Context) -> Found:
     """Shards and streams against ranks: which of them must read the same files, and how well a batch mixes."""
     streams, batch = context.config.data.streams, context.config.schedule.global_batch
     world, count = context.world.size, len(context.dataset.sizes)
-    found = f"{count} shards, {streams} streams, {world} ranks, batch {batch}"
+    found = f"{count} shards, {streams} streams, ranks: {world}, batch {batch}"
     if world > streams or streams % world:
         more = -(-streams // world) * world
         return Found("warn", found, "a multiple of the ranks as streams", f"set data.streams={more}")
@@ -156,7 +158,7 @@ def caption_sample(data: Dataset) -> Iterator[list[str]]:
     """Shard by shard, a spread sample of at most CAPTIONS captions."""
     chosen = spread(len(data.sizes), SHARDS)
     for shard in chosen:
-        texts = pc.list_flatten(data.sidecar(shard)["captions"])
+        texts = data.sidecar(shard)["captions"].combine_chunks().flatten()
         some = texts.take(np.array(spread(len(texts), -(-CAPTIONS // len(chosen)))))
         for start in range(0, len(some), 1000):
             yield some.slice(start, 1000).to_pylist()

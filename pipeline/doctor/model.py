@@ -30,7 +30,7 @@ def threads(context: Context) -> Found:
     world, count = context.world, thread_count(context.config.runtime, context.world)
     torch.set_num_threads(count)
     cores = usable_cores()
-    found = f"{world.local_size} ranks × {count} threads, {context.config.runtime.workers} decoding threads a rank"
+    found = f"ranks here: {world.local_size}, each {count} threads and {context.config.runtime.workers} that decode"
     if count * world.local_size > cores:
         share = max(cores // world.local_size, 1)
         return Found("warn", found, f"at most {cores} threads for {cores} usable cores", f"set runtime.threads={share}")

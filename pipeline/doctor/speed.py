@@ -78,7 +78,7 @@ def memory(context: Context) -> Found:
     peak = int(context.predicted["memory_gb"] * 2**30)
     local = context.world.local_size if context.world.device.type == "cpu" else 1
     free, found = free_on(context) + peak, f"{peak / 2**30:.1f} GiB a rank"
-    need = f"at most 90% of the {free / 2**30:.1f} GiB there are for {local} ranks"
+    need = f"at most 90% of the {free / 2**30:.1f} GiB there are; ranks here: {local}"
     if peak * local > 0.9 * free:
         return Found("warn", found, need, "lower schedule.global_batch or image.image_size, or use fewer ranks here")
     return Found("ok", found, need)
@@ -119,7 +119,7 @@ def measure(context: Context) -> Times:
     parts.towers.train()
     times = Times()
     with closing(parts.loader.batches(0)) as batches:
-        for turn in range(WARM + MOST):
+        for turn in range(WARM + min(MOST, max(LEAST, config.schedule.steps))):
             started, processor = time.perf_counter(), time.process_time()
             batch = next(batches)
             engine.step(batch, config.schedule.factor(turn * size), measure=False)
