@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from clipwright.data_prep.pack import Prepared
 
 app = typer.Typer()
+data_app = typer.Typer(help="Check and look at dataset folders.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 
 @command(app, "prep", kind="clipwright.data_prep.pack:PrepConfig")
@@ -58,3 +60,56 @@ def _dry_run(call: Call, resolved: Any) -> None:
     result = {"rows_in": source.count, "shards_at_most": most, "columns": source.columns.names}
     names = ", ".join(source.columns.names)
     call.finish(result, f"prep: would read {source.count} rows and write at most {most} shards; columns {names}")
+
+
+@command(data_app, "data verify", kind="clipwright.data_prep.datasets:DataConfig", subject="data", metavar="DATASET")
+def data_verify(call: Call) -> None:
+    """Read every byte of a dataset folder against its manifest."""
+    from pathlib import Path
+
+    from clipwright.data_prep.verify import refuse, verify
+
+    result = verify(Path(call.load().value.data), quiet=call.quiet)
+    _report(call, result)
+    lines = [f"bad {fault['text']}" for fault in result["faults"]]
+    lines.append(f"verify: {result['shards_ok']} shards ok, {result['shards_bad']} bad, {result['samples']} samples")
+    if result["ok"]:
+        lines.append(f"verify: every byte is what the manifest says, fingerprint {result['fingerprint']}")
+    call.finish(result, "" if call.quiet else "\n".join(lines))
+    refuse(result)
+
+
+@command(data_app, "data stats", kind="clipwright.data_prep.datasets:DataConfig", subject="data", metavar="DATASET")
+def data_stats(call: Call) -> None:
+    """Sizes, caption lengths, scripts, duplicates and reject reasons of a dataset folder."""
+    from pathlib import Path
+
+    from clipwright.data_prep.stats import stats, table
+
+    result = stats(Path(call.load().value.data), quiet=call.quiet)
+    _report(call, result)
+    call.finish(result, table(result), then=f"clipwright data view {result['data']} -o PAGES")
+
+
+@command(data_app, "data view", kind="clipwright.data_prep.view:ViewConfig", subject="data", metavar="DATASET")
+def data_view(call: Call) -> None:
+    """Write a static page of kept pairs and of rejected pairs with their reasons: `data view DATASET -o PAGES`."""
+    from clipwright.data_prep.view import view
+
+    config, out = call.load().value, call.output()
+    if call.dry_run:
+        call.finish({"data": config.data}, f"would write {out / 'view.html'} about {config.data}")
+        return
+    result = view(config, out, quiet=call.quiet)
+    shown = f"{result['kept']} kept and {result['rejected']} rejected pairs"
+    call.finish(result, "" if call.quiet else f"view: {shown} in {result['page']}, {result['bytes'] / 1e6:.1f} MB")
+
+
+def _report(call: Call, result: dict[str, Any]) -> None:
+    """With -o, the result as report.json."""
+    from clipwright.data_prep.datasets import REPORT, claim_report
+    from clipwright.pipeline.core.records import write_json
+
+    if call.out is not None and not call.dry_run:
+        claim_report(call.out)
+        write_json(call.out / REPORT, result)

@@ -52,3 +52,19 @@ def run_prep() -> Callable[..., Prepared]:
         return prepare(resolved, out, fresh=fresh, quiet=True)
 
     return run
+
+
+SCRIPT = "<script>alert(1)</script> & <b>bold</b>"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, write_table: Callable[..., Path], run_prep: Callable[..., Prepared]) -> Path:
+    """A dataset folder of three shards of 4, 3 and 3 samples; one row merged, one cut off, one without caption."""
+    pictures = [picture_bytes(i, 40 + 8 * i, 48) for i in range(13)]
+    pictures[5], pictures[8] = pictures[1], pictures[8][:200]
+    captions: list[Any] = [["a red circle", f"number {i}"] for i in range(13)]
+    captions[2], captions[3], captions[11] = ["빨간 원", SCRIPT, "猫とねこ"], ["W" * 300], [" "]
+    table = write_table(pictures, captions, n=pa.array(range(13)))
+    words = ("source.name=table", f"source.path={table}", "source.caption=captions", "shards.samples=4")
+    run_prep(tmp_path / "data", *words)
+    return tmp_path / "data"
