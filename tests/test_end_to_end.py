@@ -118,9 +118,22 @@ def test_a_small_demo_ends_with_its_report(cli: Any) -> None:
     assert all({"r1", "r5", "r10", "n"} <= report["retrieval"][way].keys() for way in ("i2t", "t2i"))
     assert {"query", "hits_right", "k", "mean_precision_at_10"} <= report["search"].keys()
     assert 0 <= report["search"]["hits_right"] <= report["search"]["k"] == 10
+    zeroshot = report["zeroshot"]
+    assert {"top1", "shape_top1", "chance", "n"} <= zeroshot.keys() and zeroshot["n"] > 20
+    assert (cli.folder / "demo" / "report.html").stat().st_size == report["report"]["bytes"] < 3_000_000
+    assert report["report"]["zeroshot"]["top1"] == zeroshot["top1"]
+    assert len(json.dumps(report)) < 12_000  # the lists stay in the steps' own reports
+    _another_folder_is_left_alone(cli)
     failed = cli("demo", "steps.prep=prep table source.path=nowhere.csv -o {demo}/x", "-o", "other", code=3)
     assert "error[E_INPUT]" in failed.stderr and "Traceback" not in failed.stderr
     assert not (cli.folder / "other" / "report.json").exists()
+
+
+def _another_folder_is_left_alone(cli: Any) -> None:
+    (cli.folder / "mine").mkdir()
+    (cli.folder / "mine" / "config.yaml").write_text("words: of somebody else\n")
+    assert "error[E_OUTPUT]" in cli.error("demo", "-o", "mine", code=2)
+    assert [path.name for path in (cli.folder / "mine").iterdir()] == ["config.yaml"]
 
 
 def rows(data: Any, shard: int) -> list[dict[str, Any]]:
