@@ -31,9 +31,8 @@ def open_dataset(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder, "dataset")
     missing = [name for name in _COUNTS if not isinstance(manifest.get(name), int)]
     missing += [name for name in ("rejects", "files", "identity") if not isinstance(manifest.get(name), dict)]
-    if "files" not in missing and not all(
-        isinstance(e, dict) and _FILE <= e.keys() for e in manifest["files"].values()
-    ):
+    files = manifest.get("files")
+    if isinstance(files, dict) and not all(isinstance(e, dict) and e.keys() >= _FILE for e in files.values()):
         missing.append("files")
     shards = manifest.get("shards")
     if (

@@ -162,15 +162,18 @@ def test_a_wrong_fingerprint_and_a_changed_plan(dataset: Path) -> None:
     assert [fault["file"] for fault in found(dataset)] == ["plan.parquet"]
 
 
-@pytest.mark.parametrize("verb", ["verify", "stats", "view"])
 @pytest.mark.parametrize(
-    ("manifest", "code", "words"),
+    ("verb", "manifest", "code", "words"),
     [
-        (None, "E_MANIFEST", "no manifest.json"),
-        ('{"format": "index", "version": 1}', "E_MANIFEST", "wanted 'dataset'"),
-        ('{"format": "dataset", "version": 1, "shards": []}', "E_MANIFEST", "shards"),
-        ("not json", "E_MANIFEST", "manifest.json"),
-        ("no folder", "E_INPUT", "check the path"),
+        ("verify", None, "E_MANIFEST", "no manifest.json"),
+        ("verify", '{"format": "index", "version": 1}', "E_MANIFEST", "wanted 'dataset'"),
+        ("verify", '{"format": "dataset", "version": 1, "shards": []}', "E_MANIFEST", "shards"),
+        ("verify", "not json", "E_MANIFEST", "manifest.json"),
+        ("verify", "no folder", "E_INPUT", "check the path"),
+        ("stats", '{"format": "index", "version": 1}', "E_MANIFEST", "wanted 'dataset'"),
+        ("stats", "no folder", "E_INPUT", "check the path"),
+        ("view", '{"format": "index", "version": 1}', "E_MANIFEST", "wanted 'dataset'"),
+        ("view", "no folder", "E_INPUT", "check the path"),
     ],
 )
 def test_a_folder_that_is_no_dataset(
