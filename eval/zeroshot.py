@@ -313,7 +313,7 @@ def _unknown_label(texts: list[str | None], row: int, known: list[Names], data: 
         return _misfit(f"row {row} of {data.name} has no label", "select the rows that have one with benchmark.where")
     labels = len({t for t in texts if t is not None})
     found = f"{len(names)} classes, {labels} different labels; row {row} is {text!r}, which is no class"
-    return _misfit(found, nearest(text, names) or "name every label in benchmark.classes")
+    return _misfit(found, "name every label in benchmark.classes, or leave it out to take the labels as classes")
 
 
 def _misfit(found: str, fix: str) -> ClipwrightError:
