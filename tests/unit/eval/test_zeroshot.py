@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -343,11 +344,27 @@ def check_queries(table: pa.Table, numbers: dict[str, Any], data: Path) -> None:
                 assert row["right"] == [row["query"] in captions[key] for key in row["top"]]
 
 
-def test_bad_input(cli, refused, model, small, labelled: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def quick_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """`clipwright WORDS` in this process, which holds torch already: ten refusals cost seconds, not a minute."""
+    from clipwright.cli import app
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+
+    def call(*words: object) -> SimpleNamespace:
+        capfd.readouterr()
+        code = app(list(map(str, words)), standalone_mode=False)
+        return SimpleNamespace(returncode=code, stderr=capfd.readouterr().err)
+
+    return call
+
+
+def test_bad_input(quick_cli, refused, model, labelled: Path, tmp_path: Path) -> None:
     table = labelled / "set-0.parquet"
 
     def wrong(code: str, exit_code: int, *named: object, data: object = table, words: tuple[str, ...] = ()) -> None:
-        refused(cli("eval", "zeroshot", f"model={model}", f"data={data}", *words), code, exit_code, *named)
+        refused(quick_cli("eval", "zeroshot", f"model={model}", f"data={data}", *words), code, exit_code, *named)
 
     wrong("E_CONFIG_VALUE", 2, "a photo", "{}", words=('benchmark.templates=["a {}", "a photo"]',))
     wrong("E_CONFIG_CHOICE", 2, "imagenets", "'imagenet'", words=("benchmark.classes=imagenets",))
