@@ -48,13 +48,13 @@ def small(data: bytes) -> bytes:
 
 
 def percent(share: float) -> str:
-    """A share for a person: whole percents, with a decimal near both ends."""
-    return f"{100 * share:.{0 if 0.1 <= share <= 0.99 or share in (0, 1) else 1}f} %"
+    """A share for a person: whole percents, with a decimal near both ends; no line breaks before its sign."""
+    return f"{100 * share:.{0 if 0.1 <= share <= 0.99 or share in (0, 1) else 1}f}\N{NO-BREAK SPACE}%"
 
 
 def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes} min {rest} s".removeprefix("0 min ").replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _values(demo: Demo) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _values(demo: Demo) -> dict[str, Any]:
             "Machine": train["host"],
             "Training": duration(trained),
             # Steps that were found finished say when they were looked at again, not how long they took.
-            **({"Everything": duration(wall)} if wall >= trained else {}),
+            **({"Whole demo": duration(wall)} if wall >= trained else {}),
         },
         "commands": {name: status["command"].removesuffix(" --json") for name, status in demo.status.items()},
         "tiles": _tiles(demo),
@@ -93,10 +93,10 @@ def _tiles(demo: Demo) -> list[dict[str, str]]:
     z, t2i, search = demo.zeroshot, demo.retrieval["t2i"], demo.search
     told = [
         ("Zero-shot", f"right among {z['classes']} names", z["top1"], z["chance"], "guessing"),
-        ("Shape", "named right", z["shape_top1"], z["shape_chance"], "knowing only the colour"),
+        ("Shape", "named right", z["shape_top1"], z["shape_chance"], "from colour alone"),
         ("Retrieval R@1", "text → picture", t2i["r1"], t2i["chance_r1"], "guessing"),
         ("Retrieval R@10", "text → picture", t2i["r10"], t2i["chance_r10"], "guessing"),
-        ("Search", f"right among the first {search['k']}", demo.precision, search["chance"], "guessing"),
+        ("Search", f"precision at {search['k']}", demo.precision, search["chance"], "guessing"),
     ]
     return [
         {
@@ -197,8 +197,7 @@ def _zeroshot(demo: Demo) -> dict[str, Any]:
         for row, line in zip(rows, found, strict=True):
             by[row[name]].append(line["label"] == line["predicted"][0])
         if 1 < len(by) <= SPLIT:
-            values = [(f"{v} ({len(by[v])} pictures)", sum(by[v]) / len(by[v]), None, "") for v in sorted(by, key=str)]
-            parts.append({"name": name, "rows": values, "figure": plots.bars(f"Zero-shot by {name}.", values)})
+            parts.append(_split(name.removeprefix("input_"), by))
     return {
         "says": says,
         "bars": plots.bars(f"Zero-shot. {says}", bars),
@@ -206,6 +205,15 @@ def _zeroshot(demo: Demo) -> dict[str, Any]:
         "parts": parts,
         "range": f"{percent(z['top1_low'])} to {percent(z['top1_high'])}",
     }
+
+
+def _split(column: str, by: dict[Any, list[bool]]) -> dict[str, Any]:
+    """The zero-shot score for each value of a column; prep writes `input_size` where a user's column is `size`."""
+    share = {value: sum(right) / len(right) for value, right in sorted(by.items(), key=lambda item: str(item[0]))}
+    rows = [(f"{value} ({len(by[value])} pictures)", right, None, "") for value, right in share.items()]
+    best, worst = max(share, key=lambda value: share[value]), min(share, key=lambda value: share[value])
+    says = f"Easiest: {best}, {percent(share[best])} right. Hardest: {worst}, {percent(share[worst])}."
+    return {"name": column, "says": says, "rows": rows, "figure": plots.bars(f"Zero-shot by {column}. {says}", rows)}
 
 
 def _confusion(demo: Demo) -> dict[str, Any]:

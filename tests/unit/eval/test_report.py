@@ -6,6 +6,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +138,15 @@ def test_the_page_says_what_the_numbers_say(cli: Any, demo: Path) -> None:
     done = cli("report", demo, "--json")
     assert done.returncode == 0, done.stderr
     made, page = json.loads(done.stdout), (demo / "report.html").read_text()
-    assert (made["page"], made["bytes"]) == (str(demo / "report.html"), len(page.encode()))
-    assert made["bytes"] <= 3_000_000 and not list(demo.glob("*.partial"))
+    assert made["page"] == str(demo / "report.html")
+    assert made["bytes"] == len(page.encode()) <= 3_000_000 and not list(demo.glob("*.partial"))
+    page = page.replace("\N{NO-BREAK SPACE}", " ")
     assert made["zeroshot"] == {"n": 48, "top1": 40 / 48, "chance": 1 / 6, "shape_top1": 40 / 48, "shape_chance": 1 / 3}
     assert made["search"] == {"n": 6, "precision": 0.1, "chance": 0.2}
     assert "83 % of 48 pictures of combinations that training never showed get their own of 6 names" in page
     assert "Shape is named right in 83 % of pictures; knowing only the colour would give 33 %." in page
     assert "Hardest is star: right in 50 % of its pictures." in page and "No colour was mistaken" in page
+    assert "Easiest: 1, 100 % right. Hardest: 2, 67 %." in page  # by count
     assert "8 × 빨간 star taken for 빨간 $heart$" in page
     assert "The loss goes from 3.00 to 0.03; a model that only guesses stays at 2.08" in page
     assert "Training took 18 s." in page  # 720 samples at 40 a second
@@ -175,6 +179,11 @@ def test_the_page_in_a_browser(look: Any, demo: Path, width: int) -> None:
     seen = look(demo / "report.html", width)
     assert (seen.errors, seen.requests, seen.overflow) == ([], [], 0)
     assert HOSTILE in seen.text and "빨간 <b>원</b>" in seen.text and "Zero-shot classification" in seen.text
+
+
+def test_the_page_needs_no_torch() -> None:
+    code = "import sys, clipwright.eval.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_large_picture_is_shown_small() -> None:
