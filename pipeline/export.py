@@ -10,6 +10,7 @@ from clipwright.pipeline import checkpoint, runfolder
 from clipwright.pipeline.core.command import Call
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.records import STATUS, digest, read_manifest
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.model import load_model, save_model
@@ -56,15 +57,18 @@ def export(call: Call) -> None:
     }
     staged = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
-    manifest = save_model(
-        staged,
-        config=model_tree(tree),
-        weights={**found.weights(), **loss},
-        tokenizer=stored_tokenizer(run_config.tokenizer, run),
-        made_from=made_from,
-        card=_card(tree, made_from),
-    )
-    load_model(staged, device="cpu")  # what is announced has been read back
+    with Progress("export", 2, "passes", quiet=call.quiet) as progress:
+        manifest = save_model(
+            staged,
+            config=model_tree(tree),
+            weights={**found.weights(), **loss},
+            tokenizer=stored_tokenizer(run_config.tokenizer, run),
+            made_from=made_from,
+            card=_card(tree, made_from),
+        )
+        progress.add(1)
+        load_model(staged, device="cpu")  # what is announced has been read back
+        progress.add(1)
     old = out.with_name(f".{out.name}.old.partial")
     if out.exists():
         out.rename(old)
