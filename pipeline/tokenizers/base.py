@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
     sot_id: int
     eot_id: int
     pad_id: int
-    unknown_ids: Collection[int]  # those of what the vocabulary has no piece for: unknown, or spelt in bytes
+    unknown_ids: tuple[int, ...]  # those of what the vocabulary has no piece for: unknown, or spelt in bytes
     fingerprint: str
 
     def encode(self, texts: Sequence[str], context: int) -> np.ndarray:

@@ -78,7 +78,7 @@ class CLIPBPE:
         self._cache: dict[str, list[int]] = {}
         self.vocab_size = len(vocab)
         self.sot_id, self.eot_id, self.pad_id = vocab[SOT], vocab[EOT], 0
-        self.unknown_ids = ()  # bytes are its letters
+        self.unknown_ids: tuple[int, ...] = ()  # bytes are its letters
         # Of the unpacked vocabulary: packing it anew changes no id.
         identity = canonical_json(dataclasses.asdict(config)).encode()
         self.fingerprint = hashlib.sha256(vocabulary + identity).hexdigest()

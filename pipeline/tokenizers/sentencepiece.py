@@ -101,7 +101,8 @@ class SentencePiece:
     """
 
     sot_id, eot_id, pad_id = SOT, EOT, PAD
-    unknown_ids = (UNKNOWN, *range(EOT + 1, EOT + 257))  # the 256 bytes stand behind the special pieces
+    # Unknown, and the 256 bytes, which stand behind the special pieces.
+    unknown_ids: tuple[int, ...] = (UNKNOWN, *range(EOT + 1, EOT + 257))
 
     def __init__(self, config: SentencePieceConfig, folder: Path) -> None:
         path = folder / MODEL
