@@ -58,7 +58,7 @@ def _dry_run(call: Call, resolved: Any) -> None:
     source = open_source(resolved.value, quiet=call.quiet)
     most = -(-source.count // resolved.value.shards.samples)
     result = {"rows_in": source.count, "shards_at_most": most, "columns": source.columns.names}
-    names = ", ".join(source.columns.names)
+    names = ", ".join(source.columns.names) or "none"
     call.finish(result, f"prep: would read {source.count} rows and write at most {most} shards; columns {names}")
 
 
@@ -75,7 +75,8 @@ def data_verify(call: Call) -> None:
     lines.append(f"verify: {result['shards_ok']} shards ok, {result['shards_bad']} bad, {result['samples']} samples")
     if result["ok"]:
         lines.append(f"verify: every byte is what the manifest says, fingerprint {result['fingerprint']}")
-    call.finish(result, "" if call.quiet else "\n".join(lines))
+    then = f"clipwright data stats {result['data']}" if result["ok"] else ""
+    call.finish(result, "" if call.quiet else "\n".join(lines), then=then)
     refuse(result)
 
 
