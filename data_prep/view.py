@@ -35,7 +35,7 @@ CAPTIONS, LETTERS = 5, 240  # shown of each sample, and of each caption and deta
 
 @configclass
 class ViewConfig(DataConfig):
-    """Which dataset folder, how many pairs of each kind (so few that the page stays small), and the seed that draws them."""
+    """Which dataset folder, how many pairs of each kind, few enough for a small page, and the seed that draws them."""
 
     kept: Annotated[int, Field(ge=0, le=160)] = 48
     rejected: Annotated[int, Field(ge=0, le=80)] = 24
