@@ -24,6 +24,8 @@ with Progress("count", 5, "things", quiet="--quiet" in sys.argv) as progress:
         if number == 2:
             with progress.above():
                 print("a line of words", flush=True)
+        if number == 3 and "--blunt" in sys.argv:
+            print("not above the bar", flush=True)
         time.sleep(0.05)
         while number == 2 and os.path.exists("gate"):
             time.sleep(0.02)
@@ -87,9 +89,9 @@ def test_no_color_is_honoured(tmp_path: Path) -> None:
 
 def test_words_on_stdout_do_not_go_to_the_terminal(tmp_path: Path) -> None:
     with (tmp_path / "out").open("wb") as out:
-        text = Terminal(tmp_path, stdout=out.fileno()).read()
-    assert (tmp_path / "out").read_text() == "a line of words\ndone\n"
-    assert "count (things)" in text and "a line of words" not in text
+        text = Terminal(tmp_path, "--blunt", stdout=out.fileno()).read()
+    assert (tmp_path / "out").read_text() == "a line of words\nnot above the bar\ndone\n"
+    assert "count (things)" in text and "a line of words" not in text and "not above" not in text
 
 
 def test_quiet_shows_nothing(tmp_path: Path) -> None:
