@@ -174,13 +174,22 @@ def _run(call: Call, body: Callable[[Call], None]) -> int:
     signal.signal(signal.SIGUSR1, _preempt)
     try:
         call.check()
-        body(call)
+        try:
+            body(call)
+        finally:
+            # The outcome stands: a signal now, such as a launcher's second one, has nothing left to stop.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         code = DONE
     except ClipwrightError as caught:
         error, code = caught, caught.exit_code
         if call.debug:
             traceback.print_exc()
         print(caught, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        # Whoever read our output (`| head`) has gone: nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED
     except OSError as caught:
         error = ClipwrightError(
             "E_SYSTEM",
