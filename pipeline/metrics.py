@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,9 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes so far: on a GPU what torch has allocated, on a CPU this process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not getrusage: its figure starts with that of the process that started this one.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    # Rather than getrusage, whose figure starts with that of the process that started this one.
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    return int(found[1] if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
 
 
 def step_line(record: dict[str, Any], steps: int, eta: float) -> str:

@@ -89,7 +89,8 @@ class Check:
         """What it found; an error it met is a failure with the error's words, never a traceback."""
         unmet = next((name for name in self.needs if context.rows[name].status in ("FAIL", "skip")), None)
         if unmet is not None:
-            return Found("skip", f"not tried: `{unmet}` comes first")
+            before = context.rows[unmet]
+            return before if before.status == "skip" else Found("skip", f"not tried: `{unmet}` failed")
         try:
             return self.run(context)
         except ClipwrightError as error:

@@ -125,6 +125,9 @@ def test_two_ranks_speak_with_one_voice(scenes: Path, tmp_path: Path, small: Any
     done = small.cli(tmp_path)("doctor", *words, "--json", ranks=2)
     found = json.loads(done.stdout)
     assert found["samples_per_s"] > 1 and {one["status"] for one in found["checks"]} <= {"ok", "warn"}
+    done = small.cli(tmp_path)("doctor", *small.settings, "data.train=nowhere", ranks=2, code=1)
+    assert done.stderr.count("error[E_DOCTOR]") == 1 and done.stdout.count("E_INPUT") == 1
+    assert "Preempted" not in done.stderr
 
 
 # How checks are run and told
@@ -144,11 +147,16 @@ def test_an_error_is_a_row_and_what_needs_it_is_skipped(monkeypatch: pytest.Monk
         raise AssertionError
 
     made = Context(call())
+
+    @check("third", "second")
+    def third(made: Context) -> Found:
+        raise AssertionError
+
     [group] = base._CHECKS.values()
     for one in group.values():
         made.rows[one.name] = one.outcome(made)
     assert made.rows["first"].status == "FAIL" and made.rows["first"].found == "ValueError: a\nb"
-    assert made.rows["second"].status == "skip" and "`first`" in made.rows["second"].found
+    assert made.rows["second"] == made.rows["third"] == Found("skip", "not tried: `first` failed")
     error = failure(made)
     assert error is not None and error.code == "E_DOCTOR" and error.where == "first" and error.exit_code == 1
     assert failure(Context(call())) is None
