@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -112,4 +112,10 @@ class Progress:
         console = Console(stderr=True)
         self._bar = Bar(*columns, console=console, transient=True, refresh_per_second=4, redirect_stdout=False)
         self._task = self._bar.add_task(self._description(), total=self.total, completed=self.done, left="")
-        self._bar.start()
+        try:
+            self._bar.start()
+        except BaseException:  # Ctrl-C just now: where __enter__ did not end, nobody calls __exit__
+            with suppress(Exception):  # it may be half begun
+                self._bar.stop()
+            console.show_cursor()
+            raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -107,6 +108,25 @@ def test_an_interrupt_gives_the_cursor_back(tmp_path: Path) -> None:
     text = terminal.read()
     assert text.rindex(SHOW) > text.rindex(HIDE) and "done" not in text
     assert "count (things)" not in text[text.rindex(SHOW) :]
+
+
+def test_an_interrupt_while_the_bar_is_first_drawn_gives_the_cursor_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def interrupt(thread: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    monkeypatch.setattr("rich.live._RefreshThread.start", interrupt)
+    for name in ("NO_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with pytest.raises(KeyboardInterrupt), Progress("count", 5, "things"):
+        pass
+    text = screen.getvalue()
+    assert HIDE in text and text.rindex(SHOW) > text.rindex(HIDE)
 
 
 def test_elsewhere_it_is_plain_lines_at_intervals(
