@@ -60,7 +60,10 @@ class Source(ABC):
     notes: Sequence[str] = ()
 
     def scan(self, *, quiet: bool = False) -> None:  # noqa: B027  most sources have nothing to scan
-        """Reads, once and before `identity` is asked for, what takes long enough to need a progress bar."""
+        """Reads, once, what takes long enough to need a progress bar; `columns` and `notes` may be known only then.
+
+        It comes before `identity`; without it rows can be read, though perhaps without columns.
+        """
 
     def keys(self) -> np.ndarray | None:
         """Keys of all rows (S32, empty without image) where `scan` has found them; else the plan reads the images."""

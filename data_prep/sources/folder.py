@@ -59,16 +59,18 @@ class FolderSource(Source):
     def __init__(self, config: FolderConfig) -> None:
         self.root, self.caption, self.encoding = _root(config.path), config.caption, _encoding(config.encoding)
         self._images, self._beside, notes = _find_pairs(self.root)
-        self.count = len(self._images)
-        self.columns, left_out = self._find_columns()
-        if left_out:
-            notes.append(f"keys that are no columns, being nested, empty or of mixed types: {', '.join(left_out)}")
-        self.notes = notes
+        self.count, self.notes = len(self._images), notes
+        self.columns = pa.schema([])  # until it is scanned
         self._digest: str | None = None
         self._keys: np.ndarray | None = None
 
     def scan(self, *, quiet: bool = False) -> None:
-        """Hashes every image and caption file once: for identity, and the images' keys for the plan."""
+        """Finds the columns, and hashes every file once: for identity, and the images' keys for the plan."""
+        self.columns, left_out = self._find_columns(quiet)
+        if left_out:
+            named = ", ".join(map(_printable, left_out))
+            note = f"keys that are no columns, being nested, empty or of mixed types: {named}"
+            self.notes = [*self.notes, note]
         whole, keys = hashlib.sha256(), np.zeros(self.count, dtype="S32")
         chunks = [range(start, min(start + 64, self.count)) for start in range(0, self.count, 64)]
         pool = ThreadPoolExecutor(4)  # hashing and waiting for the disk release the interpreter
@@ -122,7 +124,7 @@ class FolderSource(Source):
             try:
                 if name.lower().endswith(".json"):
                     about = self._object(name)
-                    found = found or self._told(about)
+                    found = found or self._told(about, name)
                 else:
                     found = [line for line in _lines(self._text(name)) if line.strip()]
             except _Unreadable as error:
@@ -131,17 +133,17 @@ class FolderSource(Source):
             stem = PurePosixPath(_plain(self._images[row])).stem
             looked = "no words in it" if self._beside[row] else "no such file"
             trouble.append(("E_CAP_EMPTY", f"{stem}.txt or {stem}.json beside the image: {looked}"))
-        return found or trouble, about
+        return [*found, *trouble], about  # what is amiss beside good captions is counted
 
-    def _told(self, about: dict[str, Any]) -> list[Caption]:
+    def _told(self, about: dict[str, Any], name: str) -> list[Caption]:
         value = about.get(self.caption, about.get("captions"))
         values = value if isinstance(value, list) else [value]
-        return [item if isinstance(item, str) else str(item) for item in values if item is not None]
+        return [_words(item, name) for item in values if item is not None]
 
     def _text(self, name: str) -> str:
         try:
             data = read_inside(self.root, name, walked=True)
-            return data.decode("utf-8-sig" if self.encoding == "utf-8" else self.encoding)
+            text = data.decode("utf-8-sig" if self.encoding == "utf-8" else self.encoding)
         except PathError as error:
             raise _Unreadable("E_CAP_FILE", str(error)) from None
         except UnicodeDecodeError as error:
@@ -150,6 +152,11 @@ class FolderSource(Source):
             other = "utf-16" if wide else "cp949, latin-1 or whichever it is"
             detail = f"{_plain(name)} is not {self.encoding}, first at {where}; set source.encoding={other}"
             raise _Unreadable("E_CAP_ENCODING", detail) from None
+        if "\0" in text:  # UTF-16 without its mark is valid UTF-8: a zero beside every letter
+            other = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
+            detail = f"{_plain(name)} is not text in {self.encoding}: it holds zero bytes; set source.encoding={other}"
+            raise _Unreadable("E_CAP_ENCODING", detail)
+        return text
 
     def _object(self, name: str) -> dict[str, Any]:
         text = self._text(name)
@@ -161,21 +168,21 @@ class FolderSource(Source):
             raise _Unreadable("E_CAP_FILE", f"{_plain(name)} holds a {type(value).__name__}, an object is read")
         return {_plain(key): item for key, item in value.items()}
 
-    def _find_columns(self) -> tuple[pa.Schema, list[str]]:
+    def _find_columns(self, quiet: bool) -> tuple[pa.Schema, list[str]]:
         """The columns that the JSON files make, in the order they are met, and the keys that cannot be one."""
         kinds: dict[str, set[type]] = {}
-        for row in range(self.count):
-            for name in self._files(row):
-                if not name.lower().endswith(".json"):
-                    continue
+        rows = [row for row, beside in enumerate(self._beside) if ".json" in map(str.lower, beside)]
+        with Progress("columns", len(rows), "JSON files", quiet=quiet) as progress:
+            for row in rows:
                 try:
-                    about = self._object(name)
+                    about = self._object(self._files(row)[-1])
                 except _Unreadable:
-                    continue  # its row says so
+                    about = {}  # its row says so
                 for key, value in about.items():
                     met = kinds.setdefault(key, set())
                     if value is not None:
                         met.add(type(value))
+                progress.add(1)
         fields: list[pa.Field] = []
         left_out: list[str] = []
         for key in (key for key in kinds if key not in (self.caption, "captions")):
@@ -252,7 +259,7 @@ def _find_pairs(root: Path) -> tuple[list[str], list[tuple[str, ...]], list[str]
         raise _nothing(root, len(found), len(orphans))
     found.sort()
     said = ((orphans, "caption files without an image"), (linked, "linked folders that were not followed"))
-    notes = [f"{what}: {len(names)}, the first {_plain(min(names))}" for names, what in said if names]
+    notes = [f"{what}: {len(names)}, the first {_printable(min(names))}" for names, what in said if names]
     return [name for name, _ in found], [captions for _, captions in found], notes
 
 
@@ -299,6 +306,21 @@ def _lines(text: str) -> list[str]:
 def _plain(name: str) -> str:
     """Text that UTF-8 can hold: lone surrogates, in JSON or for odd bytes in file names, are shown escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _printable(name: str) -> str:
+    """A name for a line on a terminal: a newline or an escape sequence in it is shown, not obeyed."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
+
+
+def _words(item: Any, name: str) -> Caption:
+    """A caption as a JSON file holds it; an object or a list in its place is no text."""
+    if isinstance(item, str):
+        return item
+    if isinstance(item, (int, float)) and not isinstance(item, bool):
+        return str(item)
+    kind = type(item).__name__
+    return "E_CAP_FILE", f"{_plain(name)} holds a {kind} for a caption; text or a list of texts is read"
 
 
 def _fit(value: Any, kind: pa.DataType) -> Any:

@@ -48,6 +48,7 @@ def images(tmp_path: Path, picture: Picture) -> Path:
 
 def test_pairs_captions_and_columns(images: Path) -> None:
     source = build(images)
+    source.scan(quiet=True)
     rows = list(source.read(range(source.count)))
     assert [(row.source, row.source_key) for row in rows] == [
         ("a.jpg", "a"),
@@ -157,6 +158,7 @@ def test_bad_rows_say_which_file_and_what_to_do(images: Path, tmp_path: Path, cl
             ["korean.txt is not utf-8", "0xbb at 0", "set source."],
         ),
         "wide": (KOREAN.encode("utf-16"), "E_CAP_ENCODING", ["0xff at 0", "source.encoding=utf-16"]),
+        "unmarked": (b"w\0o\0r\0d\0", "E_CAP_ENCODING", ["unmarked.txt", "source.encoding=utf-16-le"]),
         "led": (tmp_path / "secret.txt", "E_CAP_FILE", ["led.txt", "leaves the root"]),
     }
     for i, (stem, (captions, _, _)) in enumerate(cases.items()):
@@ -165,7 +167,7 @@ def test_bad_rows_say_which_file_and_what_to_do(images: Path, tmp_path: Path, cl
             (images / f"{stem}.txt").write_bytes(captions)
         elif captions is not None:
             (images / f"{stem}.txt").symlink_to(captions)
-    for stem, text in (("cut", '{"caption": "x"'), ("list", '["x"]')):
+    for stem, text in (("cut", '{"caption": "x"'), ("list", '["x"]'), ("object", '{"caption": {"en": "x"}}')):
         (images / f"{stem}.jpg").write_bytes(picture(40 + len(stem)))
         (images / f"{stem}.json").write_text(text)
     (images / "new.avif").write_bytes(b"\0\0\0\x20ftypavif")
@@ -178,15 +180,34 @@ def test_bad_rows_say_which_file_and_what_to_do(images: Path, tmp_path: Path, cl
     wanted = {
         "cut": "E_CAP_FILE",
         "list": "E_CAP_FILE",
+        "object": "E_CAP_FILE",
         "new": "E_IMG_FORMAT",
         "pipe": "E_IMG_PATH",
         "out": "E_IMG_PATH",
     }
     assert {stem: rejects[stem]["reason"] for stem in wanted} == wanted and len(rejects) == len(cases) + len(wanted)
-    assert (result["rows_in"], result["written"], result["rejected"]) == (14, 4, 10)
+    assert (result["rows_in"], result["written"], result["rejected"]) == (16, 4, 12)
     assert any("lone.txt" in note for note in result["notes"])
     everything = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != "status.json")
     assert b"secret words" not in everything and str(tmp_path).encode() not in everything
+
+
+def test_a_text_file_that_cannot_be_read_is_counted_beside_json(
+    tmp_path: Path, picture: Picture, run_prep: Run
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "images" / "a.txt").write_bytes(KOREAN.encode("cp949"))
+    (tmp_path / "images" / "a.json").write_text(json.dumps({"caption": "red circle"}))
+    manifest = run_prep(tmp_path / "out", "source.name=folder", f"source.path={tmp_path / 'images'}").manifest
+    assert (manifest["written"], manifest["captions"], manifest["captions_dropped"]) == (1, 1, 1)
+
+
+def test_names_do_not_reach_the_terminal_as_control_characters(tmp_path: Path, picture: Picture) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "new\nline\x1b[2J.txt").write_text("of no image")
+    assert build(tmp_path).notes == ["caption files without an image: 1, the first new\\nline\\x1b[2J.txt"]
 
 
 def test_a_twin_brings_the_caption_that_the_first_lacks(tmp_path: Path, picture: Picture, run_prep: Run) -> None:
