@@ -13,7 +13,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import STATUS, read_manifest
 from clipwright.pipeline.core.registry import configclass
 
-_COUNTS = ("rows_in", "written", "merged", "rejected", "captions_dropped")
+_COUNTS = ("rows_in", "written", "merged", "rejected", "captions", "captions_dropped")
 _SHARD = {"tar": str, "tar_bytes": int, "tar_sha256": str, "sidecar": str, "sidecar_sha256": str, "samples": int}
 _FILE = {"bytes", "sha256"}
 REPORT, PAGE = "report.json", "view.html"
@@ -31,6 +31,9 @@ def open_dataset(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder, "dataset")
     missing = [name for name in _COUNTS if not isinstance(manifest.get(name), int)]
     missing += [name for name in ("rejects", "files", "identity") if not isinstance(manifest.get(name), dict)]
+    rejects = manifest.get("rejects")
+    if isinstance(rejects, dict) and not all(isinstance(count, int) for count in rejects.values()):
+        missing.append("rejects")
     files = manifest.get("files")
     if isinstance(files, dict) and not all(isinstance(e, dict) and e.keys() >= _FILE for e in files.values()):
         missing.append("files")
@@ -74,10 +77,12 @@ def _damaged(path: Path, found: str) -> ClipwrightError:
 
 
 def read_sidecar(folder: Path, shard: dict[str, Any], columns: Sequence[str]) -> pa.Table:
-    """Columns of one shard's sidecar. Raises E_DATA_HASH."""
+    """Columns of one shard's sidecar, of those that are never empty. Raises E_DATA_HASH."""
     table = read_part(folder / shard["sidecar"], columns)
     if table.num_rows != shard["samples"] or set(columns) - set(table.column_names):
         raise _damaged(folder / shard["sidecar"], f"{table.num_rows} rows, the manifest says {shard['samples']}")
+    if empty := [name for name in columns if table[name].null_count]:
+        raise _damaged(folder / shard["sidecar"], f"rows without {', '.join(empty)}")
     return table
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipwright.data_prep.datasets import open_dataset
+from clipwright.data_prep.datasets import open_dataset, read_part
 from clipwright.data_prep.images import EXTENSION
 from clipwright.data_prep.output import REJECTS
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -64,10 +64,15 @@ def verify(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     manifest = open_dataset(folder)
     shards = manifest["shards"]
     faults = _check_files(folder, manifest["files"])
-    rejects = None if any(fault.file == REJECTS for fault in faults) else pq.read_table(folder / REJECTS)
+    rejects = None
+    if not any(fault.file == REJECTS for fault in faults):
+        try:
+            rejects = read_part(folder / REJECTS, ["row", "reason"])
+        except ClipwrightError as error:
+            faults.append(Fault(REJECTS, f"it cannot be read: {error.found}"))
     fingerprint: DatasetFingerprint | None = DatasetFingerprint()
     rows = [] if rejects is None else [rejects["row"].to_numpy()]
-    bad = 0
+    bad = captions = 0
     with Progress("verify", sum(shard["samples"] for shard in shards), "samples", quiet=quiet) as progress:
         for shard, checked in zip(shards, _check_shards(folder, shards), strict=True):
             faults += checked.faults
@@ -77,9 +82,11 @@ def verify(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
             elif fingerprint is not None:
                 _feed(fingerprint, checked.sidecar)
                 rows.append(checked.sidecar["row"].to_numpy())
+                captions += len(checked.sidecar["captions"].combine_chunks().flatten())
             progress.add(shard["samples"], shard["samples"] if checked.faults else 0)
     if fingerprint is not None and rejects is not None:
-        faults += _check_whole(manifest, rejects, np.concatenate(rows), fingerprint.hexdigest())
+        counted = {"captions": captions, "fingerprint": fingerprint.hexdigest()}
+        faults += _check_whole(manifest, rejects, np.concatenate(rows), counted)
     return {
         "data": str(folder),
         "fingerprint": manifest["fingerprint"],
@@ -253,8 +260,8 @@ def _feed(fingerprint: DatasetFingerprint, sidecar: pa.Table) -> None:
     fingerprint.shard(sidecar.num_rows)
 
 
-def _check_whole(manifest: dict[str, Any], rejects: pa.Table, rows: np.ndarray, fingerprint: str) -> list[Fault]:
-    """What no single file shows: conservation of rows, reasons, fingerprint."""
+def _check_whole(manifest: dict[str, Any], rejects: pa.Table, rows: np.ndarray, counted: dict[str, Any]) -> list[Fault]:
+    """What no single file shows: conservation of rows, reasons, and what was `counted` over all sidecars."""
     reasons = Counter(rejects["reason"].to_pylist())
     merged = reasons.pop("merged", 0)
     found = {
@@ -263,7 +270,7 @@ def _check_whole(manifest: dict[str, Any], rejects: pa.Table, rows: np.ndarray, 
         "merged": merged,
         "rejected": reasons.total(),
         "rejects": dict(reasons),
-        "fingerprint": fingerprint,
+        **counted,
     }
     faults = [
         Fault(MANIFEST, f"{name} is {manifest[name]}, the files say {value}")

@@ -143,6 +143,10 @@ def test_rows_that_are_lost_or_stand_twice(dataset: Path) -> None:
     rejects = pq.read_table(dataset / "rejects.parquet")
     pq.write_table(rejects.slice(1), dataset / "rejects.parquet")
     assert [fault["file"] for fault in found(dataset)] == ["rejects.parquet"]
+    (dataset / "rejects.parquet").write_bytes(b"no table")
+    restate(dataset)
+    assert ["rejects.parquet: it cannot be read" in fault["text"] for fault in found(dataset)] == [True]
+    pq.write_table(rejects.slice(1), dataset / "rejects.parquet")
     restate(dataset)
     text = " ".join(fault["text"] for fault in found(dataset, "E_MANIFEST"))
     assert "rows_in is 13, the files say 12" in text and "exactly once" in text
@@ -156,6 +160,10 @@ def test_a_wrong_fingerprint_and_a_changed_plan(dataset: Path) -> None:
     restate(dataset, fingerprint="0" * 64)
     (fault,) = found(dataset, "E_MANIFEST")
     assert fault["file"] == "manifest.json" and fingerprint in fault["found"]
+    captions = json.loads((dataset / "manifest.json").read_text())["captions"]
+    restate(dataset, fingerprint=fingerprint, captions=1)
+    assert [fault["found"] for fault in found(dataset, "E_MANIFEST")] == [f"captions is 1, the files say {captions}"]
+    restate(dataset, captions=captions)
     restate(dataset, fingerprint=fingerprint)
     assert verify(dataset, quiet=True)["ok"]
     flip(dataset / "plan.parquet", 20)
@@ -168,6 +176,7 @@ def test_a_wrong_fingerprint_and_a_changed_plan(dataset: Path) -> None:
         ("verify", None, "E_MANIFEST", "no manifest.json"),
         ("verify", '{"format": "index", "version": 1}', "E_MANIFEST", "wanted 'dataset'"),
         ("verify", '{"format": "dataset", "version": 1, "shards": []}', "E_MANIFEST", "shards"),
+        ("stats", '{"format": "dataset", "version": 1, "rejects": {"E_X": "many"}}', "E_MANIFEST", "rejects"),
         ("verify", "not json", "E_MANIFEST", "manifest.json"),
         ("verify", "no folder", "E_INPUT", "check the path"),
         ("stats", '{"format": "index", "version": 1}', "E_MANIFEST", "wanted 'dataset'"),
