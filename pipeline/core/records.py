@@ -69,9 +69,8 @@ def write_manifest(folder: Path, kind: str, fingerprint: str, body: Mapping[str,
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     """The manifest of a folder of format `kind`; E_INPUT, E_MANIFEST say what else was found."""
     if not folder.is_dir():
-        raise ClipwrightError(
-            "E_INPUT", f"no {kind} folder", where=folder, found="there is no such folder", fix="check the path"
-        )
+        found = "it is a file" if folder.exists() else "there is no such folder"
+        raise ClipwrightError("E_INPUT", f"no {kind} folder", where=folder, found=found, fix="check the path")
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -80,8 +79,8 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
             "E_MANIFEST",
             f"a {kind} folder without manifest",
             where=folder,
-            found="no manifest.json: the command that writes this folder did not finish",
-            fix="run that command again; it goes on where it stopped",
+            found=f"no manifest.json: it is no {kind} folder, or the command that writes it did not finish",
+            fix="check the path, or run that command again; it goes on where it stopped",
         ) from None
     except (OSError, ValueError) as error:
         raise ClipwrightError(

@@ -56,7 +56,9 @@ def test_manifest_of_another_kind_version_or_none_is_refused(tmp_path: Path) -> 
         assert caught.value.code == "E_MANIFEST" and found in str(caught.value)
     with pytest.raises(ClipwrightError) as caught:
         records.read_manifest(tmp_path / "absent", "dataset")
-    assert caught.value.code == "E_INPUT"
+    assert caught.value.code == "E_INPUT" and "no such folder" in str(caught.value)
+    with pytest.raises(ClipwrightError, match="it is a file"):
+        records.read_manifest(tmp_path / "manifest.json", "dataset")
 
 
 def test_check_files_sees_a_flipped_bit_a_cut_and_a_missing_file(tmp_path: Path) -> None:
