@@ -117,7 +117,7 @@ def curve(
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
         if percent:
-            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
         axes.locator_params(nbins=5)
         axes.set_xlabel("thousand training samples")
         axes.set_ylabel(label)

@@ -89,6 +89,8 @@ def _load(kind: Kind, given: str | Sequence[Any]) -> list[Any]:
     if "/" in given or given.endswith((".json", ".txt")):
         return _read(kind, Path(given))
     sets = shipped_sets(kind)
+    if given not in sets and "{}" in given:
+        raise _refused(kind, f"the text {given!r}", f"write a list: benchmark.{kind}='[\"{given}\"]'")
     if given not in sets:
         raise ClipwrightError(
             "E_CONFIG_CHOICE",

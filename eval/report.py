@@ -76,6 +76,7 @@ def _values(demo: Demo) -> dict[str, Any]:
             # Steps that were found finished say when they were looked at again, not how long they took.
             **({"Whole demo": duration(wall)} if wall >= trained else {}),
         },
+        "verdict": _verdict(demo),
         "commands": {name: status["command"].removesuffix(" --json") for name, status in demo.status.items()},
         "tiles": _tiles(demo),
         "data": _data(demo),
@@ -104,15 +105,47 @@ def _tiles(demo: Demo) -> list[dict[str, str]]:
             "what": what,
             "share": percent(share),
             "beat": f"{level}: {percent(beat)}",
-            "verdict": "✓ far above" if share >= 2 * beat else "✓ above" if share > beat else "✗ not above",
+            "verdict": "✓ far above" if far_above(share, beat) else "somewhat above" if share > beat else "✗ not above",
         }
         for name, what, share, beat, level in told
     ]
 
 
+def far_above(share: float, beat: float) -> bool:
+    """Whether a model must have learned something to score so much.
+
+    Not by ratio alone: one that gives every picture the same name can be six times as good as guessing, where few of
+    the names are asked for.
+    """
+    return share >= 2 * beat and share >= beat + 0.15
+
+
+def _verdict(demo: Demo) -> str:
+    """In a sentence or two whether the model learned, and how one can tell."""
+    z, t = demo.zeroshot, demo.headline()["zeroshot"]
+    names = sorted({line["label"] for line in demo.predictions})
+    if not far_above(t["top1"], t["chance"]):
+        return (
+            f"The model did not learn enough: of {z['n']:,} pictures it names {percent(t['top1'])} right, and guessing "
+            f"gives {percent(t['chance'])}. If the loss under Training is still falling, train on more samples "
+            "(schedule.samples); if it is not, run clipwright doctor."
+        )
+    if not demo.unseen:
+        return f"The model learned: it names {percent(t['top1'])} of {z['n']:,} new pictures right."
+    shapes = far_above(t["shape_top1"], t["shape_chance"])
+    learned = "learned what colours and shapes are, not pictures by heart" if shapes else "has hardly learned shapes"
+    pairs = f"{len(names)} pairs" if len(names) > 1 else "one pair"
+    return (
+        f"The model {learned}. Training showed every colour and every shape, but left out {pairs} of the two, such as "
+        f"“{names[0]}”; of {z['n']:,} pictures of what it left out, {percent(t['top1'])} are named right, where "
+        f"guessing gives {percent(t['chance'])}."
+    )
+
+
 def _data(demo: Demo) -> dict[str, Any]:
     """What went in and what came out, and pairs as training saw them."""
     made, samples = demo.train.manifest, demo.log[-1]["samples"]
+    times = samples / max(made["written"], 1)
     places = [(shard, row) for shard, size in enumerate(demo.train.sizes) for row in range(size)]
     drawn = random.Random(0).sample(places, min(PAIRS, len(places)))
     return {
@@ -125,8 +158,8 @@ def _data(demo: Demo) -> dict[str, Any]:
             ("new pictures for the tests", demo.test.samples),
         ],
         "says": f"{made['rows_in']:,} pairs went in, {made['written']:,} became training pictures; training saw "
-        f"{samples:,}, each picture {samples / max(made['written'], 1):.1f} times on average. All scores below are "
-        f"of {demo.test.samples:,} other pictures.",
+        f"{samples:,}, each picture {times:.{1 if times >= 1 else 3}f} times on average. The tests "
+        f"below are made with {demo.test.samples:,} other pictures.",
         "pairs": [
             {"image": small(demo.train.image(*place)), "captions": demo.train.record(*place)["captions"]}
             for place in drawn
@@ -180,7 +213,7 @@ def _zeroshot(demo: Demo) -> dict[str, Any]:
     """The scores beside what they must beat, and how they fall apart by the columns of the test set."""
     z, found = demo.zeroshot, demo.predictions
     rows = [demo.pictures.row(line["key"]) for line in found]
-    kind = " of combinations that training never showed" if all(row.get("held_out") for row in rows) else ""
+    kind = " of combinations that training never showed" if demo.unseen else ""
     says = (
         f"{percent(z['top1'])} of {z['n']:,} pictures{kind} get their own of {z['classes']} names; guessing gives "
         f"{percent(z['chance'])}. Shape is named right in {percent(z['shape_top1'])} of pictures; knowing only the "
@@ -213,6 +246,8 @@ def _split(column: str, by: dict[Any, list[bool]]) -> dict[str, Any]:
     rows = [(f"{value} ({len(by[value])} pictures)", right, None, "") for value, right in share.items()]
     best, worst = max(share, key=lambda value: share[value]), min(share, key=lambda value: share[value])
     says = f"Easiest: {best}, {percent(share[best])} right. Hardest: {worst}, {percent(share[worst])}."
+    if share[best] == share[worst]:
+        says = f"All alike: {percent(share[best])} right."
     return {"name": column, "says": says, "rows": rows, "figure": plots.bars(f"Zero-shot by {column}. {says}", rows)}
 
 

@@ -234,7 +234,7 @@ def _select(table: pa.Table, where: dict[str, Any], data: Labelled) -> np.ndarra
                 "a benchmark that asks nothing",
                 where="benchmark.where",
                 found=f"no row of {data.name} has {where}; {column} holds {shown}",
-                fix="change it",
+                fix="ask for a value that the column holds",
             )
     return np.flatnonzero(keep)
 

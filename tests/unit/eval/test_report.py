@@ -23,7 +23,10 @@ from clipwright.pipeline.core.records import write_json, write_manifest
 from clipwright.pipeline.data.reader import Dataset
 
 COLOURS, SHAPES = ("빨간", "R&B"), ("<b>원</b>", "star", "$heart$")
-NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+NAMES = [f"{colour} {shape}" for colour, shape in PAIRS]
+# Training shows every colour and every shape, but none of these pairs of the two.
+TRAINED = [*((colour, "square") for colour in COLOURS), *(("blue", shape) for shape in SHAPES), ("blue", "square")]
 HOSTILE = "<script>document.title='owned'</script> & 빨간 별"
 MODEL = "m" * 64
 
@@ -35,13 +38,13 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
-def table(path: Path, first: int, count: int) -> None:
+def table(path: Path, first: int, count: int, pairs: list[tuple[str, str]]) -> None:
     rows = [
         {
             "image": picture(first + i),
-            "captions": [f"picture {first + i} of {NAMES[i % 6]}", f"{HOSTILE} {first + i}"],
-            "colour": COLOURS[i % 6 // 3],
-            "shape": SHAPES[i % 3],
+            "captions": [f"picture {first + i} of {' '.join(pairs[i % 6])}", f"{HOSTILE} {first + i}"],
+            "colour": pairs[i % 6][0],
+            "shape": pairs[i % 6][1],
             "count": 1 + i % 2,
             "held_out": True,
         }
@@ -100,8 +103,8 @@ def finished(cli: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A demo folder as the steps leave it: two real datasets of awkward words, the rest as their formats say."""
     root = tmp_path_factory.mktemp("report")
     folder = root / "demo"
-    for name, first, count in (("shards", 0, 36), ("test", 100, 48)):
-        table(root / f"{name}.parquet", first, count)
+    for name, first, count, pairs in (("shards", 0, 36, TRAINED), ("test", 100, 48, PAIRS)):
+        table(root / f"{name}.parquet", first, count, pairs)
         words = [f"source.path={root / name}.parquet", "source.caption=captions", "runtime.workers=1"]
         done = cli("prep", "table", *words, "-o", folder / name)
         assert done.returncode == 0, done.stderr
@@ -151,6 +154,8 @@ def test_the_page_says_what_the_numbers_say(cli: Any, demo: Path) -> None:
     assert "The loss goes from 3.00 to 0.03; a model that only guesses stays at 2.08" in page
     assert "Training took 18 s." in page  # 720 samples at 40 a second
     assert "each picture 20.0 times on average" in page
+    assert "The model learned what colours and shapes are, not pictures by heart." in page
+    assert "but left out 6 pairs of the two, such as “R&amp;B $heart$”; of 48 pictures of what it left out," in page
     # What is no better than chance is said to be so.
     assert re.search(r"Search.*10 %.*guessing: 20 %.*✗ not above", page.split('class="notice"')[0], re.S)
     # The worst captions are those of the last ranks, best known last; i2t rows stay out.
@@ -159,6 +164,33 @@ def test_the_page_says_what_the_numbers_say(cli: Any, demo: Path) -> None:
     assert "1,000,001" not in page
     drawn = page.split("<h3>Drawn by seed</h3>")[1].split("<h3>The worst</h3>")[0]
     assert drawn.count('class="row under"') == 8 and drawn.count("<figure") == 48
+
+
+def rescore(demo: Path, step: str, **numbers: Any) -> str:
+    """The page of a demo whose step found other numbers."""
+    place = demo / step / "report.json"
+    tree = json.loads(place.read_text())
+    tree[step].update(numbers)
+    write_json(place, tree)
+    report.write(demo)
+    return (demo / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_a_model_that_learned_nothing_is_not_praised(demo: Path) -> None:
+    # It gives every picture one name: right in six times as many as guessing among 48, and in a fifth of the shapes.
+    page = rescore(demo, "zeroshot", top1=0.125, chance=1 / 48, shape_top1=0.22, shape_chance=1 / 6)
+    assert "The model did not learn enough" in page and "The model learned" not in page and "doctor" in page
+    tiles = page.split('class="tiles"')[1].split('class="notice"')[0]
+    assert tiles.count('class="verdict no">somewhat above<') == 2
+    page = rescore(demo, "zeroshot", top1=0.5, shape_top1=0.2, shape_chance=1 / 6)
+    assert "The model has hardly learned shapes" in page
+
+
+def test_what_training_showed_is_not_called_new(demo: Path) -> None:
+    shutil.rmtree(demo / "shards")
+    shutil.copytree(demo / "test", demo / "shards")
+    page = rescore(demo, "zeroshot")
+    assert "never showed" not in page and "left out" not in page and "of 48 pictures get their own" in page
 
 
 def test_the_page_is_the_same_twice_and_runs_nothing(demo: Path) -> None:
@@ -232,18 +264,34 @@ def test_unfinished_demos_are_refused_through_the_command(cli: Any, refused: Any
         ("zeroshot", "predictions.parquet", "no table", "cannot be read"),
         ("retrieval", "report.json", '{"benchmark": "search"}', "no retrieval numbers"),
         ("search", "hits.parquet", None, "no hits.parquet"),
+        # Files that are there and are not what the step writes.
+        ("retrieval", "status.json", "[1]", "not an object"),
+        ("retrieval", "status.json", "{}", "no exit_code"),
+        ("retrieval", "status.json", '{"exit_code": 0}', "no command"),
+        ("run", "log.jsonl", '{"step": 1}', "no samples"),
+        ("run", "config.yaml", "", "no schedule.global_batch"),
+        ("zeroshot", "report.json", "\udcff", "cannot be read"),
+        ("zeroshot", "report.json", '{"benchmark": "zeroshot", "zeroshot": {}, "fingerprints": {}}', "has no n,"),
     ],
 )
 def test_a_step_that_did_not_finish_is_named(demo: Path, step: str, file: str, content: str | None, said: str) -> None:
     (demo / step / file).unlink()
     if content is not None:
-        (demo / step / file).write_text(content)
+        (demo / step / file).write_text(content, errors="surrogateescape")
     with pytest.raises(ClipwrightError) as raised:
         report.write(demo)
     error = raised.value
     assert (error.code, error.where) == ("E_UNFINISHED", str(demo / step)) and said in error.found
-    assert f"-o {demo}/{step}`" in error.fix and "clipwright demo" in error.fix
+    # A finished run would be left as it is by the same command.
+    again = f"-o {demo}/run --fresh`" if file in ("log.jsonl", "config.yaml") else "clipwright demo -o"
+    assert f"-o {demo}/{step}" in error.fix and again in error.fix
     assert not (demo / "report.html").exists()
+
+
+def test_a_table_of_another_step_is_refused(demo: Path) -> None:
+    shutil.copy(demo / "search" / "hits.parquet", demo / "zeroshot" / "predictions.parquet")
+    with pytest.raises(ClipwrightError, match=r"predictions\.parquet has no key"):
+        report.write(demo)
 
 
 def test_scores_of_another_model_are_refused(cli: Any, refused: Any, demo: Path) -> None:
@@ -257,3 +305,6 @@ def test_the_commands_named_are_those_of_the_folders_own_demo(demo: Path) -> Non
     with pytest.raises(ClipwrightError) as raised:
         report.write(demo)
     assert f"`clipwright train mine seed=7 -o {demo}/run`" in raised.value.fix
+    (demo / "config.yaml").write_text("")  # a folder without one is taken for the shipped demo
+    with pytest.raises(ClipwrightError, match=f"clipwright train scenes .* -o {demo}/run`"):
+        report.write(demo)

@@ -366,6 +366,8 @@ def test_bad_input(quick_cli, refused, model, labelled: Path, tmp_path: Path) ->
     def wrong(code: str, exit_code: int, *named: object, data: object = table, words: tuple[str, ...] = ()) -> None:
         refused(quick_cli("eval", "zeroshot", f"model={model}", f"data={data}", *words), code, exit_code, *named)
 
+    listed = """benchmark.templates='["a photo of a {}"]'"""
+    wrong("E_CONFIG_VALUE", 2, "the text 'a photo of a {}'", listed, words=("benchmark.templates=a photo of a {}",))
     wrong("E_CONFIG_VALUE", 2, "a photo", "{}", words=('benchmark.templates=["a {}", "a photo"]',))
     wrong("E_CONFIG_CHOICE", 2, "imagenets", "'imagenet'", words=("benchmark.classes=imagenets",))
     names = ("benchmark.label=label", 'benchmark.classes=["a", "b", "c"]')
