@@ -123,12 +123,13 @@ def stored_tokenizer(config: TokenizerConfig, run: Path | None) -> Tokenizer:
 
 
 def sample_captions(dataset: Dataset, most: int) -> Iterator[str]:
-    """All captions in the sidecars' order, or `most` of them, evenly spaced."""
-    columns = [dataset.sidecar(shard)["captions"].combine_chunks().flatten() for shard in range(len(dataset.sizes))]
-    total = sum(map(len, columns))
+    """All captions in the sidecars' order, or `most` of them, evenly spaced; holds one shard's at a time."""
+    shards = range(len(dataset.sizes))
+    total = sum(len(dataset.captions(shard)) for shard in shards)
     wanted = np.arange(min(most, total)) * total // min(most, total)
     start = 0
-    for column in columns:
+    for shard in shards:
+        column = dataset.captions(shard)
         first, last = np.searchsorted(wanted, [start, start + len(column)])
         yield from column.take(wanted[first:last] - start).to_pylist()
         start += len(column)

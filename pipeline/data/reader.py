@@ -49,14 +49,21 @@ class Dataset:
     def sidecar(self, shard: int) -> pa.Table:
         """The shard's sidecar: one row a sample, in the tar's order."""
         if shard not in self._sidecars:
-            entry = self._shards[shard]
-            path = self.folder / entry["sidecar"]
-            if not path.is_file() or file_sha256(path) != entry["sidecar_sha256"]:
-                raise self._wrong(path, "the file is missing or its sha256 is not the manifest's")
-            table = pq.read_table(path)
-            assert table.num_rows == entry["samples"], path
-            self._sidecars[shard] = table
+            self._sidecars[shard] = self._read_sidecar(shard)
         return self._sidecars[shard]
+
+    def captions(self, shard: int) -> pa.Array:
+        """All captions of a shard, one after another; unlike `sidecar` it leaves nothing in memory."""
+        return self._read_sidecar(shard, ["captions"])["captions"].combine_chunks().flatten()
+
+    def _read_sidecar(self, shard: int, columns: list[str] | None = None) -> pa.Table:
+        entry = self._shards[shard]
+        path = self.folder / entry["sidecar"]
+        if not path.is_file() or file_sha256(path) != entry["sidecar_sha256"]:
+            raise self._wrong(path, "the file is missing or its sha256 is not the manifest's")
+        table = pq.read_table(path, columns=columns)
+        assert table.num_rows == entry["samples"], path
+        return table
 
     def record(self, shard: int, row: int) -> dict[str, Any]:
         """Key, captions, offset, size and sha256 of one sample."""
