@@ -98,10 +98,20 @@ def report(call: Call) -> None:
 
     from clipwright.eval.demo import Demo
     from clipwright.eval.report import write
+    from clipwright.pipeline.core.errors import ClipwrightError
 
     folder = Path(call.config or "demo")
+    if call.out is not None:
+        raise ClipwrightError(
+            "E_USAGE",
+            "a page that goes elsewhere",
+            where=f"report -o {call.out}",
+            found="the page is written into the demo's folder",
+            fix=f"leave out -o, and copy {folder / 'report.html'}, which stands alone",
+        )
     if call.dry_run:
         call.finish(Demo(folder).headline(), f"would write {folder / 'report.html'}")
         return
     made = write(folder)
-    call.finish(made, f"{made['page']}, {made['bytes'] / 1e6:.1f} MB")
+    text = f"{made['page']}, {made['bytes'] / 1e6:.1f} MB"
+    call.finish(made, text, then=f'clipwright search {folder / "index"} text="..."')

@@ -47,7 +47,7 @@ def listing() -> list[dict[str, Any]]:
             "name": name,
             "classes": len(origin.classes[name]) if name in origin.classes else None,
             "templates": len(origin.templates[name]) if name in origin.templates else None,
-            "source": origin.source,
+            "source": origin.source.split()[0],  # the file itself says the rest
         }
         for origin in shipped()
         for name in sorted(origin.classes.keys() | origin.templates.keys())

@@ -142,7 +142,7 @@ def command(
             args: list[str] | None = listed,
             out: Annotated[Path | None, typer.Option("-o", metavar="DIR", help="The folder to write.")] = None,
             as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-            quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+            quiet: Annotated[bool, typer.Option("--quiet", help="Print results and errors only.")] = False,
             debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
             dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, write nothing.")] = False,
             yes: Annotated[bool, typer.Option("--yes", help="Answer every question with yes.")] = False,
