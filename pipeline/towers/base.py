@@ -76,10 +76,21 @@ class TextTower(nn.Module):
 
     feature_dim: int
     context: int
+    eot_id: int
     no_weight_decay: tuple[str, ...] = ()
+
+    @property
+    def token_dim(self) -> int:
+        """Width of `TowerOutput.tokens`; feature_dim unless a tower's tokens and pooled differ in width."""
+        return self.feature_dim
 
     def forward(self, tokens: Int[Tensor, "b n"]) -> TowerOutput:
         raise AssertionError("a tower defines forward")
+
+    def mask(self, tokens: Int[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
+        """True at the positions up to and including the first EOT."""
+        is_eot = (tokens == self.eot_id).int()
+        return is_eot.cumsum(dim=1) - is_eot == 0
 
 
 IMAGE_TOWERS: Registry[ImageTower] = Registry("image tower", "clipwright.pipeline.towers")

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -88,7 +88,8 @@ class Mlp(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with biases; rows of `qkv` are all q, all k, all v, heads contiguous inside each.
 
-    Vaswani et al. 2017, section 3.2. `causal`: token i sees tokens j ≤ i.
+    Vaswani et al. 2017, section 3.2. `causal`: token i sees tokens j ≤ i. `mask` (not with `causal`): the keys that
+    any token may see; at least one a row.
     """
 
     def __init__(self, dim: int, heads: int, *, causal: bool = False) -> None:
@@ -98,9 +99,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+    def forward(self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
         q, k, v = split_heads(self.qkv(x), self.heads)
-        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)))
+        keys = None if mask is None else mask[:, None, None]
+        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, keys, is_causal=self.causal)))
 
     def init_xavier(self) -> None:
         """q, k, v and out each Xavier-uniform as a d×d matrix of its own (Flax's ViT; timm bounds the fused one)."""
@@ -110,14 +112,14 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x += MHSA(LN x); x += MLP(LN x), hidden width mlp_ratio·dim."""
+    """Pre-norm transformer block: x += MHSA(LN x); x += MLP(LN x), hidden width mlp_ratio·dim, rounded."""
 
     def __init__(
         self,
         dim: int,
         heads: int,
         *,
-        mlp_ratio: int = 4,
+        mlp_ratio: float = 4.0,
         act: str = "gelu",
         ln_eps: float = 1e-6,
         drop_path: float = 0.0,
@@ -127,11 +129,11 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=ln_eps)
         self.attn = Attention(dim, heads, causal=causal)
         self.norm2 = nn.LayerNorm(dim, eps=ln_eps)
-        self.mlp = Mlp(dim, mlp_ratio * dim, act)
+        self.mlp = Mlp(dim, round(mlp_ratio * dim), act)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
+        x = x + self.drop_path(self.attn(self.norm1(x), mask))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def init_xavier(self) -> None:
@@ -172,6 +174,17 @@ def xavier_qkv(qkv: nn.Linear) -> None:
     for part in qkv.weight.detach().chunk(3):
         nn.init.xavier_uniform_(part)
     nn.init.zeros_(qkv.bias)
+
+
+def sinusoidal_positions(count: int, dim: int) -> Float[Tensor, "n d"]:
+    """PE[p, 2i] = sin(p / 10000^(2i/d)), PE[p, 2i+1] = cos of the same: Vaswani et al. 2017, section 3.5; d even.
+
+    Sine and cosine are interleaved (tensor2tensor has all sines first). Computed in float64.
+    """
+    check_multiple("dim", dim, 2, "sine and cosine")
+    rates = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = torch.arange(count, dtype=torch.float64)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1).float()
 
 
 def relative_index(height: int, width: int) -> Int[Tensor, "n n"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from clipwright.pipeline.core.registry import configclass
@@ -58,11 +58,6 @@ class CausalText(TextTower):
         mask = self.mask(tokens)
         last = mask.sum(dim=1) - 1
         return TowerOutput(x[torch.arange(len(x), device=x.device), last], x, mask=mask)
-
-    def mask(self, tokens: Int[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
-        """True at the positions up to and including the first EOT."""
-        is_eot = (tokens == self.eot_id).int()
-        return is_eot.cumsum(dim=1) - is_eot == 0
 
 
 TEXT_TOWERS.add(

@@ -15,6 +15,7 @@ from clipwright.pipeline.towers.layers import (
     drop_path_rates,
     relative_index,
     resize_positions,
+    sinusoidal_positions,
 )
 
 
@@ -56,6 +57,40 @@ def test_block_is_the_slow_block(causal, act):
     }[act]
     y = y + (z * half) @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
     torch.testing.assert_close(block(x), y, atol=1e-12, rtol=1e-12)
+
+
+def test_masked_keys_are_as_if_they_were_not_there():
+    torch.manual_seed(0)
+    attn, x = Attention(12, 3).double(), torch.randn(2, 5, 12, dtype=torch.double)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1]]).bool()
+    out = attn(x, mask)
+    for row, keep in enumerate(mask):
+        alone = slow_attention(attn, x[row : row + 1, keep])
+        torch.testing.assert_close(out[row : row + 1, keep], alone, atol=1e-12, rtol=1e-12)
+
+
+def test_sinusoidal_positions():
+    """The first row, unit pairs, shifts as rotations, products of offsets only."""
+    count, dim = 40, 12
+    table = sinusoidal_positions(count, dim).double()
+    assert table.shape == (count, dim) and torch.equal(table[0], torch.tensor([0.0, 1.0] * 6, dtype=torch.double))
+    for p in (1, 7, 39):
+        for i in range(dim // 2):
+            angle = torch.tensor(p / 10000 ** (2 * i / dim), dtype=torch.double)
+            assert table[p, 2 * i].item() == pytest.approx(angle.sin().item(), abs=1e-6)
+            assert table[p, 2 * i + 1].item() == pytest.approx(angle.cos().item(), abs=1e-6)
+    pairs = table.view(count, dim // 2, 2)
+    torch.testing.assert_close(pairs.norm(dim=2), torch.ones(count, dim // 2, dtype=torch.double), atol=1e-6, rtol=0)
+    k = 5
+    sin, cos = pairs[k, :, 0], pairs[k, :, 1]
+    turned = torch.stack([pairs[..., 0] * cos + pairs[..., 1] * sin, pairs[..., 1] * cos - pairs[..., 0] * sin], dim=2)
+    torch.testing.assert_close(turned[:-k], pairs[k:], atol=1e-6, rtol=0)
+    products = table @ table.T
+    for offset in (1, 9):
+        diagonal = products.diagonal(offset)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=0)
+    with pytest.raises(ClipwrightError, match="dim: 7"):
+        sinusoidal_positions(4, 7)
 
 
 def test_activations_at_one():
