@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, Outcome
+from clipwright.eval.columns import aligned
 from clipwright.eval.encode import Encoder, encode_images, encode_texts, pictures, pieces
 from clipwright.eval.metrics import Found, Retrieved, best, retrieval
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -108,11 +109,11 @@ def score(model: Encoder, data: Dataset, *, batch: int, workers: int, quiet: boo
 
 def table(numbers: dict[str, Any]) -> str:
     """The numbers for a person, in percent, chance in brackets."""
-    lines = [f"{'retrieval':<14}{'R@1 (chance)':>16}{'R@5':>16}{'R@10':>16}{'queries':>10}"]
+    rows = [["retrieval", "R@1 (chance)", "R@5 (chance)", "R@10 (chance)", "queries"]]
     for way, label in (("i2t", "image → text"), ("t2i", "text → image")):
         cells = [f"{numbers[way][f'r{k}']:.1%} ({numbers[way][f'chance_r{k}']:.1%})" for k in (1, 5, 10)]
-        lines.append(f"{label:<14}" + "".join(f"{cell:>16}" for cell in cells) + f"{numbers[way]['n']:>10}")
-    return "\n".join(lines)
+        rows.append([label, *cells, str(numbers[way]["n"])])
+    return aligned(rows)
 
 
 BENCHMARKS.add(

@@ -12,6 +12,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, Outcome
+from clipwright.eval.columns import aligned
 from clipwright.eval.search.query import Searcher, open_index
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
@@ -126,11 +127,12 @@ class SearchBenchmark:
 def table(numbers: dict[str, Any]) -> str:
     """The numbers for a person."""
     k = numbers["k"]
-    lines = [f"{'query':<40}{f'right of {k}':>12}{'in index':>10}"]
-    lines += [f"{q['query']:<40}{q['hits_right']:>12}{q['relevant']:>10}" for q in numbers["queries"]]
+    rows = [[q["query"], str(q["hits_right"]), str(q["relevant"])] for q in numbers["queries"]]
     mean, chance = numbers[f"mean_precision_at_{k}"], numbers["chance"]
-    lines.append(f"mean precision@{k} {mean:.3f} over {numbers['n']} queries (chance {chance:.3f})")
-    return "\n".join(lines)
+    return (
+        aligned([["query", f"right of {k}", "in index"], *rows])
+        + f"\nmean precision@{k} {mean:.3f} over {numbers['n']} queries (chance {chance:.3f})"
+    )
 
 
 # The preset asks for what the rendered scenes of the demo show.
