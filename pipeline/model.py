@@ -12,12 +12,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
+from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipwright.pipeline.core.config import Choice, resolve
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import (
+    MANIFEST,
     check_files,
     digest,
     file_entries,
@@ -37,6 +40,8 @@ from clipwright.pipeline.towers.base import (
     TextTowerConfig,
 )
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LENGTH_STEP = 8  # trimmed captions are rounded up to a multiple of this
 
 
@@ -45,7 +50,7 @@ class Preprocessing:
     """How pixels are normalised: (x/255 - mean) / std. The defaults are CLIP's."""
 
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
 
 
 @configclass
@@ -55,13 +60,16 @@ class ModelConfig:
     image: Annotated[ImageTowerConfig, Choice(IMAGE_TOWERS, "vit_nano")]
     text: Annotated[TextTowerConfig, Choice(TEXT_TOWERS, "text_nano")]
     tokenizer: Annotated[TokenizerConfig, Choice(TOKENIZERS, "clip_bpe")]
-    embed_dim: int = 512
+    embed_dim: Annotated[int, Field(ge=1, le=65_536)] = 512
     preprocessing: Preprocessing = Preprocessing()
 
 
 class TwoTower(nn.Module):
     """An image tower and a text tower, each with its projection into the shared space.
 
+    A tower's extra pooled vectors (DeiT's `dist`) have projections of their own, and an image's vector is the mean of
+    all unit vectors, renormalised. Training sees that same mean, so that what is trained is what is used and every
+    projection learns without a teacher; a distillation loss would take the extra vector alone.
     Source: Radford et al. 2021, section 2.3. The temperature belongs to the loss, not to the model.
     """
 
@@ -74,14 +82,24 @@ class TwoTower(nn.Module):
         self.text: TextTower = TEXT_TOWERS.build(config.text, vocab_size=vocab_size, eot_id=eot_id)
         self.image_projection = _projection(config.image, self.image.feature_dim, config.embed_dim, "image")
         self.text_projection = _projection(config.text, self.text.feature_dim, config.embed_dim, "text")
+        self.extra_projections = nn.ModuleDict(
+            {
+                name: _projection(config.image, self.image.feature_dim, config.embed_dim, "image")
+                for name in self.image.extra_names
+            }
+        )
         self.register_buffer("mean", torch.tensor(config.preprocessing.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(config.preprocessing.std).view(3, 1, 1) * 255, persistent=False)
 
     def encode_image(self, views: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b e"]:
         """Unit vectors of upright RGB views; normalised here, on the device, so that uint8 travels."""
         images = (views.permute(0, 3, 1, 2).float() - self.mean) / self.std
-        pooled = self.image(images).pooled
-        return F.normalize(self.image_projection(pooled).float(), dim=-1)
+        out = self.image(images)
+        vector = F.normalize(self.image_projection(out.pooled).float(), dim=-1)
+        if not self.extra_projections:
+            return vector
+        extra = [F.normalize(p(out.extra[name]).float(), dim=-1) for name, p in self.extra_projections.items()]
+        return F.normalize(torch.stack([vector, *extra]).mean(dim=0), dim=-1)
 
     def encode_text(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b e"]:
         """Unit vectors of token ids, padded to any common length up to the context."""
@@ -175,10 +193,10 @@ def save_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {**config, "tokenizer_fingerprint": tokenizer.fingerprint}
-    save_file({name: tensor.contiguous() for name, tensor in sorted(weights.items())}, folder / "model.safetensors")
-    write_json(folder / "config.json", config)
+    save_file({name: tensor.contiguous() for name, tensor in sorted(weights.items())}, folder / WEIGHTS)
+    write_json(folder / CONFIG, config)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    files = ["model.safetensors", "config.json", "README.md", *(p.name for p in tokenizer.save(folder))]
+    files = [WEIGHTS, CONFIG, "README.md", *(p.name for p in tokenizer.save(folder))]
     fingerprint = model_fingerprint(config, weights)
     body = {"files": file_entries(folder, files), "made_from": made_from, "embed_dim": config["embed_dim"]}
     return write_manifest(folder, "model", fingerprint, body)
@@ -200,12 +218,16 @@ def _raw(tensor: Tensor) -> bytes:
 def load_model(folder: str | Path, device: str = "auto") -> Model:
     """Opens a model folder. E_INPUT, E_MANIFEST, E_MODEL_HASH, E_MODEL_SHAPE say what is wrong with it."""
     folder = Path(folder)
-    manifest = read_manifest(folder, "model")
+    manifest = _read_manifest(folder)
     check_files(folder, manifest["files"], "E_MODEL_HASH")
-    tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tree = _read_config(folder)
     # The loss and the tokenizer's fingerprint are part of the file, not of what the towers compute.
     kept = {k: v for k, v in tree.items() if k not in ("loss", "tokenizer_fingerprint")}
-    config = resolve(ModelConfig, base=kept).value
+    try:
+        config = resolve(ModelConfig, base=kept).value
+    except ClipwrightError as error:
+        place = f"{folder / CONFIG}: {error.where}"
+        raise ClipwrightError(error.code, error.what, where=place, found=error.found, fix=error.fix) from None
     tokenizer = TOKENIZERS.build(config.tokenizer, folder=folder)
     if tokenizer.fingerprint != (known := tree.get("tokenizer_fingerprint")):
         raise ClipwrightError(
@@ -216,11 +238,43 @@ def load_model(folder: str | Path, device: str = "auto") -> Model:
             fix="export the run again",
         )
     towers = build_model(config, tokenizer)
-    weights = load_file(folder / "model.safetensors")
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise _malformed(folder / WEIGHTS, str(error)) from None
     load_weights(towers, {k: v for k, v in weights.items() if not k.startswith("loss.")}, folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return Model(config, towers.to(device), tokenizer, manifest["fingerprint"])
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, with all that is read of it."""
+    manifest = read_manifest(folder, "model")
+    files: Any = manifest.get("files")
+    files = files if isinstance(files, dict) else {}
+    whole = all(isinstance(entry, dict) and entry.keys() >= {"bytes", "sha256"} for entry in files.values())
+    if not whole or not files.keys() >= {WEIGHTS, CONFIG} or not isinstance(manifest.get("fingerprint"), str):
+        raise _malformed(folder / MANIFEST, f"no fingerprint, or no size and hash of {WEIGHTS} and {CONFIG}")
+    return manifest
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The model's config, which may come from anyone: plugins, whose code would run, are not for it to name."""
+    try:
+        tree = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _malformed(folder / CONFIG, str(error)) from None
+    if not isinstance(tree, dict) or "plugins" in tree:
+        found = "it names plugins" if isinstance(tree, dict) else f"it holds a {type(tree).__name__}, no object"
+        raise _malformed(folder / CONFIG, found)
+    return tree
+
+
+def _malformed(path: Path, found: str) -> ClipwrightError:
+    return ClipwrightError(
+        "E_MANIFEST", "a model folder that is not of its form", where=path, found=found, fix="export the run again"
+    )
 
 
 def load_weights(towers: nn.Module, weights: dict[str, Tensor], where: Path) -> None:

@@ -1,46 +1,90 @@
-"""Vision transformer: patches in, class token or mean out. Also the image tower of CLIP."""
+"""Vision transformer: patches in; class token, mean or attention-pooled vector out. Also CLIP's and SigLIP's towers."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, ImageTower, ImageTowerConfig, TowerOutput
-from clipwright.pipeline.towers.layers import Block, check_multiple, drop_path_rates, resize_positions
+from clipwright.pipeline.towers.layers import (
+    Block,
+    Mlp,
+    check_multiple,
+    drop_path_rates,
+    merge_heads,
+    resize_positions,
+)
 
 
 @configclass
 class ViTConfig(ImageTowerConfig):
     """A ViT. `image_size` must be a multiple of `patch`; `dim` of `heads`.
 
-    pre_norm: a LayerNorm before the blocks (CLIP). pool: `cls`, the class token after the final norm, or `mean`, the
-    mean of the patch tokens and then the norm, without a class token. init: `jax`, the original code's; `clip`, CLIP's
-    text scheme; `official`, what OpenAI's image tower starts from.
+    pre_norm: a LayerNorm before the blocks (CLIP). pool: `cls`, the class token after the final norm; `mean`, the mean
+    of the patch tokens and then the norm; `attention`, SigLIP's head over the normed patch tokens; the last two without
+    a class token. init: `jax`, the original code's; `clip`, CLIP's text scheme; `official`, what OpenAI's image tower
+    starts from. mlp_ratio·dim is rounded.
     """
 
     patch: int = 16
     dim: int = 768
     depth: int = 12
     heads: int = 12
-    mlp_ratio: int = 4
+    mlp_ratio: float = 4.0
     act: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
     ln_eps: float = 1e-6
     patch_bias: bool = True
     pre_norm: bool = False
-    pool: Literal["cls", "mean"] = "cls"
+    pool: Literal["cls", "mean", "attention"] = "cls"
     init: Literal["jax", "clip", "official"] = "jax"
     drop_path: float = 0.0
+
+
+class AttentionPool(nn.Module):
+    """Tokens (B, N, D) → (B, D): one learned query looks at all tokens, y = MHA(query, x), then y + MLP(LN y).
+
+    SigLIP's head (Zhai et al. 2023; big_vision calls it MAP, after Zhai et al. 2022, "Scaling vision transformers",
+    section 2.2). The query itself is not added. Rows of `kv` are all k, all v.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.query = nn.Parameter(torch.empty(config.dim))
+        self.q = nn.Linear(config.dim, config.dim)
+        self.kv = nn.Linear(config.dim, 2 * config.dim)
+        self.out = nn.Linear(config.dim, config.dim)
+        self.norm = nn.LayerNorm(config.dim, eps=config.ln_eps)
+        self.mlp = Mlp(config.dim, round(config.mlp_ratio * config.dim), config.act)
+        self._init_weights()
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
+        q = self.q(self.query).view(1, self.heads, 1, -1).expand(len(x), -1, -1, -1)
+        k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.kv(x).chunk(2, dim=2))
+        y = self.out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+        return (y + self.mlp(self.norm(y)))[:, 0]
+
+    def _init_weights(self) -> None:
+        """Query and matrices Xavier-uniform, k and v each a d×d matrix of its own; biases 0, the MLP's N(0, 1e-6)."""
+        nn.init.xavier_uniform_(self.query.detach()[None])
+        for matrix in (self.q.weight, *self.kv.weight.detach().chunk(2), self.out.weight):
+            nn.init.xavier_uniform_(matrix)
+        for linear in (self.q, self.kv, self.out):
+            nn.init.zeros_(linear.bias)
+        self.mlp.init_xavier()
 
 
 class ViT(ImageTower):
     """Images (B, 3, S, S) → pooled (B, dim), tokens (B, (S/patch)², dim).
 
-    Dosovitskiy et al. 2021, section 3.1; Radford et al. 2021, section 2.4 for CLIP's form. We differ: no hidden head
-    layer, exact GELU (Flax's is the tanh form), learnable positions resized bicubically.
+    Dosovitskiy et al. 2021, section 3.1; Radford et al. 2021, section 2.4 for CLIP's form; Zhai et al. 2023 for
+    SigLIP's. We differ: no hidden head layer, exact GELU (Flax's is the tanh form, which SigLIP keeps), learnable
+    positions resized bicubically.
     """
 
     no_weight_decay = ("cls_token", "pos_embed")
@@ -73,6 +117,8 @@ class ViT(ImageTower):
             )
         )
         self.norm = nn.LayerNorm(config.dim, eps=config.ln_eps)
+        if config.pool == "attention":
+            self.attention_pool = AttentionPool(config)
         {"jax": self._init_jax, "clip": self._init_clip, "official": self._init_official}[config.init]()
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> TowerOutput:
@@ -82,8 +128,10 @@ class ViT(ImageTower):
             x = torch.cat([self.cls_token.expand(len(x), 1, -1).to(x.dtype), x], dim=1)
         x = self.blocks(self.norm_pre(x + self.pos_embed))
         tokens = self.norm(x)
-        if self.prefix:
+        if self.pool == "cls":
             return TowerOutput(tokens[:, 0], tokens[:, 1:], self.grid)
+        if self.pool == "attention":
+            return TowerOutput(self.attention_pool(tokens), tokens, self.grid)
         return TowerOutput(self.norm(x.mean(dim=1)), tokens, self.grid)
 
     def resized(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,6 +178,8 @@ BASE = {"dim": 768, "depth": 12, "heads": 12}
 LARGE = {"dim": 1024, "depth": 24, "heads": 16}
 HUGE = {"dim": 1280, "depth": 32, "heads": 16}
 CLIP = {"act": "quick_gelu", "ln_eps": 1e-5, "patch_bias": False, "pre_norm": True, "init": "clip"}
+SO400M = {"dim": 1152, "depth": 27, "heads": 16, "mlp_ratio": 4304 / 1152}
+SIGLIP = {"act": "gelu_tanh", "pool": "attention", "projection": "none"}
 
 IMAGE_TOWERS.add(
     ViTConfig,
@@ -150,6 +200,9 @@ IMAGE_TOWERS.add(
         "clip_vit_b16": {"patch": 16, **BASE, **CLIP},
         "clip_vit_l14": {"patch": 14, **LARGE, **CLIP},
         "clip_vit_l14_336": {"image_size": 336, "patch": 14, **LARGE, **CLIP},
+        "siglip_vit_b16": {"patch": 16, **BASE, **SIGLIP},
+        "siglip_vit_l16": {"image_size": 256, "patch": 16, **LARGE, **SIGLIP},
+        "siglip_vit_so400m14": {"patch": 14, **SO400M, **SIGLIP},
     },
-    source="Dosovitskiy et al. 2021 and Radford et al. 2021; vit_nano is ours",
+    source="Dosovitskiy et al. 2021, Radford et al. 2021 and Zhai et al. 2023; vit_nano is ours",
 )

@@ -1,6 +1,8 @@
-"""ViT against a literal forward pass, count formula and init."""
+"""ViT against a literal forward pass and transformers' SigLIP, count formulas and init."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
@@ -43,25 +45,61 @@ def slow_vit(tower: ViT, config: ViTConfig, images: torch.Tensor) -> tuple[torch
             heads.append(torch.einsum("bij,bjk->bik", scores.softmax(dim=2), v[..., s]))
         x = x + block.attn.out(torch.cat(heads, dim=2))
         z = block.mlp.fc1(norm(block.norm2, x))
-        z = z * torch.sigmoid(1.702 * z) if config.act == "quick_gelu" else F.gelu(z)
-        x = x + block.mlp.fc2(z)
+        x = x + block.mlp.fc2(slow_act(config, z))
     y = norm(tower.norm, x)
-    return (y[:, 0], y[:, 1:]) if config.pool == "cls" else (norm(tower.norm, x.mean(dim=1)), y)
+    if config.pool == "cls":
+        return y[:, 0], y[:, 1:]
+    if config.pool == "mean":
+        return norm(tower.norm, x.mean(dim=1)), y
+    pooled = slow_attention_pool(tower, config, y)
+    z = tower.attention_pool.mlp.fc1(norm(tower.attention_pool.norm, pooled))
+    return pooled + tower.attention_pool.mlp.fc2(slow_act(config, z)), y
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [{}, {"pool": "mean"}, {"pre_norm": True, "patch_bias": False, "act": "quick_gelu", "init": "clip"}],
-    ids=["cls", "mean", "clip"],
-)
-def test_forward_is_the_literal_one(fields):
-    config = ViTConfig(name="x", **SMALL, **fields)
+def slow_act(config: ViTConfig, z: torch.Tensor) -> torch.Tensor:
+    if config.act == "quick_gelu":
+        return z * torch.sigmoid(1.702 * z)
+    if config.act == "gelu_tanh":
+        return 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))
+    return 0.5 * z * (1 + torch.erf(z / 2**0.5))
+
+
+def slow_attention_pool(tower: ViT, config: ViTConfig, y: torch.Tensor) -> torch.Tensor:
+    """The learned query's attention over the normed tokens of one sample at a time, head by head."""
+    pool, d, size = tower.attention_pool, config.dim, config.dim // config.heads
+    k, v = (y @ w.T + b for w, b in zip(pool.kv.weight.split(d), pool.kv.bias.split(d), strict=True))
+    q = pool.q.weight @ pool.query + pool.q.bias
+    rows = []
+    for s in range(len(y)):
+        heads = []
+        for h in range(config.heads):
+            part = slice(h * size, (h + 1) * size)
+            weights = (k[s, :, part] @ q[part] / size**0.5).softmax(dim=0)
+            heads.append(weights @ v[s, :, part])
+        rows.append(pool.out(torch.cat(heads)))
+    return torch.stack(rows)
+
+
+FORMS = {
+    "cls": {},
+    "mean": {"pool": "mean"},
+    "clip": {"pre_norm": True, "patch_bias": False, "act": "quick_gelu", "init": "clip"},
+    "siglip": {"pool": "attention", "act": "gelu_tanh", "mlp_ratio": 1.7},
+}
+
+
+def perturbed(config: ViTConfig) -> ViT:
+    """Away from zero, where some schemes start, in double precision."""
     torch.manual_seed(0)
     tower = ViT(config).double()
     with torch.no_grad():
         for p in tower.parameters():
             p += 0.1 * torch.randn_like(p)
-    images = torch.randn(2, 3, 24, 24, dtype=torch.double)
+    return tower
+
+
+def check_against_the_literal_form(tower: ViT, config: ViTConfig) -> None:
+    images = torch.randn(2, 3, 24, 24, dtype=torch.double, generator=torch.Generator().manual_seed(1))
     out = tower(images)
     pooled, tokens = slow_vit(tower, config, images)
     torch.testing.assert_close(out.pooled, pooled, atol=1e-10, rtol=1e-10)
@@ -69,15 +107,135 @@ def test_forward_is_the_literal_one(fields):
     assert out.grid == (3, 3)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_is_the_literal_one(form):
+    config = ViTConfig(name="x", **SMALL, **FORMS[form])
+    check_against_the_literal_form(perturbed(config), config)
+
+
+attend = F.scaled_dot_product_attention
+
+
+def swapped_kv(q, k, v, *rest, **named):
+    return attend(q, v, k, *rest, **named)
+
+
+def unscaled(q, k, v, *rest, **named):
+    return attend(q, k, v, *rest, **named, scale=1.0)
+
+
+@pytest.mark.parametrize("wrong", [swapped_kv, unscaled])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_comparison_notices_wrong_attention(form, wrong, monkeypatch):
+    config = ViTConfig(name="x", **SMALL, **FORMS[form])
+    monkeypatch.setattr(F, "scaled_dot_product_attention", wrong)
+    with pytest.raises(AssertionError, match="not close"):
+        check_against_the_literal_form(perturbed(config), config)
+
+
+@pytest.mark.parametrize(
+    ("form", "wrong"),
+    [
+        ("cls", {"act": "gelu_tanh"}),
+        ("cls", {"act": "quick_gelu"}),
+        ("clip", {"act": "gelu"}),
+        ("siglip", {"act": "gelu"}),
+        ("cls", {"ln_eps": 1e-6}),
+        ("siglip", {"ln_eps": 1e-5}),
+    ],
+)
+def test_the_comparison_notices_a_wrong_activation_or_eps(form, wrong):
+    right = ViTConfig(name="x", **SMALL, **FORMS[form])
+    tower = perturbed(dataclasses.replace(right, **wrong))
+    with pytest.raises(AssertionError, match="not close"):
+        check_against_the_literal_form(tower, right)
+
+
+@pytest.mark.parametrize("shape", [(32, 8, 36, 2, 3, 72), (30, 10, 24, 1, 4, 89)])
+def test_attention_pooling_is_siglips(shape):
+    """Weights of transformers' model moved over by name give its pooled vector and its tokens."""
+    size, patch, dim, depth, heads, hidden = shape
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(0)
+    peer = SiglipVisionModel(
+        SiglipVisionConfig(
+            image_size=size,
+            patch_size=patch,
+            hidden_size=dim,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            intermediate_size=hidden,
+        )
+    ).eval()
+    with torch.no_grad():
+        for p in peer.parameters():
+            p += 0.1 * torch.randn_like(p)
+    form = {"mlp_ratio": hidden / dim, "act": "gelu_tanh", "pool": "attention"}
+    tower = build(image_size=size, patch=patch, dim=dim, depth=depth, heads=heads, **form).eval()
+    tower.load_state_dict(from_siglip(peer.state_dict(), depth), strict=True)
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        ours, theirs = tower(images), peer(images)
+    torch.testing.assert_close(ours.pooled, theirs.pooler_output, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.tokens, theirs.last_hidden_state, atol=2e-5, rtol=1e-5)
+
+
+def from_siglip(state: dict[str, torch.Tensor], depth: int) -> dict[str, torch.Tensor]:
+    state = {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
+    out = {
+        "pos_embed": state["embeddings.position_embedding.weight"],
+        "attention_pool.query": state["head.probe"][0, 0],
+    }
+
+    def move(to: str, *origins: str) -> None:
+        for kind in ("weight", "bias"):
+            out[f"{to}.{kind}"] = torch.cat([state[f"{name}.{kind}"] for name in origins])
+
+    move("patch_embed", "embeddings.patch_embedding")
+    move("norm", "post_layernorm")
+    for i in range(depth):
+        own, layer = f"blocks.{i}", f"encoder.layers.{i}"
+        move(f"{own}.attn.qkv", *(f"{layer}.self_attn.{part}_proj" for part in "qkv"))
+        move(f"{own}.attn.out", f"{layer}.self_attn.out_proj")
+        for to, name in (("norm1", "layer_norm1"), ("norm2", "layer_norm2"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2",) * 2):
+            move(f"{own}.{to}", f"{layer}.{name}")
+    for to, name in (("norm", "layernorm"), ("out", "attention.out_proj"), ("mlp.fc1",) * 2, ("mlp.fc2",) * 2):
+        move(f"attention_pool.{to}", f"head.{name}")
+    for kind in ("weight", "bias"):
+        q, k, v = state[f"head.attention.in_proj_{kind}"].chunk(3)
+        out |= {f"attention_pool.q.{kind}": q, f"attention_pool.kv.{kind}": torch.cat([k, v])}
+    return out
+
+
 @pytest.mark.parametrize(("size", "p", "d", "depth", "heads"), [(40, 8, 36, 3, 6), (30, 10, 20, 1, 2)])
-@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("pool", ["cls", "mean", "attention"])
 @pytest.mark.parametrize("clip", [False, True])
 def test_count_formula(size, p, d, depth, heads, pool, clip):
     form = {"pre_norm": True, "patch_bias": False} if clip else {}
     tower = build(image_size=size, patch=p, dim=d, depth=depth, heads=heads, pool=pool, **form)
     n, c = (size // p) ** 2, int(pool == "cls")
     patch = 3 * p * p * d + (2 * d if clip else d)  # CLIP: no bias, a norm before the blocks
-    assert parameter_count(tower) == patch + c * d + (n + c) * d + depth * (12 * d * d + 13 * d) + 2 * d
+    head = d + 4 * d * d + 4 * d + 2 * d + 8 * d * d + 5 * d if pool == "attention" else 0
+    assert parameter_count(tower) == patch + c * d + (n + c) * d + depth * (12 * d * d + 13 * d) + 2 * d + head
+
+
+# Published presets outside the table of exact counts: what transformers' modules of these sizes have.
+OTHERS = {
+    "vit_small_patch32": 22_493_952,
+    "vit_base_patch8": 85_807_872,
+    "vit_large_patch32": 305_510_400,
+    "clip_vit_l14_336": 303_507_456,
+    "siglip_vit_b16": 92_884_224,
+    "siglip_vit_l16": 315_956_224,
+    "siglip_vit_so400m14": 427_680_704,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_counts_of_the_other_published_presets(name):
+    with torch.device("meta"):
+        assert parameter_count(IMAGE_TOWERS.build(IMAGE_TOWERS.preset(name))) == OTHERS[name]
 
 
 def test_pre_norm_and_patch_bias_are_clips():
