@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import sys
 from pathlib import Path
@@ -239,14 +240,35 @@ def config_schema(call: Call) -> None:
     call.finish(made := schema(load_kind(COMMANDS[_config_verb(call)])), json.dumps(made, indent=1))
 
 
+def _check_words(words: list[str]) -> None:
+    """E_USAGE for a word that is not UTF-8: no config, manifest or status file could hold it."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ClipwrightError(
+                "E_USAGE",
+                "a word that is not UTF-8",
+                where=ascii(word),
+                found="bytes that are no text",
+                fix="rename the file or folder, or reach it through a link",
+            ) from None
+
+
 def main() -> None:
     """Runs the command line. DeepSpeed's launcher puts `--local_rank=N` before the verb; it is ignored."""
     if len(sys.argv) > 1 and sys.argv[1].startswith(("--local_rank=", "--local-rank=")):
         del sys.argv[1]
     if len(sys.argv) == 1:
         sys.argv.append("--help")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name it cannot show ends no command
     try:
+        _check_words(sys.argv[1:])
         code = app(standalone_mode=False)
+    except ClipwrightError as error:
+        print(error, file=sys.stderr)
+        code = error.exit_code
     except typer.TyperException as error:
         verb = " ".join(sys.argv[1:2])
         line = ClipwrightError(
