@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from clipwright.pipeline.towers.base import TEXT_TOWERS, parameter_count
+from clipwright.pipeline.towers.layers import Activation
 from clipwright.pipeline.towers.text import CausalText, CausalTextConfig
 
 EOT = 49
@@ -27,15 +30,30 @@ def sentences(ends: list[int], length: int, eot_id: int = EOT) -> torch.Tensor:
     return ids
 
 
-def test_forward_is_the_literal_one():
-    tower = build(ln_eps=1e-3).double()
+def moved(tower: CausalText) -> CausalText:
+    """In double, with parameters away from where they start."""
+    tower.double()
+    torch.manual_seed(2)
     with torch.no_grad():
         for p in tower.parameters():
             p += 0.1 * torch.randn_like(p)
-    ids, width, heads = sentences([4, 9], 10), 24, 3
+    return tower
+
+
+def waves(count: int, width: int) -> torch.Tensor:
+    """Sines and cosines by the formula, one number at a time."""
+    rows = [[p / 10000 ** (2 * (d // 2) / width) for d in range(width)] for p in range(count)]
+    waves = [[math.cos(a) if d % 2 else math.sin(a) for d, a in enumerate(row)] for row in rows]
+    return torch.tensor(waves, dtype=torch.double)
+
+
+def slow(tower: CausalText, ids: torch.Tensor, *, sinusoidal: bool = False) -> torch.Tensor:
+    """Tokens by the equations, ln_eps 1e-3."""
+    (_, n), width, heads = ids.shape, 24, 3
     norm = lambda layer, x: F.layer_norm(x, (width,), layer.weight, layer.bias, 1e-3)  # noqa: E731
-    x = torch.stack([torch.stack([tower.token_embed.weight[i] for i in row]) for row in ids]) + tower.pos_embed[:10]
-    forbidden = torch.full((10, 10), float("-inf"), dtype=torch.double).triu(1)
+    x = torch.stack([torch.stack([tower.token_embed.weight[i] for i in row]) for row in ids])
+    x = x * width**0.5 + waves(n, width) if sinusoidal else x + tower.pos_embed[:n]
+    forbidden = torch.full((n, n), float("-inf"), dtype=torch.double).triu(1)
     for block in tower.blocks:
         parts = [part.split(width // heads, dim=2) for part in block.attn.qkv(norm(block.norm1, x)).split(width, 2)]
         out = []
@@ -45,10 +63,69 @@ def test_forward_is_the_literal_one():
         x = x + block.attn.out(torch.cat(out, dim=2))
         z = block.mlp.fc1(norm(block.norm2, x))
         x = x + block.mlp.fc2(z * torch.sigmoid(1.702 * z))
-    x = norm(tower.norm, x)
-    out = tower(ids)
+    return norm(tower.norm, x)
+
+
+def test_forward_is_the_literal_one():
+    tower, ids = moved(build(ln_eps=1e-3, mlp_ratio=2.5)), sentences([4, 9], 10)
+    assert tower.blocks[0].mlp.fc1.out_features == 60
+    x, out = slow(tower, ids), tower(ids)
     torch.testing.assert_close(out.tokens, x, atol=1e-10, rtol=1e-10)
     torch.testing.assert_close(out.pooled, torch.stack([x[0, 4], x[1, 9]]), atol=1e-10, rtol=1e-10)
+
+
+def test_sinusoidal_forward_is_the_literal_one():
+    tower, ids = moved(build(ln_eps=1e-3, positions="sinusoidal")), sentences([4, 9], 10)
+    x = slow(tower, ids, sinusoidal=True)
+    torch.testing.assert_close(tower(ids).tokens, x, atol=1e-5, rtol=1e-5)  # the table is kept in float32
+    tower.pos_embed.copy_(waves(16, 24))
+    torch.testing.assert_close(tower(ids).tokens, x, atol=1e-10, rtol=1e-10)
+    assert "pos_embed" not in tower.state_dict()
+    start = build(positions="sinusoidal", width=240)
+    assert (start.embed_scale * start.token_embed.weight).std().item() == pytest.approx(1, rel=0.05)
+
+
+def swap_keys_and_values(tower: CausalText) -> None:
+    for block in tower.blocks:
+        q, k, v = block.attn.qkv.weight.detach().split(24)
+        block.attn.qkv.weight.data = torch.cat([q, v, k])
+
+
+def scale_by_width(tower: CausalText) -> None:
+    for block in tower.blocks:
+        block.attn.qkv.weight.data[:24] *= (8 / 24) ** 0.5
+        block.attn.qkv.bias.data[:24] *= (8 / 24) ** 0.5
+
+
+def mask_off(tower: CausalText) -> None:
+    for block in tower.blocks:
+        block.attn.causal = False
+
+
+def other_gelu(tower: CausalText) -> None:
+    for block in tower.blocks:
+        block.mlp.act = Activation("gelu")
+
+
+def other_eps(tower: CausalText) -> None:
+    tower.norm.eps = 1e-5
+
+
+def read_the_last(tower: CausalText) -> None:
+    tower.mask = torch.ones_like  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    "spoil", [swap_keys_and_values, scale_by_width, mask_off, other_gelu, other_eps, read_the_last]
+)
+def test_the_comparison_has_teeth(spoil):
+    """Each of these mistakes is far above the tolerance of the comparison."""
+    tower, ids = moved(build(ln_eps=1e-3)), sentences([4, 9], 16)
+    with torch.no_grad():
+        x = slow(tower, ids)
+        spoil(tower)
+        wrong = (tower(ids).pooled - torch.stack([x[0, 4], x[1, 9]])).abs().max()
+    assert wrong > 1e-5
 
 
 def test_a_token_does_not_touch_what_stands_before_it():
@@ -101,6 +178,26 @@ def test_eot_need_not_be_the_largest_id():
     assert torch.equal(out.pooled, out.tokens[torch.arange(3), torch.tensor([2, 4, 1])])
     assert out.mask is not None
     assert out.mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+
+
+def test_argmax_reads_the_largest_id():
+    """OpenAI's own reading: wrong where EOT is not the largest id, the first of several."""
+    tower = build(eot_id=2, pool="argmax")
+    ids = torch.tensor([[1, 40, 2, 0, 0], [1, 30, 41, 42, 2], [1, 45, 3, 45, 2]])
+    out = tower(ids)
+    assert torch.equal(out.pooled, out.tokens[torch.arange(3), torch.tensor([1, 3, 1])])
+    assert out.mask is not None and out.mask[0].tolist() == [True, True, True, False, False]
+    ids = sentences([4, 9, 12], 16)
+    ids[1, 11] = EOT
+    assert torch.equal(build(pool="argmax")(ids).pooled, build()(ids).pooled)
+
+
+def test_drop_path_rises_over_the_blocks_and_acts_in_training_only():
+    tower, ids = build(drop_path=0.5), sentences([4] * 16, 16)
+    assert [block.drop_path.rate for block in tower.blocks] == pytest.approx([0, 0.25, 0.5])
+    assert torch.equal(tower(ids).pooled, tower(ids).pooled)
+    tower.train()
+    assert not torch.equal(tower(ids).pooled, tower(ids).pooled)
 
 
 def test_a_row_without_eot_is_read_at_its_end():
