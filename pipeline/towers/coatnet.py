@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, ImageTower, ImageTowerConfig, TowerOutput
 from clipwright.pipeline.towers.layers import (
+    Activation,
     DropPath,
     Mlp,
     check_multiple,
@@ -25,7 +26,6 @@ from clipwright.pipeline.towers.layers import (
 
 HEAD_DIM = 32
 EXPANSION = 4
-LN_EPS = 1e-6
 
 
 @configclass
@@ -35,7 +35,7 @@ class CoAtNetConfig(ImageTowerConfig):
     layout: the kind of stages S1..S4, C = MBConv, T = transformer. relative: a table added to the attention scores
     (`pre`), to the attention weights (`post`), or `none`. stride: MBConv strides in its depthwise (`dw`) or its first
     pointwise (`pw`) convolution; `pw` is what the paper's GMACs count. pool: 2×2 max, 2×2 average or 3×3 max.
-    drop_path: the paper trains variants 0 to 3 on ImageNet-1k with 0.2, 0.3, 0.5, 0.7.
+    act: GELU exact or by tanh. drop_path: the paper trains variants 0 to 3 on ImageNet-1k with 0.2, 0.3, 0.5, 0.7.
     """
 
     stem: int = 64
@@ -45,6 +45,8 @@ class CoAtNetConfig(ImageTowerConfig):
     relative: Literal["pre", "post", "none"] = "pre"
     stride: Literal["dw", "pw"] = "dw"
     pool: Literal["max2", "avg2", "max3"] = "max2"
+    act: Literal["gelu", "gelu_tanh"] = "gelu"
+    ln_eps: float = 1e-6
     drop_path: float = 0.0
 
 
@@ -84,7 +86,9 @@ class MBConv(nn.Module):
     Dai et al. 2021, appendix A.1. Expansion and SE count from the output width, no norm after W3.
     """
 
-    def __init__(self, dim: int, out: int, pool: str | None, stride: str, drop_path: float) -> None:
+    def __init__(
+        self, dim: int, out: int, pool: str | None, stride: str, *, act: str = "gelu", drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         hidden = EXPANSION * out
         pw_stride = 2 if pool and stride == "pw" else 1
@@ -97,11 +101,12 @@ class MBConv(nn.Module):
         self.norm_depthwise = nn.BatchNorm2d(hidden)
         self.squeeze = SqueezeExcite(hidden, out // 4)
         self.project = nn.Conv2d(hidden, out, 1)
+        self.act = Activation(act)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b o h2 w2"]:
-        y = F.gelu(self.norm_expand(self.expand(self.norm(x))))
-        y = F.gelu(self.norm_depthwise(self.depthwise(y)))
+        y = self.act(self.norm_expand(self.expand(self.norm(x))))
+        y = self.act(self.norm_depthwise(self.depthwise(y)))
         return self.shortcut(x) + self.drop_path(self.project(self.squeeze(y)))
 
 
@@ -148,15 +153,24 @@ class Transformer(nn.Module):
     """P(x) + Attn(Pool(LN x)), then x + FFN(LN x), on maps; `grid` is the block's output grid."""
 
     def __init__(
-        self, dim: int, out: int, grid: tuple[int, int], pool: str | None, relative: str, drop_path: float
+        self,
+        dim: int,
+        out: int,
+        grid: tuple[int, int],
+        pool: str | None,
+        relative: str,
+        *,
+        act: str = "gelu",
+        ln_eps: float = 1e-6,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.shortcut = Shortcut(dim, out, pool)
-        self.norm1 = nn.LayerNorm(dim, eps=LN_EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=ln_eps)
         self.pool = POOLS[pool]() if pool else nn.Identity()
         self.attn = RelativeAttention(dim, out, grid, relative)
-        self.norm2 = nn.LayerNorm(out, eps=LN_EPS)
-        self.mlp = Mlp(out, 4 * out, "gelu")
+        self.norm2 = nn.LayerNorm(out, eps=ln_eps)
+        self.mlp = Mlp(out, 4 * out, act)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b o h2 w2"]:
@@ -189,7 +203,7 @@ class CoAtNet(ImageTower):
         self.stem = nn.Sequential(
             nn.Conv2d(3, config.stem, 3, 2, padding=1, bias=False),
             nn.BatchNorm2d(config.stem),
-            nn.GELU(),
+            Activation(config.act),
             nn.Conv2d(config.stem, config.stem, 3, padding=1, bias=False),
         )
         rates = iter(drop_path_rates(config.drop_path, sum(config.depths)))
@@ -197,19 +211,19 @@ class CoAtNet(ImageTower):
         stages: list[nn.Module] = []
         for kind, out, depth in zip(config.layout, config.dims, config.depths, strict=True):
             side //= 2
-            if kind == "T":
-                check_multiple("dims", out, HEAD_DIM, "the size of a head")
             blocks: list[nn.Module] = []
             for i in range(depth):
-                pool = config.pool if i == 0 else None
+                pool, branch = config.pool if i == 0 else None, {"act": config.act, "drop_path": next(rates)}
                 if kind == "C":
-                    blocks.append(MBConv(dim, out, pool, config.stride, next(rates)))
+                    blocks.append(MBConv(dim, out, pool, config.stride, **branch))
                 else:
-                    blocks.append(Transformer(dim, out, (side, side), pool, config.relative, next(rates)))
+                    check_multiple("dims", out, HEAD_DIM, "the size of a head")
+                    grid = (side, side)
+                    blocks.append(Transformer(dim, out, grid, pool, config.relative, ln_eps=config.ln_eps, **branch))
                 dim = out
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
-        self.norm = nn.LayerNorm(dim, eps=LN_EPS)
+        self.norm = nn.LayerNorm(dim, eps=config.ln_eps)
         self._init_weights()
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> TowerOutput:
@@ -219,11 +233,7 @@ class CoAtNet(ImageTower):
         return TowerOutput(tokens.mean(dim=1), tokens, (x.shape[2], x.shape[3]))
 
     def resized(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        own = self.state_dict()
-        return {
-            name: resize_table(value, own[name].shape[1]) if name.endswith("relative_table") else value
-            for name, value in state.items()
-        }
+        return resize_tables(state, self)
 
     def _init_weights(self) -> None:
         """Convolutions N(0, √(2/fan_out)), transformer matrices Xavier-uniform, biases 0, MLP biases N(0, 1e-6)."""
@@ -239,6 +249,15 @@ class CoAtNet(ImageTower):
                 module.init_xavier()
 
 
+def resize_tables(state: dict[str, Tensor], tower: ImageTower) -> dict[str, Tensor]:
+    """`state` with every relative table at the size that `tower` has."""
+    own = tower.state_dict()
+    return {
+        name: resize_table(value, own[name].shape[1]) if name.endswith("relative_table") else value
+        for name, value in state.items()
+    }
+
+
 def resize_table(table: Float[Tensor, "h m"], count: int) -> Float[Tensor, "h n"]:
     """Each head's square map of offsets, resized bilinearly to `count` entries, as the paper does."""
     old, new = math.isqrt(table.shape[1]), math.isqrt(count)
@@ -248,16 +267,26 @@ def resize_table(table: Float[Tensor, "h m"], count: int) -> Float[Tensor, "h n"
     return F.interpolate(maps, size=(new, new), mode="bilinear")[0].flatten(1).to(table.dtype)
 
 
+VARIANTS = {
+    "coatnet_0": {"stem": 64, "dims": (96, 192, 384, 768), "depths": (2, 3, 5, 2)},
+    "coatnet_1": {"stem": 64, "dims": (96, 192, 384, 768), "depths": (2, 6, 14, 2)},
+    "coatnet_2": {"stem": 128, "dims": (128, 256, 512, 1024), "depths": (2, 6, 14, 2)},
+    "coatnet_3": {"stem": 192, "dims": (192, 384, 768, 1536), "depths": (2, 6, 14, 2)},
+    "coatnet_4": {"stem": 192, "dims": (192, 384, 768, 1536), "depths": (2, 12, 28, 2)},
+}
+
 IMAGE_TOWERS.add(
     CoAtNetConfig,
     CoAtNet,
     {
         "coatnet_nano": {"image_size": 64, "stem": 24, "dims": (32, 64, 128, 192), "depths": (1, 2, 2, 1)},
-        "coatnet_0": {"stem": 64, "dims": (96, 192, 384, 768), "depths": (2, 3, 5, 2)},
-        "coatnet_1": {"stem": 64, "dims": (96, 192, 384, 768), "depths": (2, 6, 14, 2)},
-        "coatnet_2": {"stem": 128, "dims": (128, 256, 512, 1024), "depths": (2, 6, 14, 2)},
-        "coatnet_3": {"stem": 192, "dims": (192, 384, 768, 1536), "depths": (2, 6, 14, 2)},
-        "coatnet_4": {"stem": 192, "dims": (192, 384, 768, 1536), "depths": (2, 12, 28, 2)},
+        **VARIANTS,
+        # The paper's other layouts at the same widths and depths; those of equal parameters were not published.
+        **{
+            f"{name}_{layout.lower()}": {**fields, "layout": layout}
+            for name, fields in VARIANTS.items()
+            for layout in ("CCCT", "CTTT", "CCCC")
+        },
     },
     source="Dai et al. 2021; coatnet_nano is ours",
 )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, parameter_count
@@ -16,6 +20,7 @@ from clipwright.pipeline.towers.coatnet import (
     Transformer,
     resize_table,
 )
+from clipwright.pipeline.towers.layers import Activation
 
 
 def build(**fields) -> CoAtNet:
@@ -77,12 +82,53 @@ def slow_attention(attn: RelativeAttention, x: torch.Tensor, grid: tuple[int, in
     return attn.out(y)
 
 
-@pytest.mark.parametrize("relative", ["pre", "post", "none"])
-def test_relative_attention_is_the_slow_one(relative):
+def check_attention(relative: str, change: Callable[[RelativeAttention], None] = lambda attn: None) -> None:
+    """The attention as `change` left it against the slow form of the original."""
     attn = RelativeAttention(20, 64, (2, 3), relative)
     randomise(attn)
     x = torch.randn(2, 6, 20, dtype=torch.double)
-    close(attn(x), slow_attention(attn, x, (2, 3)))
+    slow = slow_attention(attn, x, (2, 3))
+    change(attn)
+    close(attn(x), slow)
+
+
+@pytest.mark.parametrize("relative", ["pre", "post", "none"])
+def test_relative_attention_is_the_slow_one(relative):
+    check_attention(relative)
+
+
+attend = F.scaled_dot_product_attention
+
+
+def swapped_kv(q, k, v, *rest, **named):
+    return attend(q, v, k, *rest, **named)
+
+
+def unscaled(q, k, v, *rest, **named):
+    return attend(q, k, v, *rest, **named, scale=1.0)
+
+
+@pytest.mark.parametrize("wrong", [swapped_kv, unscaled])
+@pytest.mark.parametrize("relative", ["pre", "post", "none"])
+def test_the_comparison_notices_wrong_attention(relative, wrong, monkeypatch):
+    monkeypatch.setattr(F, "scaled_dot_product_attention", wrong)
+    with pytest.raises(AssertionError, match="not close"):
+        check_attention(relative)
+
+
+def turned_index(attn: RelativeAttention) -> None:
+    attn.relative_index = attn.relative_index.T
+
+
+def other_place(attn: RelativeAttention) -> None:
+    attn.relative = "post" if attn.relative == "pre" else "pre"
+
+
+@pytest.mark.parametrize("change", [turned_index, other_place])
+@pytest.mark.parametrize("relative", ["pre", "post"])
+def test_the_comparison_notices_a_wrong_table(relative, change):
+    with pytest.raises(AssertionError, match="not close"):
+        check_attention(relative, change)
 
 
 def variants(table: torch.Tensor | float) -> dict[str, RelativeAttention]:
@@ -134,7 +180,34 @@ def test_post_without_queries_is_a_zero_padded_convolution():
 @pytest.mark.parametrize("stride", ["dw", "pw"])
 @pytest.mark.parametrize(("dim", "out", "pool"), [(8, 12, "max2"), (12, 12, "avg2"), (8, 12, "max3"), (12, 12, None)])
 def test_mbconv_is_its_formula(dim, out, pool, stride):
-    block = MBConv(dim, out, pool, stride, drop_path=0.0)
+    check_mbconv(dim, out, pool, stride)
+
+
+def wrong_act(block: MBConv) -> None:
+    block.act.name = "gelu_tanh"
+
+
+def wrong_eps(block: MBConv) -> None:
+    block.norm.eps = 1e-3
+
+
+def other_stride(block: MBConv) -> None:
+    block.expand.stride, block.depthwise.stride = block.depthwise.stride, block.expand.stride
+
+
+def other_pool(block: MBConv) -> None:
+    block.shortcut[0] = torch.nn.AvgPool2d(2)
+
+
+@pytest.mark.parametrize("change", [wrong_act, wrong_eps, other_stride, other_pool])
+@pytest.mark.parametrize("stride", ["dw", "pw"])
+def test_the_comparison_notices_a_wrong_mbconv(stride, change):
+    with pytest.raises(AssertionError, match="not close"):
+        check_mbconv(8, 12, "max2", stride, change)
+
+
+def check_mbconv(dim, out, pool, stride, change=lambda block: None) -> None:
+    block = MBConv(dim, out, pool, stride)
     randomise(block)
     x = torch.randn(2, dim, 6, 6, dtype=torch.double)
     y = torch.einsum("bchw,mc->bmhw", slow_norm(block.norm, x), block.expand.weight[:, :, 0, 0])
@@ -159,14 +232,37 @@ def test_mbconv_is_its_formula(dim, out, pool, stride):
         shortcut = block.shortcut[1](shortcut)
     assert len(block.shortcut) == (2 if pool and dim != out else 1 if pool else 0)
     assert se.fc1.out_channels == out // 4
+    change(block)
     close(block(x), shortcut + y)
 
 
 @pytest.mark.parametrize("pool", ["max2", "avg2", "max3", None])
 def test_transformer_block_pools_the_norm_and_the_shortcut(pool):
+    check_transformer(pool)
+
+
+def wrong_mlp(block: Transformer) -> None:
+    block.mlp.act.name = "gelu_tanh"
+
+
+def wrong_ln_eps(block: Transformer) -> None:
+    block.norm1.eps = 1e-3
+
+
+def wrong_pool(block: Transformer) -> None:
+    block.pool = torch.nn.AvgPool2d(2)
+
+
+@pytest.mark.parametrize("change", [wrong_mlp, wrong_ln_eps, wrong_pool])
+def test_the_comparison_notices_a_wrong_transformer(change):
+    with pytest.raises(AssertionError, match="not close"):
+        check_transformer("max2", change)
+
+
+def check_transformer(pool, change=lambda block: None) -> None:
     dim = 16 if pool else 32
     grid = (2, 2) if pool else (4, 4)
-    block = Transformer(dim, 32, grid, pool, "pre", drop_path=0.0)
+    block = Transformer(dim, 32, grid, pool, "pre")
     randomise(block)
     x = torch.randn(2, dim, 4, 4, dtype=torch.double)
     tokens = lambda m: m.flatten(2).transpose(1, 2)  # noqa: E731
@@ -175,6 +271,7 @@ def test_transformer_block_pools_the_norm_and_the_shortcut(pool):
     y = tokens(shortcut) + slow_attention(block.attn, tokens(slow_pool(y, pool) if pool else y), grid)
     z = F.layer_norm(y, (32,), block.norm2.weight, block.norm2.bias, 1e-6)
     y = y + block.mlp.fc2(F.gelu(block.mlp.fc1(z)))
+    change(block)
     close(block(x), y.transpose(1, 2).unflatten(2, grid))
 
 
@@ -210,13 +307,81 @@ def test_count_formula(layout, fields):
     assert tower(torch.randn(2, 3, tower.image_size, tower.image_size)).pooled.isfinite().all()
 
 
-# reference/towers.json: the four layouts of variant 0, same widths and depths.
-@pytest.mark.parametrize(
-    ("layout", "count"), [("CCTT", 23_677_228), ("CCCT", 22_174_000), ("CTTT", 23_944_654), ("CCCC", 19_582_720)]
-)
-def test_layout_counts(layout, count):
+# Exact counts at 224, and multiply-adds in units of 10⁹ with stride dw and pw where they are known.
+COUNTS = {
+    "coatnet_0": (23_677_228, 4.5459, 4.14),
+    "coatnet_0_ccct": (22_174_000, 3.9944, None),
+    "coatnet_0_cttt": (23_944_654, 5.4254, None),
+    "coatnet_0_cccc": (19_582_720, 3.9198, None),
+    "coatnet_1": (40_866_184, 8.6429, 8.24),
+    "coatnet_2": (72_610_144, 16.4261, 15.5),
+    "coatnet_4": (271_527_456, 62.3145, None),
+}
+
+
+@lru_cache
+def size(name: str, stride: str = "dw") -> tuple[int, float]:
+    """Parameters, and multiply-adds in units of 10⁹."""
     with torch.device("meta"):
-        assert parameter_count(IMAGE_TOWERS.build(IMAGE_TOWERS.preset("coatnet_0", layout=layout))) == count
+        tower = IMAGE_TOWERS.build(IMAGE_TOWERS.preset(name, stride=stride)).eval()
+        with FlopCounterMode(display=False) as counter:
+            tower(torch.empty(1, 3, tower.image_size, tower.image_size))
+    return parameter_count(tower), counter.get_total_flops() / 2e9
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_counts(name):
+    params, counted, counted_pw = COUNTS[name]
+    assert size(name) == (params, pytest.approx(counted, rel=5e-3))
+    if counted_pw is not None:
+        assert size(name, "pw") == (params, pytest.approx(counted_pw, rel=5e-3))
+
+
+# Dai et al. 2021, tables 4 and 5, at 224: millions of parameters; 10⁹ multiply-adds, which count stride in W1.
+@pytest.mark.parametrize(
+    ("name", "millions", "billions"),
+    [("coatnet_0", 25, 4.2), ("coatnet_1", 42, 8.4), ("coatnet_2", 75, 15.7), ("coatnet_3", 168, 34.7)],
+)
+def test_sizes_stay_near_the_paper_s(name, millions, billions):
+    params, gmacs = size(name, "pw")
+    head = 1000 * IMAGE_TOWERS.preset(name).dims[-1] + 1000
+    assert (params + head) / 1e6 == pytest.approx(millions, rel=0.03)
+    assert gmacs == pytest.approx(billions, rel=0.04)
+
+
+@pytest.mark.parametrize("variant", range(5))
+@pytest.mark.parametrize("layout", ["ccct", "cttt", "cccc"])
+def test_every_variant_has_every_layout(variant, layout):
+    one, other = (IMAGE_TOWERS.preset(f"coatnet_{variant}{end}") for end in ("", f"_{layout}"))
+    assert (one.layout, other.layout) == ("CCTT", layout.upper())
+    assert (one.stem, one.dims, one.depths) == (other.stem, other.dims, other.depths)
+    with torch.device("meta"):
+        assert parameter_count(IMAGE_TOWERS.build(other)) == formula(other)
+
+
+def test_activation_and_eps_reach_every_layer():
+    tower = build(image_size=32, stem=8, dims=(8, 16, 32, 32), depths=(1, 1, 1, 1), act="gelu_tanh", ln_eps=1e-3)
+    names = [m.name for m in tower.modules() if isinstance(m, Activation)]
+    assert names == ["gelu_tanh"] * 5  # stem, two MBConvs, two MLPs
+    assert {m.eps for m in tower.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-3}
+
+
+def test_the_stem_is_its_formula():
+    tower = build(image_size=32, stem=6, dims=(8, 16, 32, 32), depths=(1, 1, 1, 1))
+    randomise(tower)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.double)
+    padded, y = F.pad(x, (1, 1, 1, 1)), torch.zeros(2, 6, 16, 16, dtype=torch.double)
+    for i in range(3):
+        for j in range(3):
+            y += torch.einsum(
+                "bchw,oc->bohw", padded[:, :, i : i + 32 : 2, j : j + 32 : 2], tower.stem[0].weight[:, :, i, j]
+            )
+    y = slow_norm(tower.stem[1], y)
+    padded, z = F.pad(0.5 * y * (1 + torch.erf(y / 2**0.5)), (1, 1, 1, 1)), torch.zeros_like(y)
+    for i in range(3):
+        for j in range(3):
+            z += torch.einsum("bchw,oc->bohw", padded[:, :, i : i + 16, j : j + 16], tower.stem[3].weight[:, :, i, j])
+    close(tower.stem(x), z)
 
 
 def test_final_norm_comes_before_the_mean():
