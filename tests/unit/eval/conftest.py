@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -167,3 +168,20 @@ def indexed(tmp_path_factory: pytest.TempPathFactory, embedded: Path) -> Path:
     done = _cli("index", "build", "flat", f"embeddings={embedded}", "-o", out)
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture
+def quick_cli(monkeypatch, capfd):
+    """`clipwright WORDS` in this process, which holds torch already: ten refusals cost seconds, not a minute."""
+    from clipwright.cli import app
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+
+    def call(*words: object) -> SimpleNamespace:
+        capfd.readouterr()
+        code = app(list(map(str, words)), standalone_mode=False)
+        printed = capfd.readouterr()
+        return SimpleNamespace(returncode=code, stdout=printed.out, stderr=printed.err)
+
+    return call

@@ -104,16 +104,28 @@ def test_search_suite_through_the_command(cli, indexed):
     assert numbers["mean_precision_at_5"] == pytest.approx(np.mean([q["hits_right"] for q in numbers["queries"]]) / 5)
 
 
-def test_what_cannot_be_measured_is_an_error(cli, refused, make_model, make_dataset, model, small, indexed, tmp_path):
+def test_what_cannot_be_measured_is_an_error(
+    quick_cli, refused, make_model, make_dataset, model, small, indexed, tmp_path
+):
     broken = make_dataset(tmp_path / "broken", 7, shard=3, broken=4)
     key = Dataset(broken).sidecar(1)["key"][1].as_py()
-    refused(cli("eval", "retrieval", f"model={model}", f"data={broken}"), "E_IMG_FORMAT", 3, key, "set-000001.tar")
+    refused(
+        quick_cli("eval", "retrieval", f"model={model}", f"data={broken}"), "E_IMG_FORMAT", 3, key, "set-000001.tar"
+    )
     empty = make_dataset(tmp_path / "empty", 0)
-    refused(cli("eval", "retrieval", f"model={model}", f"data={empty}"), "E_DATA_SMALL", 3, empty)
-    refused(cli("eval", "retrieval", f"model={model}"), "E_CONFIG_VALUE", 2, "retrieval", "data=DIR")
-    refused(cli("eval", "search", f"index={indexed}", "benchmark.template={color}"), "E_COLUMN", 3, "color", "'colour'")
-    never = cli("eval", "search", f"index={indexed}", "benchmark.template={colour}", "benchmark.where.colour=pink")
+    refused(quick_cli("eval", "retrieval", f"model={model}", f"data={empty}"), "E_DATA_SMALL", 3, empty)
+    refused(quick_cli("eval", "retrieval", f"model={model}"), "E_CONFIG_VALUE", 2, "retrieval", "data=DIR")
+    refused(
+        quick_cli("eval", "search", f"index={indexed}", "benchmark.template={color}"),
+        "E_COLUMN",
+        3,
+        "color",
+        "'colour'",
+    )
+    never = quick_cli(
+        "eval", "search", f"index={indexed}", "benchmark.template={colour}", "benchmark.where.colour=pink"
+    )
     refused(never, "E_CONFIG_VALUE", 2, "benchmark.where", "pink")
-    refused(cli("eval", "search", f"index={indexed}", "benchmark.template={"), "E_CONFIG_VALUE", 2, "template")
+    refused(quick_cli("eval", "search", f"index={indexed}", "benchmark.template={"), "E_CONFIG_VALUE", 2, "template")
     overflow = make_model(tmp_path / "overflow", scale=3e38)
-    refused(cli("eval", "retrieval", f"model={overflow}", f"data={small}"), "E_NONFINITE", 1, "image ")
+    refused(quick_cli("eval", "retrieval", f"model={overflow}", f"data={small}"), "E_NONFINITE", 1, "image ")

@@ -28,7 +28,7 @@ def make_embeddings(folder: Path, sizes: list[int], dim: int = 24, seed: int = 0
         pq.write_table(table, folder / f"part-{part:05d}.parquet")
         start += size
     files = file_entries(folder, [path.name for path in folder.iterdir()])
-    body = {"model": "m" * 64, "data": "d" * 64, "what": "image", "dimension": dim, "files": files}
+    body = {"model": "m" * 64, "data": "d" * 64, "what": "image", "dimension": dim, "rows": start, "files": files}
     write_manifest(folder, "embedding", f"{seed}" * 64, body)
     return rows.astype(np.float32)
 
@@ -145,25 +145,27 @@ def test_swapped_rows_and_vectors_are_refused(tmp_path):
     assert other.exists()
 
 
-def test_commands_name_what_is_wrong(cli, refused, embedded, indexed, tmp_path):
-    again = cli("index", "build", "flat", f"embeddings={embedded}", "-o", indexed, "--json")
+def test_commands_name_what_is_wrong(quick_cli, refused, embedded, indexed, tmp_path):
+    again = quick_cli("index", "build", "flat", f"embeddings={embedded}", "-o", indexed, "--json")
     assert json.loads(again.stdout)["name"] == "000001" and not json.loads(again.stdout)["made"]
 
     damaged = shutil.copytree(embedded, tmp_path / "damaged")
     (damaged / "part-00000.npy").write_bytes(flip((embedded / "part-00000.npy").read_bytes(), 150))
     out = tmp_path / "out"
-    refused(cli("index", "build", f"embeddings={damaged}", "-o", out), "E_EMBED_HASH", 3, damaged / "part-00000.npy")
-    refused(cli("index", "build", f"embeddings={indexed}", "-o", out), "E_MANIFEST", 3, indexed)
+    refused(
+        quick_cli("index", "build", f"embeddings={damaged}", "-o", out), "E_EMBED_HASH", 3, damaged / "part-00000.npy"
+    )
+    refused(quick_cli("index", "build", f"embeddings={indexed}", "-o", out), "E_MANIFEST", 3, indexed)
     assert not out.exists()
     (tmp_path / "notes.txt").write_text("mine")
-    refused(cli("index", "build", f"embeddings={embedded}", "-o", tmp_path), "E_OUTPUT", 2, "it holds")
+    refused(quick_cli("index", "build", f"embeddings={embedded}", "-o", tmp_path), "E_OUTPUT", 2, "it holds")
 
     index = shutil.copytree(indexed, tmp_path / "index")
     version = index / "versions/000001"
     pq.write_table(pq.read_table(version / "rows-00000.parquet").slice(1), version / "rows-00000.parquet")
-    refused(cli("search", index, "text=a"), "E_INDEX_HASH", 3, "rows-00000.parquet")
+    refused(quick_cli("search", index, "text=a"), "E_INDEX_HASH", 3, "rows-00000.parquet")
     rewrite_manifest(version)
-    refused(cli("search", index, "text=a"), "E_INDEX_ROWS", 3, "7 vectors and 6 rows", "--fresh")
+    refused(quick_cli("search", index, "text=a"), "E_INDEX_ROWS", 3, "7 vectors and 6 rows", "--fresh")
     (index / "current").unlink()
-    refused(cli("search", index, "text=a"), "E_MANIFEST", 3, index, "index build")
-    refused(cli("search", tmp_path / "nowhere", "text=a"), "E_INPUT", 3, tmp_path / "nowhere")
+    refused(quick_cli("search", index, "text=a"), "E_MANIFEST", 3, index, "index build")
+    refused(quick_cli("search", tmp_path / "nowhere", "text=a"), "E_INPUT", 3, tmp_path / "nowhere")

@@ -32,22 +32,24 @@ def test_an_image_finds_itself(cli, picture, indexed, tmp_path):
     assert first.split()[0] == "1" and "picture, number 6" in first and "(6.jpg)" in first
 
 
-def test_queries_that_cannot_be_asked(cli, refused, picture, indexed, tmp_path):
+def test_queries_that_cannot_be_asked(quick_cli, refused, picture, indexed, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(picture(0)[:300])
-    refused(cli("search", indexed), "E_USAGE", 2, "text, image", "neither")
-    refused(cli("search", indexed, "text=a", "image=b"), "E_USAGE", 2, "both")
-    refused(cli("search", indexed, "text=a", "k=0"), "E_CONFIG_VALUE", 2, "k (command line)")
-    refused(cli("search", indexed, "text= "), "E_CAP_EMPTY", 3, "text")
-    refused(cli("search", indexed, f"image={tmp_path / 'none.jpg'}"), "E_INPUT", 3, tmp_path / "none.jpg")
-    refused(cli("search", indexed, f"image={tmp_path / 'broken.jpg'}"), "E_IMG_TRUNCATED", 3, tmp_path / "broken.jpg")
+    refused(quick_cli("search", indexed), "E_USAGE", 2, "text, image", "neither")
+    refused(quick_cli("search", indexed, "text=a", "image=b"), "E_USAGE", 2, "both")
+    refused(quick_cli("search", indexed, "text=a", "k=0"), "E_CONFIG_VALUE", 2, "k (command line)")
+    refused(quick_cli("search", indexed, "text= "), "E_CAP_EMPTY", 3, "text")
+    refused(quick_cli("search", indexed, f"image={tmp_path / 'none.jpg'}"), "E_INPUT", 3, tmp_path / "none.jpg")
+    refused(
+        quick_cli("search", indexed, f"image={tmp_path / 'broken.jpg'}"), "E_IMG_TRUNCATED", 3, tmp_path / "broken.jpg"
+    )
 
 
-def test_a_model_that_is_not_the_indexs(cli, refused, make_model, indexed, tmp_path):
+def test_a_model_that_is_not_the_indexs(quick_cli, refused, make_model, indexed, tmp_path):
     wider, other = make_model(tmp_path / "wider", dim=24), make_model(tmp_path / "other", seed=1)
-    refused(cli("search", indexed, "text=a", f"model={wider}"), "E_MODEL_DIM", 3, wider, "24 numbers", "holds 16")
+    refused(quick_cli("search", indexed, "text=a", f"model={wider}"), "E_MODEL_DIM", 3, wider, "24 numbers", "holds 16")
     ours = json.loads((other / "manifest.json").read_text())["fingerprint"][:16]
     theirs = json.loads((indexed / "versions/000001/manifest.json").read_text())["model"][:16]
-    refused(cli("search", indexed, "text=a", f"model={other}"), "E_FINGERPRINT", 3, other, ours, theirs)
+    refused(quick_cli("search", indexed, "text=a", f"model={other}"), "E_FINGERPRINT", 3, other, ours, theirs)
 
 
 def test_a_moved_index_says_how_to_name_the_model(cli, refused, indexed, model, tmp_path):

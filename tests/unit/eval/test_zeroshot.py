@@ -7,7 +7,6 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -342,22 +341,6 @@ def check_queries(table: pa.Table, numbers: dict[str, Any], data: Path) -> None:
             else:
                 assert row["query"] in captions[row["key"]]
                 assert row["right"] == [row["query"] in captions[key] for key in row["top"]]
-
-
-@pytest.fixture
-def quick_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """`clipwright WORDS` in this process, which holds torch already: ten refusals cost seconds, not a minute."""
-    from clipwright.cli import app
-
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-
-    def call(*words: object) -> SimpleNamespace:
-        capfd.readouterr()
-        code = app(list(map(str, words)), standalone_mode=False)
-        return SimpleNamespace(returncode=code, stderr=capfd.readouterr().err)
-
-    return call
 
 
 def test_bad_input(quick_cli, refused, model, labelled: Path, tmp_path: Path) -> None:
