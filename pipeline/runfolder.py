@@ -25,7 +25,18 @@ def stored_tree(run: Path) -> dict[str, Any] | None:
 def stored_identity(run: Path) -> dict[str, Any] | None:
     """The identity of the run in `run`, or None where no run has begun."""
     path = run / IDENTITY
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ClipwrightError(
+            "E_RESUME",
+            "a run folder that does not say whose it is",
+            where=path,
+            found=f"not JSON: {error}",
+            fix="restore the file, or start over with --fresh",
+        ) from None
 
 
 def claim(run: Path, *, yaml: str, identity: dict[str, Any], fresh: bool, learned: Tokenizer | None = None) -> None:
@@ -33,10 +44,10 @@ def claim(run: Path, *, yaml: str, identity: dict[str, Any], fresh: bool, learne
 
     E_OUTPUT when the folder holds something else, E_RESUME (listing the changed keys) when it is another run's.
     """
+    if fresh and (run / IDENTITY).is_file():
+        shutil.rmtree(run)
     if (stored := stored_identity(run)) is not None:
-        if fresh:
-            shutil.rmtree(run)
-        elif changed := differences(stored, identity):
+        if changed := differences(stored, identity):
             raise ClipwrightError(
                 "E_RESUME",
                 "the folder holds a run of another config",

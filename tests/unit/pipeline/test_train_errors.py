@@ -189,3 +189,14 @@ IMAGE_TOWERS.add(MeanColourConfig, MeanColour, {"mean_colour": {"image_size": 32
     (tmp_path / "broken.py").write_text("import does_not_exist\n")
     line = cli.error("train", "plugins=broken.py", "-o", "x", code=2)
     assert line.startswith("error[E_PLUGIN]") and "broken.py" in line and "does_not_exist" in line
+
+
+def test_a_run_folder_with_a_broken_identity(small: Any, scenes: Path, tmp_path: Path) -> None:
+    cli = small.cli(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "identity.json").write_text("{", encoding="utf-8")
+    words = ["train", *small.settings[3:], f"data.train={scenes}", "runtime.stop_at=1", "-o", "run"]
+    line = cli.error(*words, code=2)
+    assert line.startswith("error[E_RESUME]") and "identity.json" in line and "--fresh" in line
+    cli(*words, "--fresh")
+    assert json.loads((tmp_path / "run" / "identity.json").read_text())["seed"] == 0
