@@ -223,7 +223,12 @@ def test_weights_move_to_another_size(name):
     perturb(small)
     same = small.resized(small.state_dict())
     assert all(torch.equal(value, same[key]) for key, value in small.state_dict().items())
-    large.load_state_dict(large.resized(small.state_dict()), strict=True)
+    try:
+        state = large.resized(small.state_dict())
+    except ClipwrightError as error:  # a family whose weights fix the number of tokens says so
+        assert error.code == "E_CONFIG_VALUE" and "image_size" in error.where and error.fix
+        return
+    large.load_state_dict(state, strict=True)
     assert large(pictures(large)).pooled.isfinite().all()
 
 
