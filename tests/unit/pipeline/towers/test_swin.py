@@ -1,0 +1,401 @@
+"""Swin against dense attention with every rule written out; its windows, mask, tables and counts; the tests' teeth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.towers.base import IMAGE_TOWERS, parameter_count
+from clipwright.pipeline.towers.layers import Activation
+from clipwright.pipeline.towers.swin import PatchMerging, Swin, SwinConfig, WindowAttention, window_mask
+
+TINY = {"image_size": 64, "dim": 8, "depths": (2, 2, 1, 1), "heads": (1, 2, 2, 4), "window": 4}
+FORMS = {
+    "even window": TINY,
+    "odd window": {**TINY, "image_size": 96, "depths": (2, 2, 3, 2), "window": 3},
+    "a window larger than a grid": {**TINY, "image_size": 32, "window": 4, "act": "gelu_tanh", "ln_eps": 1e-3},
+    "padded": {**TINY, "depths": (2, 3, 2, 2), "window": 3, "pad": True},
+    "padded by more than the shift": {**TINY, "image_size": 32, "depths": (2, 2, 2, 2), "window": 5, "pad": True},
+}
+
+
+def build(**fields) -> Swin:
+    torch.manual_seed(0)
+    return Swin(SwinConfig(name="x", **fields))
+
+
+def randomise(module: torch.nn.Module) -> None:
+    torch.manual_seed(1)
+    module.double().eval()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(0.3 * torch.randn_like(p))
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def slow_attention(attn: WindowAttention, tokens: torch.Tensor, side: int, window: int, shifted: bool) -> torch.Tensor:
+    """Attention over the whole map, −inf between cells of different windows: nothing is rolled, split or filled up.
+
+    Windows shifted by s cells begin at s − M, s, s + M, ...: cell y lies in window ⌊(y − s)/M⌋.
+    """
+    m = min(window, side)
+    s = m // 2 if shifted and side > window else 0
+    y, x = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
+    dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]  # query minus key
+    ids = (y - s) // m * side + (x - s) // m
+    same = ids[:, None] == ids[None, :]
+    table = attn.relative_table.view(2 * m - 1, 2 * m - 1, attn.heads)
+    out = []
+    for h, (q, k, v) in enumerate(
+        zip(*(part.chunk(attn.heads, dim=2) for part in attn.qkv(tokens).chunk(3, dim=2)), strict=True)
+    ):
+        bias = torch.full(same.shape, float("-inf"), dtype=tokens.dtype)
+        bias[same] = table[dy[same] + m - 1, dx[same] + m - 1, h]
+        scores = q @ k.transpose(1, 2) / q.shape[2] ** 0.5 + bias
+        out.append(scores.softmax(dim=2) @ v)
+    return attn.out(torch.cat(out, dim=2))
+
+
+def slow_swin(tower: Swin, config: SwinConfig, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pooled and tokens by the equations, cell by cell."""
+    norm = lambda layer, x: F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, config.ln_eps)  # noqa: E731
+    side = config.image_size // 4
+    rows = []
+    for i in range(side):
+        for j in range(side):
+            patch = images[:, :, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
+            rows.append(torch.einsum("bchw,dchw->bd", patch, tower.patch_embed.weight) + tower.patch_embed.bias)
+    x = norm(tower.patch_norm, torch.stack(rows, dim=1))
+    for i, (stage, depth) in enumerate(zip(tower.stages, config.depths, strict=True)):
+        for j in range(depth):
+            block = stage[j]
+            x = x + slow_attention(block.attn, norm(block.norm1, x), side, config.window, shifted=j % 2 == 1)
+            z = block.mlp.fc1(norm(block.norm2, x))
+            x = x + block.mlp.fc2(F.gelu(z, approximate="tanh" if config.act == "gelu_tanh" else "none"))
+        if i < 3:
+            cells = []
+            for y in range(0, side, 2):
+                for c in range(0, side, 2):
+                    phases = [(y, c), (y + 1, c), (y, c + 1), (y + 1, c + 1)]
+                    cells.append(torch.cat([x[:, row * side + column] for row, column in phases], dim=1))
+            x = norm(stage[depth].norm, torch.stack(cells, dim=1)) @ stage[depth].reduction.weight.T
+            side //= 2
+    tokens = norm(tower.norm, x)
+    return tokens.mean(dim=1), tokens
+
+
+@cache
+def literal(form: str) -> tuple[Swin, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """A tower with random parameters, images, and what the slow one makes of them."""
+    tower, config = build(**FORMS[form]), SwinConfig(name="x", **FORMS[form])
+    randomise(tower)
+    images = torch.randn(2, 3, tower.image_size, tower.image_size, dtype=torch.double)
+    with torch.no_grad():
+        return tower, images, slow_swin(tower, config, images)
+
+
+def compare(tower: Swin, images: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    with torch.no_grad():
+        out = tower(images)
+    close(out.pooled, expected[0])
+    close(out.tokens, expected[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_is_the_literal_one(form):
+    compare(*literal(form))
+
+
+def act(tower: Swin, _: pytest.MonkeyPatch) -> None:
+    for block in blocks(tower):
+        block.mlp.act = Activation("gelu_tanh")
+
+
+def eps(tower: Swin, _: pytest.MonkeyPatch) -> None:
+    for layer in tower.modules():
+        if isinstance(layer, torch.nn.LayerNorm):
+            layer.eps = 1e-6
+
+
+def attention(change: Callable) -> Callable:
+    """A mutation of the call of scaled_dot_product_attention."""
+    right = F.scaled_dot_product_attention
+
+    def mutate(_: Swin, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask: change(right, q, k, v, attn_mask))
+
+    return mutate
+
+
+def mask_off(tower: Swin, _: pytest.MonkeyPatch) -> None:
+    for block in blocks(tower):
+        if block.attn.masked:
+            block.attn.mask.zero_()
+
+
+def shift_back(tower: Swin, _: pytest.MonkeyPatch) -> None:
+    for block in blocks(tower):
+        block.attn.shift *= -1
+
+
+def transpose_index(tower: Swin, _: pytest.MonkeyPatch) -> None:
+    for block in blocks(tower):
+        block.attn.relative_index = block.attn.relative_index.T.contiguous()
+
+
+def columns_first(tower: Swin, _: pytest.MonkeyPatch) -> None:
+    """Phases in the order (0,0), (0,1), (1,0), (1,1)."""
+    for stage in list(tower.stages)[:3]:
+        merging = stage[-1]
+        for p in (merging.norm.weight, merging.norm.bias, merging.reduction.weight):
+            p.data = p.data.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].flatten(-2)
+
+
+def blocks(tower: Swin) -> list:
+    return [layer for stage in tower.stages for layer in stage if not isinstance(layer, PatchMerging)]
+
+
+@pytest.mark.parametrize("form", ["even window", "padded"])
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        pytest.param(act, id="kind of GELU"),
+        pytest.param(eps, id="eps of the norms"),
+        pytest.param(attention(lambda f, q, k, v, m: f(q, k, v, m, scale=1 / 8)), id="score scale"),
+        pytest.param(attention(lambda f, q, k, v, m: f(q, v, k, m)), id="swapped k and v"),
+        pytest.param(attention(lambda f, q, k, v, m: f(q, k, v, m.clamp(max=0))), id="no bias above 0"),
+        pytest.param(mask_off, id="mask off"),
+        pytest.param(shift_back, id="shift to the other side"),
+        pytest.param(transpose_index, id="offsets from key to query"),
+        pytest.param(columns_first, id="phases by columns"),
+    ],
+)
+def test_the_comparison_has_teeth(mutate, form, monkeypatch):
+    tower, images, expected = literal(form)
+    tower = deepcopy(tower)
+    mutate(tower, monkeypatch)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        compare(tower, images, expected)
+
+
+def pass_values(attn: WindowAttention, table: float) -> None:
+    """Queries and keys 0, values and output the identity, one number for all offsets."""
+    attn.double()
+    dim = attn.out.in_features
+    with torch.no_grad():
+        attn.qkv.weight.copy_(torch.cat([torch.zeros(2 * dim, dim), torch.eye(dim)]))
+        attn.out.weight.copy_(torch.eye(dim))
+        attn.qkv.bias.zero_()
+        attn.out.bias.zero_()
+        attn.relative_table.fill_(table)
+
+
+def reach(shift: bool, **fields) -> torch.Tensor:
+    """[ya, xa, yb, xb]: whether the output at cell a depends on the input at cell b; 4×4 windows, an 8×8 map."""
+    attn = WindowAttention(6, 2, **{"side": 8, "window": 4, **fields}, shift=shift)
+    randomise(attn)
+    n = attn.side**2
+    x = torch.randn(1, n, 6, dtype=torch.double)
+    with torch.no_grad():
+        before, out = attn(x), torch.zeros(n, n, dtype=torch.bool)
+        for b in range(n):
+            changed = x.clone()
+            changed[0, b] += 1
+            out[:, b] = (attn(changed) != before)[0].any(dim=1)
+    return out.view(attn.side, attn.side, attn.side, attn.side)
+
+
+def test_windows_are_local_and_shifted_ones_cross_their_borders_without_wrapping():
+    for shift, starts in ((False, (0, 4)), (True, (-2, 2, 6))):
+        expected = torch.zeros(8, 8, 8, 8, dtype=torch.bool)
+        for y in starts:
+            for x in starts:
+                rows, columns = slice(max(y, 0), y + 4), slice(max(x, 0), x + 4)
+                expected[rows, columns, rows, columns] = True
+        assert torch.equal(reach(shift), expected)
+    assert expected[3, 3, 4, 4] and not expected[0, 0, 7, 7] and not expected[0, 3, 7, 3]
+
+
+def test_a_window_that_holds_the_map_is_never_shifted():
+    for window in (4, 7):
+        attn = WindowAttention(6, 2, 4, window, shift=True)
+        assert attn.shift == 0 and attn.window == 4 and not attn.masked
+        assert attn.relative_table.shape == (49, 2)
+        assert reach(True, side=4, window=window).all()
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_cells_that_fill_up_a_map_are_seen_by_nobody(shift):
+    """With equal scores and values passed through, a map of ones stays one: no zero has come into a mean."""
+    attn, reached = WindowAttention(6, 2, 7, 4, shift=shift), reach(shift, side=7)
+    assert attn.padded == 8 and torch.equal(reached, reach(shift)[:7, :7, :7, :7])
+    pass_values(attn, table=0.0)
+    ones = torch.ones(2, 49, 6, dtype=torch.double)
+    close(attn(ones), ones)
+
+
+def test_rolling_forth_and_back_is_the_identity():
+    """Values passed through, and every cell sees itself alone: shifted attention gives the map back."""
+    attn = WindowAttention(6, 2, 6, 3, shift=True)
+    pass_values(attn, table=-1e9)
+    with torch.no_grad():
+        attn.relative_table[attn.relative_index[0, 0]] = 0  # offset 0
+    x = torch.randn(2, 36, 6, dtype=torch.double)
+    close(attn(x), x)
+
+
+@pytest.mark.parametrize(("side", "window"), [(8, 4), (9, 3), (14, 7)])
+def test_mask_is_the_nine_regions_of_the_original(side, window):
+    s = window // 2
+    label = torch.zeros(side, side)
+    cuts = [slice(0, side - window), slice(side - window, side - s), slice(side - s, side)]
+    for i, rows in enumerate(cuts):
+        for j, columns in enumerate(cuts):
+            label[rows, columns] = 3 * i + j
+    expected = []
+    for y in range(0, side, window):
+        for x in range(0, side, window):
+            flat = label[y : y + window, x : x + window].flatten()
+            expected.append((flat[:, None] != flat[None]) * -1.0)
+    mask = window_mask(side, side, window, s)
+    assert torch.equal(mask.clamp(min=-1), torch.stack(expected))
+    assert mask.diagonal(dim1=1, dim2=2).eq(0).all() and set(mask.unique().tolist()) == {0.0, float("-inf")}
+
+
+def test_minus_infinity_is_minus_one_hundred_for_ordinary_scores():
+    tower, images = build(**TINY).eval(), torch.randn(2, 3, 64, 64)
+    pooled = tower(images).pooled
+    for block in blocks(tower):
+        if block.attn.masked:
+            block.attn.mask.clamp_(min=-100)
+    assert (tower(images).pooled - pooled).abs().max() < 1e-6
+
+
+def test_merging_goes_down_the_rows_first():
+    """Phases 1, 2, 3, 4 of a 2×2 map in the order (0,0), (1,0), (0,1), (1,1), normed, then one matrix without bias."""
+    merging = PatchMerging(1, 2, 1e-5).double()
+    with torch.no_grad():
+        merging.reduction.weight.copy_(torch.eye(4)[:2])
+        cells = torch.tensor(
+            [[[1.0], [3.0], [2.0], [4.0]]], dtype=torch.double
+        )  # row-major: (0,0), (0,1), (1,0), (1,1)
+        normed = F.layer_norm(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.double), (4,), eps=1e-5)
+        close(merging(cells), normed[None, None, :2])
+    assert merging.reduction.bias is None
+
+
+def formula(config: SwinConfig) -> int:
+    total, side = 48 * config.dim + 3 * config.dim + 2 * 8 * config.dim, config.image_size // 4
+    for i, (depth, heads) in enumerate(zip(config.depths, config.heads, strict=True)):
+        c, m = config.dim * 2**i, min(config.window, side // 2**i)
+        total += depth * (12 * c * c + 13 * c + (2 * m - 1) ** 2 * heads)
+        total += 8 * c * c + 8 * c if i < 3 else 0
+    return total
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image_size": 160, "dim": 6, "depths": (1, 3, 2, 1), "heads": (3, 2, 6, 1), "window": 5},
+        {"image_size": 96, "dim": 10, "depths": (2, 1, 1, 3), "heads": (1, 5, 4, 8), "window": 7, "pad": True},
+    ],
+)
+def test_count_formula(fields):
+    assert parameter_count(build(**fields)) == formula(SwinConfig(name="x", **fields))
+
+
+# Beside the four of published.json: large by the formula; the paper gives 197M with its head of 1000 classes.
+LARGE = {"swin_large_window7": 194_995_476, "swin_large_window12": 195_198_516}
+
+
+def test_published_counts_and_multiply_adds(published):
+    rows = {name: row for (name, _), row in published.items() if row["family"] == "swin"}
+    assert len(rows) == 4
+    for name, row in rows.items():
+        with torch.device("meta"):
+            tower = IMAGE_TOWERS.build(IMAGE_TOWERS.preset(name)).eval()
+            with FlopCounterMode(display=False) as counter:
+                tower(torch.empty(1, 3, tower.image_size, tower.image_size))
+        assert (tower.image_size, tower.feature_dim) == (row["image_size"], row["feature_dim"])
+        assert parameter_count(tower) == row["params_features"]
+        assert counter.get_total_flops() / 2e9 == pytest.approx(row["gmacs_counted"], rel=5e-3)
+    for name, count in LARGE.items():
+        config = IMAGE_TOWERS.preset(name)
+        with torch.device("meta"):
+            assert parameter_count(IMAGE_TOWERS.build(config)) == count == formula(config)
+
+
+def test_init():
+    tower = build(image_size=224, depths=(2, 1, 1, 1))
+    block, merging = tower.stages[0][1], tower.stages[0][2]
+    for linear in (block.attn.qkv, block.attn.out, block.mlp.fc1, block.mlp.fc2, merging.reduction):
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.15)
+        assert abs(linear.weight.mean().item()) < 1e-3
+        assert linear.bias is None or linear.bias.abs().max() == 0
+    assert block.attn.relative_table.shape == (169, 3)
+    assert block.attn.relative_table.std().item() == pytest.approx(0.02, rel=0.15)
+    assert tower.patch_embed.weight.abs().max().item() == pytest.approx(48**-0.5, rel=0.02)  # Kaiming-uniform, a = √5
+    assert block.norm1.eps == tower.norm.eps == 1e-5 and tower.no_weight_decay == ("relative_table",)
+
+
+def test_drop_path_rises_over_all_blocks():
+    tower = build(**{**TINY, "depths": (2, 1, 1, 1)}, drop_path=0.4)
+    assert [block.drop_path.rate for block in blocks(tower)] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_tables_stay_with_the_window_and_are_resized_with_another():
+    small, large = build(**TINY), build(**{**TINY, "image_size": 128})
+    with torch.no_grad():
+        ramp = torch.arange(7.0).repeat(7, 1).flatten()[:, None]  # rises with the columns' offset
+        small.stages[0][0].attn.relative_table.copy_(ramp)
+        small.stages[3][0].attn.relative_table.fill_(0.3)
+    state = large.resized(small.state_dict())
+    large.load_state_dict(state, strict=True)
+    assert torch.equal(large.stages[0][0].attn.relative_table, small.stages[0][0].attn.relative_table)
+    assert small.stages[3][0].attn.relative_table.shape == (9, 4)  # a 2×2 grid there, a 4×4 grid here
+    assert torch.allclose(large.stages[3][0].attn.relative_table, torch.full((49, 4), 0.3), atol=1e-6)
+    wide = build(**{**TINY, "image_size": 128, "window": 8})
+    wide.load_state_dict(wide.resized(small.state_dict()), strict=True)
+    table = wide.stages[0][0].attn.relative_table.view(15, 15, 1)
+    assert table[7, 7, 0].item() == pytest.approx(3, abs=1e-5), "offset 0 stays in the middle"
+    assert torch.allclose(table[4, 5:10, 0], (torch.arange(5, 10) + 0.5) * 7 / 15 - 0.5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "found", "fix"),
+    [
+        (48, 4, "multiple of 32", "use 32 or 64"),
+        (96, 4, "grid of 6×6 is neither a multiple of window 4", "use 64 or 128, or pad: true"),
+        (384, 7, "grid of 96×96", "use 224 or 448, or pad: true"),
+        (32, 7, "grid of 8×8", "use 224, or pad: true"),
+    ],
+)
+def test_a_size_that_the_windows_would_cut_is_refused(size, window, found, fix):
+    with pytest.raises(ClipwrightError) as caught:
+        build(**{**TINY, "image_size": size, "window": window})
+    assert caught.value.code == "E_CONFIG_VALUE" and caught.value.where == f"image_size: {size}"
+    assert found in caught.value.found and caught.value.fix == fix
+
+
+def test_padding_takes_such_a_size():
+    tower = build(**{**TINY, "image_size": 96, "pad": True})
+    out = tower(torch.randn(2, 3, 96, 96))
+    assert out.grid == (3, 3) and out.tokens.isfinite().all()
+    out.tokens.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tower.parameters())
+
+
+def test_heads_must_divide_the_width_of_their_stage():
+    with pytest.raises(ClipwrightError) as caught:
+        build(**{**TINY, "heads": (1, 3, 2, 4)})
+    assert caught.value.code == "E_CONFIG_VALUE" and "dim: 16" in caught.value.where
