@@ -24,6 +24,7 @@ from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, LossConfig
 from clipwright.pipeline.model import ModelConfig, TwoTower, build_model
 from clipwright.pipeline.optim import OptimConfig, ScheduleConfig
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, Tokenizer, TokenizerConfig
+from clipwright.pipeline.towers.base import TEXT_TOWERS
 
 CAPTIONS = 1_000_000  # of a larger dataset, as many captions teach a tokenizer
 
@@ -95,13 +96,14 @@ def open_tokenizer(config: TokenizerConfig, dataset: Dataset, run: Path | None, 
     begun = None if run is None else runfolder.stored_identity(run)
     if config.learned is None or (begun is not None and begun.get("tokenizer", {}).get("name") == config.name):
         return stored_tokenizer(config, run)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / config.learned
-        on_first(lambda: config.learn(sample_captions(dataset, CAPTIONS), path.parent))
-        data = from_first(path.read_bytes() if world.first else None)
-        assert isinstance(data, bytes)
-        path.write_bytes(data)  # the other ranks may be on other machines
-        return TOKENIZERS.build(config, folder=path.parent)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        on_first(lambda: config.learn(sample_captions(dataset, CAPTIONS), folder))
+        files = from_first({path.name: path.read_bytes() for path in folder.iterdir()})
+        assert isinstance(files, dict)
+        for file, data in files.items():  # the other ranks may be on other machines
+            (folder / file).write_bytes(data)
+        return TOKENIZERS.build(config, folder=folder)
 
 
 def stored_tokenizer(config: TokenizerConfig, run: Path | None) -> Tokenizer:
@@ -137,7 +139,7 @@ def sample_captions(dataset: Dataset, most: int) -> Iterator[str]:
 
 def identity(resolved: Resolved[RunConfig], dataset: str, tokenizer: str) -> dict[str, Any]:
     """What decides a run's result; dataset and tokenizer enter by fingerprint, never by where they lie."""
-    tree = resolved.identity()
+    tree = _inside(resolved.identity())
     return {
         **tree,
         "data": {**tree["data"], "train": dataset},
@@ -147,7 +149,18 @@ def identity(resolved: Resolved[RunConfig], dataset: str, tokenizer: str) -> dic
 
 def model_tree(tree: dict[str, Any]) -> dict[str, Any]:
     """The part of a run's tree that a model folder keeps: architecture, tokenizer, preprocessing, loss."""
-    return {key: tree[key] for key in ("image", "text", "tokenizer", "embed_dim", "preprocessing", "loss")}
+    inside = _inside(tree)
+    return {key: inside[key] for key in ("image", "text", "tokenizer", "embed_dim", "preprocessing", "loss")}
+
+
+def _inside(tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` without the fields of text tower and tokenizer that point outside the run."""
+    kinds = {"text": TEXT_TOWERS.entry(tree["text"]["name"]), "tokenizer": TOKENIZERS.entry(tree["tokenizer"]["name"])}
+    cut = {
+        key: {name: value for name, value in tree[key].items() if name not in entry.config.outside}
+        for key, entry in kinds.items()
+    }
+    return {**tree, **cut}
 
 
 def loss_tensors(loss: ContrastiveLoss) -> dict[str, Tensor]:

@@ -124,7 +124,8 @@ def unknown_tokens(context: Context) -> Found:
         return Found("ok", "none: every byte has an id")
     found, need = f"{context.odd_tokens:.1%} of all tokens are unknown or single bytes", f"at most {ODD:.0%}"
     if context.odd_tokens > ODD:
-        return Found("warn", found, need, "set a larger tokenizer.vocab_size")
+        own = hasattr(context.config.tokenizer, "vocab_size")
+        return Found("warn", found, need, "set a larger tokenizer.vocab_size" if own else "use another tokenizer")
     return Found("ok", found, need)
 
 

@@ -15,23 +15,26 @@ from clipwright.pipeline.core.registry import Registry, configclass
 class TokenizerConfig:
     """Fields every tokenizer has.
 
-    `learned` names the file that `learn` writes, where a tokenizer is learned from the captions it is trained on.
+    `learned` names the main file that `learn` writes, where a tokenizer is learned from the captions it is trained on
+    or copied. `outside`: fields that point outside a run, to what `learn` brings in; neither a run's identity nor a
+    model folder has them.
     """
 
     learned: ClassVar[str | None] = None
+    outside: ClassVar[tuple[str, ...]] = ()
 
     name: str
 
     def learn(self, captions: Iterable[str], folder: Path) -> None:
-        """Writes `learned` into `folder`; `build(config, folder=folder)` then reads it."""
+        """Writes `learned`, and what else there is, into `folder`; `build(config, folder=folder)` then reads it."""
         raise NotImplementedError
 
 
 class Tokenizer(Protocol):
-    """Text to ids. `files` are what a model folder must hold; `fingerprint` is the SHA-256 of what decides the ids."""
+    """Text to ids. `fingerprint` is the SHA-256 of what decides them."""
 
     vocab_size: int
-    sot_id: int
+    sot_id: int  # -1 where nothing stands before a text
     eot_id: int
     pad_id: int
     unknown_ids: tuple[int, ...]  # those of what the vocabulary has no piece for: unknown, or spelt in bytes

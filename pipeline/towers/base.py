@@ -6,7 +6,7 @@ torch.distributed or DeepSpeed.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -42,7 +42,13 @@ class ImageTowerConfig:
 
 @configclass
 class TextTowerConfig:
-    """Fields every text tower has; `context` is the longest token sequence, SOT and EOT included."""
+    """Fields every text tower has; `context` is the longest token sequence, SOT and EOT included.
+
+    `outside`: fields that point outside a run, to what its start brings in; neither a run's identity nor a model folder
+    has them.
+    """
+
+    outside: ClassVar[tuple[str, ...]] = ()
 
     name: str
     context: int = 77
