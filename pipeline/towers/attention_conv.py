@@ -204,6 +204,6 @@ IMAGE_TOWERS.add(
     AttentionConvConfig,
     AttentionConv,
     # At α = 2 a head's neighbouring tap starts with e⁻² of its own tap's weight, so that centres receive gradient.
-    {"attention_conv_nano": {"image_size": 64, "patch": 8, "dim": 128, "depth": 4, "alpha": 2.0, "learnable": True}},
+    {"attention_conv_nano": {"image_size": 64, "patch": 8, "dim": 112, "depth": 4, "alpha": 2.0, "learnable": True}},
     source="Cordonnier et al. 2020; attention_conv_nano is ours",
 )
