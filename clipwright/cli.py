@@ -120,7 +120,7 @@ def _demo_step(words: list[str]) -> dict[str, Any]:
     return {name: value for name, value in numbers.items() if not isinstance(value, list)}
 
 
-@command(app, "list", metavar="WHAT")
+@command(app, "list", metavar="WHAT", output=False)
 def list_(call: Call) -> None:
     """List towers, losses, tokenizers, sources, benchmarks, prompts or configs, with their size."""
     kinds = [*REGISTRIES, "prompts", "configs"]
@@ -213,7 +213,7 @@ def _config_verb(call: Call) -> str:
     )
 
 
-@command(config_app, "config show", metavar="VERB [CONFIG]", words=3)
+@command(config_app, "config show", metavar="VERB [CONFIG]", words=3, output=False)
 def config_show(call: Call) -> None:
     """Print the resolved values of a verb's config, each with its origin."""
     from clipwright.pipeline.core.config import resolve
@@ -230,7 +230,7 @@ def config_show(call: Call) -> None:
     call.finish(resolved.tree, resolved.show())
 
 
-@command(config_app, "config schema", metavar="VERB", words=2)
+@command(config_app, "config schema", metavar="VERB", words=2, output=False)
 def config_schema(call: Call) -> None:
     """Print the JSON schema of a verb's config."""
     import json

@@ -35,7 +35,7 @@ def prep(call: Call) -> None:
     result: dict[str, Any] = {name: manifest[name] for name in names}
     result |= {"shards": len(manifest["shards"]), "output": str(folder), "notes": done.notes}
     result["seconds"] = round(time.monotonic() - started, 3)
-    text = "" if call.quiet else _summary(result, done)
+    text = _summary(result, done)
     call.finish(result, text, then=f"clipwright train photos data.train={folder} -o RUN")
 
 
@@ -76,7 +76,7 @@ def data_verify(call: Call) -> None:
     if result["ok"]:
         lines.append(f"verify: every byte is what the manifest says, fingerprint {result['fingerprint']}")
     then = f"clipwright data stats {result['data']}" if result["ok"] else ""
-    call.finish(result, "" if call.quiet else "\n".join(lines), then=then)
+    call.finish(result, "\n".join(lines), then=then)
     refuse(result)
 
 
@@ -103,7 +103,7 @@ def data_view(call: Call) -> None:
         return
     result = view(config, out, quiet=call.quiet)
     shown = f"{result['kept']} kept and {result['rejected']} rejected pairs"
-    call.finish(result, "" if call.quiet else f"view: {shown} in {result['page']}, {result['bytes'] / 1e6:.1f} MB")
+    call.finish(result, f"view: {shown} in {result['page']}, {result['bytes'] / 1e6:.1f} MB")
 
 
 def _report(call: Call, result: dict[str, Any]) -> None:

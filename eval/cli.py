@@ -64,7 +64,9 @@ def index_build(call: Call) -> None:
     call.finish(version, text, then=f'clipwright search {out} text="..."')
 
 
-@command(app, "search", kind="clipwright.eval.search.query:SearchConfig", subject="index", metavar="INDEX")
+@command(
+    app, "search", kind="clipwright.eval.search.query:SearchConfig", subject="index", metavar="INDEX", output=False
+)
 def search(call: Call) -> None:
     """Index folder and a text or image to the nearest rows: `search INDEX text="a red dog"` or `image=FILE`."""
     from clipwright.eval.search.query import run, table
@@ -91,24 +93,15 @@ def evaluate(call: Call) -> None:
     call.finish(report, text, then=then)
 
 
-@command(app, "report", metavar="FOLDER")
+@command(app, "report", metavar="FOLDER", output=False)
 def report(call: Call) -> None:
     """The page of a finished demo: every figure of its steps in one file, FOLDER/report.html."""
     from pathlib import Path
 
     from clipwright.eval.demo import Demo
     from clipwright.eval.report import write
-    from clipwright.pipeline.core.errors import ClipwrightError
 
     folder = Path(call.config or "demo")
-    if call.out is not None:
-        raise ClipwrightError(
-            "E_USAGE",
-            "a page that goes elsewhere",
-            where=f"report -o {call.out}",
-            found="the page is written into the demo's folder",
-            fix=f"leave out -o, and copy {folder / 'report.html'}, which stands alone",
-        )
     if call.dry_run:
         call.finish(Demo(folder).headline(), f"would write {folder / 'report.html'}")
         return

@@ -202,6 +202,14 @@ def train(call: Call) -> None:
 
 def _finish(call: Call, trainer: Trainer, run: Path) -> None:
     lines = runfolder.read_log(run)
+    if not lines:
+        raise ClipwrightError(
+            "E_INPUT",
+            "a finished run without its log",
+            where=run / "log.jsonl",
+            found="no line; the checkpoints are whole",
+            fix=f"export it (clipwright export {run} -o MODEL), or train again with --fresh",
+        )
     result = {
         "steps": trainer.step,
         "samples": trainer.step * trainer.schedule.global_batch,

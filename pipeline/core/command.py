@@ -42,6 +42,7 @@ class Command:
     subject: str | None
     words: int  # how many words may stand beside the overrides
     configs: str = ""  # whose folder of configs/ it reads
+    output: bool = True  # whether it has a use for -o
 
 
 COMMANDS: dict[str, Command] = {}
@@ -76,6 +77,14 @@ class Call:
                 where=" ".join([self.command.verb, *spare]),
                 found=f"'{spare[0]}' is neither the one word this verb takes nor section.key=value",
                 fix=f"see clipwright {self.command.verb} --help",
+            )
+        if self.out is not None and not self.command.output:
+            raise ClipwrightError(
+                "E_USAGE",
+                "an output folder that nobody would write",
+                where=f"{self.command.verb} -o {self.out}",
+                found="this verb only prints, or writes into the folder it is given",
+                fix="leave out -o",
             )
 
     def load(self, base: dict[str, Any] | None = None) -> Any:
@@ -128,13 +137,15 @@ def command(
     metavar: str = "CONFIG",
     words: int = 1,
     configs: str = "",
+    output: bool = True,
 ) -> Callable[[Callable[[Call], None]], Callable[..., None]]:
     """Registers `verb` on `app`.
 
     With `subject`, the first word sets that config key instead of naming a config. `configs`: whose shipped configs a
-    name means, where they are not the verb's own (`doctor photos` reads configs/train/photos.yaml).
+    name means, where they are not the verb's own (`doctor photos` reads configs/train/photos.yaml). `output`: whether
+    the verb takes -o.
     """
-    spec = COMMANDS[verb] = Command(verb, kind, subject, words, configs or verb.split()[0])
+    spec = COMMANDS[verb] = Command(verb, kind, subject, words, configs or verb.split()[0], output)
     listed = typer.Argument(None, metavar=f"[{metavar}] [SECTION.KEY=VALUE]...", show_default=False)
 
     def decorate(body: Callable[[Call], None]) -> Callable[..., None]:

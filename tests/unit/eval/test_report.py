@@ -246,7 +246,7 @@ def test_charts_keep_text_as_text_and_curves_short() -> None:
 
 def test_unfinished_demos_are_refused_through_the_command(cli: Any, refused: Any, demo: Path, tmp_path: Path) -> None:
     refused(cli("report", tmp_path / "nowhere"), "E_INPUT", 3, tmp_path / "nowhere", "clipwright demo")
-    refused(cli("report", demo, "-o", tmp_path / "page"), "E_USAGE", 2, tmp_path / "page", f"copy {demo}/report.html")
+    refused(cli("report", demo, "-o", tmp_path / "page"), "E_USAGE", 2, tmp_path / "page", "leave out -o")
     (demo / "report.html").write_text("an older page")
     shutil.rmtree(demo / "zeroshot")
     again = f"clipwright eval scenes_zeroshot model={demo}/model data={demo}/test -o {demo}/zeroshot"

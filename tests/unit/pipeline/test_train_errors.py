@@ -200,3 +200,6 @@ def test_a_run_folder_with_a_broken_identity(small: Any, scenes: Path, tmp_path:
     assert line.startswith("error[E_RESUME]") and "identity.json" in line and "--fresh" in line
     cli(*words, "--fresh")
     assert json.loads((tmp_path / "run" / "identity.json").read_text())["seed"] == 0
+    (tmp_path / "run" / "log.jsonl").write_text("")  # what a disk full at the wrong moment may leave
+    line = cli.error(*words, code=3)
+    assert line.startswith("error[E_INPUT]") and "log.jsonl" in line and "export" in line
