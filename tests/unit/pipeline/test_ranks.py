@@ -122,3 +122,18 @@ def test_running_statistics_are_the_average_over_ranks(scenes: Path, tmp_path: P
     first = next(name for name in sorted(one) if name.startswith("image.stem.0") and name.endswith("running_mean"))
     assert one[first].abs().max() > 1e-4
     assert torch.allclose(one[first], two[first], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_extra_pooled_vectors_train_alike_on_two_ranks(zero: int, scenes: Path, tmp_path: Path, small: Any) -> None:
+    """ZeRO's hooks must see the tensors in TowerOutput.extra, and the projection of each."""
+    settings = [word for word in small.settings if not word.startswith("image.")]
+    settings += ["image.name=deit_nano", "image.image_size=32", "image.depth=2", "image.drop_path=0"]
+    settings += [f"data.train={scenes}", "schedule.samples=96", *SGD]
+    small.cli(tmp_path)("train", *settings, "-o", "one")
+    small.cli(tmp_path)("train", *settings, f"runtime.zero={zero}", "-o", "two", ranks=2)
+    last = "checkpoints/step-00000006/model.safetensors"
+    one, two = load_file(tmp_path / "one" / last), load_file(tmp_path / "two" / last)
+    assert one.keys() == two.keys() and "extra_projections.dist.weight" in one
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, two[name], rtol=0, atol=1e-5), name
