@@ -120,7 +120,15 @@ def _demo_step(words: list[str]) -> dict[str, Any]:
     return {name: value for name, value in numbers.items() if not isinstance(value, list)}
 
 
-@command(app, "list", metavar="WHAT", output=False)
+@configclass
+class ListConfig:
+    """`what` to list; `image_size`: list image towers at this resolution instead of each preset's own."""
+
+    what: str
+    image_size: int | None = None
+
+
+@command(app, "list", kind="clipwright.cli:ListConfig", subject="what", metavar="WHAT", output=False)
 def list_(call: Call) -> None:
     """List towers, losses, tokenizers, sources, benchmarks, prompts or configs, with their size."""
     kinds = [*REGISTRIES, "prompts", "configs"]
@@ -132,13 +140,22 @@ def list_(call: Call) -> None:
             found=f"there are {', '.join(kinds)}",
             fix=nearest(call.config or "", kinds) or "choose one",
         )
+    config: ListConfig = call.load().value
+    if config.image_size is not None and config.what != "towers":
+        raise ClipwrightError(
+            "E_CONFIG_VALUE",
+            f"{config.what} have no resolution",
+            where=f"image_size: {config.image_size}",
+            found="only towers are listed by image_size",
+            fix="leave image_size out",
+        )
     own = {"prompts": _prompts, "configs": _configs}
-    rows = own[call.config]() if call.config in own else _entries(call.config)
+    rows = own[config.what]() if config.what in own else _entries(config.what, config.image_size)
     if call.json:
-        call.finish({call.config: rows})
+        call.finish(rows)
         return
-    keys = list(rows[0])
-    cells = [keys, *([_cell(row[key]) for key in keys] for row in rows)]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [keys, *([_cell(row.get(key)) for key in keys] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
     for line in cells:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
@@ -160,7 +177,7 @@ def _prompts() -> list[dict[str, Any]]:
     return listing()
 
 
-def _entries(kind: str) -> list[dict[str, Any]]:
+def _entries(kind: str, image_size: int | None) -> list[dict[str, Any]]:
     import importlib
 
     module, _, names = REGISTRIES[kind].partition(":")
@@ -170,31 +187,42 @@ def _entries(kind: str) -> list[dict[str, Any]]:
         for preset, entry in registry.entries.items():
             row = {"name": preset, "kind": registry.kind, "family": entry.config.__name__.removesuffix("Config")}
             if kind == "towers":
-                row |= _tower_size(registry, preset)
-            rows.append({**row, "source": entry.source})
+                row |= _tower_size(registry, preset, image_size)
+            error = row.pop("error", None)
+            rows.append({**row, "source": entry.source, **({"error": error} if error else {})})
     return rows
 
 
-def _tower_size(registry: Any, preset: str) -> dict[str, Any]:
-    """Parameters, resolution and pooled dimension of a tower, built on the meta device."""
+def _tower_size(registry: Any, preset: str, image_size: int | None) -> dict[str, Any]:
+    """A tower's figures, built on the meta device; null with an `error` where it refuses the image size."""
     import torch
 
     from clipwright.pipeline.towers.base import TextTowerConfig, parameter_count
+    from clipwright.pipeline.towers.count import multiply_adds
 
     config = registry.preset(preset)
     is_text = isinstance(config, TextTowerConfig)
-    with torch.device("meta"):
-        # A text tower's size depends on its vocabulary: CLIP's is the one listed.
-        tower = registry.build(config, vocab_size=49408, eot_id=49407) if is_text else registry.build(config)
-    return {
+    if image_size is not None and not is_text:
+        config = registry.preset(preset, image_size=image_size)
+    row: dict[str, Any] = {"image_size": None if is_text else config.image_size}
+    row |= dict.fromkeys(("params_features", "gmacs", "feature_dim"))
+    try:
+        with torch.device("meta"):
+            # A text tower's size depends on its vocabulary: CLIP's is the one listed.
+            tower = registry.build(config, vocab_size=49408, eot_id=49407) if is_text else registry.build(config)
+    except ClipwrightError as refusal:
+        return row | {"error": f"{refusal.found}; {refusal.fix}"}
+    return row | {
         "params_features": parameter_count(tower),
-        "image_size": None if is_text else config.image_size,
+        "gmacs": None if is_text else round(multiply_adds(tower) / 1e9, 4),
         "feature_dim": tower.feature_dim,
     }
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _config_verb(call: Call) -> str:

@@ -112,8 +112,8 @@ class Call:
         if not self.quiet:
             print(text, file=sys.stderr if self.json else sys.stdout, flush=True)
 
-    def finish(self, result: dict[str, Any], text: str = "", then: str = "") -> None:
-        """The command's result: one JSON object with --json, else `text`; then the command that usually follows."""
+    def finish(self, result: dict[str, Any] | list[Any], text: str = "", then: str = "") -> None:
+        """The command's result: as JSON with --json, else `text`; then the command that usually follows."""
         if self.json:
             print(json.dumps(result, sort_keys=True, ensure_ascii=False, allow_nan=False), flush=True)
         elif text:
