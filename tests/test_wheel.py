@@ -63,7 +63,7 @@ def test_an_installed_wheel_runs_beside_decoys(wheel: Path, tmp_path: Path) -> N
         [str(python), "-m", "clipwright"],
         [*torchrun, "-m", "clipwright"],
     ):
-        for words in (["list", "towers", "--json"], ["config", "show", "train", "photos"], ["prep", "--help"]):
+        for words in (["list", "losses", "--json"], ["config", "show", "train", "photos"], ["prep", "--help"]):
             done = subprocess.run([*start, *words], cwd=work, env=env, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
             assert "decoy" not in done.stdout + done.stderr
