@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,6 +65,19 @@ class Parts:
     loader: Loader
     towers: TwoTower
     loss: ContrastiveLoss
+
+
+def settle_text(resolved: Resolved[RunConfig], run: Path, *, fresh: bool) -> Resolved[RunConfig]:
+    """Writes down, by rank 0, what the text tower's folder decides, so that a run and its models say all."""
+    text = resolved.value.text
+    stored = (None if fresh else runfolder.stored_tree(run)) or {}
+    fields: dict[str, Any] = {}
+    on_first(lambda: fields.update(text.written_down(stored.get("text", {}))))
+    settled: Any = from_first(fields)
+    value = dataclasses.replace(resolved.value, text=dataclasses.replace(text, **settled))
+    return dataclasses.replace(
+        resolved, value=value, tree={**resolved.tree, "text": {**resolved.tree["text"], **settled}}
+    )
 
 
 def build(config: RunConfig, world: World, run: Path | None = None) -> Parts:

@@ -25,7 +25,7 @@ from clipwright.pipeline.distributed import World, any_rank, on_first, process_g
 from clipwright.pipeline.engine import Engine, StepResult, deepspeed_config
 from clipwright.pipeline.metrics import RunLog, peak_memory, step_line
 from clipwright.pipeline.precision import settle_precision
-from clipwright.pipeline.run import Parts, RunConfig, RuntimeConfig, build, identity
+from clipwright.pipeline.run import Parts, RunConfig, RuntimeConfig, build, identity, settle_text
 from clipwright.pipeline.towers.base import parameter_count
 
 
@@ -186,7 +186,7 @@ def train(call: Call) -> None:
     with process_group() as world:
         call.writes_status = world.first
         run = call.output() if not call.dry_run else call.out or Path("run")
-        resolved = settle_precision(call.load(), run, world, fresh=call.fresh)
+        resolved = settle_text(settle_precision(call.load(), run, world, fresh=call.fresh), run, fresh=call.fresh)
         trainer = Trainer(call, resolved, world, run)
         if world.first:
             call.say(trainer.header())

@@ -6,7 +6,7 @@ torch.distributed or DeepSpeed.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -54,6 +54,10 @@ class TextTowerConfig:
     context: int = 77
     pad: Literal["longest", "fixed"] = "longest"
     projection: Literal["linear", "none"] = "linear"
+
+    def written_down(self, stored: dict[str, Any]) -> dict[str, Any]:
+        """What the fields in `outside` bring in, as further fields; `stored`: those that the run began with."""
+        return {}
 
 
 class ImageTower(nn.Module):
