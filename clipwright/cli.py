@@ -201,7 +201,7 @@ def _tower_size(registry: Any, preset: str, image_size: int | None) -> dict[str,
     from clipwright.pipeline.towers.count import multiply_adds
 
     config = registry.preset(preset)
-    is_text = isinstance(config, TextTowerConfig)
+    is_text = issubclass(registry.entry(preset).config, TextTowerConfig)
     if image_size is not None and not is_text:
         config = registry.preset(preset, image_size=image_size)
     row: dict[str, Any] = {"image_size": None if is_text else config.image_size}
