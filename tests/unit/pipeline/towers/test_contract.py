@@ -44,6 +44,11 @@ GMACS = {
     "coatnet_2": 16.4261,
     "clip_rn50": 5.7932,
 }
+# Parameters that `pooled` does not see: CvT's last block convolves queries for patch tokens, after which only the class
+# token counts (test_cvt.py: gradient comes from `tokens`).
+TOKENS_ALONE = {
+    "cvt_nano": [f"stages.2.blocks.3.attn.q.{key}" for key in ("conv.weight", "norm.weight", "norm.bias")],
+}
 
 
 def image_tower(name: str, **fields) -> ImageTower:
@@ -204,7 +209,7 @@ def test_gradient_reaches_every_parameter(name):
     sum((v * torch.linspace(-1, 1, v.shape[1])).sum() for v in [out.pooled, *out.extra.values()]).backward()
     for key, p in tower.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), key
-        assert p.grad.abs().max() > 0, key
+        assert p.grad.abs().max() > 0 or key in TOKENS_ALONE.get(name, ()), key
 
 
 @pytest.mark.parametrize("name", [*IMAGES, *TEXTS])
