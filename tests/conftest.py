@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ from typing import Any
 import pytest
 
 sys.modules.setdefault("conftest_root", sys.modules[__name__])
+# A shell starts background jobs deaf to Ctrl-C, and so would be every command that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ALLOWED = set((Path(__file__).parent / "allowed-skips.txt").read_text(encoding="utf-8").split("\n")) - {""}
 ROOT = Path(__file__).resolve().parent.parent
