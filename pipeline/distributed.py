@@ -51,7 +51,8 @@ def process_group() -> Iterator[World]:
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     backend = "nccl" if use_cuda else "gloo"
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    outside = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if outside["RANK"] is not None and outside["WORLD_SIZE"] is not None:
         dist.init_process_group(backend)
     else:
         # DeepSpeed reads these, and asks for mpi4py when they are missing.
@@ -61,6 +62,12 @@ def process_group() -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
     finally:
         dist.destroy_process_group()
+        # A process that goes on, or starts others, is no rank any more.
+        for name, value in outside.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def gather(tensor: Tensor) -> Tensor:
