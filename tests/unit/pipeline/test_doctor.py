@@ -7,8 +7,8 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import math
+import os
 import resource
 import shutil
 from collections.abc import Iterator
