@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 import numpy as np
 
+from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import Registry, configclass
 
 
@@ -27,7 +28,7 @@ class TokenizerConfig:
 
     def learn(self, captions: Iterable[str], folder: Path) -> None:
         """Writes `learned`, and what else there is, into `folder`; `build(config, folder=folder)` then reads it."""
-        raise NotImplementedError
+        raise AssertionError("a tokenizer that is learned defines learn")
 
 
 class Tokenizer(Protocol):
@@ -51,6 +52,18 @@ class Tokenizer(Protocol):
     def save(self, folder: Path) -> list[Path]:
         """Writes the tokenizer's files into `folder`; `build(config, folder=folder)` reads them back."""
         ...
+
+
+def read_bounded(path: Path, most: int, unreadable: Callable[[Path, str], ClipwrightError]) -> bytes:
+    """A tokenizer's file of at most `most` bytes: a model folder is not trusted. `unreadable` makes the error."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise unreadable(path, error.strerror or str(error)) from None
+    if len(data) > most:
+        raise unreadable(path, f"more than {most} bytes")
+    return data
 
 
 TOKENIZERS: Registry[Tokenizer] = Registry("tokenizer", "clipwright.pipeline.tokenizers")

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import atomic_write, digest
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig
+from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig, read_bounded
 
 TOKENIZER, SPECIAL = "tokenizer.json", "special_tokens_map.json"
 MAX_BYTES = 128 * 2**20  # of a file; a vocabulary of 256,000 pieces has 34 MB, and a model folder is not trusted
@@ -46,7 +46,7 @@ class HuggingFaceTokenizerConfig(TokenizerConfig):
         source = Path(self.folder)
         path = source / TOKENIZER
         if path.is_file() or not source.is_dir():
-            data, special = _read(path), _special_tokens(source)
+            data, special = read_bounded(path, MAX_BYTES, _unreadable), _special_tokens(source)
         else:
             data, special = _convert(source)
         _open(path, data, special)
@@ -64,7 +64,7 @@ class HuggingFaceTokenizer:
 
     def __init__(self, config: HuggingFaceTokenizerConfig, folder: Path) -> None:
         path = folder / TOKENIZER
-        self._data, self._special = _read(path), _special_tokens(folder)
+        self._data, self._special = read_bounded(path, MAX_BYTES, _unreadable), _special_tokens(folder)
         self._tokenizer, (self.sot_id, self.eot_id, self.pad_id) = _open(path, self._data, self._special)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
@@ -165,7 +165,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
         if not path.is_file():
             continue
         try:
-            tree = json.loads(_read(path))
+            tree = json.loads(read_bounded(path, MAX_BYTES, _unreadable))
         except (ValueError, RecursionError) as error:
             raise _unreadable(path, str(error)) from None
         if not isinstance(tree, dict):
@@ -191,17 +191,6 @@ def _convert(folder: Path) -> tuple[bytes, dict[str, str]]:
         raise _unreadable(folder, f"no {TOKENIZER}, and transformers has none for a {type(opened).__name__}")
     special = {role: str(token) for role, token in opened.special_tokens_map.items() if isinstance(token, str)}
     return backend.to_str().encode(), special
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise _unreadable(path, error.strerror or str(error)) from None
-    if len(data) > MAX_BYTES:
-        raise _unreadable(path, f"more than {MAX_BYTES} bytes")
-    return data
 
 
 def _unreadable(path: Path, found: str) -> ClipwrightError:

@@ -18,7 +18,7 @@ from clipwright.pipeline.core.captions import MAX_BYTES
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import atomic_write
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig
+from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig, read_bounded
 
 MODEL = "sentencepiece.model"
 MAX_MODEL_BYTES = 64 * 2**20  # a million pieces have 30 MB: a model folder is not trusted
@@ -106,7 +106,7 @@ class SentencePiece:
 
     def __init__(self, config: SentencePieceConfig, folder: Path) -> None:
         path = folder / MODEL
-        self._model = _read(path)
+        self._model = read_bounded(path, MAX_MODEL_BYTES, _unreadable)
         self._pieces = SentencePieceProcessor()
         try:
             self._pieces.LoadFromSerializedProto(self._model)
@@ -139,17 +139,6 @@ class SentencePiece:
         path = folder / MODEL
         atomic_write(path, self._model)
         return [path]
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_MODEL_BYTES + 1)
-    except OSError as error:
-        raise _unreadable(path, error.strerror or str(error)) from None
-    if len(data) > MAX_MODEL_BYTES:
-        raise _unreadable(path, f"more than {MAX_MODEL_BYTES} bytes")
-    return data
 
 
 def _unreadable(path: Path, found: str) -> ClipwrightError:
