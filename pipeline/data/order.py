@@ -62,11 +62,12 @@ def permute(index: np.ndarray, size: np.ndarray | int, key: np.ndarray | int) ->
 
 @dataclass(frozen=True)
 class Place:
-    """Where the samples of some positions lie: arrays of epoch, shard and row inside the shard."""
+    """Where the samples of some positions lie: arrays of epoch, shard, row inside the shard, dataset's number."""
 
     epoch: np.ndarray
     shard: np.ndarray
     row: np.ndarray
+    dataset: np.ndarray
 
 
 class Order:
@@ -96,7 +97,7 @@ class Order:
         for epoch in np.unique(epochs):
             here = epochs == epoch
             shard[here], row[here] = self._locate(int(epoch), positions[here])
-        return Place(epochs, shard, row)
+        return Place(epochs, shard, row, np.zeros_like(positions))
 
     def _locate(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         first = epoch * self.samples
