@@ -7,10 +7,10 @@ alone makes a group of one, so that everything behind it has one path.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch._C._distributed_c10d import HashStore
 from clipwright.pipeline.core.errors import ClipwrightError
 
 T = TypeVar("T")
+Op = Literal["sum", "max", "logaddexp"]
+Block = dict[str, Tensor]  # columns by the names of what is known of them, each (t, …)
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,55 @@ def scatter_sum(tensor: Tensor) -> Tensor:
     out = torch.empty(tensor.shape[0] // size, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
     dist.reduce_scatter_tensor(out, tensor.contiguous())
     return out
+
+
+class Columns:
+    """Columns (texts, say) that are visited block by block; those of this process alone.
+
+    own: what is known of this rank's columns, each (t, …); laid out alike on all ranks.
+    """
+
+    ranks = 1
+
+    def __init__(self, own: Block) -> None:
+        self.own = own
+
+    def reduce(
+        self, work: Callable[[Block], Sequence[Tensor]], ops: Sequence[Op], more: Block | None = None
+    ) -> Sequence[Tensor]:
+        """What `work` says of each column of a block, merged over ranks by `ops`: (t, …) for this rank's columns.
+
+        `work` is called on blocks that together hold every column of every rank once. more: what is known of this
+        rank's columns by now, shown to `work` beside what `own` held.
+        """
+        return work(self.own | (more or {}))
+
+
+class GatheredColumns(Columns):
+    """The columns of all ranks, gathered: one block on each rank."""
+
+    def __init__(self, own: Block) -> None:
+        super().__init__({name: gather(tensor) for name, tensor in own.items()})
+        self.ranks = dist.get_world_size()
+
+    def reduce(
+        self, work: Callable[[Block], Sequence[Tensor]], ops: Sequence[Op], more: Block | None = None
+    ) -> Sequence[Tensor]:
+        parts = work(self.own | {name: gather(tensor) for name, tensor in (more or {}).items()})
+        return [_merge_own(part, op) for part, op in zip(parts, ops, strict=True)]
+
+
+def _merge_own(part: Tensor, op: Op) -> Tensor:
+    """Every rank's view of all columns, merged; this rank's columns of it."""
+    if op == "sum":
+        return scatter_sum(part)
+    if dist.get_world_size() == 1:
+        return part
+    most = part.clone()
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    if op == "logaddexp":
+        most += sum_ranks((part - most).exp()).log()
+    return most.chunk(dist.get_world_size())[dist.get_rank()].contiguous()
 
 
 def sum_ranks(tensor: Tensor) -> Tensor:

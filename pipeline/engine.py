@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clipwright.pipeline.core.log import quiet_libraries
 from clipwright.pipeline.data.loader import Batch
-from clipwright.pipeline.distributed import World, gather, scatter_sum, sum_ranks
+from clipwright.pipeline.distributed import Block, GatheredColumns, World, sum_ranks
 from clipwright.pipeline.losses.base import ContrastiveLoss, Features
 from clipwright.pipeline.model import TwoTower
 from clipwright.pipeline.optim import OptimConfig, make_optimizer
@@ -83,7 +83,7 @@ class Engine:
     def step(self, batch: Batch, lr_factor: float, *, measure: bool) -> StepResult:
         """Forward, exact global contrastive gradient, update. Non-finite values are returned, not raised.
 
-        The loss is computed on gathered leaves; its feature gradients are summed over ranks and fed back through
+        The loss is computed on leaves; its feature gradients, already exchanged between ranks, are fed back through
         Σ f·g. DeepSpeed averages gradients over ranks, hence the factor `world`.
         """
         device = self.world.device
@@ -92,17 +92,16 @@ class Engine:
         image, text = self.engine(batch.views.to(device), batch.tokens.to(device))
         text = text[batch.text_row.to(device)]
         features = Features(
-            image=gather(image.detach().float()).requires_grad_(),
-            text=gather(text.detach().float()).requires_grad_(),
-            image_id=gather(batch.image_id.to(device)),
-            caption_id=gather(batch.caption_id.to(device)),
-            first=self.world.rank * len(image),
-            count=len(image),
+            image=image.detach().float().requires_grad_(),
+            text=text.detach().float().requires_grad_(),
+            image_id=batch.image_id.to(device),
+            caption_id=batch.caption_id.to(device),
+            exchange=GatheredColumns,
         )
         loss = self.loss(features)
         parameters = [p for p in self.loss.parameters() if p.requires_grad]
         image_grad, text_grad, *own = torch.autograd.grad(loss, [features.image, features.text, *parameters])
-        surrogate = (image.float() * scatter_sum(image_grad)).sum() + (text.float() * scatter_sum(text_grad)).sum()
+        surrogate = (image.float() * image_grad).sum() + (text.float() * text_grad).sum()
         self.engine.backward(surrogate * self.world.size)
         before = self._norm_before_step()
         self.engine.step()
@@ -115,8 +114,8 @@ class Engine:
         result = StepResult(float(sum_ranks(loss.detach().clone())), float(norm))
         if measure:
             correct = sum_ranks(torch.stack(_correct(features)))
-            result.acc_image = float(correct[0]) / len(features.image)
-            result.acc_text = float(correct[1]) / len(features.text)
+            result.acc_image = float(correct[0]) / (len(features.image) * self.world.size)
+            result.acc_text = float(correct[1]) / (len(features.text) * self.world.size)
         return result
 
     def _norm_before_step(self) -> float | None:
@@ -165,15 +164,15 @@ def _correct(features: Features) -> tuple[Tensor, Tensor]:
 
     Positives are the loss's: equal image bytes or equal captions, so that class-name captions count as they should.
     """
-    per_image = features.caption_id.shape[1]
-    own = torch.arange(features.first, features.first + features.count, device=features.image.device)
-    own_texts = (own[:, None] * per_image + torch.arange(per_image, device=own.device)).flatten()
-    best_text = (features.image[own] @ features.text.T).argmax(1)
-    best_image = (features.text[own_texts] @ features.image.T).argmax(1)
+    image = features.image.float()
+    best, best_positive = (torch.full_like(image[:, 0], -torch.inf) for _ in range(2))
 
-    def right(images: Tensor, texts: Tensor) -> Tensor:
-        same_image = features.image_id[images] == features.image_id[texts // per_image]
-        same_caption = features.caption_id[images] == features.caption_id.flatten()[texts, None]
-        return (same_image | same_caption.any(1)).sum().float()
+    def compare(block: Block) -> tuple[Tensor, Tensor]:
+        scores = image @ block["text"].float().T
+        positive = scores.masked_fill(~features.positive(block), -torch.inf)
+        best.copy_(torch.maximum(best, scores.amax(1)))
+        best_positive.copy_(torch.maximum(best_positive, positive.amax(1)))
+        return scores.amax(0), positive.amax(0)
 
-    return right(own, best_text), right(best_image, own_texts)
+    text_best, text_positive = features.columns().reduce(compare, ["max", "max"])
+    return (best == best_positive).sum().float(), (text_best == text_positive).sum().float()

@@ -117,7 +117,7 @@ def forward_backward(context: Context, batch: Batch) -> tuple[float, float]:
     with autocast(context):
         image, text = towers(batch.views.to(device), batch.tokens.to(device))
     ids = (batch.image_id.to(device), batch.caption_id.to(device))
-    value = loss(Features(image.float(), text[batch.text_row.to(device)].float(), *ids, 0, len(image)))
+    value = loss(Features(image.float(), text[batch.text_row.to(device)].float(), *ids))
     value.backward()
     grads = [p.grad for p in towers.parameters() if p.grad is not None]
     norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads])))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.distributed import Block
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, Features, LossConfig
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -27,8 +28,7 @@ class SoftmaxLoss(ContrastiveLoss):
     """InfoNCE both ways over the global batch.
 
     L = ½ (mean over images + mean over texts) of the cross-entropy between softmax(exp(t)·cos) and the uniform
-    distribution over an anchor's positives, in float32. A text is a positive of an image when they come from equal
-    image bytes, or when its caption equals one of the image's.
+    distribution over an anchor's positives, in float32.
     Source: Radford et al. 2021, section 2.3 and figure 3, whose target is the diagonal alone. The parameter t, not the
     used value, is clamped to [0, ln 100] after a step: a clamp inside the graph would kill its gradient.
     """
@@ -38,17 +38,7 @@ class SoftmaxLoss(ContrastiveLoss):
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.init_scale)]))
 
     def forward(self, features: Features) -> Float[Tensor, ""]:
-        scale = self.logit_scale.float().exp()
-        image, text = features.image.float(), features.text.float()
-        per_image = features.caption_id.shape[1]
-        own_images = slice(features.first, features.first + features.count)
-        own_texts = slice(own_images.start * per_image, own_images.stop * per_image)
-        positive = positives(features)
-        rows = scale * image[own_images] @ text.T
-        columns = scale * text[own_texts] @ image.T
-        loss_images = _cross_entropy(rows, positive[own_images]).sum() / len(image)
-        loss_texts = _cross_entropy(columns, positive[:, own_texts].T).sum() / len(text)
-        return (loss_images + loss_texts) / 2
+        return _Softmax.apply(features.image, features.text, self.logit_scale, features)
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -58,20 +48,41 @@ class SoftmaxLoss(ContrastiveLoss):
         return {"scale": float(self.logit_scale.detach().exp())}
 
 
-def positives(features: Features) -> Bool[Tensor, "b t"]:
-    """Which texts are positives of which images: equal image bytes, or a caption equal to one of the image's."""
-    per_image = features.caption_id.shape[1]
-    text_owner = features.image_id.repeat_interleave(per_image)
-    text_id = features.caption_id.reshape(-1)
-    positive = features.image_id[:, None] == text_owner[None, :]
-    for k in range(per_image):
-        positive |= features.caption_id[:, k, None] == text_id[None, :]
-    return positive
+class _Softmax(torch.autograd.Function):
+    """The loss and its gradients in two passes over all columns."""
 
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, features: Features) -> Tensor:
+        rows, columns, scale = image.float(), features.columns(), logit_scale.float().exp()
+        images, texts = len(image) * columns.ranks, len(text) * columns.ranks
+        row_lse, row_count = torch.full_like(rows[:, 0], -math.inf), torch.zeros_like(rows[:, 0])
 
-def _cross_entropy(logits: Float[Tensor, "n m"], positive: Bool[Tensor, "n m"]) -> Float[Tensor, " n"]:
-    target = positive / positive.sum(1, keepdim=True)
-    return logits.logsumexp(1) - (target * logits).sum(1)
+        def first(block: Block) -> tuple[Tensor, Tensor]:
+            logits, positive = scale * rows @ block["text"].float().T, features.positive(block)
+            row_lse.copy_(torch.logaddexp(row_lse, logits.logsumexp(1)))
+            row_count.add_(positive.sum(1))
+            return logits.logsumexp(0), positive.sum(0).float()
+
+        lse, count = columns.reduce(first, ["logaddexp", "sum"])
+        loss = row_lse.sum() / images + lse.sum() / texts
+        image_grad, scale_grad = torch.zeros_like(rows), torch.zeros_like(scale)
+
+        def second(block: Block) -> tuple[Tensor]:
+            logits, positive = scale * rows @ block["text"].float().T, features.positive(block)
+            target = positive / row_count[:, None] / images + positive / block["count"] / texts
+            grad = (logits - row_lse[:, None]).exp() / images + (logits - block["lse"]).exp() / texts - target
+            loss.sub_((target * logits).sum())
+            scale_grad.add_((grad * logits).sum())
+            image_grad.add_(scale * grad @ block["text"].float())
+            return (scale * grad.T @ rows,)
+
+        (text_grad,) = columns.reduce(second, ["sum"], {"lse": lse, "count": count})
+        ctx.save_for_backward(image_grad / 2, text_grad / 2, scale_grad / 2)
+        return loss / 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *(grads[0] * saved for saved in ctx.saved_tensors), None
 
 
 LOSSES.add(

@@ -17,8 +17,7 @@ def slow_correct(features: Features) -> tuple[int, int]:
         same = features.image_id[image] == features.image_id[text // per_image]
         return bool(same) or flat[text] in features.caption_id[image].tolist()
 
-    images = range(features.first, features.first + features.count)
-    texts = range(images.start * per_image, images.stop * per_image)
+    images, texts = range(len(features.image)), range(len(flat))
     scores = (features.image @ features.text.T).tolist()
     best_text = {i: max(range(len(flat)), key=lambda t: scores[i][t]) for i in images}
     best_image = {t: max(range(len(scores)), key=lambda i: scores[i][t]) for t in texts}
@@ -26,16 +25,15 @@ def slow_correct(features: Features) -> tuple[int, int]:
 
 
 def test_accuracy_counts_the_positives_of_the_loss() -> None:
-    """Class-name captions repeat in a batch: any image of the class is right, on every rank."""
+    """Class-name captions repeat in a batch: any image of the class is right."""
     torch.manual_seed(0)
     seen = set()
     for per_image in (1, 3):
         caption_id = torch.randint(0, 4, (8, per_image))
         image_id = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0])
         image, text = torch.randn(8, 5), torch.randn(8 * per_image, 5)
-        for first, count in ((0, 8), (0, 4), (4, 4)):
-            features = Features(image, text, image_id, caption_id, first, count)
-            found = tuple(int(number) for number in _correct(features))
-            assert found == slow_correct(features)
-            seen.add(found)
-    assert len(seen) > 3
+        features = Features(image, text, image_id, caption_id)
+        found = tuple(int(number) for number in _correct(features))
+        assert found == slow_correct(features)
+        seen.add(found)
+    assert len(seen) == 2
