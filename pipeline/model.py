@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from clipwright.pipeline.core.records import (
     write_manifest,
 )
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.pixels import evaluation_view
+from clipwright.pipeline.pixels import Interpolation, evaluation_view
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, Tokenizer, TokenizerConfig
 from clipwright.pipeline.towers.base import (
     IMAGE_TOWERS,
@@ -47,10 +47,17 @@ LENGTH_STEP = 8  # trimmed captions are rounded up to a multiple of this
 
 @configclass
 class Preprocessing:
-    """How pixels are normalised: (x/255 - mean) / std. The defaults are CLIP's."""
+    """How a picture becomes the tower's input; the defaults are CLIP's.
+
+    Pixels are normalised: (x/255 - mean) / std. The other fields are those of `pixels.evaluation_view`, which
+    evaluation and embedding look through; training crops at random.
+    """
 
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
+    interpolation: Interpolation = "bicubic"
+    fit: Literal["crop", "squash"] = "crop"
+    crop_rounding: Literal["even", "down"] = "even"
 
 
 @configclass
@@ -158,7 +165,14 @@ class Model:
 
     def view(self, data: bytes) -> np.ndarray:
         """Evaluation preprocessing of an image file: uint8 (S, S, 3). Raises pixels.PixelError."""
-        return evaluation_view(data, self.image_size)
+        form = self.config.preprocessing
+        return evaluation_view(
+            data,
+            self.image_size,
+            interpolation=form.interpolation,
+            fit=form.fit,
+            crop_rounding=form.crop_rounding,
+        )
 
     @torch.inference_mode()
     def embed_images(self, views: np.ndarray) -> Tensor:

@@ -36,6 +36,7 @@ MAX_SIDE = 16_384
 MAX_ASPECT = 100
 
 Format = Literal["jpeg", "png", "webp"]
+Interpolation = Literal["bicubic", "bilinear", "lanczos"]  # all antialiased
 
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "jpeg"),
@@ -293,18 +294,31 @@ def crop_resize(pixels: np.ndarray, box: tuple[float, float, float, float], size
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom)))
 
 
-def evaluation_view(data: bytes, size: int) -> np.ndarray:
-    """CLIP's view of an image: short side to `size` (bicubic), centre crop; uint8 (size, size, 3).
+def evaluation_view(
+    data: bytes,
+    size: int,
+    *,
+    interpolation: Interpolation = "bicubic",
+    fit: Literal["crop", "squash"] = "crop",
+    crop_rounding: Literal["even", "down"] = "even",
+) -> np.ndarray:
+    """A model's view of an image file, uint8 (size, size, 3); the defaults are CLIP's.
 
-    Source: openai/CLIP `_transform`, with torchvision's rounding (long side down, crop offset half to even). The
-    whole is resized, then cropped: Pillow orders its two passes by shape and clips to 8 bits between them, so a
-    resize of the crop alone differs by up to 20 levels.
+    fit: `crop`, short side to `size`, then the centre; `squash`, both sides to `size`. crop_rounding: where the centre
+    is when half a pixel is left over.
+    Source: openai/CLIP `_transform`, with torchvision's rounding (long side down, crop offset half to even);
+    transformers rounds the offset down. The whole is resized, then cropped: Pillow orders its two passes by shape and
+    clips to 8 bits between them, so a resize of the crop alone differs by up to 20 levels.
     """
     image = _decode(data, None)
+    resample = Image.Resampling[interpolation.upper()]
+    if fit == "squash":
+        return np.array(image.resize((size, size), resample))
     short = min(image.size)
     wide, high = size * image.width // short, size * image.height // short
-    image = image.resize((wide, high), Image.Resampling.BICUBIC)
-    left, top = round((wide - size) / 2), round((high - size) / 2)
+    image = image.resize((wide, high), resample)
+    offset = round if crop_rounding == "even" else int
+    left, top = offset((wide - size) / 2), offset((high - size) / 2)
     return np.array(image.crop((left, top, left + size, top + size)))
 
 

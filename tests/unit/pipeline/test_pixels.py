@@ -11,7 +11,7 @@ import tarfile
 import time
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -167,6 +167,30 @@ def test_evaluation_view_is_clips(size: tuple[int, int], side: int) -> None:
     left, top = round((wide - side) / 2.0), round((high - side) / 2.0)
     wanted = np.asarray(whole.crop((left, top, left + side, top + side))).astype(int)
     assert np.abs(pixels.evaluation_view(saved(picture, "PNG"), side) - wanted).max() <= 1
+
+
+# Surpluses of 0 to 3 pixels beside the crop, on either side, and pictures smaller than it.
+SHAPES = [(300, 200), (97, 301), (40, 40), (43, 40), (40, 41), (42, 40), (123, 40), (1001, 600), (17, 30)]
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear", "lanczos"])
+@pytest.mark.parametrize("fit", ["crop", "squash"])
+def test_evaluation_view_is_transformers(fit: Literal["crop", "squash"], resample: pixels.Interpolation) -> None:
+    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+
+    options: dict[str, Any] = {"resample": Image.Resampling[resample.upper()], "do_rescale": False}
+    if fit == "crop":
+        processor = CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=40, do_normalize=False, **options)
+    else:
+        processor = SiglipImageProcessorPil(size={"height": 40, "width": 40}, do_normalize=False, **options)
+    moved = False
+    for width, height in SHAPES:
+        data = saved(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8), "PNG")
+        wanted = processor([Image.open(io.BytesIO(data))], return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        view = pixels.evaluation_view(data, 40, interpolation=resample, fit=fit, crop_rounding="down")
+        assert view.dtype == np.uint8 and np.abs(view - wanted.astype(int)).max() <= 1, (width, height)
+        moved |= bool((view != pixels.evaluation_view(data, 40, interpolation=resample, fit=fit)).any())
+    assert moved == (fit == "crop")  # OpenAI's rounding shows in some of these shapes
 
 
 def test_draft_never_goes_below_the_wanted_side() -> None:
