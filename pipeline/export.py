@@ -11,9 +11,9 @@ from clipwright.pipeline.core.command import Call
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
-from clipwright.pipeline.core.records import STATUS, digest, read_manifest
+from clipwright.pipeline.core.records import digest
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.model import load_model, save_model
+from clipwright.pipeline.model import check_output, load_model, publish, save_model
 from clipwright.pipeline.run import RunConfig, model_tree, stored_tokenizer
 
 
@@ -44,7 +44,7 @@ def export(call: Call) -> None:
             found="none was saved yet",
             fix="train on, then export",
         )
-    _check_output(out)
+    check_output(out)
     if call.dry_run:
         call.say(f"would export step {found.step} of {run} to {out}")
         return
@@ -69,33 +69,13 @@ def export(call: Call) -> None:
         progress.add(1)
         load_model(staged, device="cpu")  # what is announced has been read back
         progress.add(1)
-    old = out.with_name(f".{out.name}.old.partial")
-    if out.exists():
-        out.rename(old)
-    staged.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    publish(staged, out)
     result = {"model": str(call.out), "fingerprint": manifest["fingerprint"], "step": found.step, **made_from}
     call.finish(
         result,
         f"exported step {found.step} to {call.out}",
         then=f"clipwright eval retrieval model={call.out} data=DATASET",
     )
-
-
-def _check_output(out: Path) -> None:
-    """An export replaces a model folder or fills an empty one; anything else is E_OUTPUT."""
-    if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {STATUS}):
-        return
-    try:
-        read_manifest(out, "model")
-    except ClipwrightError as error:
-        raise ClipwrightError(
-            "E_OUTPUT",
-            "the output holds something else than a model folder",
-            where=out,
-            found=error.found,
-            fix="choose another folder",
-        ) from None
 
 
 def _card(tree: dict[str, Any], made_from: dict[str, Any]) -> str:
