@@ -165,7 +165,7 @@ def _configs() -> list[dict[str, Any]]:
     from clipwright.pipeline.core.config import shipped_configs
 
     return [
-        {"verb": verb, "name": name, "file": f"configs/{verb}/{path.name}"}
+        {"verb": verb, "name": name, "file": path.relative_to(Path(__file__).parent).as_posix()}
         for verb, names in shipped_configs().items()
         for name, path in names.items()
     ]

@@ -97,10 +97,10 @@ def config_path(verb: str, config: str) -> Path:
 
 
 def shipped_configs() -> dict[str, dict[str, Path]]:
-    """verb → name → path of the configs inside the package."""
+    """verb → name → path of the configs inside the package; a verb's folder may have folders for groups of them."""
     root = Path(str(resources.files("clipwright") / "configs"))
     return {
-        folder.name: {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+        folder.name: {path.stem: path for path in sorted(folder.rglob("*.yaml"))}
         for folder in sorted(root.iterdir())
         if folder.is_dir()
     }
