@@ -13,13 +13,13 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from pydantic import Field
 from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.data.augment import AugmentConfig, training_view
+from clipwright.pipeline.data.augment import AugmentConfig, draw_colour, recolour, training_view
 from clipwright.pipeline.data.order import Draw, Order, caption_index
 from clipwright.pipeline.data.reader import Dataset
 from clipwright.pipeline.model import trim
@@ -45,7 +45,8 @@ class Batch:
 
     views uint8 (b, S, S, 3); tokens (u, n), each different caption once; text_row (b·K): the row of caption k of image
     i stands at iK + k. Class-name captions repeat, and a text tower that reads each once costs a fraction. image_id (b)
-    and caption_id (b, K): equal numbers mean equal image bytes, equal captions. `waited`: seconds the step waited.
+    and caption_id (b, K): equal numbers mean equal image bytes, equal captions. colour: brightness, contrast,
+    saturation and hue (`augment.recolour`), if colours change. `waited`: seconds the step waited.
     """
 
     views: UInt8[Tensor, "b s s 3"]
@@ -53,7 +54,13 @@ class Batch:
     text_row: Int[Tensor, " t"]
     image_id: Int[Tensor, " b"]
     caption_id: Int[Tensor, "b k"]
+    colour: Float[Tensor, "b 4"] | None = None
     waited: float = 0.0
+
+    def images(self, device: torch.device) -> UInt8[Tensor, "b s s 3"]:
+        """The views on the device, with the colours that were drawn for them."""
+        views = self.views.to(device)
+        return views if self.colour is None else recolour(views, self.colour.to(device))
 
 
 @dataclass(frozen=True)
@@ -136,9 +143,11 @@ class Loader:
         record = self.dataset.record(shard, row)
         key = record["key"][:32]
         data = self.dataset.image(shard, row)
-        draw = Draw(self.seed, self.dataset.fingerprint, epoch, record["key"], "view")
+        augment = self.config.augment
+        turn = epoch if augment.views is None else epoch % augment.views
+        draws = (Draw(self.seed, self.dataset.fingerprint, turn, record["key"], use) for use in ("view", "colour"))
         try:
-            view = training_view(data, self.image_size, self.config.augment, draw)
+            view = training_view(data, self.image_size, augment, next(draws))
         except PixelError as error:
             raise ClipwrightError(
                 error.args[0],
@@ -151,7 +160,8 @@ class Loader:
         picks = [
             caption_index(len(captions), seed=self.seed, epoch=epoch * count + turn, key=key) for turn in range(count)
         ]
-        return Sample(view, [captions[pick] for pick in picks], int(key[:16], 16) - 2**63)
+        colour = draw_colour(augment, next(draws))
+        return Sample(view, colour, [captions[pick] for pick in picks], int(key[:16], 16) - 2**63)
 
     def _collate(self, samples: list[Sample]) -> Batch:
         texts = [text for sample in samples for text in sample.captions]
@@ -159,7 +169,8 @@ class Loader:
         tokens = self.tokenizer.encode(list(row), self.text.context)
         tokens = trim(tokens, self.tokenizer.eot_id, self.text.pad)
         return Batch(
-            views=torch.from_numpy(np.stack([sample.view for sample in samples])),
+            views=torch.from_numpy(np.stack([sample.view for sample in samples])).permute(0, 2, 3, 1),
+            colour=torch.tensor([sample.colour for sample in samples]) if self.config.augment.colours else None,
             tokens=torch.from_numpy(tokens).long(),
             text_row=torch.tensor([row[text] for text in texts]),
             image_id=torch.tensor([sample.image_id for sample in samples]),
@@ -169,9 +180,10 @@ class Loader:
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded sample: view (S, S, 3), its chosen captions, and its image's key as a 64-bit integer."""
+    """One decoded sample: view (3, S, S), its colours, its chosen captions, its image's key as a 64-bit integer."""
 
     view: np.ndarray
+    colour: tuple[float, float, float, float]
     captions: list[str]
     image_id: int
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from clipwright.pipeline import pixels
@@ -202,12 +203,44 @@ def test_draft_never_goes_below_the_wanted_side() -> None:
     assert np.abs(pixels.resize(whole, small.shape[1], small.shape[0]).astype(int) - small).mean() < 2
 
 
-def test_crop_resize_takes_the_box() -> None:
-    picture = smooth(90, 60)
-    assert (pixels.crop_resize(picture, (0, 0, 60, 60), 60) == picture[:, :60]).all()
-    got = pixels.crop_resize(picture, (30.0, 0.0, 60.0, 60.0), 30)
-    wanted = pixels.resize(picture[:, 30:], 30, 30)
-    assert np.abs(got.astype(int) - wanted)[2:-2, 2:-2].max() <= 1
+def by_pillow(data: bytes, scale: int) -> np.ndarray:
+    """What Pillow alone makes of a JPEG at 1/scale."""
+    image = Image.open(io.BytesIO(data))
+    if scale > 1:
+        image.draft(image.mode, (image.width // scale, image.height // scale))
+    return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": "4:1:1"}])
+def test_the_fast_decoder_gives_pillows_bits(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[np.ndarray] = []
+    decode_jpeg = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: taken.append(decode_jpeg(*a, **k)) or taken[-1])
+    noise = np.random.default_rng(0).integers(0, 256, (151, 203, 3), dtype=np.uint8)
+    pictures = [noise, noise[..., 0], noise[:9, :17], noise[:1, :5], smooth(640, 481)]
+    for number, picture in enumerate(pictures):
+        data = saved(picture, "JPEG", quality=(30, 95, 100)[number % 3], **options)
+        for scale in (1, 2, 4, 8):
+            if min(picture.shape[:2]) >= scale:
+                small = -(-min(picture.shape[:2]) // scale)
+                assert (pixels.decode(data, min_side=small) == by_pillow(data, scale)).all(), (number, scale)
+    assert len(taken) == 4 * 3 + 4 + 1
+    # Turned, with four colours, or with a fault that Pillow forgives: its own.
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    before = len(taken)
+    pixels.decode(saved(noise, "JPEG", exif=exif))
+    pixels.decode(saved(Image.fromarray(noise).convert("CMYK"), "JPEG"))
+    assert len(taken) == before
+    data = saved(noise, "JPEG", **options)
+    place = data.index(b"\xff\xdb")
+    junk = data[:place] + b"junk" + data[place:]
+    assert (pixels.decode(junk) == by_pillow(junk, 1)).all() and len(taken) == before
+
+
+def test_tiny_pictures_are_not_shrunk_away() -> None:
+    data = saved(smooth(40, 3), "JPEG")
+    assert pixels.decode(data, min_side=1).shape == (2, 20, 3)
 
 
 def test_keys_encoding_and_difference_hash() -> None:

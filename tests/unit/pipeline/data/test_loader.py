@@ -5,22 +5,22 @@ from __future__ import annotations
 import itertools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.data.augment import AugmentConfig, crop_box
+from clipwright.pipeline.data.augment import AugmentConfig, recolour
 from clipwright.pipeline.data.loader import Batch, DataConfig, Loader, Share
-from clipwright.pipeline.data.order import Draw
 from clipwright.pipeline.data.reader import Dataset
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 from clipwright.pipeline.towers.base import TEXT_TOWERS
 
 
-def loader(folder: Path, share: Share, workers: int = 2, captions: int = 1) -> Loader:
+def loader(folder: Path, share: Share, workers: int = 2, **config: Any) -> Loader:
     return Loader(
-        DataConfig(train=str(folder), captions=captions),
+        DataConfig(train=str(folder), **config),
         share,
         tokenizer=TOKENIZERS.build(TOKENIZERS.preset("clip_bpe")),
         text=TEXT_TOWERS.preset("text_nano"),
@@ -77,14 +77,23 @@ def test_views_differ_between_epochs_and_captions_follow_their_image(scenes: Pat
     assert sum(changed) > 80
 
 
-def test_crops_stay_inside_and_follow_the_config() -> None:
-    config = AugmentConfig(scale=(0.25, 0.5), ratio=(0.5, 2.0))
-    areas = []
-    for i in range(500):
-        left, top, width, height = crop_box(200, 100, config, Draw(0, "f", 0, str(i), "view"))
-        assert 0 <= left <= left + width <= 200 + 1e-9 and 0 <= top <= top + height <= 100 + 1e-9
-        areas.append(width * height / 20000)
-    assert max(areas) <= 0.5 + 1e-9 and min(areas) < 0.3 and sum(areas) / 500 > 0.3
+def test_an_image_has_as_many_views_as_asked_for(scenes: Path) -> None:
+    few = AugmentConfig(views=2, jitter=(0.4, 0.4, 0.4, 0.1), grey=0.1)
+    epochs = [
+        {i: (v, c) for b in take(loader(scenes, Share(0, 1, 16), augment=few), 96 * e, 6) for i, v, c in rows_of(b)}
+        for e in range(3)
+    ]
+    same = [[all(map(torch.equal, one[i], other[i])) for i in one] for one, other in itertools.combinations(epochs, 2)]
+    assert not any(same[0]) and all(same[1]) and not any(same[2])
+    batch = take(loader(scenes, Share(0, 1, 16), augment=few), 0, 1)[0]
+    assert batch.colour is not None
+    assert torch.equal(batch.images(torch.device("cpu")), recolour(batch.views, batch.colour))
+    assert not torch.equal(batch.images(torch.device("cpu")), batch.views)
+
+
+def rows_of(batch: Batch) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    assert batch.colour is not None
+    return list(zip(batch.image_id.tolist(), batch.views, batch.colour, strict=True))
 
 
 @pytest.fixture

@@ -1,0 +1,139 @@
+"""Training views and colours against the plain way of making them."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipwright.pipeline.data import augment
+from clipwright.pipeline.data.augment import AugmentConfig, crop_box, draw_colour, recolour, resize, training_view
+from clipwright.pipeline.data.order import Draw
+
+
+def smooth(width: int, height: int) -> np.ndarray:
+    small = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def file_of(picture: np.ndarray, format: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, format, **options)
+    return out.getvalue()
+
+
+def draw(number: int) -> Draw:
+    return Draw(0, "f", 0, str(number), "view")
+
+
+def test_crops_stay_inside_and_follow_the_config() -> None:
+    config = AugmentConfig(scale=(0.25, 0.5), ratio=(0.5, 2.0))
+    areas = []
+    for i in range(500):
+        left, top, width, height = crop_box(200, 100, config, draw(i))
+        assert 0 <= left <= left + width <= 200 + 1e-9 and 0 <= top <= top + height <= 100 + 1e-9
+        areas.append(width * height / 20000)
+    assert max(areas) <= 0.5 + 1e-9 and min(areas) < 0.3 and sum(areas) / 500 > 0.3
+
+
+@pytest.mark.parametrize("size", [(500, 375), (97, 301), (32, 32), (5, 7), (1, 40)])
+def test_resize_is_pillows_to_one_level(size: tuple[int, int]) -> None:
+    picture = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    cut = picture[: max(1, size[1] - 3), size[0] // 4 :]  # a view with strides of its own, as a crop is
+    wanted = np.asarray(Image.fromarray(cut).resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
+    apart = np.abs(resize(cut, 64).transpose(1, 2, 0) - wanted)
+    assert apart.mean() < 0.5 and (apart.max() <= 1 or size == (97, 301))
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_a_view_is_the_crop_resized_and_perhaps_mirrored(format: str) -> None:
+    picture = smooth(300, 210)
+    data = file_of(picture, format, quality=95)
+    mirrored = 0
+    for number in range(20):
+        left, top, width, height = crop_box(300, 210, AugmentConfig(), draw(number))
+        box = (left, top, left + width, top + height)
+        wanted = np.asarray(Image.fromarray(picture).resize((48, 48), Image.Resampling.BICUBIC, box=box)).astype(int)
+        got = training_view(data, 48, AugmentConfig(), draw(number)).transpose(1, 2, 0)
+        apart = [np.abs(got - w).mean() for w in (wanted, wanted[:, ::-1])]
+        assert min(apart) < 4 < max(apart)
+        mirrored += apart[1] < apart[0]
+    assert 5 <= mirrored <= 15
+    assert (
+        training_view(data, 48, AugmentConfig(), draw(3)) == training_view(data, 48, AugmentConfig(), draw(3))
+    ).all()
+
+
+def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    decode = augment.Picture.decode
+
+    def watched(self: augment.Picture, min_side: int | None = None) -> np.ndarray:
+        made = decode(self, min_side)
+        seen.append(made.shape)
+        return made
+
+    monkeypatch.setattr(augment.Picture, "decode", watched)
+    data = file_of(smooth(1000, 800), "JPEG")
+    for scale, size, shrink in (
+        ((1.0, 1.0), 90, 8),
+        ((1.0, 1.0), 101, 4),
+        ((0.25, 0.25), 90, 4),
+        ((0.25, 0.25), 201, 1),
+    ):
+        config = AugmentConfig(
+            scale=scale, ratio=(1.25, 1.25)
+        )  # the picture's own ratio: crops of 1/1 and 1/2 its sides
+        training_view(data, size, config, draw(0))
+        assert seen[-1] == (800 // shrink, 1000 // shrink, 3), (scale, size)
+
+
+def test_a_crop_of_a_shrunken_picture_keeps_its_place() -> None:
+    """A crop covers the same stretch whether the picture was decoded at 1/1 or at 1/4."""
+    data = file_of(smooth(1200, 900), "JPEG", quality=95)
+    whole = file_of(smooth(1200, 900), "PNG")
+    for number in range(10):
+        one, other = (training_view(d, 64, AugmentConfig(scale=(0.4, 1.0)), draw(number)) for d in (data, whole))
+        assert np.abs(one.astype(int) - other).mean() < 3
+
+
+def slow_colour(picture: np.ndarray, colour: tuple[float, ...]) -> np.ndarray:
+    """One step after another, on one image, in float64."""
+    brightness, contrast, saturation, hue = colour
+    luma = np.array([0.299, 0.587, 0.114])
+    yiq = np.array([luma, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+    y, i, q = np.moveaxis(picture.astype(np.float64) @ yiq.T, 2, 0)
+    turned = (i + 1j * q) * np.exp(2j * np.pi * hue)
+    made = np.stack([y, turned.real, turned.imag], axis=2) @ np.linalg.inv(yiq).T
+    grey = (made @ luma)[..., None]
+    made = (grey + saturation * (made - grey)) * brightness
+    middle = (made @ luma).mean()
+    return np.clip(np.rint(middle + contrast * (made - middle)), 0, 255)
+
+
+def test_colours_are_those_of_the_plain_steps() -> None:
+    views = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 9, 7, 3), dtype=np.uint8))
+    colours = [(1, 1, 1, 0), (1.3, 1, 1, 0), (1, 0.6, 1, 0), (1, 1, 0, 0), (1, 1, 1.4, 0.2), (0.8, 1.2, 0.7, -0.4)]
+    made = recolour(views, torch.tensor(colours, dtype=torch.float32)).numpy()
+    for number, colour in enumerate(colours):
+        assert np.abs(made[number] - slow_colour(views[number].numpy(), colour)).max() <= 1
+    assert (made[0] == views[0].numpy()).all()
+    assert (made[3] == made[3][..., :1]).all()
+    planar = views.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)  # as the loader lays views out
+    assert (recolour(planar, torch.tensor(colours, dtype=torch.float32)).numpy() == made).all()
+
+
+def test_colours_are_drawn_within_their_bounds() -> None:
+    config = AugmentConfig(jitter=(0.4, 0.3, 0.2, 0.1), jitter_chance=0.5, grey=0.25)
+    assert config.colours and not AugmentConfig().colours
+    drawn = np.array([draw_colour(config, draw(number)) for number in range(2000)])
+    grey = drawn[:, 2] == 0
+    plain = (drawn[:, 0] == 1) & (drawn[:, 3] == 0)
+    assert abs(grey.mean() - 0.25) < 0.04 and abs(plain.mean() - 0.5) < 0.04
+    for column, (middle, width) in enumerate([(1, 0.4), (1, 0.3), (1, 0.2), (0, 0.1)]):
+        moved = drawn[~plain & ~grey][:, column] - middle
+        assert np.abs(moved).max() <= width and moved.min() < -0.8 * width and moved.max() > 0.8 * width
+    assert {draw_colour(AugmentConfig(), draw(number)) for number in range(50)} == {(1.0, 1.0, 1.0, 0.0)}
