@@ -23,7 +23,9 @@ class Features:
     """This rank's unit vectors of a global batch, and who belongs to whom.
 
     image (b, E); text (b·K, E): the K captions of image i are rows iK to (i+1)K-1; image_id (b): the image's key as an
-    integer; caption_id (b, K): the caption's. exchange: how texts of other ranks are met; the class alone means none.
+    integer; caption_id (b, K): the caption's. A text is a positive of an image when they come from equal image bytes,
+    or when its caption equals one of the image's. exchange: how texts of other ranks are met; the class alone means
+    none.
     """
 
     image: Float[Tensor, "b e"]
@@ -38,11 +40,7 @@ class Features:
         return self.exchange({"text": self.text.detach(), "owner": owner, "caption": self.caption_id.flatten()})
 
     def positive(self, block: Block) -> Tensor:
-        """Which texts of a block (n) are positives of which own images: bool (b, n).
-
-        A text is a positive of an image when they come from equal image bytes, or when its caption equals one of the
-        image's.
-        """
+        """Which texts of a block (n) are positives of which own images: bool (b, n)."""
         positive = self.image_id[:, None] == block["owner"][None, :]
         for k in range(self.caption_id.shape[1]):
             positive |= self.caption_id[:, k, None] == block["caption"][None, :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.distributed import Block
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, Features, LossConfig
+from clipwright.pipeline.losses.tiles import Grid, LogSumExp, Pairs, Tile, wants_gradients, with_gradients
 
 MAX_LOG_SCALE = math.log(100.0)
 
@@ -38,7 +39,13 @@ class SoftmaxLoss(ContrastiveLoss):
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.init_scale)]))
 
     def forward(self, features: Features) -> Float[Tensor, ""]:
-        return _Softmax.apply(features.image, features.text, self.logit_scale, features)
+        inputs = features.image, features.text, self.logit_scale
+        with_grad = wants_gradients(*inputs)
+        with torch.no_grad():
+            passes = _Passes(features, float(self.logit_scale.exp()))
+            loss = passes.first()
+            gradients = passes.second() if with_grad else None
+        return with_gradients(loss, inputs, gradients)
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -48,41 +55,69 @@ class SoftmaxLoss(ContrastiveLoss):
         return {"scale": float(self.logit_scale.detach().exp())}
 
 
-class _Softmax(torch.autograd.Function):
-    """The loss and its gradients in two passes over all columns."""
+class _Passes:
+    """Two passes over all tiles: the log-sum-exps of rows and columns, then, from them, the gradient.
 
-    @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, features: Features) -> Tensor:
-        rows, columns, scale = image.float(), features.columns(), logit_scale.float().exp()
-        images, texts = len(image) * columns.ranks, len(text) * columns.ranks
-        row_lse, row_count = torch.full_like(rows[:, 0], -math.inf), torch.zeros_like(rows[:, 0])
+    A pass makes each tile's logits anew, so that with the two products of the way back there are four matmuls. A rank
+    holds its own images' rows; what it finds of a column is merged with what the other ranks find.
+    """
 
-        def first(block: Block) -> tuple[Tensor, Tensor]:
-            logits, positive = scale * rows @ block["text"].float().T, features.positive(block)
-            row_lse.copy_(torch.logaddexp(row_lse, logits.logsumexp(1)))
-            row_count.add_(positive.sum(1))
-            return logits.logsumexp(0), positive.sum(0).float()
+    def __init__(self, features: Features, scale: float) -> None:
+        self.features, self.columns, self.grid = features, features.columns(), Grid(features.image, scale)
+        self.images, self.texts = (len(side) * self.columns.ranks for side in (features.image, features.text))
 
-        lse, count = columns.reduce(first, ["logaddexp", "sum"])
-        loss = row_lse.sum() / images + lse.sum() / texts
-        image_grad, scale_grad = torch.zeros_like(rows), torch.zeros_like(scale)
+    def first(self) -> Tensor:
+        """This rank's share of the loss: its images' terms and its own texts'."""
+        rows = self.grid.rows
+        row_sum, row_positive = LogSumExp(len(rows), rows), rows.new_zeros(len(rows), 2)
 
-        def second(block: Block) -> tuple[Tensor]:
-            logits, positive = scale * rows @ block["text"].float().T, features.positive(block)
-            target = positive / row_count[:, None] / images + positive / block["count"] / texts
-            grad = (logits - row_lse[:, None]).exp() / images + (logits - block["lse"]).exp() / texts - target
-            loss.sub_((target * logits).sum())
-            scale_grad.add_((grad * logits).sum())
-            image_grad.add_(scale * grad @ block["text"].float())
-            return (scale * grad.T @ rows,)
+        def visit(block: Block) -> tuple[Tensor, Tensor]:
+            size = len(block["text"])
+            column_sum, positive = LogSumExp(size, rows), rows.new_zeros(size, 2)
+            for tile in self.grid.tiles(block, Pairs(self.features, block)):
+                row_sum.add(tile.rows, tile.logits, tile.spare, 1)
+                column_sum.add(tile.cols, tile.logits, tile.spare, 0)
+                _count(row_positive[tile.rows], tile, 1)
+                _count(positive[tile.cols], tile, 0)
+            return column_sum.value(), positive
 
-        (text_grad,) = columns.reduce(second, ["sum"], {"lse": lse, "count": count})
-        ctx.save_for_backward(image_grad / 2, text_grad / 2, scale_grad / 2)
-        return loss / 2
+        lse, positive = self.columns.reduce(visit, ["logaddexp", "sum"])
+        self.row_lse, self.row_count = row_sum.value(), row_positive[:, 0]
+        self.found = {"lse": lse, "count": positive[:, 0]}
+        image_terms = (self.row_lse - row_positive[:, 1] / row_positive[:, 0]).sum() / self.images
+        text_terms = (lse - positive[:, 1] / positive[:, 0]).sum() / self.texts
+        return (image_terms + text_terms) / 2
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *(grads[0] * saved for saved in ctx.saved_tensors), None
+    def second(self) -> list[Tensor]:
+        """The gradients of the loss with respect to images, texts and log-scale."""
+        rows, scale = self.grid.rows, self.grid.scale
+        image_grad = torch.zeros_like(rows)
+        row_shift, row_target = self.row_lse + math.log(self.images), 1 / (self.row_count * self.images)
+
+        def visit(block: Block) -> tuple[Tensor]:
+            text_grad = rows.new_zeros(block["text"].shape)
+            shift, target = block["lse"] + math.log(self.texts), 1 / (block["count"] * self.texts)
+            for tile in self.grid.tiles(block, Pairs(self.features, block)):
+                grad = torch.sub(tile.logits, row_shift[tile.rows, None], out=tile.spare).exp_()
+                grad += tile.logits.sub_(shift[tile.cols]).exp_()
+                if tile.positive is not None:
+                    share = torch.add(row_target[tile.rows, None], target[tile.cols], out=tile.logits)
+                    grad -= share.mul_(tile.positive)
+                image_grad[tile.rows].addmm_(grad, tile.text)
+                text_grad[tile.cols].addmm_(grad.T, tile.image)
+            return (text_grad.mul_(scale / 2),)
+
+        (text_grad,) = self.columns.reduce(visit, ["sum"], self.found)
+        image_grad.mul_(scale / 2)
+        # Σ_ij g_ij·logit_ij = Σ_i x_i · Σ_j g_ij·scale·y_j
+        return [image_grad, text_grad, torch.dot(rows.flatten(), image_grad.flatten())[None]]
+
+
+def _count(seen: Tensor, tile: Tile, dim: int) -> None:
+    """Adds to each anchor's number of positives and the sum of their logits, (anchors, 2)."""
+    if tile.positive is not None:
+        logits = torch.where(tile.positive, tile.logits, seen.new_zeros(()), out=tile.spare)
+        seen += torch.stack([tile.positive.sum(dim), logits.sum(dim)], 1)
 
 
 LOSSES.add(

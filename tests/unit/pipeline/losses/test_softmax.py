@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipwright.pipeline.losses import tiles
 from clipwright.pipeline.losses.base import LOSSES, Features
 from clipwright.pipeline.losses.softmax import MAX_LOG_SCALE, SoftmaxLoss
 
@@ -34,7 +35,11 @@ def slow_loss(image: Tensor, text: Tensor, t: Tensor, image_id: list[int], capti
 
 @pytest.mark.parametrize("per_image", [1, 3])
 @pytest.mark.parametrize("repeats", [False, True])
-def test_loss_and_gradients_equal_the_formula(per_image: int, repeats: bool) -> None:
+@pytest.mark.parametrize("tile", [(512, 2048), (3, 5), (1, 7)])
+def test_loss_and_gradients_equal_the_formula(
+    per_image: int, repeats: bool, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "CPU_TILE", tile)
     torch.manual_seed(0)
     size, dim = 8, 16
     image64 = F.normalize(torch.randn(size, dim, dtype=torch.float64), dim=1).requires_grad_()
