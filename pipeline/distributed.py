@@ -102,7 +102,7 @@ class Columns:
     own: what is known of this rank's columns, each (t, …); laid out alike on all ranks.
     """
 
-    ranks = 1
+    ranks, rank = 1, 0
 
     def __init__(self, own: Block) -> None:
         self.own = own
@@ -123,7 +123,7 @@ class GatheredColumns(Columns):
 
     def __init__(self, own: Block) -> None:
         super().__init__({name: gather(tensor) for name, tensor in own.items()})
-        self.ranks = dist.get_world_size()
+        self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
 
     def reduce(
         self, work: Callable[[Block], Sequence[Tensor]], ops: Sequence[Op], more: Block | None = None
