@@ -26,8 +26,17 @@ from clipwright.pipeline.model import ModelConfig, TwoTower, build_model
 from clipwright.pipeline.optim import OptimConfig, ScheduleConfig
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, Tokenizer, TokenizerConfig
 from clipwright.pipeline.towers.base import TEXT_TOWERS
+from clipwright.pipeline.towers.checkpointing import Blocks, checkpoint_activations
 
 CAPTIONS = 1_000_000  # of a larger dataset, as many captions teach a tokenizer
+
+
+@configclass
+class ActivationCheckpointing:
+    """Which blocks of each tower are computed again in the backward pass, for less memory: by number, from 0."""
+
+    image: Blocks = "none"
+    text: Blocks = "none"
 
 
 @configclass
@@ -37,6 +46,8 @@ class RuntimeConfig:
     workers: Annotated[int, Field(ge=1)] = 2
     threads: Annotated[int, Field(ge=0)] = 0  # 0: the cores of this machine divided by its local ranks
     zero: Literal[0, 1, 2, 3] = 0
+    compile: bool = False  # the towers, by torch.compile
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
     log_every: Annotated[int, Field(ge=1)] = 20  # steps
     save_every: Annotated[int, Field(ge=1)] = 1000  # steps
     save_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 15.0
@@ -98,8 +109,18 @@ def assemble(config: RunConfig, world: World, tokenizer: Tokenizer) -> Parts:
     )
     torch.manual_seed(config.seed)
     towers = build_model(config, tokenizer)
+    prepare_towers(towers, config.runtime)
     loss = LOSSES.build(config.loss)
     return Parts(tokenizer, loader, towers.to(world.device), loss.to(world.device))
+
+
+def prepare_towers(towers: TwoTower, runtime: RuntimeConfig) -> None:
+    """Activation checkpointing and compilation, in place: names of parameters stay, and DeepSpeed comes after."""
+    for side, tower in (("image", towers.image), ("text", towers.text)):
+        blocks: Blocks = getattr(runtime.activation_checkpointing, side)
+        checkpoint_activations(tower, blocks, f"runtime.activation_checkpointing.{side}")
+        if runtime.compile:
+            tower.compile()
 
 
 def open_tokenizer(config: TokenizerConfig, dataset: Dataset, run: Path | None, world: World) -> Tokenizer:

@@ -189,6 +189,9 @@ class AttentionConv(ImageTower):
         tokens = self.norm(self.blocks(x))
         return TowerOutput(tokens.mean(dim=1), tokens, self.grid)
 
+    def block_list(self) -> list[nn.Module]:
+        return list(self.blocks)
+
     def _init_weights(self) -> None:
         """Patch convolution LeCun normal as in ViT; MLPs Xavier-uniform."""
         fan_in = self.patch_embed.weight[0].numel()

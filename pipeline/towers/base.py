@@ -76,6 +76,10 @@ class ImageTower(nn.Module):
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> TowerOutput:
         raise AssertionError("a tower defines forward")
 
+    def block_list(self) -> list[nn.Module]:
+        """Its blocks in order of computation, which activation checkpointing chooses among by number."""
+        return []
+
     def resized(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict of this tower at another image size, its position tables resized to fit this one."""
         return state
@@ -96,6 +100,10 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "b n"]) -> TowerOutput:
         raise AssertionError("a tower defines forward")
+
+    def block_list(self) -> list[nn.Module]:
+        """Its blocks in order of computation, which activation checkpointing chooses among by number."""
+        return []
 
     def mask(self, tokens: Int[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
         """True at the positions up to and including the first EOT."""

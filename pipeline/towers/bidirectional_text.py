@@ -89,6 +89,9 @@ class BidirectionalText(TextTower):
         x = self.norm(x)
         return TowerOutput(self.head(self._pooled(x, mask)), x, mask=mask)
 
+    def block_list(self) -> list[nn.Module]:
+        return list(self.blocks)
+
     def _pooled(self, x: Float[Tensor, "b n d"], mask: Tensor) -> Float[Tensor, "b d"]:
         if self.pool == "last":
             return x[:, -1]

@@ -131,6 +131,9 @@ class CLIPResNet(ImageTower):
         tokens = self.stages(self.stem(images)).flatten(2).transpose(1, 2)
         return TowerOutput(self.pool(tokens), tokens, self.grid)
 
+    def block_list(self) -> list[nn.Module]:
+        return [block for stage in self.stages for block in stage.children()]
+
     def resized(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         count = self.grid[0] * self.grid[1]
         return {**state, "pool.pos_embed": resize_positions(state["pool.pos_embed"], count, prefix=1)}

@@ -232,6 +232,9 @@ class CoAtNet(ImageTower):
         tokens = self.norm(to_tokens(x))
         return TowerOutput(tokens.mean(dim=1), tokens, (x.shape[2], x.shape[3]))
 
+    def block_list(self) -> list[nn.Module]:
+        return [block for stage in self.stages for block in stage.children()]
+
     def resized(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return resize_tables(state, self)
 

@@ -81,6 +81,9 @@ class ConvMixer(ImageTower):
         tokens = x.flatten(2).transpose(1, 2)
         return TowerOutput(tokens.mean(dim=1), tokens, (x.shape[2], x.shape[3]))
 
+    def block_list(self) -> list[nn.Module]:
+        return list(self.blocks)
+
 
 def check_odd(field: str, value: int) -> None:
     """E_CONFIG_VALUE unless `value` is odd: an even kernel has no centre and would need uneven padding."""

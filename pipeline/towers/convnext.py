@@ -93,6 +93,9 @@ class ConvNeXt(ImageTower):
         tokens = to_tokens(x)
         return TowerOutput(self.norm(tokens.mean(dim=1)), self.norm(tokens), (x.shape[2], x.shape[3]))
 
+    def block_list(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, Block)]
+
     def _init_weights(self) -> None:
         """Every convolution and matrix N(0, 0.02) truncated at ±2, biases 0."""
         for module in self.modules():

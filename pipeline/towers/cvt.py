@@ -146,6 +146,9 @@ class CvT(ImageTower):
         x = self.norm(self.stages(images))
         return TowerOutput(x[:, 0], x[:, 1:], self.grid)
 
+    def block_list(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, Block)]
+
     def _init_weights(self) -> None:
         """Linear weights and class token N(0, 0.02), their biases 0; convolutions keep PyTorch's default."""
         for module in self.modules():

@@ -74,6 +74,9 @@ class DeiT(ImageTower):
         extra = {name: x[:, 1 + i] for i, name in enumerate(self.extra_names)}
         return TowerOutput(x[:, 0], x[:, self.prefix :], self.grid, extra=extra)
 
+    def block_list(self) -> list[nn.Module]:
+        return list(self.blocks)
+
     def resized(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         count = self.grid[0] * self.grid[1]
         return {**state, "pos_embed": resize_positions(state["pos_embed"], count, self.prefix)}

@@ -85,6 +85,11 @@ class HuggingFaceText(TextTower):
         place = mask.sum(dim=1) - 1 if self.pool == "eot" else torch.zeros_like(tokens[:, 0])
         return TowerOutput(x[torch.arange(len(x), device=x.device), place], x, mask=mask)
 
+    def block_list(self) -> list[nn.Module]:
+        from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: PLC0415
+
+        return [module for module in self.encoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+
     def _check_sizes(self, vocab_size: int, where: str) -> None:
         room = self.encoder.get_input_embeddings().num_embeddings
         if vocab_size > room:

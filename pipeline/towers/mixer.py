@@ -75,6 +75,9 @@ class Mixer(ImageTower):
         tokens = self.norm(self.blocks(self.patch_embed(images).flatten(2).transpose(1, 2)))
         return TowerOutput(tokens.mean(dim=1), tokens, self.grid)
 
+    def block_list(self) -> list[nn.Module]:
+        return list(self.blocks)
+
     def resized(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         tokens, own = state["blocks.0.mlp_tokens.fc1.weight"].shape[1], self.grid[0] * self.grid[1]
         if tokens == own:

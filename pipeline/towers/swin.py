@@ -194,6 +194,9 @@ class Swin(ImageTower):
         tokens = self.norm(self.stages(x))
         return TowerOutput(tokens.mean(dim=1), tokens, self.grid)
 
+    def block_list(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, Block)]
+
     def resized(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         own = self.state_dict()
         return {

@@ -78,6 +78,9 @@ class CausalText(TextTower):
         last = mask.sum(dim=1) - 1 if self.pool == "eot" else tokens.argmax(dim=1)
         return TowerOutput(x[torch.arange(len(x), device=x.device), last], x, mask=mask)
 
+    def block_list(self) -> list[nn.Module]:
+        return list(self.blocks)
+
     def _init_weights(self) -> None:
         if isinstance(self.pos_embed, nn.Parameter):
             nn.init.normal_(self.token_embed.weight, std=0.02)

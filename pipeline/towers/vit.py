@@ -23,7 +23,9 @@ from clipwright.pipeline.towers.layers import (
 
 @configclass
 class ViTConfig(ImageTowerConfig):
-    """A ViT. `image_size` must be a multiple of `patch`; `dim` of `heads`.
+    """A ViT. `image_size` must be a multiple of `patch`, or `drop_rest` true; `dim` of `heads`.
+
+    drop_rest: what is left over at the right and at the bottom is not seen (SigLIP's so400m at 384 pixels).
 
     pre_norm: a LayerNorm before the blocks (CLIP). pool: `cls`, the class token after the final norm; `mean`, the mean
     of the patch tokens and then the norm; `attention`, SigLIP's head over the normed patch tokens; the last two without
@@ -32,6 +34,7 @@ class ViTConfig(ImageTowerConfig):
     """
 
     patch: int = 16
+    drop_rest: bool = False
     dim: int = 768
     depth: int = 12
     heads: int = 12
@@ -91,7 +94,8 @@ class ViT(ImageTower):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        check_multiple("image_size", config.image_size, config.patch, "patch")
+        if not config.drop_rest or config.image_size < config.patch:
+            check_multiple("image_size", config.image_size, config.patch, "patch")
         self.feature_dim, self.image_size, self.pool = config.dim, config.image_size, config.pool
         side = config.image_size // config.patch
         self.grid = (side, side)
@@ -133,6 +137,9 @@ class ViT(ImageTower):
         if self.pool == "attention":
             return TowerOutput(self.attention_pool(tokens), tokens, self.grid)
         return TowerOutput(self.norm(x.mean(dim=1)), tokens, self.grid)
+
+    def block_list(self) -> list[nn.Module]:
+        return list(self.blocks)
 
     def resized(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         count = self.grid[0] * self.grid[1]

@@ -70,6 +70,9 @@ class ViTRel(ImageTower):
         tokens = self.norm(to_tokens(self.blocks(self.patch_embed(images))))
         return TowerOutput(tokens.mean(dim=1), tokens, self.grid)
 
+    def block_list(self) -> list[nn.Module]:
+        return list(self.blocks)
+
     def resized(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return resize_tables(state, self)
 

@@ -12,6 +12,7 @@ import torch
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.towers.base import TEXT_TOWERS, parameter_count
+from clipwright.pipeline.towers.checkpointing import checkpoint_activations
 from clipwright.pipeline.towers.huggingface_text import HuggingFaceText, read_architecture
 
 ranks = pytest.mark.xdist_group("ranks")
@@ -119,6 +120,19 @@ def test_every_parameter_is_one_that_learns(kind: str, folders: dict[str, Path])
     assert len(set(places)) == len(places)
     free = {name for name, p in tower.named_parameters() if p.ndim == 2 and name.endswith(tower.no_weight_decay)}
     assert len(free) == 1
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_its_layers_recompute(kind: str, folders: dict[str, Path]) -> None:
+    ids, grads = sentences([4, 19, 9]), []
+    for blocks in ("none", "all"):
+        tower = build(folders[kind]).train()  # with the dropout of config.json
+        assert len(tower.block_list()) == 2
+        checkpoint_activations(tower, blocks, "blocks")
+        torch.manual_seed(3)
+        tower(ids).pooled.square().sum().backward()
+        grads.append({name: p.grad for name, p in tower.named_parameters()})
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
