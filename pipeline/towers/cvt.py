@@ -167,7 +167,7 @@ IMAGE_TOWERS.add(
     CvTConfig,
     CvT,
     {
-        "cvt_nano": {"image_size": 64, "dims": (32, 96, 192), "depths": (1, 1, 4), "heads": (1, 3, 6)},
+        "cvt_nano": {"image_size": 64, "dims": (32, 64, 128), "depths": (1, 2, 3), "heads": (1, 2, 4)},
         "cvt_13": {"depths": (1, 2, 10)},
         "cvt_21": {"depths": (1, 4, 16)},
         "cvt_w24": {"image_size": 384, "dims": (192, 768, 1024), "depths": (2, 2, 20), "heads": (3, 12, 16)},

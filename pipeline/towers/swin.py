@@ -234,7 +234,7 @@ IMAGE_TOWERS.add(
     SwinConfig,
     Swin,
     {
-        "swin_nano": {"image_size": 64, "dim": 32, "depths": (2, 2, 4, 2), "heads": (1, 2, 4, 8), "window": 4},
+        "swin_nano": {"image_size": 64, "dim": 18, "depths": (2, 2, 4, 2), "heads": (1, 2, 3, 6), "window": 4},
         "swin_tiny_window7": {"dim": 96, "depths": (2, 2, 6, 2), "heads": (3, 6, 12, 24)},
         "swin_small_window7": SMALL,
         "swin_base_window7": BASE,

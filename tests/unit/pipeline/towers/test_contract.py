@@ -47,7 +47,7 @@ GMACS = {
 # Parameters that `pooled` does not see: CvT's last block convolves queries for patch tokens, after which only the class
 # token counts (test_cvt.py: gradient comes from `tokens`).
 TOKENS_ALONE = {
-    "cvt_nano": [f"stages.2.blocks.3.attn.q.{key}" for key in ("conv.weight", "norm.weight", "norm.bias")],
+    "cvt_nano": [f"stages.2.blocks.2.attn.q.{key}" for key in ("conv.weight", "norm.weight", "norm.bias")],
 }
 
 
