@@ -102,6 +102,7 @@ class TwoTower(nn.Module):
 
     def encode_image(self, views: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b e"]:
         """Unit vectors of upright RGB views; normalised here, on the device, so that uint8 travels."""
+        # A view of what pixels come as, so images are channels-last in memory: convolutions are faster for it.
         images = (views.permute(0, 3, 1, 2).float() - self.mean) / self.std
         out = self.image(images)
         vector = F.normalize(self.image_projection(out.pooled).float(), dim=-1)

@@ -61,7 +61,10 @@ class TextTowerConfig:
 
 
 class ImageTower(nn.Module):
-    """Base of image towers: float images (B, 3, H, W), normalised, H = W = image_size."""
+    """Base of image towers: float images (B, 3, H, W), normalised, H = W = image_size.
+
+    They come channels-last in memory, the faster layout for convolutions; another one gives the same.
+    """
 
     feature_dim: int
     image_size: int

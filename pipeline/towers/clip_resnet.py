@@ -91,7 +91,7 @@ class CLIPResNet(ImageTower):
     Radford et al. 2021, section 2.4; heads of the pool are planes[0]/2, 32 as published. Tokens are the grid as it
     enters the attention pool, before the pool adds its positions: they are wider than pooled (`token_dim`). The pool's
     weights start from N(0, D^-½) with zero biases; the scale of each block's last batch norm starts at 0, so that a
-    block starts as its shortcut. Runs faster with `memory_format=torch.channels_last`.
+    block starts as its shortcut.
     """
 
     no_weight_decay = ("pos_embed",)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -56,8 +55,7 @@ class ConvMixer(ImageTower):
     """Images (B, 3, S, S) → pooled (B, dim), the mean of tokens (B, (S/patch)², dim); no final norm.
 
     Trockman and Kolter 2022 ("Patches Are All You Need?"), section 2. Convolutions keep PyTorch's default init, as in
-    the authors' code; drop path is ours. Batch norm couples the samples of a batch in training. Maps are kept
-    channels-last, which makes tokens a view.
+    the authors' code; drop path is ours. Batch norm couples the samples of a batch in training.
     """
 
     def __init__(self, config: ConvMixerConfig) -> None:
@@ -76,7 +74,7 @@ class ConvMixer(ImageTower):
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> TowerOutput:
         assert images.shape[-2:] == (self.image_size, self.image_size), images.shape
-        x = self.norm(self.patch_embed(images.contiguous(memory_format=torch.channels_last)))
+        x = self.norm(self.patch_embed(images))
         x = self.blocks(x)
         tokens = x.flatten(2).transpose(1, 2)
         return TowerOutput(tokens.mean(dim=1), tokens, (x.shape[2], x.shape[3]))

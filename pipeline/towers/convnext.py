@@ -64,8 +64,8 @@ def to_tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
 class ConvNeXt(ImageTower):
     """Images (B, 3, S, S) → pooled (B, dims[3]), tokens (B, (S/32)², dims[3]).
 
-    Liu et al. 2022, section 2 and appendix A. Pooled is the norm of the mean; tokens are normed each by itself. Maps
-    are kept channels-last, which makes every change between maps and tokens a view.
+    Liu et al. 2022, section 2 and appendix A. Pooled is the norm of the mean; tokens are normed each by itself.
+    Channels-last maps make every change between maps and tokens a view.
     """
 
     def __init__(self, config: ConvNeXtConfig) -> None:
@@ -89,7 +89,7 @@ class ConvNeXt(ImageTower):
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> TowerOutput:
         assert images.shape[-2:] == (self.image_size, self.image_size), images.shape
-        x = self.stages(images.contiguous(memory_format=torch.channels_last))
+        x = self.stages(images)
         tokens = to_tokens(x)
         return TowerOutput(self.norm(tokens.mean(dim=1)), self.norm(tokens), (x.shape[2], x.shape[3]))
 

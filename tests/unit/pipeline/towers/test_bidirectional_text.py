@@ -361,10 +361,3 @@ def test_impossible_widths_are_refused(fields):
     with pytest.raises(ClipwrightError) as caught:
         build(**fields)
     assert caught.value.code == "E_CONFIG_VALUE" and "dim" in caught.value.where
-
-
-@pytest.mark.parametrize("name", ["mean", "siglip"])
-def test_it_compiles_whole(name):
-    tower, ids = build(**FORMS[name]), sentences([4, 9])
-    whole = torch.compile(tower, fullgraph=True, backend="eager")
-    assert torch.equal(whole(ids).pooled, tower(ids).pooled)

@@ -104,6 +104,44 @@ def test_attention_pool_is_the_original_call():
     close(pool(grid), y[0])
 
 
+attend = F.scaled_dot_product_attention
+
+
+def swapped_kv(q, k, v):
+    return attend(q, v, k)
+
+
+def scaled_by_width(q, k, v):
+    return attend(q, k, v, scale=12**-0.5)
+
+
+@pytest.mark.parametrize("wrong", [swapped_kv, scaled_by_width])
+def test_the_comparison_notices_wrong_attention(wrong, monkeypatch):
+    monkeypatch.setattr(F, "scaled_dot_product_attention", wrong)
+    with pytest.raises(AssertionError, match="not close"):
+        test_attention_pool_is_loops_over_heads()
+
+
+@pytest.mark.parametrize(
+    ("change", "value"), [("eps", 1e-6), ("pool", torch.nn.MaxPool2d(2)), ("shortcut", torch.nn.AvgPool2d(2))]
+)
+def test_the_comparison_notices_a_wrong_bottleneck(change, value, monkeypatch):
+    forward = Bottleneck.forward
+
+    def spoilt(block, x):
+        if change == "eps":
+            block.conv2.norm.eps = value
+        elif change == "pool":
+            block.pool = value
+        else:  # without its convolution
+            block.shortcut = value
+        return forward(block, x)
+
+    monkeypatch.setattr(Bottleneck, "forward", spoilt)
+    with pytest.raises(AssertionError, match="not close"):
+        test_bottleneck_averages_where_a_resnet_strides(16, 2)
+
+
 @pytest.mark.parametrize(("stem_stride", "last_stride", "side"), [(4, 2, 2), (4, 1, 4), (2, 2, 4), (2, 1, 8)])
 def test_whole_tower_is_its_parts(stem_stride, last_stride, side):
     tower = build(

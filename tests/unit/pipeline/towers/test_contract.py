@@ -6,44 +6,14 @@ from functools import lru_cache
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.model import ModelConfig, TwoTower
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS, ImageTower, TextTower, parameter_count
 
 VOCAB, EOT = 100, 99
 
-# Trainable parameters without classifier and CLIP projection, at each preset's own size (reference/towers.json; the
-# ResNets' attention pool holds the projection; text: without the projection of 512² and 768²).
-COUNTS = {
-    "vit_tiny_patch16": 5_524_416,
-    "vit_small_patch16": 21_665_664,
-    "vit_base_patch32": 87_455_232,
-    "vit_base_patch16": 85_798_656,
-    "vit_large_patch16": 303_301_632,
-    "vit_large_patch14": 303_178_752,
-    "vit_huge_patch14": 630_764_800,
-    "clip_vit_b32": 87_456_000,
-    "clip_vit_b16": 85_799_424,
-    "clip_vit_l14": 303_179_776,
-    "coatnet_0": 23_677_228,
-    "coatnet_1": 40_866_184,
-    "coatnet_2": 72_610_144,
-    "coatnet_4": 271_527_456,
-    "clip_rn50": 38_316_896,
-    "clip_text_b": 63_428_096 - 512 * 512,
-    "clip_text_l": 123_650_304 - 768 * 768,
-}
-# Multiply-adds in units of 10⁹ of convolutions, matrix products and both attention products (gmacs_counted).
-GMACS = {
-    "vit_tiny_patch16": 1.2537,
-    "vit_base_patch32": 4.4092,
-    "vit_base_patch16": 17.5638,
-    "clip_vit_b32": 4.4088 - 768 * 512 / 1e9,
-    "coatnet_0": 4.5459,
-    "coatnet_2": 16.4261,
-    "clip_rn50": 5.7932,
-}
 # Parameters that `pooled` does not see: CvT's last block convolves queries for patch tokens, after which only the class
 # token counts (test_cvt.py: gradient comes from `tokens`).
 TOKENS_ALONE = {
@@ -110,12 +80,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", list(IMAGE_TOWERS.entries))
-def test_image_preset_has_its_count_and_shapes(name):
+def test_image_preset_has_its_shapes(name):
     with torch.device("meta"):
         tower = image_tower(name).eval()
         out = tower(torch.empty(2, 3, tower.image_size, tower.image_size))
-    if name in COUNTS:
-        assert parameter_count(tower) == COUNTS[name]
     assert out.pooled.shape == (2, tower.feature_dim)
     assert out.grid is not None
     assert out.tokens.shape == (2, out.grid[0] * out.grid[1], tower.token_dim)
@@ -125,25 +93,14 @@ def test_image_preset_has_its_count_and_shapes(name):
 
 
 @pytest.mark.parametrize("name", [name for name, entry in TEXT_TOWERS.entries.items() if not entry.config.outside])
-def test_text_preset_has_its_count_and_shapes(name):
+def test_text_preset_has_its_shapes(name):
     with torch.device("meta"):
         tower = text_tower(name, 49408, 49407).eval()
         out = tower(torch.zeros(2, tower.context, dtype=torch.long))
-    if name in COUNTS:
-        assert parameter_count(tower) == COUNTS[name]
     assert out.pooled.shape == (2, tower.feature_dim)
     assert out.tokens.shape == (2, tower.context, tower.feature_dim)
     assert out.mask is not None and out.mask.shape == (2, tower.context)
     assert out.grid is None
-
-
-@pytest.mark.parametrize("name", GMACS)
-def test_multiply_adds_are_the_counted_ones(name):
-    with torch.device("meta"):
-        tower = image_tower(name).eval()
-        with FlopCounterMode(display=False) as counter:
-            tower(torch.empty(1, 3, tower.image_size, tower.image_size))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(GMACS[name], rel=5e-3)
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -247,6 +204,61 @@ def test_bfloat16_stays_near_float32(name):
         with torch.autocast("cpu", torch.bfloat16):
             half = tower(x).pooled
     assert relative(half, full) < 2e-2
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_maps_stay_channels_last(name):
+    """As pixels come and convolutions like it; the other layout gives the same."""
+    tower = image_tower(name).eval()
+    perturb(tower)
+    images, layouts = pictures(tower), []
+    for module in tower.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda *call: layouts.append(call[2]))
+    last = torch.channels_last
+    out, other = tower(images.contiguous(memory_format=last)), tower(images)
+    assert layouts and all(maps.is_contiguous(memory_format=last) for maps in layouts[: len(layouts) // 2])
+    torch.testing.assert_close(out.pooled, other.pooled, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.tokens, other.tokens, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_hands_its_tower_channels_last_images():
+    model = TwoTower(resolve(ModelConfig).value, vocab_size=VOCAB, eot_id=EOT)
+    layouts = []
+    model.image.register_forward_pre_hook(
+        lambda _, given: layouts.append(given[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    views = torch.zeros(2, model.image.image_size, model.image.image_size, 3, dtype=torch.uint8)
+    model.encode_image(views)
+    assert layouts == [True]
+
+
+@pytest.mark.parametrize("name", [*IMAGES, *TEXTS])
+def test_it_compiles_whole(name):
+    """Without a break in its graph; test_checkpointing.py compiles a backward pass too."""
+    tower = (image_tower if name in IMAGES else text_tower)(name)
+    x = pictures(tower) if isinstance(tower, ImageTower) else captions(tower)
+    torch.manual_seed(4)
+    plain = tower(x)
+    tower.compile(fullgraph=True, backend="eager")
+    torch.manual_seed(4)
+    compiled = tower(x)
+    assert torch.equal(compiled.pooled, plain.pooled) and torch.equal(compiled.tokens, plain.tokens)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", [*IMAGES, *TEXTS])
+def test_drop_path_acts_in_training_only(name):
+    registry, build = (IMAGE_TOWERS, image_tower) if name in IMAGES else (TEXT_TOWERS, text_tower)
+    if not hasattr(registry.preset(name), "drop_path"):
+        assert name == "clip_rn_nano"
+        return
+    never, often = (build(name, drop_path=rate) for rate in (0.0, 0.9))
+    for tower in (never, often):
+        perturb(tower)
+    x = pictures(never) if isinstance(never, ImageTower) else captions(never)
+    assert torch.equal(never.eval()(x).pooled, often.eval()(x).pooled)
+    assert not torch.equal(never.train()(x).pooled, often.train()(x).pooled)
 
 
 @pytest.mark.parametrize("name", [*IMAGES, *TEXTS])

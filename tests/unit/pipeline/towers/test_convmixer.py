@@ -224,12 +224,6 @@ def test_drop_path_rises_over_the_blocks_and_drops_the_depthwise_branch():
     assert 0 < dropped.sum() < 32 and (error(kept)[~dropped] < 1e-5).all()
 
 
-def test_the_layout_of_the_images_in_memory_does_not_matter():
-    tower = build(**SMALL).double().eval()
-    images = torch.randn(2, 3, 20, 20, dtype=torch.double)
-    close(tower(images).pooled, tower(images.to(memory_format=torch.channels_last)).pooled)
-
-
 @pytest.mark.parametrize("kernel", [0, -3, 2, 8])
 def test_an_even_kernel_is_refused(kernel):
     with pytest.raises(ClipwrightError) as caught:

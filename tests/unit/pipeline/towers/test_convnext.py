@@ -271,14 +271,6 @@ def test_drop_path_rises_over_all_blocks_and_drops_the_branch_alone():
     close(seen[~dropped], branch[~dropped] / 0.6)
 
 
-def test_the_layout_of_the_images_in_memory_does_not_matter():
-    tower = build(**SMALL)
-    randomise(tower)
-    images = torch.randn(2, 3, 64, 64, dtype=torch.double)
-    close(tower(images).pooled, tower(images.to(memory_format=torch.channels_last)).pooled)
-    assert tower.stages(images.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
-
-
 @pytest.mark.parametrize("size", [16, 48, 80, 200])
 def test_a_size_that_the_strides_would_cut_is_refused(size):
     with pytest.raises(ClipwrightError) as caught:

@@ -119,29 +119,11 @@ def test_the_comparison_notices_swapped_tokens():
         check_against_the_literal_form(tower, config)
 
 
-# Exact counts at 224 (the distilled small one by the formula); multiply-adds in units of 10⁹.
-COUNTS = {
-    "deit_tiny_patch16": (5_524_416, 1.2537),
-    "deit_small_patch16": (21_665_664, 4.5989),
-    "deit_base_patch16": (85_798_656, 17.5638),
-    "deit_tiny_distilled_patch16": (5_524_800, 1.2610),
-    "deit_small_distilled_patch16": (21_666_432, None),
-    "deit_base_distilled_patch16": (85_800_192, 17.6568),
-}
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_published_counts(name):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    params, gmacs = COUNTS[name]
+def test_count_of_the_distilled_small_one():
+    """Not in published.json."""
     with torch.device("meta"):
-        tower = IMAGE_TOWERS.build(IMAGE_TOWERS.preset(name)).eval()
-        with FlopCounterMode(display=False) as counter:
-            tower(torch.empty(1, 3, 224, 224))
-    assert parameter_count(tower) == params
-    if gmacs is not None:
-        assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=5e-3)
+        tower = IMAGE_TOWERS.build(IMAGE_TOWERS.preset("deit_small_distilled_patch16"))
+    assert parameter_count(tower) == 21_666_432
 
 
 @pytest.mark.parametrize(("size", "p", "d", "depth", "heads"), [(40, 8, 36, 3, 6), (30, 10, 20, 1, 2)])

@@ -217,6 +217,14 @@ def test_count_formula(v, n, w, depth, heads):
     assert parameter_count(tower) == v * w + n * w + depth * (12 * w * w + 13 * w) + 2 * w
 
 
+def test_counts_of_clips_text_towers():
+    """As in openai/CLIP, whose projection of width² is no part of the tower."""
+    with torch.device("meta"):
+        for name, count, width in (("clip_text_b", 63_428_096, 512), ("clip_text_l", 123_650_304, 768)):
+            tower = TEXT_TOWERS.build(TEXT_TOWERS.preset(name), vocab_size=49408, eot_id=49407)
+            assert parameter_count(tower) == count - width**2
+
+
 def test_init():
     w, depth = 256, 4
     tower = build(vocab_size=1000, context=64, width=w, depth=depth, heads=4)

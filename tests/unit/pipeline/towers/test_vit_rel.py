@@ -7,10 +7,9 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.towers.base import IMAGE_TOWERS, parameter_count
+from clipwright.pipeline.towers.base import parameter_count
 from clipwright.pipeline.towers.vit_rel import ViTRel, ViTRelConfig
 
 SMALL = {"image_size": 24, "patch": 8, "dim": 64, "depth": 2, "ln_eps": 1e-4}
@@ -110,15 +109,6 @@ def test_the_comparison_notices_a_wrong_activation_eps_or_table(wrong):
     right = ViTRelConfig(name="x", **SMALL)
     with pytest.raises(AssertionError, match="not close"):
         check_against_the_literal_form(perturbed(dataclasses.replace(right, **wrong)), right)
-
-
-def test_published_count_and_multiply_adds():
-    with torch.device("meta"):
-        tower = IMAGE_TOWERS.build(IMAGE_TOWERS.preset("vit_rel_s")).eval()
-        with FlopCounterMode(display=False) as counter:
-            tower(torch.empty(1, 3, 224, 224))
-    assert parameter_count(tower) == 21_694_608
-    assert counter.get_total_flops() / 2e9 == pytest.approx(4.5736, rel=5e-3)
 
 
 @pytest.mark.parametrize(("size", "p", "d", "depth"), [(40, 8, 96, 3), (30, 10, 32, 1)])
