@@ -83,16 +83,20 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def scatter_sum(tensor: Tensor) -> Tensor:
-    """Sum over ranks of `tensor` (W·b, …), of which each rank gets its own b rows: the adjoint of `gather`."""
+    """Sum over ranks of `tensor` (W·b, …), of which each rank gets its own b rows: the adjoint of `gather`.
+
+    `tensor` is used up.
+    """
     size = dist.get_world_size()
     if size == 1:
         return tensor
-    if dist.get_backend() == "gloo":  # gloo has no reduce-scatter
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total.chunk(size)[dist.get_rank()].contiguous()
+    tensor = tensor.contiguous()
+    if dist.get_backend() == "gloo":  # it has no reduce-scatter; a sum for each rank in turn needs no second copy
+        for rank, part in enumerate(tensor.chunk(size)):
+            dist.reduce(part, dst=rank)
+        return tensor.chunk(size)[dist.get_rank()].clone()
     out = torch.empty(tensor.shape[0] // size, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
-    dist.reduce_scatter_tensor(out, tensor.contiguous())
+    dist.reduce_scatter_tensor(out, tensor)
     return out
 
 
@@ -112,8 +116,8 @@ class Columns:
     ) -> Sequence[Tensor]:
         """What `work` says of each column of a block, merged over ranks by `ops`: (t, …) for this rank's columns.
 
-        `work` is called on blocks that together hold every column of every rank once. more: what is known of this
-        rank's columns by now, shown to `work` beside what `own` held.
+        `work` is called on blocks that together hold every column of every rank once; what it gives is used up. more:
+        what is known of this rank's columns by now, shown to `work` beside what `own` held.
         """
         return work(self.own | (more or {}))
 
@@ -143,6 +147,64 @@ def _merge_own(part: Tensor, op: Op) -> Tensor:
     if op == "logaddexp":
         most += sum_ranks((part - most).exp()).log()
     return most.chunk(dist.get_world_size())[dist.get_rank()].contiguous()
+
+
+class RingColumns(Columns):
+    """The columns of all ranks, a rank's at a time: blocks travel from rank to rank, for what is too large to gather.
+
+    While a rank works on one block the next arrives, and what the ranks before it found of that one. After as many
+    hops as there are ranks a block's results are at home. At most two blocks and three sets of results are held, on
+    any number of ranks.
+    """
+
+    def __init__(self, own: Block) -> None:
+        super().__init__(own)
+        self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
+
+    def reduce(
+        self, work: Callable[[Block], Sequence[Tensor]], ops: Sequence[Op], more: Block | None = None
+    ) -> Sequence[Tensor]:
+        if self.ranks == 1:
+            return super().reduce(work, ops, more)
+        block = self.own | (more or {})
+        names, results = list(block), None
+        for hop in range(self.ranks):
+            last = hop == self.ranks - 1
+            arriving = None if last else _Hop(list(block.values()))
+            found = work(block)
+            if results is not None:  # sent before this block was worked on, needed behind it
+                found = [_MERGE[op](*pair, out=pair[0]) for op, *pair in zip(ops, results.wait(), found, strict=True)]
+            results = _Hop(found)
+            del found
+            if arriving is not None:
+                block = dict(zip(names, arriving.wait(), strict=True))
+        assert results is not None
+        return results.wait()
+
+
+_MERGE = {"sum": torch.add, "max": torch.maximum, "logaddexp": torch.logaddexp}
+
+
+class _Hop:
+    """Tensors on their way to the next rank while their like come from the one before."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        self.sent = [tensor.contiguous() for tensor in tensors]
+        self.arriving = [torch.empty_like(tensor) for tensor in self.sent]
+        moves = [dist.P2POp(dist.isend, tensor, (rank + 1) % size) for tensor in self.sent]
+        moves += [dist.P2POp(dist.irecv, tensor, (rank - 1) % size) for tensor in self.arriving]
+        self.moves = dist.batch_isend_irecv(moves)
+
+    def wait(self) -> list[Tensor]:
+        """What came, once it is here and what was sent is gone."""
+        for move in self.moves:
+            move.wait()
+        self.sent = []
+        return self.arriving
+
+
+EXCHANGES: dict[str, type[Columns]] = {"gather": GatheredColumns, "ring": RingColumns}
 
 
 def sum_ranks(tensor: Tensor) -> Tensor:

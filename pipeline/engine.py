@@ -1,9 +1,14 @@
 """DeepSpeed, and the only importer of it: one step of a contrastive model on any number of ranks.
 
+A step is the exact gradient of the global batch, whatever fits into memory at once: the loss sees the features of all
+samples, the towers `runtime.micro_batch` at a time (Gao et al. 2021, "Scaling deep contrastive learning batch size
+under memory limited setup").
+
 Works around what DeepSpeed 0.19 does on a CPU (each line has a test):
 - the first init_distributed compiles `deepspeed_shm_comm`, which needs a compiler and prints to stdout: switched off;
 - `gradient_clipping` left out means 1.0: always stated;
 - ZeRO 0 in fp32 reports no gradient norm: computed here, before the step;
+- ZeRO 3 accumulates wrongly, from the second step on, when the towers are called apart: one call for both;
 - a clamp of a parameter after the step is lost under ZeRO 1-3, and a 0-dimensional parameter crashes `initialize`:
   the loss stays outside, with a small optimiser of its own.
 """
@@ -11,6 +16,7 @@ Works around what DeepSpeed 0.19 does on a CPU (each line has a test):
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +27,12 @@ from torch import Tensor
 
 from clipwright.pipeline.core.log import quiet_libraries
 from clipwright.pipeline.data.loader import Batch
-from clipwright.pipeline.distributed import Block, GatheredColumns, World, sum_ranks
+from clipwright.pipeline.data.order import key64
+from clipwright.pipeline.distributed import EXCHANGES, Block, World, sum_ranks
 from clipwright.pipeline.losses.base import ContrastiveLoss, Features
 from clipwright.pipeline.model import TwoTower
 from clipwright.pipeline.optim import OptimConfig, make_optimizer
+from clipwright.pipeline.run import RunConfig
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -36,43 +44,53 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 quiet_libraries()
 
 
+TILE = 1024  # columns that the accuracies look at together
+
+
 @dataclass
 class StepResult:
-    """Numbers of one step, over the global batch; the accuracies only where they were asked for."""
+    """Numbers of one step, over the global batch; accuracies and negatives only where they were asked for.
+
+    negatives: columns that an image was compared with, less one.
+    """
 
     loss: float
     grad_norm: float
     acc_image: float | None = None
     acc_text: float | None = None
+    negatives: int | None = None
 
 
-def deepspeed_config(optim: OptimConfig, *, local_batch: int, world: int, zero: int, precision: str) -> dict[str, Any]:
-    """DeepSpeed's dictionary, a pure function of our config."""
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": local_batch,
+def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary, a pure function of our config.
+
+    It knows nothing of micro-batches: the engine says which one is a step's last.
+    """
+    made: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.schedule.global_batch // world,
         "gradient_accumulation_steps": 1,
-        "train_batch_size": local_batch * world,
-        "gradient_clipping": optim.clip,
-        "zero_optimization": {"stage": zero},
+        "train_batch_size": config.schedule.global_batch,
+        "gradient_clipping": config.optim.clip,
+        "zero_optimization": {"stage": config.runtime.zero},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
-    if precision == "bf16":
+    if config.precision == "bf16":
         # fp32 parameters and autocast; `bf16.enabled` would cast every parameter.
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    return config
+        made["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return made
 
 
 class Engine:
     """A DeepSpeed engine for the towers and a replicated loss beside it."""
 
-    def __init__(
-        self, towers: TwoTower, loss: ContrastiveLoss, optim: OptimConfig, world: World, config: dict[str, Any]
-    ) -> None:
-        self.world, self.loss, self.optim, self.zero = world, loss, optim, config["zero_optimization"]["stage"]
+    def __init__(self, towers: TwoTower, loss: ContrastiveLoss, config: RunConfig, world: World) -> None:
+        self.world, self.loss, self.config, self.zero = world, loss, config, config.runtime.zero
+        optim = config.optim
         optimizer = make_optimizer(towers, optim, towers.no_weight_decay())
-        made: Any = deepspeed.initialize(model=towers, optimizer=optimizer, config=config, dist_init_required=False)
+        settings = deepspeed_config(config, world.size)
+        made: Any = deepspeed.initialize(model=towers, optimizer=optimizer, config=settings, dist_init_required=False)
         self.engine, self.optimizer = made[0], made[1]
         self.loss_optimizer = make_optimizer(loss, OptimConfig(lr=optim.lr, weight_decay=0.0))
 
@@ -80,43 +98,85 @@ class Engine:
     def towers(self) -> TwoTower:
         return self.engine.module
 
-    def step(self, batch: Batch, lr_factor: float, *, measure: bool) -> StepResult:
-        """Forward, exact global contrastive gradient, update. Non-finite values are returned, not raised.
+    def step(self, batch: Batch, step: int, lr_factor: float, *, measure: bool) -> StepResult:
+        """Step number `step`: exact global gradient, update. Non-finite values are returned, not raised."""
+        loss, features = self.backward(batch, step)
+        result = StepResult(loss, self.update(lr_factor))
+        if measure:
+            *correct, columns = _compared(features)
+            result.negatives = columns - 1
+            both = sum_ranks(torch.stack(correct))
+            result.acc_image = float(both[0]) / (len(features.image) * self.world.size)
+            result.acc_text = float(both[1]) / (len(features.text) * self.world.size)
+        return result
 
-        The loss is computed on leaves; its feature gradients, already exchanged between ranks, are fed back through
-        Σ f·g. DeepSpeed averages gradients over ranks, hence the factor `world`.
+    def backward(self, batch: Batch, step: int) -> tuple[float, Features]:
+        """The loss of the global batch and this rank's features; the gradients are left to `update`.
+
+        The loss is computed on leaves: of a whole batch's features, or of those embedded without a graph, micro-batch
+        by micro-batch. Its feature gradients, already exchanged between ranks, are fed back through Σ f·g, where a
+        micro-batch is embedded a second time with the same draws of dropout. DeepSpeed averages gradients over ranks,
+        hence the factor `world`; the gradients of the loss's own parameters are summed here.
         """
-        device = self.world.device
-        for group in (*self.optimizer.param_groups, *self.loss_optimizer.param_groups):
-            group["lr"] = self.optim.lr * lr_factor
-        image, text = self.engine(batch.views.to(device), batch.tokens.to(device))
-        text = text[batch.text_row.to(device)]
-        features = Features(
-            image=image.detach().float().requires_grad_(),
-            text=text.detach().float().requires_grad_(),
-            image_id=batch.image_id.to(device),
-            caption_id=batch.caption_id.to(device),
-            exchange=GatheredColumns,
-        )
+        parts = micro_batches(batch, self.config.runtime.micro_batch)
+        statistics = _Statistics(self.towers) if len(parts) > 1 else None
+        with nullcontext() if statistics is None else torch.no_grad():
+            pairs = [self._embed(part, step, number) for number, part in enumerate(parts)]
+        image, text = (torch.cat(side).detach().float().requires_grad_() for side in zip(*pairs, strict=True))
+        features = self._features(image, text, batch)
         loss = self.loss(features)
         parameters = [p for p in self.loss.parameters() if p.requires_grad]
-        image_grad, text_grad, *own = torch.autograd.grad(loss, [features.image, features.text, *parameters])
-        surrogate = (image.float() * image_grad).sum() + (text.float() * text_grad).sum()
-        self.engine.backward(surrogate * self.world.size)
+        *grads, image_grad, text_grad = torch.autograd.grad(loss, [*parameters, image, text])
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = sum_ranks(grad)
+        sizes = [[len(side) for side in part] for part in zip(*parts, strict=True)]
+        grad_parts = zip(image_grad.split(sizes[0]), text_grad.split(sizes[1]), strict=True)
+        for number, (part, part_grads) in enumerate(zip(parts, grad_parts, strict=True)):
+            if statistics is not None:
+                statistics.restore()
+                pairs[number] = self._embed(part, step, number)
+            surrogate = sum((f.float() * g).sum() for f, g in zip(pairs[number], part_grads, strict=True))
+            self.engine.set_gradient_accumulation_boundary(number == len(parts) - 1)
+            self.engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
+            if statistics is not None:
+                statistics.add(len(part[0]) / len(image))
+        if statistics is not None:
+            statistics.settle()
+        return float(sum_ranks(loss.detach().clone())), features
+
+    def _embed(self, part: tuple[Tensor, Tensor], step: int, number: int) -> tuple[Tensor, Tensor]:
+        # Dropout is a function of what is embedded: a replay and a resumed run draw what was drawn before.
+        torch.manual_seed(key64("step", self.config.seed, step, self.world.rank, number) >> 1)
+        views, tokens = (tensor.to(self.world.device) for tensor in part)
+        return self.engine(views, tokens)
+
+    def _features(self, image: Tensor, text: Tensor, batch: Batch) -> Features:
+        device = self.world.device
+        return Features(
+            image=image,
+            text=text[batch.text_row.to(device)],
+            image_id=batch.image_id.to(device),
+            caption_id=batch.caption_id.to(device),
+            exchange=EXCHANGES[self.config.runtime.exchange],
+        )
+
+    def update(self, lr_factor: float) -> float:
+        """One update from what `backward` left, at `lr_factor` of the configured rate; the norm before clipping."""
+        for group in (*self.optimizer.param_groups, *self.loss_optimizer.param_groups):
+            group["lr"] = self.config.optim.lr * lr_factor
         before = self._norm_before_step()
         self.engine.step()
         norm = before if before is not None else self.engine.get_global_grad_norm()
         assert norm is not None
-        for parameter, grad in zip(parameters, own, strict=True):
-            parameter.grad = sum_ranks(grad)
         self.loss_optimizer.step()
         self.loss.constrain()
-        result = StepResult(float(sum_ranks(loss.detach().clone())), float(norm))
-        if measure:
-            correct = sum_ranks(torch.stack(_correct(features)))
-            result.acc_image = float(correct[0]) / (len(features.image) * self.world.size)
-            result.acc_text = float(correct[1]) / (len(features.text) * self.world.size)
-        return result
+        return float(norm)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The whole gradients between `backward` and `update`, unclipped, towers' and loss's; every rank must call."""
+        named = {name: deepspeed.utils.safe_get_full_grad(p) for name, p in self.towers.named_parameters()}
+        named |= {f"loss.{name}": p.grad for name, p in self.loss.named_parameters()}
+        return {name: grad.detach().float().cpu().clone() for name, grad in named.items() if grad is not None}
 
     def _norm_before_step(self) -> float | None:
         """The global gradient norm where DeepSpeed reports none: ZeRO 0, whose gradients are whole on every rank."""
@@ -143,8 +203,8 @@ class Engine:
 
     def _average_running_statistics(self) -> None:
         """Batch-norm statistics differ between ranks (nothing synchronises buffers): make them the average."""
-        for name, buffer in self.towers.named_buffers():
-            if self.world.size > 1 and name.endswith(("running_mean", "running_var")):
+        for buffer in _Statistics(self.towers).buffers:
+            if self.world.size > 1 and buffer.is_floating_point():
                 dist.all_reduce(buffer)
                 buffer /= self.world.size
 
@@ -158,21 +218,61 @@ class Engine:
         assert found is not None, folder  # DeepSpeed says so, and goes on, when it finds nothing
 
 
+def micro_batches(batch: Batch, size: int) -> list[tuple[Tensor, Tensor]]:
+    """A batch's views and tokens in equally large parts of at most `size` samples; 0: in one part.
+
+    Each has a caption, so that each goes through both towers. Where there are fewer captions than parts, the last
+    parts repeat one behind the batch's own: no row of features points at it and its gradient is zero.
+    """
+    count = -(-len(batch.views) // size) if size else 1
+    texts = [part if len(part) else batch.tokens[:1] for part in batch.tokens.tensor_split(count)]
+    return list(zip(batch.views.tensor_split(count), texts, strict=True))
+
+
+class _Statistics:
+    """Batch norm's running statistics, which move once a step: by the mean of what each replay would do alone."""
+
+    def __init__(self, towers: TwoTower) -> None:
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        self.buffers = [buffer for name, buffer in towers.named_buffers() if name.endswith(names)]
+        self.before = [buffer.clone() for buffer in self.buffers]
+        self.mean = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in self.buffers]
+
+    def restore(self) -> None:
+        for buffer, before in zip(self.buffers, self.before, strict=True):
+            buffer.copy_(before)
+
+    def add(self, share: float) -> None:
+        for buffer, mean in zip(self.buffers, self.mean, strict=True):
+            mean += share * buffer
+
+    def settle(self) -> None:
+        for buffer, mean in zip(self.buffers, self.mean, strict=True):
+            buffer.copy_(mean if buffer.is_floating_point() else mean.round())
+
+
 @torch.no_grad()
-def _correct(features: Features) -> tuple[Tensor, Tensor]:
-    """How many of this rank's images and texts rank one of their positives first among the global batch.
+def _compared(features: Features) -> tuple[Tensor, Tensor, int]:
+    """How many of this rank's images and texts rank one of their positives first, and among how many columns.
 
     Positives are the loss's: equal image bytes or equal captions, so that class-name captions count as they should.
     """
-    image = features.image.float()
+    image, columns = features.image.float(), 0
     best, best_positive = (torch.full_like(image[:, 0], -torch.inf) for _ in range(2))
 
     def compare(block: Block) -> tuple[Tensor, Tensor]:
-        scores = image @ block["text"].float().T
-        positive = scores.masked_fill(~features.positive(block), -torch.inf)
-        best.copy_(torch.maximum(best, scores.amax(1)))
-        best_positive.copy_(torch.maximum(best_positive, positive.amax(1)))
-        return scores.amax(0), positive.amax(0)
+        nonlocal columns
+        columns += len(block["text"])
+        tops: list[tuple[Tensor, Tensor]] = []
+        for start in range(0, len(block["text"]), TILE):
+            tile = {name: tensor[start : start + TILE] for name, tensor in block.items()}
+            scores = image @ tile["text"].float().T
+            positive = scores.masked_fill(~features.positive(tile), -torch.inf)
+            best.copy_(torch.maximum(best, scores.amax(1)))
+            best_positive.copy_(torch.maximum(best_positive, positive.amax(1)))
+            tops.append((scores.amax(0), positive.amax(0)))
+        scores, positive = (torch.cat(side) for side in zip(*tops, strict=True))
+        return scores, positive
 
     text_best, text_positive = features.columns().reduce(compare, ["max", "max"])
-    return (best == best_positive).sum().float(), (text_best == text_positive).sum().float()
+    return (best == best_positive).sum().float(), (text_best == text_positive).sum().float(), columns

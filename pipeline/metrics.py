@@ -63,7 +63,8 @@ def step_line(record: dict[str, Any], steps: int, eta: float) -> str:
     left = f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
     return (
         f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.4f}  "
-        f"acc i2t {record['acc_image']:.2f} t2i {record['acc_text']:.2f}  scale {record.get('scale', 0):.1f}  "
+        f"acc i2t {record['acc_image']:.2f} t2i {record['acc_text']:.2f}  "
+        f"neg {record['negatives']}  scale {record.get('scale', 0):.1f}  "
         f"lr {record['lr']:.2e}  gnorm {record['grad_norm']:.2f}  smp/s {record['samples_per_s']:.0f}  "
         f"data {record['data_share']:.0%}  mem {record['memory_gb']:.1f}G  eta {left}"
     )

@@ -46,6 +46,8 @@ class RuntimeConfig:
     workers: Annotated[int, Field(ge=1)] = 2
     threads: Annotated[int, Field(ge=0)] = 0  # 0: the cores of this machine divided by its local ranks
     zero: Literal[0, 1, 2, 3] = 0
+    micro_batch: Annotated[int, Field(ge=0)] = 0  # samples of a rank that are in the towers at once; 0: all of them
+    exchange: Literal["gather", "ring"] = "gather"  # how texts of other ranks are met: all at once, or rank by rank
     compile: bool = False  # the towers, by torch.compile
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
     log_every: Annotated[int, Field(ge=1)] = 20  # steps

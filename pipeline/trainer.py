@@ -20,9 +20,8 @@ from clipwright.pipeline.core.command import Call, Preempted
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
-from clipwright.pipeline.data.order import key64
 from clipwright.pipeline.distributed import World, any_rank, on_first, process_group
-from clipwright.pipeline.engine import Engine, StepResult, deepspeed_config
+from clipwright.pipeline.engine import Engine, StepResult
 from clipwright.pipeline.metrics import RunLog, peak_memory, step_line
 from clipwright.pipeline.precision import settle_precision
 from clipwright.pipeline.run import Parts, RunConfig, RuntimeConfig, build, identity, settle_text
@@ -65,14 +64,7 @@ class Trainer:
         self.run = run
         learned = self.parts.tokenizer if self.config.tokenizer.learned else None
         on_first(lambda: runfolder.claim(run, yaml=yaml, identity=self.identity, fresh=fresh, learned=learned))
-        settings = deepspeed_config(
-            self.config.optim,
-            local_batch=self.schedule.global_batch // self.world.size,
-            world=self.world.size,
-            zero=self.runtime.zero,
-            precision=self.config.precision,
-        )
-        self.engine = Engine(self.parts.towers, self.parts.loss, self.config.optim, self.world, settings)
+        self.engine = Engine(self.parts.towers, self.parts.loss, self.config, self.world)
         found = checkpoint.newest(run)
         self.step = 0
         if found is not None:
@@ -108,11 +100,9 @@ class Trainer:
             while self.step < end:
                 batch = next(batches)
                 waited += batch.waited
-                # Dropout is a function of (seed, step, rank): a resumed run draws what the uninterrupted one drew.
-                torch.manual_seed(key64("step", self.config.seed, self.step, self.world.rank) >> 1)
                 factor = self.schedule.factor(self._samples())
                 shown = self._shown(self.step + 1, end)
-                result = self.engine.step(batch, factor, measure=shown)
+                result = self.engine.step(batch, self.step, factor, measure=shown)
                 self.step += 1
                 self._check_finite(result)
                 bar.add(self.schedule.global_batch)

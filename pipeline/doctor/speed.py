@@ -14,7 +14,7 @@ from torch import Tensor
 from clipwright.pipeline.distributed import any_rank
 from clipwright.pipeline.doctor.base import Context, Found, check
 from clipwright.pipeline.doctor.model import autocast, forget_peak, free_on
-from clipwright.pipeline.engine import Engine, deepspeed_config
+from clipwright.pipeline.engine import Engine
 from clipwright.pipeline.metrics import peak_memory
 
 WARM, LEAST, MOST, SECONDS = 3, 3, 64, 8.0  # steps before, and steps or seconds of the measurement
@@ -108,21 +108,14 @@ def measure(context: Context) -> Times:
     """Real steps, some to warm up and then for SECONDS; all ranks take equally many."""
     config, world, parts = context.config, context.world, context.parts
     size = config.schedule.global_batch
-    settings = deepspeed_config(
-        config.optim,
-        local_batch=size // world.size,
-        world=world.size,
-        zero=config.runtime.zero,
-        precision=config.precision,
-    )
-    engine = Engine(parts.towers, parts.loss, config.optim, world, settings)
+    engine = Engine(parts.towers, parts.loss, config, world)
     parts.towers.train()
     times = Times()
     with closing(parts.loader.batches(0)) as batches:
         for turn in range(WARM + min(MOST, max(LEAST, config.schedule.steps))):
             started, processor = time.perf_counter(), time.process_time()
             batch = next(batches)
-            engine.step(batch, config.schedule.factor(turn * size), measure=False)
+            engine.step(batch, turn, config.schedule.factor(turn * size), measure=False)
             if turn >= WARM:
                 times.steps.append(time.perf_counter() - started)
                 times.waits.append(batch.waited)

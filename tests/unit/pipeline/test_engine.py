@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from clipwright.pipeline.engine import _correct
+from clipwright.pipeline.engine import _compared
 from clipwright.pipeline.losses.base import Features
 
 
@@ -33,7 +33,8 @@ def test_accuracy_counts_the_positives_of_the_loss() -> None:
         image_id = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0])
         image, text = torch.randn(8, 5), torch.randn(8 * per_image, 5)
         features = Features(image, text, image_id, caption_id)
-        found = tuple(int(number) for number in _correct(features))
-        assert found == slow_correct(features)
+        *correct, columns = _compared(features)
+        found = tuple(int(number) for number in correct)
+        assert found == slow_correct(features) and columns == 8 * per_image
         seen.add(found)
     assert len(seen) == 2
