@@ -296,3 +296,20 @@ def test_heads_must_divide_dim():
     with pytest.raises(ClipwrightError) as caught:
         build(**{**SMALL, "heads": 5})
     assert caught.value.code == "E_CONFIG_VALUE" and "heads" in str(caught.value)
+
+
+def test_pixels_beside_the_patches():
+    """SigLIP's so400m takes 384 pixels in patches of 14: what is left over is not seen, if the config says so."""
+    tower, whole = build(**{**SMALL, "image_size": 29, "drop_rest": True}).eval(), build(**SMALL).eval()
+    assert tower.grid == whole.grid == (3, 3)
+    whole.load_state_dict(tower.state_dict(), strict=True)
+    images = torch.randn(2, 3, 29, 29)
+    changed = images.clone()
+    changed[:, :, 24:] = changed[:, :, :, 24:] = 9.0
+    with torch.no_grad():
+        assert torch.equal(tower(images).tokens, tower(changed).tokens)
+        torch.testing.assert_close(tower(images).pooled, whole(images[:, :, :24, :24]).pooled, atol=1e-6, rtol=1e-6)
+    for fields in ({"image_size": 29}, {"image_size": 7, "drop_rest": True}):
+        with pytest.raises(ClipwrightError) as caught:
+            build(**{**SMALL, **fields})
+        assert caught.value.code == "E_CONFIG_VALUE" and "image_size" in caught.value.where

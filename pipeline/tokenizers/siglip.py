@@ -1,0 +1,161 @@
+"""SigLIP's tokenizer: a given SentencePiece vocabulary over text without punctuation, as transformers reads it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import string
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.records import atomic_write, digest
+from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig, read_bounded
+
+MODEL = "spiece.model"
+MAX_MODEL_BYTES = 64 * 2**20  # a million pieces have 30 MB: a model folder is not trusted
+META = "▁"  # SentencePiece's white space
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@configclass
+class SigLIPTokenizerConfig(TokenizerConfig):
+    """The vocabulary in `folder`; a run and its models keep their own copy.
+
+    Text that spells `end`, `unknown` or `pad` gives its id; `strip`: it takes the white space beside it along.
+    """
+
+    learned: ClassVar[str | None] = MODEL
+    outside: ClassVar[tuple[str, ...]] = ("folder",)
+
+    folder: str | None = None
+    lower_case: bool = True
+    end: str = "</s>"
+    unknown: str = "<unk>"
+    pad: str = "</s>"
+    strip: bool = True
+
+    def learn(self, captions: Iterable[str], folder: Path) -> None:
+        """Copies the model that is in the config's folder; nothing is learned. E_CONFIG_VALUE without one."""
+        if self.folder is None:
+            raise ClipwrightError(
+                "E_CONFIG_VALUE",
+                "no tokenizer folder",
+                where="tokenizer.folder",
+                found="nothing",
+                fix=f"set tokenizer.folder=DIR, a folder with {MODEL}",
+            )
+        path = Path(self.folder) / MODEL
+        data = read_bounded(path, MAX_MODEL_BYTES, _unreadable)
+        _open(path, data, self)
+        atomic_write(folder / MODEL, data)
+
+
+class SigLIPTokenizer:
+    """Text to the ids of transformers' SiglipTokenizer, ended and padded, without a start; E_INPUT for a bad model.
+
+    Zhai et al. 2023, section 3.1, and big_vision's canonical text: lower case, no ASCII punctuation, single spaces.
+    A text that spells `end` last is not ended twice.
+    """
+
+    sot_id = -1
+
+    def __init__(self, config: SigLIPTokenizerConfig, folder: Path) -> None:
+        path = folder / MODEL
+        self._config = config
+        self._model = read_bounded(path, MAX_MODEL_BYTES, _unreadable)
+        self._pieces, self._special = _open(path, self._model, config)
+        self.vocab_size = self._pieces.vocab_size()
+        self.eot_id, self.pad_id = self._special[config.end], self._special[config.pad]
+        unknown = self._special[config.unknown]
+        self.unknown_ids = (unknown, *(i for i in range(self.vocab_size) if self._pieces.IsByte(i)))
+        # Longest first, should one be the start of another.
+        tokens = sorted(self._special, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
+        self._skipped = len(self._pieces.encode(config.unknown, out_type=str))
+        tree = {name: getattr(config, name) for name in ("lower_case", "end", "unknown", "pad", "strip")}
+        self.fingerprint = digest({"siglip": tree, "model": self._model.hex()})
+
+    def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
+        """Ids int32 (len(texts), context): ids + EOT + padding; too long → cut to context, last id EOT."""
+        rows = np.full((len(texts), context), self.pad_id, dtype=np.int32)
+        for row, text in zip(rows, texts, strict=True):
+            ids = self._ids(text)[: context - 1]
+            ids = ids if ids[-1:] == [self.eot_id] else [*ids, self.eot_id]
+            row[: len(ids)] = ids
+        return rows
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` up to the first EOT, as it was left of punctuation; special ids are dropped."""
+        special = set(self._special.values())
+        real = itertools.takewhile(lambda i: i != self.eot_id, map(int, ids))
+        return self._pieces.decode([i for i in real if i not in special])
+
+    def save(self, folder: Path) -> list[Path]:
+        """Writes the model as it was read."""
+        path = folder / MODEL
+        atomic_write(path, self._model)
+        return [path]
+
+    def _ids(self, text: str) -> list[int]:
+        parts = self._split.split(META + text.replace(META, " "))
+        pieces: list[str] = []
+        for number, part in enumerate(parts):
+            if number % 2:
+                pieces.append(part)
+                continue
+            if self._config.strip:
+                part = part.lstrip() if number > 0 else part
+                part = part.rstrip() if number < len(parts) - 1 else part
+            pieces += self._spelt(part) if part else []
+        if len(pieces) > 1 and pieces[0] == META and pieces[1] in self._special:
+            pieces = pieces[1:]
+        return [self._special.get(piece, self._pieces.piece_to_id(piece)) for piece in pieces]
+
+    def _spelt(self, text: str) -> list[str]:
+        """The pieces of ordinary text."""
+        text = text.lower() if self._config.lower_case else text
+        text = re.sub(r"\s+", " ", text.translate(_NO_PUNCTUATION)).strip()
+        # A token in front keeps SentencePiece from adding white space of its own; what it gives is cut off again.
+        pieces = self._pieces.encode(self._config.unknown + text, out_type=str)
+        return pieces[self._skipped :] if len(pieces) >= self._skipped else pieces
+
+
+def _open(path: Path, data: bytes, config: SigLIPTokenizerConfig) -> tuple[SentencePieceProcessor, dict[str, int]]:
+    """The vocabulary, and the special tokens' ids; `path` is for errors."""
+    pieces = SentencePieceProcessor()
+    try:
+        pieces.LoadFromSerializedProto(data)
+    except RuntimeError as error:
+        raise _unreadable(path, str(error)) from None
+    special: dict[str, int] = {}
+    for role in ("end", "unknown", "pad"):
+        token = getattr(config, role)
+        number = pieces.piece_to_id(token)
+        if pieces.id_to_piece(number) != token:
+            raise _unreadable(path, f"it has no piece {token!r}, which is to be tokenizer.{role}")
+        special[token] = number
+    return pieces, special
+
+
+def _unreadable(path: Path, found: str) -> ClipwrightError:
+    return ClipwrightError(
+        "E_INPUT",
+        "a SigLIP tokenizer that cannot be read",
+        where=path,
+        found=found,
+        fix="restore the file, or save the tokenizer anew with save_pretrained",
+    )
+
+
+TOKENIZERS.add(
+    SigLIPTokenizerConfig,
+    SigLIPTokenizer,
+    {"siglip": {}},
+    source="Zhai et al. 2023 and google-research/big_vision; any folder with spiece.model",
+)
