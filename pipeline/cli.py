@@ -1,4 +1,4 @@
-"""Commands of the pipeline: train, export."""
+"""Commands of the pipeline: train, doctor, export, import."""
 
 from __future__ import annotations
 
@@ -48,3 +48,11 @@ def export(call: Call) -> None:
     from clipwright.pipeline.export import export as run
 
     run(call)
+
+
+@command(app, "import", kind="clipwright.pipeline.interop.importing:ImportConfig", subject="folder", metavar="DIR")
+def import_(call: Call) -> None:
+    """Take over a CLIPModel or SiglipModel folder of transformers as a model folder, compared with its source."""
+    from clipwright.pipeline.interop.importing import import_model
+
+    import_model(call)

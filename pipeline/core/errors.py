@@ -24,6 +24,8 @@ CODES: dict[str, tuple[int, str]] = {
     "E_CLASSES": (3, "classes and labels that do not fit each other"),
     "E_MODEL_HASH": (3, "a model file that is not what its manifest says"),
     "E_MODEL_SHAPE": (3, "weights that do not fit the model's config"),
+    "E_IMPORT": (3, "a foreign model folder that states too little, contradicts itself or cannot be taken over"),
+    "E_PARITY": (1, "an imported model that does not compute what its source does"),
     "E_MODEL_DIM": (3, "a model whose embedding dimension differs from the index's"),
     "E_FINGERPRINT": (3, "artefacts made with different models"),
     "E_UNFINISHED": (3, "a demo of which a step is missing or did not finish"),

@@ -66,9 +66,7 @@ class CLIPBPE:
         self._file, vocabulary = read_vocabulary(path)
         merges = parse_merges(path, vocabulary)
         self._symbols = byte_symbols()
-        # Ids 0..255 are the symbols in the order of their code points, and again as ends of words.
-        single = sorted(self._symbols)
-        self._tokens = [*single, *(s + "</w>" for s in single), *("".join(m) for m in merges), SOT, EOT]
+        self._tokens = token_list(merges)
         vocab = {token: i for i, token in enumerate(self._tokens)}
         self._bpe = models.BPE(vocab, merges, end_of_word_suffix="</w>")
         self._split = pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True)
@@ -144,6 +142,12 @@ def byte_symbols() -> list[str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     spare = itertools.count(256)
     return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
+
+
+def token_list(merges: Sequence[tuple[str, str]]) -> list[str]:
+    """The token of each id: 256 symbols in the order of their code points, again as ends of words, merges, SOT, EOT."""
+    single = sorted(byte_symbols())
+    return [*single, *(s + "</w>" for s in single), *("".join(merge) for merge in merges), SOT, EOT]
 
 
 def read_vocabulary(path: Path) -> tuple[bytes, bytes]:

@@ -1,0 +1,283 @@
+"""Imported models compute what transformers computes, and go through evaluation, index and search like our own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from clipwright.pipeline.core.records import check_files, read_manifest
+from clipwright.pipeline.interop import parity, preprocessing, towers
+from clipwright.pipeline.interop.source import open_source
+from clipwright.pipeline.model import Model, load_model
+from clipwright.pipeline.pixels import encode
+from clipwright.pipeline.tokenizers.base import TOKENIZERS
+from clipwright.pipeline.tokenizers.siglip import SigLIPTokenizer
+
+TEXTS = ["Red CARS on snow!", "", "a photo of “two” dogs & 猫", "word, " * 90, "x </s>", "it's <|endoftext|> 한국어"]
+Make = Callable[..., Path]
+
+
+def pictures() -> list[np.ndarray]:
+    random = np.random.default_rng(5)
+    return [random.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((50, 73), (90, 61), (33, 40), (43, 40))]
+
+
+def reference(folder: Path, fixed: bool) -> tuple[Any, Any]:
+    """Unit vectors and outputs of transformers for `pictures` and TEXTS, by its own classes."""
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, SiglipImageProcessorPil, SiglipModel
+
+    model, processor = (SiglipModel, SiglipImageProcessorPil) if fixed else (CLIPModel, CLIPImageProcessorPil)
+    made = model.from_pretrained(folder, dtype=torch.float32).eval()
+    words = AutoTokenizer.from_pretrained(folder)
+    context = made.config.text_config.max_position_embeddings
+    ids = words(TEXTS, padding="max_length", truncation=True, max_length=context, return_tensors="pt")["input_ids"]
+    images = processor.from_pretrained(folder)([Image.fromarray(p) for p in pictures()], return_tensors="pt")
+    with torch.inference_mode():
+        return made, made(input_ids=ids, pixel_values=images["pixel_values"])
+
+
+def check(folder: Path, out: Path) -> Model:
+    """An import of `folder` gives its source's vectors on inputs of this test's, and its temperature."""
+    ours = load_model(out, device="cpu")
+    fixed = ours.config.text.pad == "fixed"
+    made, wanted = reference(folder, fixed)
+    views = np.stack([ours.view(encode(picture, "png")) for picture in pictures()])
+    image, text = ours.embed_images(views), ours.embed_texts(TEXTS)
+    unit = torch.nn.functional.normalize
+    torch.testing.assert_close(image, unit(wanted.image_embeds), atol=2e-6, rtol=0)
+    torch.testing.assert_close(text, unit(wanted.text_embeds), atol=2e-6, rtol=0)
+    assert image.std(0).max() > 0.01 and text.std(0).max() > 0.01  # inputs matter
+    weights = load_file(out / "model.safetensors")
+    scale, bias = weights["loss.logit_scale"], weights.get("loss.bias", torch.zeros(1))
+    assert scale.shape == bias.shape == (1,) and scale.item() == pytest.approx(made.logit_scale.item())
+    torch.testing.assert_close(scale.exp() * image @ text.T + bias, wanted.logits_per_image, atol=1e-4, rtol=0)
+    assert json.loads((out / "config.json").read_text())["loss"] == {"name": "sigmoid" if fixed else "softmax"}
+    return ours
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        # An early folder: argmax, half precision, a processor's old spelling; shapes of odd sizes.
+        {
+            "text": {"eos_token_id": 2, "bos_token_id": 0, "max_position_embeddings": 21, "hidden_act": "gelu"},
+            "vision": {"image_size": 30, "patch_size": 10, "layer_norm_eps": 1e-3, "hidden_act": "gelu"},
+            "processor": {"resample": 2, "image_mean": [0.1, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]},
+            "dtype": torch.float16,
+        },
+        # Pixels left over beside the patches, another layer count on each side, wider tables than the tokenizer's.
+        {
+            "text": {"num_hidden_layers": 1, "vocab_size": 49420, "layer_norm_eps": 1e-2},
+            "vision": {"image_size": 37, "num_hidden_layers": 3, "hidden_act": "gelu_pytorch_tanh"},
+            "processor": {"resample": 1},
+            "dtype": torch.bfloat16,
+        },
+    ],
+    ids=["plain", "early", "odd"],
+)
+def test_clip(make_clip: Make, run: Any, tmp_path: Path, form: dict[str, Any]) -> None:
+    folder, out = make_clip(**form), tmp_path / "model"
+    if form.get("dtype") == torch.float16:
+        path = folder / "preprocessor_config.json"
+        tree = json.loads(path.read_text())
+        for key in ("do_rescale", "rescale_factor", "image_processor_type", "do_convert_rgb"):
+            del tree[key]
+        path.write_text(
+            json.dumps({**tree, "feature_extractor_type": "CLIPFeatureExtractor", "size": 30, "crop_size": 30})
+        )
+    done = run("import", folder, "-o", out, "--json")
+    assert done.code == 0, done.err
+    ours = check(folder, out)
+    text, image = ours.config.text, ours.config.image
+    assert text.pool == ("argmax" if form.get("text", {}).get("eos_token_id") == 2 else "eot")
+    assert (text.pad, image.pool, ours.config.tokenizer.clean) == ("longest", "cls", "transformers")
+    printed, receipt = json.loads(done.out), json.loads((out / "parity.json").read_text())
+    manifest = read_manifest(out, "model")
+    assert printed["parity"] == receipt and receipt["inputs"] == {"images": 5, "texts": len(parity.TEXTS)}
+    assert receipt["model"]["fingerprint"] == manifest["fingerprint"] == ours.fingerprint
+    assert receipt["source"] == {"kind": "CLIPModel", "fingerprint": manifest["made_from"]["source"]}
+    assert (
+        all(0 <= receipt[name]["max_abs"] <= 1e-5 for name in ("images", "texts"))
+        and receipt["pixels"]["max_levels"] == 0
+    )
+    assert "version" not in (out / "parity.json").read_text() and "parity.json" in manifest["files"]
+    check_files(out, manifest["files"], "E_MODEL_HASH")
+    assert json.loads((out / "status.json").read_text())["verb"] == "import"
+
+
+@pytest.mark.filterwarnings("ignore:This sequence already has")
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {
+            "text": {"max_position_embeddings": 19, "layer_norm_eps": 1e-2, "num_hidden_layers": 1},
+            "vision": {"image_size": 37, "patch_size": 9, "num_hidden_layers": 1},
+            "processor": {"resample": 2, "image_std": [0.4, 0.5, 0.6]},
+            "tokenizer": {"model_max_length": 19, "do_lower_case": False},
+            "dtype": torch.bfloat16,
+        },
+    ],
+    ids=["plain", "odd"],
+)
+def test_siglip(make_siglip: Make, run: Any, tmp_path: Path, form: dict[str, Any]) -> None:
+    folder, out = make_siglip(**form), tmp_path / "model"
+    if form:  # the other name that a vocabulary has
+        (folder / "spiece.model").rename(folder / "tokenizer.model")
+    assert (done := run("import", folder, "-o", out)).code == 0, done.err
+    if form:
+        (folder / "tokenizer.model").rename(folder / "spiece.model")
+    ours = check(folder, out)
+    assert (ours.config.text.pad, ours.config.text.pool, ours.config.image.pool) == ("fixed", "last", "attention")
+    assert (ours.config.preprocessing.fit, ours.config.tokenizer.lower_case) == ("squash", not form)
+    assert ours.config.image.drop_rest == bool(form)
+
+
+def test_a_folder_of_shards_with_a_processor_config_and_loose_vocabulary(clip: Path, run: Any, tmp_path: Path) -> None:
+    """Files as other versions lay them out give the same model, byte for byte, and an import replaces a model."""
+    one, two, other = tmp_path / "one", tmp_path / "two", tmp_path / "folder"
+    assert run("import", clip, "-o", one).code == 0
+    shutil.copytree(clip, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    halves = {"a-1.safetensors": sorted(tensors)[:20], "a-2.safetensors": sorted(tensors)[20:]}
+    for file, names in halves.items():
+        save_file({name: tensors[name] for name in names}, other / file)
+    (other / "model.safetensors").unlink()
+    places = {name: file for file, names in halves.items() for name in names}
+    (other / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    processor = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").unlink()
+    (other / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
+    model = json.loads((other / "tokenizer.json").read_text())["model"]
+    (other / "tokenizer.json").unlink()
+    (other / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (other / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"]) + "\n")
+    for _ in range(2):  # the second in place of the first
+        assert (done := run("import", other, "-o", two)).code == 0, done.err
+    for name in ("model.safetensors", "config.json", "bpe_simple_vocab_16e6.txt.gz"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    fingerprints = [json.loads((folder / "parity.json").read_text()) for folder in (one, two)]
+    assert fingerprints[0]["model"] == fingerprints[1]["model"]
+    assert fingerprints[0]["source"] != fingerprints[1]["source"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "one", "two"]
+
+
+def test_another_vocabulary_travels_whole(make_clip: Make, run: Any, tmp_path: Path) -> None:
+    """A CLIP with a small vocabulary of its own."""
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = [*letters, *(x + "</w>" for x in letters), "do", "dog</w>", "<|startoftext|>", "<|endoftext|>"]
+    words = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[("d", "o"), ("do", "g</w>")])
+    folder, out = make_clip(text={"vocab_size": 56, "eos_token_id": 55, "bos_token_id": 54}), tmp_path / "model"
+    words.save_pretrained(folder)
+    assert (done := run("import", folder, "-o", out)).code == 0, done.err
+    ours = load_model(out, device="cpu")
+    assert ours.config.tokenizer.name == "huggingface" and ours.tokenizer.vocab_size == 56
+    assert ours.tokenizer.encode(["A dog"], 8).tolist()[0][:5] == [54, 26, 53, 55, 55]
+
+
+def test_published_sizes_bear_the_names_of_their_presets(clip: Path) -> None:
+    """The configs of published folders, which state only what is not transformers' default."""
+    from transformers import CLIPConfig, SiglipConfig
+
+    source = open_source(clip)
+    words = TOKENIZERS.build(TOKENIZERS.preset("clip_bpe"))
+    large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    wide = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    so400m = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    for kind, config, names in (
+        ("clip", CLIPConfig(), ("clip_vit_b32", "clip_text_b", 512)),
+        (
+            "clip",
+            CLIPConfig(text_config=wide, vision_config={**large, "patch_size": 14}, projection_dim=768),
+            ("clip_vit_l14", "clip_text_l", 768),
+        ),
+        ("siglip", SiglipConfig(), ("siglip_vit_b16", "siglip_text_b", 768)),
+        (
+            "siglip",
+            SiglipConfig(text_config=so400m, vision_config={**so400m, "patch_size": 14, "image_size": 224}),
+            ("siglip_vit_so400m14", "siglip_text_so400m", 1152),
+        ),
+    ):
+        object.__setattr__(source, "kind", kind)
+        object.__setattr__(source, "config", config)
+        config.text_config.vocab_size = 49408
+        image, text = towers.image_fields(source), towers.text_fields(source, words)
+        assert (image["name"], text["name"], towers.embed_dim(source)) == names
+
+
+def test_what_is_taken_over_wrongly_is_found(
+    clip: Path, siglip: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The receipt has teeth: each mistake an importer could make fails it, and leaves nothing."""
+    out, blocks, move, preset = tmp_path / "model", towers._blocks, towers._move, TOKENIZERS.preset
+
+    for name, value, words in (
+        ("ACTIVATIONS", {**towers.ACTIVATIONS, "gelu_pytorch_tanh": "quick_gelu"}, ("images", "texts", "logits")),
+        ("_blocks", lambda *args: {**blocks(*args), "ln_eps": 1e-2}, ("images", "texts")),
+        ("_move", lambda rest, out, to, *parts: move(rest, out, to, *reversed(parts)), ("images", "texts")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(towers, name, value)
+            differs(run, siglip, out, *words)
+    for name, value in (("RESAMPLE", {3: "bilinear"}), ("_fit", lambda *_, **__: "crop")):
+        with monkeypatch.context() as patch:
+            patch.setattr(preprocessing, name, value)
+            differs(run, siglip, out, "pixels", "grey levels")
+    with monkeypatch.context() as patch:
+        patch.setattr(SigLIPTokenizer, "_spelt", lambda self, text: self._pieces.encode(text, out_type=str))
+        differs(run, siglip, out, "texts", "other ids for the text 'Two CATS, running")
+    with monkeypatch.context() as patch:
+        patch.setattr(TOKENIZERS, "preset", lambda name, **_: preset(name))  # OpenAI's cleaning
+        differs(run, clip, out, "other ids for the text")
+    assert not list(tmp_path.iterdir())
+
+
+def differs(run: Any, folder: Path, out: Path, *words: str) -> None:
+    done = run("import", folder, "-o", out)
+    assert done.code == 1 and done.error.startswith("error[E_PARITY]: "), done.error
+    assert str(folder) in done.error and all(word in done.error for word in words), done.error
+
+
+def test_embeddings_that_overflow_are_no_match(siglip: Path, run: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(siglip, tmp_path / "folder")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["text_model.head.weight"].fill_(3e38)
+    save_file(tensors, folder / "model.safetensors")
+    done = run("import", folder, "-o", tmp_path / "model")
+    assert done.code == 1 and "E_PARITY" in done.error and "texts nan apart" in done.error
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_import_goes_all_the_way_to_a_hit(siglip: Path, run: Any, tmp_path: Path) -> None:
+    """Evaluation, embeddings, index and search on generated pictures; an image finds itself."""
+    pairs, names = tmp_path / "pairs", ("data", "model", "emb", "index")
+    data, model, emb, index = (tmp_path / name for name in names)
+    pairs.mkdir()
+    for number, picture in enumerate(pictures()):
+        (pairs / f"{number}.png").write_bytes(encode(picture, "png"))
+        (pairs / f"{number}.txt").write_text(f"a photo of number {number}")
+    for words in (
+        ("prep", "folder", f"source.path={pairs}", "runtime.workers=1", "-o", data),
+        ("import", siglip, "-o", model),
+        ("eval", "retrieval", f"model={model}", f"data={data}"),
+        ("embed", f"model={model}", f"data={data}", "-o", emb),
+        ("index", "build", "flat", f"embeddings={emb}", "-o", index),
+        ("search", index, "text=a photo of two dogs", "k=2"),
+    ):
+        assert (done := run(*words)).code == 0, done.err
+    done = run("search", index, f"image={pairs / '2.png'}", "k=1", "--json")
+    hit = json.loads(done.out)["hits"][0]
+    assert hit["caption"] == "a photo of number 2" and hit["score"] == pytest.approx(1, abs=1e-3)
