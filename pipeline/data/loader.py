@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from pydantic import Field
 from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.data.augment import AugmentConfig, draw_colour, recolour, training_view
-from clipwright.pipeline.data.order import Draw, Order, caption_index
-from clipwright.pipeline.data.reader import Dataset
+from clipwright.pipeline.data.augment import draw_colour, recolour, training_view
+from clipwright.pipeline.data.datasets import DataConfig, Datasets
+from clipwright.pipeline.data.order import Draw, Place, caption_index, negative_index
+from clipwright.pipeline.data.reader import Rows
+from clipwright.pipeline.data.workers import Workers
 from clipwright.pipeline.model import trim
 from clipwright.pipeline.pixels import PixelError
 from clipwright.pipeline.tokenizers.base import Tokenizer
 from clipwright.pipeline.towers.base import TextTowerConfig
 
-
-@configclass
-class DataConfig:
-    """What is trained on, in which order. `captions`: how many captions of an image stand in a batch."""
-
-    train: str
-    captions: Annotated[int, Field(ge=1)] = 1
-    streams: Annotated[int, Field(ge=1)] = 64
-    window: Annotated[int, Field(ge=1)] = 4096
-    augment: AugmentConfig = AugmentConfig()
+AHEAD = 2  # batches decoded while one is in use
+PART = 8  # samples a thread takes at a time
+STUCK = 25.0  # seconds after which a sample that is not read and decoded is an error
 
 
 @dataclass
@@ -46,7 +38,8 @@ class Batch:
     views uint8 (b, S, S, 3); tokens (u, n), each different caption once; text_row (b·K): the row of caption k of image
     i stands at iK + k. Class-name captions repeat, and a text tower that reads each once costs a fraction. image_id (b)
     and caption_id (b, K): equal numbers mean equal image bytes, equal captions. colour: brightness, contrast,
-    saturation and hue (`augment.recolour`), if colours change. `waited`: seconds the step waited.
+    saturation and hue (`augment.recolour`), if colours change. negative_row, negative_id (b·H): the same for an
+    image's wrong captions, row −1 where it has fewer than H. waited: seconds the step waited.
     """
 
     views: UInt8[Tensor, "b s s 3"]
@@ -55,11 +48,13 @@ class Batch:
     image_id: Int[Tensor, " b"]
     caption_id: Int[Tensor, "b k"]
     colour: Float[Tensor, "b 4"] | None = None
+    negative_row: Int[Tensor, " h"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    negative_id: Int[Tensor, " h"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     waited: float = 0.0
 
     def images(self, device: torch.device) -> UInt8[Tensor, "b s s 3"]:
         """The views on the device, with the colours that were drawn for them."""
-        views = self.views.to(device)
+        views = self.views.to(device, non_blocking=True)
         return views if self.colour is None else recolour(views, self.colour.to(device))
 
 
@@ -82,6 +77,28 @@ class Share:
             )
 
 
+class Pending:
+    """A batch in the making: each part of it is a job, and whoever does the last one puts it together."""
+
+    def __init__(self, place: Place, verify: np.ndarray, size: int) -> None:
+        count = len(place.row)
+        self.dataset, self.shard, self.row, self.epoch, self.verify = (
+            column.tolist() for column in (place.dataset, place.shard, place.row, place.epoch, verify)
+        )
+        self.place = place
+        # Planes of a colour, as torch's resize leaves them; page-locked memory goes to a GPU while it computes.
+        self.views = torch.empty((count, 3, size, size), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        self.colour = np.empty((count, 4), np.float32)
+        self.future: Future[Batch] = Future()
+        self._left, self._lock = -(-count // PART), threading.Lock()
+
+    def last(self) -> bool:
+        """Counts a part as done; whether it was the last."""
+        with self._lock:
+            self._left -= 1
+            return self._left == 0
+
+
 class Loader:
     """The batches of one rank from any position on; nothing in it depends on where another run stopped."""
 
@@ -98,94 +115,145 @@ class Loader:
     ) -> None:
         self.config, self.share, self.tokenizer, self.text = config, share, tokenizer, text
         self.image_size, self.seed, self.workers = image_size, seed, workers
-        self.dataset = Dataset(Path(config.train))
-        if self.dataset.samples < share.global_batch:
-            raise ClipwrightError(
-                "E_DATA_SMALL",
-                "a dataset with fewer samples than a batch",
-                where=config.train,
-                found=f"{self.dataset.samples} samples, schedule.global_batch is {share.global_batch}",
-                fix="lower schedule.global_batch or prepare more data",
-            )
-        self.order = Order(
-            self.dataset.sizes,
-            fingerprint=self.dataset.fingerprint,
-            seed=seed,
-            streams=config.streams,
-            window=config.window,
-        )
+        self.dataset = Datasets(config)
+        for part, most in zip(self.dataset.parts, self.dataset.shares() * share.global_batch, strict=True):
+            if part.samples < most:
+                raise ClipwrightError(
+                    "E_DATA_SMALL",
+                    "a dataset with fewer samples than a batch takes of it",
+                    where=part.folder,
+                    found=f"{part.samples} samples; of schedule.global_batch={share.global_batch} it has {most:.6g}",
+                    fix="lower schedule.global_batch or prepare more data",
+                )
+        self.order = self.dataset.order(seed)
+        for part, order in zip(self.dataset.parts, self.order.orders, strict=True):
+            part.keep_rows(order.reach(share.world))
 
     def batches(self, position: int) -> Generator[Batch, None, None]:
-        """Endless batches from global position `position` on, two decoded ahead of the one in use."""
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
-            ahead: deque[list[Future[Sample]]] = deque()
-            try:
-                while True:
-                    while len(ahead) < 3:
-                        ahead.append(self._submit(pool, position))
-                        position += self.share.global_batch
-                    started = time.perf_counter()
-                    samples = [future.result() for future in ahead.popleft()]
-                    batch = self._collate(samples)
-                    batch.waited = time.perf_counter() - started
-                    yield batch
-            finally:
-                for future in (f for futures in ahead for f in futures):
-                    future.cancel()
-
-    def _submit(self, pool: ThreadPoolExecutor, position: int) -> list[Future[Sample]]:
-        mine = np.arange(position + self.share.rank, position + self.share.global_batch, self.share.world)
-        place = self.order.locate(mine)
-        columns = zip(place.epoch.tolist(), place.shard.tolist(), place.row.tolist(), strict=True)
-        return [pool.submit(self._sample, epoch, shard, row) for epoch, shard, row in columns]
-
-    def _sample(self, epoch: int, shard: int, row: int) -> Sample:
-        record = self.dataset.record(shard, row)
-        key = record["key"][:32]
-        data = self.dataset.image(shard, row)
-        augment = self.config.augment
-        turn = epoch if augment.views is None else epoch % augment.views
-        draws = (Draw(self.seed, self.dataset.fingerprint, turn, record["key"], use) for use in ("view", "colour"))
+        """Endless batches from global position `position` on, AHEAD of them decoded beyond the one in use."""
+        workers = Workers(self.workers)
+        ahead: deque[Pending] = deque()
+        # Up to which epoch bytes are checked: the first after a start, and the one it starts in the middle of.
+        until, more = np.full(len(self.dataset.parts), -1), int(position > 0)
         try:
-            view = training_view(data, self.image_size, augment, next(draws))
+            while True:
+                while len(ahead) <= AHEAD:
+                    place = self._places(position)
+                    new = until[place.dataset] < 0
+                    np.maximum.at(until, place.dataset[new], place.epoch[new] + more)
+                    ahead.append(self._start(workers, place, place.epoch <= until[place.dataset]))
+                    position += self.share.global_batch
+                started = time.perf_counter()
+                batch = self._wait(workers, ahead.popleft())
+                batch.waited = time.perf_counter() - started
+                yield batch
+        finally:
+            workers.close()
+
+    def _places(self, position: int) -> Place:
+        """Where this rank's samples of the global batch at `position` lie."""
+        return self.order.locate(
+            np.arange(position + self.share.rank, position + self.share.global_batch, self.share.world)
+        )
+
+    def _start(self, workers: Workers, place: Place, verify: np.ndarray) -> Pending:
+        pending = Pending(place, verify, self.image_size)
+        for first in range(0, len(place.row), PART):
+            part = range(first, min(first + PART, len(place.row)))
+            workers.submit(lambda part=part: self._work(workers, pending, part))
+        return pending
+
+    def _wait(self, workers: Workers, pending: Pending) -> Batch:
+        while not wait([pending.future], timeout=1.0).done:
+            seconds, place = workers.longest()
+            if seconds > STUCK:
+                assert isinstance(place, tuple)
+                part, shard, row = place
+                raise ClipwrightError(
+                    "E_WORKER",
+                    "a thread that does not come back from a sample",
+                    where=f"{self.dataset.parts[part].tar_path(shard)}, row {row}",
+                    found=f"{seconds:.0f} s, {STUCK:.0f} allowed",
+                    fix="check the disk it lies on and start again; the run resumes",
+                )
+        return pending.future.result()
+
+    def _work(self, workers: Workers, pending: Pending, part: range) -> None:
+        try:
+            for number in part:
+                workers.begins((pending.dataset[number], pending.shard[number], pending.row[number]))
+                self._decode(pending, number)
+            if pending.last():
+                pending.future.set_result(self._collate(pending))
+        except BaseException as error:
+            if not pending.future.done():
+                pending.future.set_exception(error)
+
+    def _decode(self, pending: Pending, number: int) -> None:
+        """Reads a sample's picture and writes its view and colours to their places in the batch."""
+        part, shard, row = self.dataset.parts[pending.dataset[number]], pending.shard[number], pending.row[number]
+        augment, epoch = self.config.augment, pending.epoch[number]
+        key = part.rows(shard).key[row].decode()
+        data = part.image(shard, row, verify=pending.verify[number])
+        turn = epoch if augment.views is None else epoch % augment.views
+        views = pending.views.numpy()
+        try:
+            views[number] = training_view(
+                data, self.image_size, augment, Draw(self.seed, part.fingerprint, turn, key, "view")
+            )
         except PixelError as error:
             raise ClipwrightError(
                 error.args[0],
                 "a stored image that cannot be decoded",
-                where=f"{self.dataset.tar_path(shard)} sample {record['key']}",
+                where=f"{part.tar_path(shard)} sample {key}",
                 found=error.args[1],
                 fix="run `clipwright prep` again with --fresh",
             ) from None
-        captions, count = record["captions"], self.config.captions
-        picks = [
-            caption_index(len(captions), seed=self.seed, epoch=epoch * count + turn, key=key) for turn in range(count)
-        ]
-        colour = draw_colour(augment, next(draws))
-        return Sample(view, colour, [captions[pick] for pick in picks], int(key[:16], 16) - 2**63)
+        if augment.colours:
+            pending.colour[number] = draw_colour(augment, Draw(self.seed, part.fingerprint, turn, key, "colour"))
 
-    def _collate(self, samples: list[Sample]) -> Batch:
-        texts = [text for sample in samples for text in sample.captions]
-        row = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        tokens = self.tokenizer.encode(list(row), self.text.context)
-        tokens = trim(tokens, self.tokenizer.eot_id, self.text.pad)
+    def _collate(self, pending: Pending) -> Batch:
+        where = list(zip(pending.dataset, pending.shard, pending.row, strict=True))
+        rows = [self.dataset.parts[part].rows(shard) for part, shard, _ in where]
+        keys = [one.key[row][:32].decode() for one, row in zip(rows, pending.row, strict=True)]
+        captions = self._captions(rows, pending, keys)
+        negatives = self._negatives(rows, pending, keys)
+        known = {text: number for number, text in enumerate(dict.fromkeys([*captions, *filter(None, negatives)]))}
+        tokens = self.tokenizer.encode(list(known), self.text.context)
+        ids = {text: _text_id(text) for text in known}
         return Batch(
-            views=torch.from_numpy(np.stack([sample.view for sample in samples])).permute(0, 2, 3, 1),
-            colour=torch.tensor([sample.colour for sample in samples]) if self.config.augment.colours else None,
-            tokens=torch.from_numpy(tokens).long(),
-            text_row=torch.tensor([row[text] for text in texts]),
-            image_id=torch.tensor([sample.image_id for sample in samples]),
-            caption_id=torch.tensor([_text_id(text) for text in texts]).view(len(samples), -1),
+            views=pending.views.permute(0, 2, 3, 1),
+            tokens=torch.from_numpy(trim(tokens, self.tokenizer.eot_id, self.text.pad)).long(),
+            text_row=torch.tensor([known[text] for text in captions]),
+            image_id=torch.tensor([int(key[:16], 16) - 2**63 for key in keys]),
+            caption_id=torch.tensor([ids[text] for text in captions]).view(len(keys), -1),
+            colour=torch.from_numpy(pending.colour) if self.config.augment.colours else None,
+            negative_row=torch.tensor([-1 if text is None else known[text] for text in negatives], dtype=torch.int64),
+            negative_id=torch.tensor([0 if text is None else ids[text] for text in negatives], dtype=torch.int64),
         )
 
+    def _captions(self, rows: list[Rows], pending: Pending, keys: list[str]) -> list[str]:
+        """The captions of the batch, those of an image side by side."""
+        counts = np.array([one.captions.count(row) for one, row in zip(rows, pending.row, strict=True)])
+        picks = [
+            caption_index(counts, seed=self.seed, epochs=pending.place.epoch * self.config.captions + turn, keys=keys)
+            for turn in range(self.config.captions)
+        ]
+        chosen = zip(rows, pending.row, np.stack(picks, axis=1).tolist(), strict=True)
+        return [one.captions.text(row, pick) for one, row, mine in chosen for pick in mine]
 
-@dataclass(frozen=True)
-class Sample:
-    """One decoded sample: view (3, S, S), its colours, its chosen captions, its image's key as a 64-bit integer."""
-
-    view: np.ndarray
-    colour: tuple[float, float, float, float]
-    captions: list[str]
-    image_id: int
+    def _negatives(self, rows: list[Rows], pending: Pending, keys: list[str]) -> list[str | None]:
+        """The wrong captions of the batch, `negative_count` an image; none where it has fewer."""
+        columns = [one.negatives for one in rows]
+        texts = [column for column in columns if column is not None]
+        if not texts:
+            return []
+        counts = np.array([column.count(row) for column, row in zip(texts, pending.row, strict=True)])
+        picks = negative_index(
+            counts, self.config.negative_count, seed=self.seed, epochs=pending.place.epoch, keys=keys
+        ).tolist()
+        chosen = zip(texts, pending.row, picks, strict=True)
+        return [None if pick < 0 else column.text(row, pick) for column, row, mine in chosen for pick in mine]
 
 
 def _text_id(text: str) -> int:

@@ -79,7 +79,7 @@ class Mixture:
         base = np.zeros((len(self._bounds), len(self.orders), self.streams), np.int64)
         for number, (ids, bounds) in enumerate(self._bounds):
             if number:
-                row = np.int64(self._starts[number] // self.streams)
+                row = self._starts[number : number + 1] // self.streams
                 base[number] = base[number - 1]
                 for sign, (owners, edges) in ((1, self._bounds[number - 1]), (-1, (ids, bounds))):
                     hits = _hits(row, self._offsets, edges[:-1, None], edges[1:, None])

@@ -8,6 +8,7 @@ part, so any of them may change between two runs of the same sequence.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -99,6 +100,13 @@ class Order:
             shard[here], row[here] = self._locate(int(epoch), positions[here])
         return Place(epochs, shard, row, np.zeros_like(positions))
 
+    def reach(self, world: int) -> int:
+        """About how many shards one of `world` ranks reads from at a time."""
+        if self.samples <= self.streams * self.window:
+            return len(self.sizes)
+        streams = self.streams // math.gcd(self.streams, world)
+        return min(len(self.sizes), streams * (-(-self.window * len(self.sizes) // self.samples) + 1))
+
     def _locate(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         first = epoch * self.samples
         if self.samples <= self.streams * self.window:
@@ -145,9 +153,24 @@ class Draw:
         return (self._numbers.pop() >> 11) / 2**53
 
 
-def caption_index(count: int, *, seed: int, epoch: int, key: str) -> int:
-    """Which of a sample's `count` captions epoch `epoch` takes: each once in every `count` epochs."""
-    if count == 1:
-        return 0
-    turn = np.array([epoch % count])
-    return int(permute(turn, count, key64("caption", seed, key, epoch // count))[0])
+def caption_index(counts: np.ndarray, *, seed: int, epochs: np.ndarray, keys: Sequence[str]) -> np.ndarray:
+    """Which of its `counts` captions each sample takes: each caption once in every `counts` epochs."""
+    turns, out = epochs % counts, np.zeros_like(counts)
+    several = np.flatnonzero(counts > 1)
+    if len(several):
+        rounds = (epochs // counts)[several].tolist()
+        seeds = [key64("caption", seed, keys[i], turn) for i, turn in zip(several.tolist(), rounds, strict=True)]
+        out[several] = permute(turns[several], counts[several], np.array(seeds, _U64))
+    return out
+
+
+def negative_index(counts: np.ndarray, most: int, *, seed: int, epochs: np.ndarray, keys: Sequence[str]) -> np.ndarray:
+    """Which of its `counts` negatives each sample brings along, int64 (n, most): different ones, −1 where it has fewer.
+
+    All of them come in turn, in an order of the sample's own.
+    """
+    turns = np.arange(most)
+    seeds = np.array([key64("negative", seed, key) for key in keys], _U64)
+    sizes = np.maximum(counts, 1)[:, None]
+    picks = permute((epochs[:, None] * most + turns) % sizes, sizes, seeds[:, None])
+    return np.where(turns < counts[:, None], picks, -1)

@@ -4,40 +4,104 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.records import file_sha256, read_manifest
+
+OPEN_TARS = 256  # descriptors kept; the usual limit of a process is 1,024
+TABLES = 8  # whole sidecars kept
+ROWS = 64  # shards whose `Rows` are kept where nobody says how many
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a column, those of row i at starts[i] … starts[i + 1] − 1 of `flat`."""
+
+    starts: np.ndarray
+    flat: pa.Array
+
+    def count(self, row: int) -> int:
+        return int(self.starts[row + 1] - self.starts[row])
+
+    def text(self, row: int, number: int) -> str:
+        return self.flat[int(self.starts[row]) + number].as_py()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What training reads of a shard's samples, in arrays: a Python object a row would be ten times as large.
+
+    key: ASCII, (n); offset, size: of the image member, int64 (n); sha256: of its bytes, uint8 (n, 32).
+    """
+
+    key: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    sha256: np.ndarray
+    captions: Texts
+    negatives: Texts | None
+
+
+class _Tar:
+    """An open tar; closed when the last thread that reads from it lets go."""
+
+    def __init__(self, path: Path) -> None:
+        self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            os.close(self.handle)
 
 
 class Dataset:
-    """A dataset folder, whole or cut.
+    """A dataset folder, whole or cut. Threads may share it.
 
     Opening checks the manifest and the existence and size of every shard (E_INPUT, E_MANIFEST, E_DATA_HASH); a
-    sidecar's hash is checked when it is first read, a sample's bytes by `image`.
+    sidecar's hash is checked when it is first read, a sample's bytes by `image`. negatives: a column of texts that
+    `rows` reads as well (E_COLUMN). keep: how many shards' `rows` are kept in memory.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, negatives: str | None = None, keep: int = ROWS) -> None:
+        self.folder, self.negatives = folder, negatives
         self.manifest = read_manifest(folder, "dataset")
         self.fingerprint: str = self.manifest["fingerprint"]
         self._shards: list[dict[str, Any]] = self.manifest["shards"]
         self.sizes: list[int] = [shard["samples"] for shard in self._shards]
         self.samples = sum(self.sizes)
-        self._sidecars: dict[int, pa.Table] = {}
-        self._columns: dict[int, dict[str, Any]] = {}
-        for index, shard in enumerate(self._shards):
-            path = self.tar_path(index)
-            size = path.stat().st_size if path.is_file() else None
+        self._known = np.zeros(len(self._shards), bool)  # sidecars whose hash was checked
+        self._check_tars()
+        self.sidecar = lru_cache(TABLES)(self._read_sidecar)
+        self._tar = lru_cache(OPEN_TARS)(lambda shard: _Tar(self.tar_path(shard)))
+        self.keep_rows(keep)
+        if negatives is not None and self._shards:
+            self._texts(0, pq.read_schema(self.folder / self._shards[0]["sidecar"]).empty_table(), negatives)
+
+    def _check_tars(self) -> None:
+        seen: set[str] = set()
+        for shard in self._shards:
+            path = os.path.join(self.folder, shard["tar"])  # noqa: PTH118  a hundred thousand Paths take a second
+            try:
+                size = os.stat(path).st_size  # noqa: PTH116
+            except OSError:
+                raise self._wrong(Path(path), "the file is missing") from None
             if size != shard["tar_bytes"]:
-                found = (
-                    "the file is missing" if size is None else f"{size} bytes, the manifest says {shard['tar_bytes']}"
-                )
-                raise self._wrong(path, found)
+                raise self._wrong(Path(path), f"{size} bytes, the manifest says {shard['tar_bytes']}")
+            if shard["tar"] in seen:
+                raise self._wrong(Path(path), "the manifest names it twice")
+            seen.add(shard["tar"])
+
+    def keep_rows(self, shards: int) -> None:
+        """Sets how many shards' `rows` are kept in memory, the latest used."""
+        self.rows = lru_cache(max(shards, 1))(self._read_rows)
 
     def tar_name(self, shard: int) -> str:
         """The shard's tar as the manifest names it, relative to the folder."""
@@ -46,49 +110,81 @@ class Dataset:
     def tar_path(self, shard: int) -> Path:
         return self.folder / self.tar_name(shard)
 
-    def sidecar(self, shard: int) -> pa.Table:
-        """The shard's sidecar: one row a sample, in the tar's order."""
-        if shard not in self._sidecars:
-            self._sidecars[shard] = self._read_sidecar(shard)
-        return self._sidecars[shard]
-
     def captions(self, shard: int) -> pa.Array:
         """All captions of a shard, one after another; unlike `sidecar` it leaves nothing in memory."""
-        return self._read_sidecar(shard, ["captions"])["captions"].combine_chunks().flatten()
+        return self._read_sidecar(shard, ("captions",))["captions"].combine_chunks().flatten()
 
-    def _read_sidecar(self, shard: int, columns: list[str] | None = None) -> pa.Table:
+    def _read_sidecar(self, shard: int, columns: tuple[str, ...] | None = None) -> pa.Table:
+        """The shard's sidecar: one row a sample, in the tar's order."""
         entry = self._shards[shard]
         path = self.folder / entry["sidecar"]
-        if not path.is_file() or file_sha256(path) != entry["sidecar_sha256"]:
-            raise self._wrong(path, "the file is missing or its sha256 is not the manifest's")
-        table = pq.read_table(path, columns=columns)
+        if not self._known[shard]:
+            if not path.is_file() or file_sha256(path) != entry["sidecar_sha256"]:
+                raise self._wrong(path, "the file is missing or its sha256 is not the manifest's")
+            self._known[shard] = True
+        table = pq.read_table(path, columns=None if columns is None else list(columns))
         assert table.num_rows == entry["samples"], path
         return table
 
+    def _read_rows(self, shard: int) -> Rows:
+        """The shard's samples as arrays."""
+        wanted = ("key", "offset", "size", "sha256", "captions")
+        # All columns where one may be missing, since parquet passes over it without a word.
+        table = self._read_sidecar(shard, wanted if self.negatives is None else None)
+        digests = bytes.fromhex("".join(table["sha256"].to_pylist()))
+        return Rows(
+            key=np.array(table["key"].to_pylist(), dtype=np.bytes_),
+            offset=table["offset"].to_numpy().astype(np.int64),
+            size=table["size"].to_numpy().astype(np.int64),
+            sha256=np.frombuffer(digests, np.uint8).reshape(-1, 32),
+            captions=self._texts(shard, table, "captions"),
+            negatives=None if self.negatives is None else self._texts(shard, table, self.negatives),
+        )
+
+    def _texts(self, shard: int, table: pa.Table, name: str) -> Texts:
+        """A column of texts, or of lists of them; an empty cell holds none."""
+        if name not in table.column_names:
+            raise self._no_texts(
+                shard, name, "it is not there", nearest(name, table.column_names) or "name a column of the sidecar"
+            )
+        column = table[name].combine_chunks()
+        kind = column.type
+        listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        inner = kind.value_type if listed else kind
+        # A column of nulls is one that is empty in every row of this shard.
+        if not (pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_null(inner)):
+            raise self._no_texts(shard, name, f"its type is {kind}", "name a column of texts or of lists of texts")
+        lengths = column.value_lengths() if listed else column.is_valid().cast(pa.int64())
+        starts = np.zeros(len(column) + 1, np.int64)
+        np.cumsum(lengths.fill_null(0).to_numpy(), out=starts[1:])
+        flat = column.flatten() if listed else column.drop_null()
+        if flat.null_count:
+            raise self._no_texts(shard, name, "a list in it has an empty place", "write lists of texts only")
+        return Texts(starts, flat)
+
     def record(self, shard: int, row: int) -> dict[str, Any]:
         """Key, captions, offset, size and sha256 of one sample."""
-        columns = self._columns.get(shard)
-        if columns is None:
-            table = self.sidecar(shard)
-            columns = {name: table[name].combine_chunks() for name in ("key", "captions", "offset", "size", "sha256")}
-            self._columns[shard] = columns
-        return {name: column[row].as_py() for name, column in columns.items()}
+        rows = self.rows(shard)
+        return {
+            "key": rows.key[row].decode(),
+            "captions": [rows.captions.text(row, i) for i in range(rows.captions.count(row))],
+            "offset": int(rows.offset[row]),
+            "size": int(rows.size[row]),
+            "sha256": rows.sha256[row].tobytes().hex(),
+        }
 
     def image(self, shard: int, row: int, *, verify: bool = True) -> bytes:
         """The stored bytes of one image, read by `pread` at the sidecar's offset and checked against its SHA-256.
 
         Not mmap: a truncated network file under mmap is a SIGBUS, not an error.
         """
-        record = self.record(shard, row)
-        # Opened for each: a descriptor kept for every shard would meet the limit of open files on a large set.
-        handle = os.open(self.tar_path(shard), os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            data = os.pread(handle, record["size"], record["offset"])
-        finally:
-            os.close(handle)
-        if verify and hashlib.sha256(data).hexdigest() != record["sha256"]:
+        rows = self.rows(shard)
+        tar = self._tar(shard)
+        data = os.pread(tar.handle, int(rows.size[row]), int(rows.offset[row]))
+        if len(data) != rows.size[row] or (verify and hashlib.sha256(data).digest() != rows.sha256[row].tobytes()):
             raise self._wrong(
-                self.tar_path(shard), f"the bytes of sample {record['key']} at offset {record['offset']} have changed"
+                self.tar_path(shard),
+                f"the bytes of sample {rows.key[row].decode()} at offset {rows.offset[row]} have changed",
             )
         return data
 
@@ -100,3 +196,7 @@ class Dataset:
             found=found,
             fix="restore the file or run `clipwright prep` again with --fresh",
         )
+
+    def _no_texts(self, shard: int, name: str, found: str, fix: str) -> ClipwrightError:
+        where = f"{self.folder / self._shards[shard]['sidecar']}: {name}"
+        return ClipwrightError("E_COLUMN", "a column without texts", where=where, found=found, fix=fix)

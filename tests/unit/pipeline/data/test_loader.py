@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import pytest
 import torch
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.data import loader as data_loader
 from clipwright.pipeline.data.augment import AugmentConfig, recolour
-from clipwright.pipeline.data.loader import Batch, DataConfig, Loader, Share
+from clipwright.pipeline.data.datasets import DataConfig, Datasets, PartConfig, WeightsConfig
+from clipwright.pipeline.data.loader import Batch, Loader, Share
 from clipwright.pipeline.data.reader import Dataset
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 from clipwright.pipeline.towers.base import TEXT_TOWERS
@@ -20,7 +24,7 @@ from clipwright.pipeline.towers.base import TEXT_TOWERS
 
 def loader(folder: Path, share: Share, workers: int = 2, **config: Any) -> Loader:
     return Loader(
-        DataConfig(train=str(folder), **config),
+        DataConfig(**{"train": str(folder), **config}),
         share,
         tokenizer=TOKENIZERS.build(TOKENIZERS.preset("clip_bpe")),
         text=TEXT_TOWERS.preset("text_nano"),
@@ -96,6 +100,123 @@ def rows_of(batch: Batch) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
     return list(zip(batch.image_id.tolist(), batch.views, batch.colour, strict=True))
 
 
+def colours(batch: Batch) -> list[int]:
+    """The pictures of a batch by their colour, which `make_dataset` gives them."""
+    middle = batch.views[:, 16, 16].int()
+    return (middle[:, 0] + 256 * middle[:, 1]).tolist()
+
+
+def texts(source: Loader, batch: Batch, rows: torch.Tensor) -> list[str | None]:
+    """The texts of some rows, without the spaces that CLIP's tokenizer sets between digits."""
+    decode = source.tokenizer.decode
+    return [None if row < 0 else decode(batch.tokens[row].tolist()).replace(" ", "") for row in rows.tolist()]
+
+
+def test_captions_and_negatives_follow_their_image_through_a_mixture(make_dataset: Any) -> None:
+    wrong = [[f"wrong{i}.{k}" for k in range(i % 4)] for i in range(60)]
+    one = make_dataset("one", [20, 1, 39], wrong=wrong)
+    two = make_dataset("two", [300], lambda i: [f"other {i}", f"second {i}"], wrong=[None] * 300)
+    parts = [PartConfig(path=str(one), weight=3), PartConfig(path=str(two))]
+    config: dict[str, Any] = {"train": parts, "negatives": "wrong", "negative_count": 2, "captions": 2}
+    source = loader(one, Share(0, 1, 16), workers=3, **config)
+    seen: list[int] = []
+    for batch in take(source, 0, 20):
+        captions, negatives = texts(source, batch, batch.text_row), texts(source, batch, batch.negative_row)
+        assert len(captions) == len(negatives) == 32 and batch.negative_id.shape == (32,)
+        assert (batch.negative_id == 0).tolist() == [text is None for text in negatives]
+        for i, image in enumerate(colours(batch)):
+            pair, bad = captions[2 * i : 2 * i + 2], {text for text in negatives[2 * i : 2 * i + 2] if text}
+            if pair[0] == f"picture{image}":
+                seen.append(image)
+                assert pair[1] == pair[0] and bad <= set(wrong[image]) and len(bad) == min(2, len(wrong[image]))
+            else:
+                assert set(pair) <= {f"other{image}", f"second{image}"} and not bad
+    assert len(seen) == 240 and {seen.count(i) for i in range(60)} <= {3, 4, 5}  # three of four, in about four epochs
+    halves = [take(loader(one, Share(r, 2, 16), **config), 0, 3) for r in range(2)]
+    for step, batch in enumerate(take(source, 0, 3)):
+        for r in range(2):
+            assert torch.equal(halves[r][step].views, batch.views[r::2])
+            assert torch.equal(halves[r][step].caption_id, batch.caption_id[r::2])
+            assert torch.equal(halves[r][step].negative_id.view(-1, 2), batch.negative_id.view(-1, 2)[r::2])
+
+
+def test_a_mixtures_identity_tells_its_datasets_weights_and_negatives(make_dataset: Any) -> None:
+    one, two = (make_dataset(name, [30], wrong=["a"] * 30) for name in ("one", "two"))
+    other = make_dataset("other", [30], wrong=["b"] * 30)
+
+    def mark(*parts: tuple[Path, float], **config: Any) -> str:
+        made = [PartConfig(path=str(path), weight=weight) for path, weight in parts]
+        return Datasets(DataConfig(train=made, **config)).fingerprint
+
+    assert Datasets(DataConfig(train=str(one))).fingerprint == Dataset(one).fingerprint == mark((one, 2))
+    marks = [mark((one, 1), (two, 1)), mark((one, 1), (two, 2)), mark((one, 1)), mark((one, 1), negatives="wrong")]
+    assert len(set(marks)) == 4
+    # Equal pictures and captions, other negatives.
+    assert mark((other, 1)) == mark((one, 1)) and mark((other, 1), negatives="wrong") != marks[3]
+
+
+@pytest.mark.parametrize(
+    ("config", "code", "pieces"),
+    [
+        ({"weights": [0, 0]}, "E_CONFIG_VALUE", ["data.train", "2 weights, 0 above 0"]),
+        ({"reweight": [(64, [1])]}, "E_CONFIG_VALUE", ["data.reweight.0", "1 weights", "2 datasets"]),
+        ({"reweight": [(100, [1, 2])]}, "E_CONFIG_VALUE", ["at=100", "take 128"]),
+        ({"reweight": [(128, [1, 2]), (64, [1, 2])]}, "E_CONFIG_VALUE", ["data.reweight.1", "at=64", "ascending"]),
+        ({"weights": [1, 10]}, "E_DATA_SMALL", ["two", "10 samples", "14.5455", "lower schedule.global_batch"]),
+    ],
+)
+def test_mixtures_that_cannot_be_are_refused(config: dict, code: str, pieces: list[str], make_dataset: Any) -> None:
+    folders = [make_dataset("one", [40]), make_dataset("two", [10])]
+    weights = config.get("weights", [1, 1])
+    parts = [PartConfig(path=str(path), weight=weight) for path, weight in zip(folders, weights, strict=True)]
+    steps = tuple(WeightsConfig(at=at, weights=row) for at, row in config.get("reweight", ()))
+    with pytest.raises(ClipwrightError) as caught:
+        loader(folders[0], Share(0, 1, 16), train=parts, reweight=steps)
+    assert caught.value.code == code and all(piece in str(caught.value) for piece in pieces)
+
+
+def test_bytes_are_checked_in_the_first_epoch_after_a_start(make_dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, checked = make_dataset("d", [32]), []
+    image = Dataset.image
+    monkeypatch.setattr(
+        Dataset, "image", lambda self, *place, verify=True: checked.append(verify) or image(self, *place, verify=verify)
+    )
+    monkeypatch.setattr("clipwright.pipeline.data.loader.AHEAD", 0)
+    for start, wanted in ((0, [True] * 32 + [False] * 64), (16, [True] * 48 + [False] * 48)):
+        checked.clear()
+        take(loader(folder, Share(0, 1, 16), workers=1), start, 6)
+        assert checked[:96] == wanted
+
+
+def test_a_stuck_thread_is_an_error_that_names_its_sample(make_dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, release = make_dataset("d", [40]), threading.Event()
+    monkeypatch.setattr("clipwright.pipeline.data.loader.STUCK", 0.2)
+    monkeypatch.setattr("clipwright.pipeline.data.workers.STOPPING", 0.1)
+    view = data_loader.training_view
+
+    def stuck(data: bytes, *others: Any) -> Any:
+        if data == bad:
+            release.wait(60)
+        return view(data, *others)
+
+    bad = Dataset(folder).image(0, 7)
+    monkeypatch.setattr(data_loader, "training_view", stuck)
+    started = time.monotonic()
+    with pytest.raises(ClipwrightError) as caught:
+        take(loader(folder, Share(0, 1, 16)), 0, 4)
+    assert caught.value.code == "E_WORKER" and f"{folder}/d-000000.tar, row 7" in str(caught.value)
+    assert time.monotonic() - started < 10
+    release.set()
+
+
+def test_nothing_is_left_behind(make_dataset: Any) -> None:
+    folder = make_dataset("d", [40])
+    before = threading.active_count()
+    for _ in range(5):
+        take(loader(folder, Share(0, 1, 16), workers=3), 0, 2)
+    assert threading.active_count() == before
+
+
 @pytest.fixture
 def copy(scenes: Path, tmp_path: Path) -> Path:
     shutil.copytree(scenes, tmp_path / "data")
@@ -114,19 +235,3 @@ def test_a_changed_byte_in_a_sample_is_an_error_not_a_picture(copy: Path) -> Non
     with pytest.raises(ClipwrightError) as caught:
         take(loader(copy, Share(0, 1, 16)), 0, 6)
     assert caught.value.code == "E_DATA_HASH" and record["key"] in str(caught.value)
-
-
-def test_missing_cut_and_swapped_files_are_found_at_the_start(copy: Path) -> None:
-    data = Dataset(copy)
-    tar, sidecar = data.tar_path(0), copy / data.manifest["shards"][2]["sidecar"]
-    whole = tar.read_bytes()
-    for damage in (lambda: tar.unlink(), lambda: tar.write_bytes(whole[:-512])):
-        damage()
-        with pytest.raises(ClipwrightError) as caught:
-            Dataset(copy)
-        assert caught.value.code == "E_DATA_HASH" and tar.name in str(caught.value)
-        tar.write_bytes(whole)
-    sidecar.write_bytes((copy / data.manifest["shards"][1]["sidecar"]).read_bytes())
-    with pytest.raises(ClipwrightError) as caught:
-        Dataset(copy).sidecar(2)
-    assert caught.value.code == "E_DATA_HASH" and sidecar.name in str(caught.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clipwright.pipeline.data.order import Draw, Order, caption_index, key64, permute
+from clipwright.pipeline.data.order import Draw, Order, caption_index, key64, negative_index, permute
 
 MASK = 2**64 - 1
 
@@ -110,11 +110,31 @@ def test_seed_dataset_and_epoch_all_change_the_order() -> None:
             assert np.mean(np.array(one) == np.array(other)) < 0.1
 
 
+def captions(count: int, epochs: list[int], key: str) -> list[int]:
+    counts = np.full(len(epochs), count)
+    return caption_index(counts, seed=1, epochs=np.array(epochs), keys=[key] * len(epochs)).tolist()
+
+
 def test_each_caption_comes_once_in_as_many_epochs_as_there_are_captions() -> None:
-    picks = [caption_index(5, seed=1, epoch=e, key="ab") for e in range(15)]
+    picks = captions(5, list(range(15)), "ab")
     assert [sorted(picks[i : i + 5]) for i in (0, 5, 10)] == [list(range(5))] * 3
     assert len({tuple(picks[i : i + 5]) for i in (0, 5, 10)}) > 1
-    assert caption_index(1, seed=1, epoch=9, key="ab") == 0
+    assert picks != captions(5, list(range(15)), "cd")
+    assert captions(1, [0, 9], "ab") == [0, 0]
+    mixed = caption_index(np.array([1, 5, 3]), seed=1, epochs=np.array([4, 7, 2]), keys=["x", "ab", "y"])
+    assert mixed.tolist() == [0, picks[7], captions(3, [2], "y")[0]]
+
+
+def test_negatives_are_different_and_come_in_turn() -> None:
+    counts, keys = np.array([0, 1, 2, 5]), ["a", "b", "c", "d"]
+    picks = np.stack(
+        [negative_index(counts, 2, seed=1, epochs=np.full(4, epoch), keys=keys) for epoch in range(10)]
+    )  # (epoch, sample, 2)
+    assert (picks[:, 0] == -1).all() and (picks[:, 1] == [0, -1]).all()
+    assert all(sorted(pair) == [0, 1] for pair in picks[:, 2].tolist())
+    assert all(len(set(pair)) == 2 for pair in picks[:, 3].tolist())
+    assert sorted(picks[:5, 3].flatten().tolist()) == sorted([*range(5)] * 2)  # ten draws, each of the five twice
+    assert len({tuple(pair) for pair in picks[:, 3].tolist()}) == 5
 
 
 def test_draws_are_uniform_and_pure() -> None:
