@@ -185,7 +185,8 @@ def _entries(kind: str, image_size: int | None) -> list[dict[str, Any]]:
     for name in names.split(","):
         registry = getattr(importlib.import_module(module), name)
         for preset, entry in registry.entries.items():
-            row = {"name": preset, "kind": registry.kind, "family": entry.config.__name__.removesuffix("Config")}
+            family = getattr(entry.config, "family", entry.config.__module__.rpartition(".")[2])
+            row = {"name": preset, "kind": registry.kind, "family": family}
             if kind == "towers":
                 row |= _tower_size(registry, preset, image_size)
             error = row.pop("error", None)

@@ -33,7 +33,10 @@ class TowerOutput(NamedTuple):
 
 @configclass
 class ImageTowerConfig:
-    """Fields every image tower has. `projection: none` makes `pooled` itself the embedding."""
+    """Fields every image tower has. `projection: none` makes `pooled` itself the embedding.
+
+    A class variable `family` is what a tower is listed under, if that is not its file's name.
+    """
 
     name: str
     image_size: int = 224

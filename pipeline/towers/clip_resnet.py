@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ class CLIPResNetConfig(ImageTowerConfig):
     layers, planes: blocks and bottleneck width of each stage, which gives out 4·planes channels. stem_stride: 4 as
     published, 2 leaves the stem's average pool out. last_stride: of the last stage. out_dim: of the attention pool.
     """
+
+    family: ClassVar[str] = "clip"
 
     projection: Literal["linear", "none"] = "none"  # the attention pool's output layer is CLIP's projection
     layers: tuple[int, int, int, int] = (3, 4, 6, 3)

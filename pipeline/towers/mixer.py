@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ class MixerConfig(ImageTowerConfig):
     tokens_dim, channels_dim: hidden widths of the two MLPs. The first fixes the number of tokens, so trained weights
     serve one image size only.
     """
+
+    family: ClassVar[str] = "mlp_mixer"
 
     patch: int = 16
     dim: int = 768

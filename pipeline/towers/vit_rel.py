@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ class ViTRelConfig(ImageTowerConfig):
 
     relative: a table added to the attention scores (`pre`), to the attention weights (`post`), or `none`.
     """
+
+    family: ClassVar[str] = "coatnet"  # whose paper describes it
 
     patch: int = 16
     dim: int = 384

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, ImageTower, parameter_count
 from clipwright.pipeline.towers.count import multiply_adds
@@ -45,6 +46,26 @@ def test_published_figures_of_the_other_stride(row):
     assert parameter_count(tower) == row["params_features"]
     assert multiply_adds(tower) / 1e9 == pytest.approx(row["gmacs_counted_stride_pw"], rel=5e-3)
     assert multiply_adds(tower) / 1e9 == pytest.approx(row["gmacs"], rel=4e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("coatnet_nano", {"dims": (32, 32, 32, 32), "depths": (2, 3, 2, 2)}),  # blocks alike but for their stride
+        ("swin_nano", {"window": 5, "pad": True}),
+        ("cvt_nano", {}),
+        ("clip_rn_nano", {"layers": (3, 1, 2, 1)}),
+        ("deit_nano", {"drop_path": 0.0}),
+    ],
+)
+def test_a_block_that_is_not_run_again_counts_as_often(name, fields):
+    towers = []
+    for _ in range(2):
+        with torch.device("meta"):
+            towers.append(IMAGE_TOWERS.build(IMAGE_TOWERS.preset(name, **fields)).eval())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        towers[0](torch.empty(1, 3, towers[0].image_size, towers[0].image_size, device="meta"))
+    assert multiply_adds(towers[1]) == counter.get_total_flops() // 2
 
 
 def test_counting_sees_the_cost_of_attention():
