@@ -23,6 +23,7 @@ from clipwright.pipeline.tokenizers.base import TOKENIZERS
 from clipwright.pipeline.tokenizers.siglip import SigLIPTokenizer
 
 TEXTS = ["Red CARS on snow!", "", "a photo of “two” dogs & 猫", "word, " * 90, "x </s>", "it's <|endoftext|> 한국어"]
+B32 = {"hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12, "intermediate_size": 3072}
 Make = Callable[..., Path]
 
 
@@ -82,8 +83,14 @@ def check(folder: Path, out: Path) -> Model:
             "processor": {"resample": 1},
             "dtype": torch.bfloat16,
         },
+        # ViT-B/32 but for its depth, which costs seconds and proves no more.
+        {
+            "text": {**B32, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048},
+            "vision": {**B32, "image_size": 224, "patch_size": 32},
+            **{"dim": 512, "dtype": torch.bfloat16},
+        },
     ],
-    ids=["plain", "early", "odd"],
+    ids=["plain", "early", "odd", "b32"],
 )
 def test_clip(make_clip: Make, run: Any, tmp_path: Path, form: dict[str, Any]) -> None:
     folder, out = make_clip(**form), tmp_path / "model"
@@ -186,6 +193,26 @@ def test_another_vocabulary_travels_whole(make_clip: Make, run: Any, tmp_path: P
     ours = load_model(out, device="cpu")
     assert ours.config.tokenizer.name == "huggingface" and ours.tokenizer.vocab_size == 56
     assert ours.tokenizer.encode(["A dog"], 8).tolist()[0][:5] == [54, 26, 53, 55, 55]
+
+
+def test_siglip_with_a_fast_tokenizer(make_siglip: Make, run: Any, tmp_path: Path) -> None:
+    """Later SigLIP folders bring tokenizer.json, whose texts are padded with a token of their own."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    ids |= {piece: 259 + i for i, piece in enumerate(["▁", "d", "o", "g", "do", "dog"])}
+    backend = Tokenizer(models.BPE(ids, [("d", "o"), ("do", "g")], unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split("▁", "merged_with_previous"), decoders.ByteFallback()
+    backend.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    folder, out = make_siglip(text={"vocab_size": 265, "max_position_embeddings": 12}), tmp_path / "model"
+    (folder / "spiece.model").unlink()
+    words.save_pretrained(folder)
+    assert (done := run("import", folder, "-o", out)).code == 0, done.err
+    ours = check(folder, out)
+    assert (ours.config.tokenizer.name, ours.tokenizer.pad_id, ours.tokenizer.eot_id) == ("huggingface", 0, 1)
 
 
 def test_published_sizes_bear_the_names_of_their_presets(clip: Path) -> None:
