@@ -194,7 +194,7 @@ class _Hop:
         self.arriving = [torch.empty_like(tensor) for tensor in self.sent]
         moves = [dist.P2POp(dist.isend, tensor, (rank + 1) % size) for tensor in self.sent]
         moves += [dist.P2POp(dist.irecv, tensor, (rank - 1) % size) for tensor in self.arriving]
-        self.moves = dist.batch_isend_irecv(moves)
+        self.moves = dist.batch_isend_irecv(moves) if moves else []
 
     def wait(self) -> list[Tensor]:
         """What came, once it is here and what was sent is gone."""

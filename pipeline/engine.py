@@ -28,8 +28,9 @@ from torch import Tensor
 from clipwright.pipeline.core.log import quiet_libraries
 from clipwright.pipeline.data.loader import Batch
 from clipwright.pipeline.data.order import key64
-from clipwright.pipeline.distributed import EXCHANGES, Block, World, sum_ranks
+from clipwright.pipeline.distributed import EXCHANGES, World, sum_ranks
 from clipwright.pipeline.losses.base import ContrastiveLoss, Features
+from clipwright.pipeline.losses.tiles import compared
 from clipwright.pipeline.model import TwoTower
 from clipwright.pipeline.optim import OptimConfig, make_optimizer
 from clipwright.pipeline.run import RunConfig
@@ -42,9 +43,6 @@ import deepspeed.ops  # noqa: E402
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 quiet_libraries()
-
-
-TILE = 1024  # columns that the accuracies look at together
 
 
 @dataclass
@@ -103,7 +101,7 @@ class Engine:
         loss, features = self.backward(batch, step)
         result = StepResult(loss, self.update(lr_factor))
         if measure:
-            *correct, columns = _compared(features)
+            *correct, columns = compared(features)
             result.negatives = columns - 1
             both = sum_ranks(torch.stack(correct))
             result.acc_image = float(both[0]) / (len(features.image) * self.world.size)
@@ -249,30 +247,3 @@ class _Statistics:
     def settle(self) -> None:
         for buffer, mean in zip(self.buffers, self.mean, strict=True):
             buffer.copy_(mean if buffer.is_floating_point() else mean.round())
-
-
-@torch.no_grad()
-def _compared(features: Features) -> tuple[Tensor, Tensor, int]:
-    """How many of this rank's images and texts rank one of their positives first, and among how many columns.
-
-    Positives are the loss's: equal image bytes or equal captions, so that class-name captions count as they should.
-    """
-    image, columns = features.image.float(), 0
-    best, best_positive = (torch.full_like(image[:, 0], -torch.inf) for _ in range(2))
-
-    def compare(block: Block) -> tuple[Tensor, Tensor]:
-        nonlocal columns
-        columns += len(block["text"])
-        tops: list[tuple[Tensor, Tensor]] = []
-        for start in range(0, len(block["text"]), TILE):
-            tile = {name: tensor[start : start + TILE] for name, tensor in block.items()}
-            scores = image @ tile["text"].float().T
-            positive = scores.masked_fill(~features.positive(tile), -torch.inf)
-            best.copy_(torch.maximum(best, scores.amax(1)))
-            best_positive.copy_(torch.maximum(best_positive, positive.amax(1)))
-            tops.append((scores.amax(0), positive.amax(0)))
-        scores, positive = (torch.cat(side) for side in zip(*tops, strict=True))
-        return scores, positive
-
-    text_best, text_positive = features.columns().reduce(compare, ["max", "max"])
-    return (best == best_positive).sum().float(), (text_best == text_positive).sum().float(), columns

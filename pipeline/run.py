@@ -112,7 +112,7 @@ def assemble(config: RunConfig, world: World, tokenizer: Tokenizer) -> Parts:
     torch.manual_seed(config.seed)
     towers = build_model(config, tokenizer)
     prepare_towers(towers, config.runtime)
-    loss = LOSSES.build(config.loss)
+    loss = LOSSES.build(config.loss, embed_dim=config.embed_dim)
     return Parts(tokenizer, loader, towers.to(world.device), loss.to(world.device))
 
 

@@ -3,121 +3,165 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.distributed import Block
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, Features, LossConfig
-from clipwright.pipeline.losses.tiles import Grid, LogSumExp, Pairs, Tile, wants_gradients, with_gradients
-
-MAX_LOG_SCALE = math.log(100.0)
+from clipwright.pipeline.losses.tiles import Grid, LogSumExp, Tile, known_gradients, wants_gradients
 
 
 @configclass
 class SoftmaxConfig(LossConfig):
-    """`init_scale`: exp(t) at the start; CLIP's is 1/0.07."""
+    """The scale at the start is CLIP's. label_smoothing: the share of a target spread evenly over all candidates."""
 
     init_scale: Annotated[float, Field(ge=1, le=100)] = 1 / 0.07
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class SoftmaxLoss(ContrastiveLoss):
     """InfoNCE both ways over the global batch.
 
     L = ½ (mean over images + mean over texts) of the cross-entropy between softmax(exp(t)·cos) and the uniform
-    distribution over an anchor's positives, in float32.
-    Source: Radford et al. 2021, section 2.3 and figure 3, whose target is the diagonal alone. The parameter t, not the
-    used value, is clamped to [0, ln 100] after a step: a clamp inside the graph would kill its gradient.
+    distribution over an anchor's positives, in float32. Hard negatives are candidates of the images alone. A masked
+    pair is no candidate.
+    Source: Radford et al. 2021, section 2.3 and figure 3, whose target is the diagonal alone; label smoothing as in
+    Szegedy et al. 2016, section 7.
     """
 
-    def __init__(self, config: SoftmaxConfig) -> None:
-        super().__init__()
-        self.logit_scale = nn.Parameter(torch.tensor([math.log(config.init_scale)]))
+    def __init__(self, config: SoftmaxConfig, *, embed_dim: int) -> None:
+        super().__init__(config, embed_dim=embed_dim)
+        self.label_smoothing = config.label_smoothing
 
-    def forward(self, features: Features) -> Float[Tensor, ""]:
-        inputs = features.image, features.text, self.logit_scale
-        with_grad = wants_gradients(*inputs)
+    def share(self, features: Features) -> Float[Tensor, ""]:
+        inputs = features.image, features.text, self.logit_scale, features.negative
+        with_gradients = wants_gradients(inputs)
         with torch.no_grad():
-            passes = _Passes(features, float(self.logit_scale.exp()))
+            grid = Grid(features, self.repeats, math.exp(float(self.logit_scale)))
+            passes = _Passes(grid, self.label_smoothing)
             loss = passes.first()
-            gradients = passes.second() if with_grad else None
-        return with_gradients(loss, inputs, gradients)
+            gradients = passes.second() if with_gradients else None
+        return known_gradients(loss, gradients, inputs)
 
-    @torch.no_grad()
-    def constrain(self) -> None:
-        self.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
 
-    def report(self) -> dict[str, float]:
-        return {"scale": float(self.logit_scale.detach().exp())}
+@dataclass
+class _Side:
+    """What the second pass wants to know of anchors: rows or columns, the one broadcast against the other."""
+
+    shift: Tensor  # log-sum-exp, and the log of how many anchors the mean is over
+    positive: Tensor  # what the target says of each positive, and
+    candidate: Tensor | None  # of each candidate, over as many
+
+    def __getitem__(self, where: slice | tuple[slice, None]) -> _Side:
+        candidate = None if self.candidate is None else self.candidate[where]
+        return _Side(self.shift[where], self.positive[where], candidate)
 
 
 class _Passes:
     """Two passes over all tiles: the log-sum-exps of rows and columns, then, from them, the gradient.
 
     A pass makes each tile's logits anew, so that with the two products of the way back there are four matmuls. A rank
-    holds its own images' rows; what it finds of a column is merged with what the other ranks find.
+    holds its own images' rows; what it finds of a column is merged with what the other ranks find. `seen` of anchors
+    holds the number of their positives and the sum of those logits, and with smoothing the same of the candidates.
     """
 
-    def __init__(self, features: Features, scale: float) -> None:
-        self.features, self.columns, self.grid = features, features.columns(), Grid(features.image, scale)
-        self.images, self.texts = (len(side) * self.columns.ranks for side in (features.image, features.text))
+    def __init__(self, grid: Grid, smoothing: float) -> None:
+        self.grid, self.smoothing = grid, smoothing
+        self.width = 4 if smoothing else 2
 
     def first(self) -> Tensor:
         """This rank's share of the loss: its images' terms and its own texts'."""
         rows = self.grid.rows
-        row_sum, row_positive = LogSumExp(len(rows), rows), rows.new_zeros(len(rows), 2)
+        row_sum, self.row_seen = LogSumExp(len(rows), rows), rows.new_zeros(len(rows), self.width)
 
-        def visit(block: Block) -> tuple[Tensor, Tensor]:
+        def visit(block: Block, tiles: Iterator[Tile]) -> tuple[Tensor, Tensor]:
             size = len(block["text"])
-            column_sum, positive = LogSumExp(size, rows), rows.new_zeros(size, 2)
-            for tile in self.grid.tiles(block, Pairs(self.features, block)):
+            column_sum, seen = LogSumExp(size, rows), rows.new_zeros(size, self.width)
+            for tile in tiles:
                 row_sum.add(tile.rows, tile.logits, tile.spare, 1)
                 column_sum.add(tile.cols, tile.logits, tile.spare, 0)
-                _count(row_positive[tile.rows], tile, 1)
-                _count(positive[tile.cols], tile, 0)
-            return column_sum.value(), positive
+                self._see(self.row_seen[tile.rows], tile, 1)
+                self._see(seen[tile.cols], tile, 0)
+            return column_sum.value(), seen
 
-        lse, positive = self.columns.reduce(visit, ["logaddexp", "sum"])
-        self.row_lse, self.row_count = row_sum.value(), row_positive[:, 0]
-        self.found = {"lse": lse, "count": positive[:, 0]}
-        image_terms = (self.row_lse - row_positive[:, 1] / row_positive[:, 0]).sum() / self.images
-        text_terms = (lse - positive[:, 1] / positive[:, 0]).sum() / self.texts
-        return (image_terms + text_terms) / 2
+        def visit_negatives(block: Block, tiles: Iterator[Tile]) -> tuple[()]:
+            for tile in tiles:
+                row_sum.add(tile.rows, tile.logits, tile.spare, 1)
+                self._see(self.row_seen[tile.rows], tile, 1)
+            return ()
+
+        lse, seen = self.grid.visit_texts(visit, ["logaddexp", "sum"])
+        self.grid.visit_negatives(visit_negatives, [])
+        self.row_lse, self.found = row_sum.value(), {"lse": lse, "seen": seen}
+        image_terms = self._terms(self.row_lse, self.row_seen).sum() / self.grid.images
+        return (image_terms + self._terms(lse, seen).sum() / self.grid.texts) / 2
+
+    def _see(self, seen: Tensor, tile: Tile, dim: int) -> None:
+        if tile.positive is not None:
+            seen[:, 0] += tile.positive.sum(dim)
+            seen[:, 1] += tile.sum_where(tile.positive, dim)
+        if self.smoothing:
+            seen[:, 2] += tile.logits.shape[dim]
+            if tile.excluded is None:
+                seen[:, 3] += tile.logits.sum(dim)
+            else:
+                seen[:, 2] -= tile.excluded.sum(dim)
+                seen[:, 3] += tile.spare.copy_(tile.logits).masked_fill_(tile.excluded, 0.0).sum(dim)
+
+    def _terms(self, lse: Tensor, seen: Tensor) -> Tensor:
+        terms = lse - (1 - self.smoothing) * seen[:, 1] / seen[:, 0]
+        return terms - self.smoothing * seen[:, 3] / seen[:, 2] if self.smoothing else terms
 
     def second(self) -> list[Tensor]:
-        """The gradients of the loss with respect to images, texts and log-scale."""
-        rows, scale = self.grid.rows, self.grid.scale
+        """The gradients of the loss with respect to images, texts, log-scale and hard negatives."""
+        rows, half = self.grid.rows, self.grid.scale / 2
         image_grad = torch.zeros_like(rows)
-        row_shift, row_target = self.row_lse + math.log(self.images), 1 / (self.row_count * self.images)
+        row_side = self._side(self.row_lse, self.row_seen, self.grid.images)
 
-        def visit(block: Block) -> tuple[Tensor]:
+        def visit(block: Block, tiles: Iterator[Tile]) -> tuple[Tensor]:
+            # The columns of a block of texts are anchors too; negatives are not.
+            side = self._side(block["lse"], block["seen"], self.grid.texts) if "lse" in block else None
             text_grad = rows.new_zeros(block["text"].shape)
-            shift, target = block["lse"] + math.log(self.texts), 1 / (block["count"] * self.texts)
-            for tile in self.grid.tiles(block, Pairs(self.features, block)):
-                grad = torch.sub(tile.logits, row_shift[tile.rows, None], out=tile.spare).exp_()
-                grad += tile.logits.sub_(shift[tile.cols]).exp_()
-                if tile.positive is not None:
-                    share = torch.add(row_target[tile.rows, None], target[tile.cols], out=tile.logits)
-                    grad -= share.mul_(tile.positive)
+            for tile in tiles:
+                grad = _gradient(tile, row_side[tile.rows, None], None if side is None else side[tile.cols])
                 image_grad[tile.rows].addmm_(grad, tile.text)
                 text_grad[tile.cols].addmm_(grad.T, tile.image)
-            return (text_grad.mul_(scale / 2),)
+            return (text_grad.mul_(half),)
 
-        (text_grad,) = self.columns.reduce(visit, ["sum"], self.found)
-        image_grad.mul_(scale / 2)
+        text_grad = self.grid.visit_texts(visit, ["sum"], self.found)
+        negative_grad = self.grid.visit_negatives(visit, ["sum"])
+        image_grad.mul_(half)
         # Σ_ij g_ij·logit_ij = Σ_i x_i · Σ_j g_ij·scale·y_j
-        return [image_grad, text_grad, torch.dot(rows.flatten(), image_grad.flatten())[None]]
+        scale_grad = torch.dot(rows.flatten(), image_grad.flatten())[None]
+        return [image_grad, *text_grad, scale_grad, *negative_grad]
+
+    def _side(self, lse: Tensor, seen: Tensor, anchors: int) -> _Side:
+        candidate = self.smoothing / (seen[:, 2] * anchors) if self.smoothing else None
+        return _Side(lse + math.log(anchors), (1 - self.smoothing) / (seen[:, 0] * anchors), candidate)
 
 
-def _count(seen: Tensor, tile: Tile, dim: int) -> None:
-    """Adds to each anchor's number of positives and the sum of their logits, (anchors, 2)."""
+def _gradient(tile: Tile, row: _Side, column: _Side | None) -> Tensor:
+    """Probability less target, in both directions, in the tile's spare buffer; the logits are overwritten."""
+    grad = torch.sub(tile.logits, row.shift, out=tile.spare).exp_()
+    if column is not None:
+        grad += tile.logits.sub_(column.shift).exp_()
     if tile.positive is not None:
-        logits = torch.where(tile.positive, tile.logits, seen.new_zeros(()), out=tile.spare)
-        seen += torch.stack([tile.positive.sum(dim), logits.sum(dim)], 1)
+        assert column is not None
+        target = torch.add(row.positive, column.positive, out=tile.logits)
+        grad -= target.mul_(tile.positive)
+    if row.candidate is not None:
+        target = tile.logits.copy_(row.candidate)
+        if column is not None and column.candidate is not None:
+            target += column.candidate
+        grad -= target if tile.excluded is None else target.masked_fill_(tile.excluded, 0.0)
+    return grad
 
 
 LOSSES.add(

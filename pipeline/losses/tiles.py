@@ -7,7 +7,8 @@ allocated for a tile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clipwright.pipeline.distributed import Block
-from clipwright.pipeline.losses.base import Features
+from clipwright.pipeline.distributed import Block, Op
+from clipwright.pipeline.losses.base import Features, Repeats
 
 # Rows and columns. 512 × 2,048 was the fastest of eight shapes from 256 × 1,024 to 1,024 × 4,096 that fit 4 MB, on a
 # Zen 4 with 1 MB of second-level cache. Elsewhere a tile is to outlast its launch.
@@ -35,63 +36,125 @@ class Tile:
     cols: slice
     image: Tensor  # (r, E)
     text: Tensor  # (c, E)
-    logits: Tensor  # (r, c)
+    logits: Tensor  # (r, c), -inf where a pair is excluded
     spare: Tensor  # (r, c)
-    positive: Tensor | None  # bool (r, c); None: no pair is one
+    positive: Tensor | None  # bool (r, c); None: no pair is
+    excluded: Tensor | None  # likewise
+
+    def sum_where(self, mask: Tensor, dim: int) -> Tensor:
+        """The sum of the logits that `mask` chooses, along `dim`; the spare buffer is overwritten."""
+        return torch.where(mask, self.logits, self.logits.new_zeros(()), out=self.spare).sum(dim)
 
 
-class Pairs:
-    """Which texts of a block are positives of which own images.
+class Equal:
+    """Pairs of an image and a text with an equal id. own (b, k): an image's ids; others (n): a text's.
 
-    Ids are sorted once, so that masks are made only of tiles that hold a positive: without repeats, those on the
+    Ids are sorted once, so that masks are made only of tiles that hold such a pair: without repeats, those on the
     diagonal.
     """
 
-    def __init__(self, features: Features, block: Block) -> None:
-        self.keys = [(features.image_id[:, None], block["owner"]), (features.caption_id, block["caption"])]
-        self.shape = tile_shape(features.image.device)
-        self.held = torch.stack([self._held(*pair) for pair in self.keys]).any(0).tolist()
-        self.buffers = [torch.empty(self.shape, dtype=torch.bool, device=features.image.device) for _ in range(2)]
-
-    def _held(self, own: Tensor, others: Tensor) -> Tensor:
-        """Which tiles (rows of tiles, columns of tiles) hold a pair of equal ids."""
+    def __init__(self, own: Tensor, others: Tensor, shape: tuple[int, int]) -> None:
+        self.own, self.others, self.shape = own, others, shape
         values, number = torch.cat([own.flatten(), others]).unique(return_inverse=True)
         own_number, other_number = number[: own.numel()].view_as(own), number[own.numel() :]
         held = []
-        for rows in spans(len(own), self.shape[0]):
+        for rows in spans(len(own), shape[0]):
             present = torch.zeros_like(values, dtype=torch.bool)
             present[own_number[rows].flatten()] = True
-            held.append(torch.stack([part.any() for part in present[other_number].split(self.shape[1])]))
-        return torch.stack(held)
+            held.append(torch.stack([part.any() for part in present[other_number].split(shape[1])]))
+        self.held: list[list[bool]] = torch.stack(held).tolist()
 
-    def positive(self, rows: slice, cols: slice) -> Tensor | None:
-        """Of one tile: bool (r, c), in a buffer that the next tile takes."""
+    def mark(self, found: Tensor | None, rows: slice, cols: slice, buffer: Tensor, spare: Tensor) -> Tensor | None:
+        """`found`, or a cleared `buffer` if there is something to mark and none yet, with this tile's pairs marked."""
         if not self.held[rows.start // self.shape[0]][cols.start // self.shape[1]]:
-            return None
-        found, spare = (_shaped(buffer, rows, cols) for buffer in self.buffers)
-        found.zero_()
-        for own, others in self.keys:
-            for k in range(own.shape[1]):
-                found |= torch.eq(own[rows, k, None], others[None, cols], out=spare)
+            return found
+        found = buffer.zero_() if found is None else found
+        for k in range(self.own.shape[1]):
+            found |= torch.eq(self.own[rows, k, None], self.others[None, cols], out=spare)
         return found
 
 
+class Pairs:
+    """Which pairs of own images and texts are positives, and which are excluded; all others are negatives."""
+
+    def __init__(self, positive: Sequence[Equal], excluded: Sequence[Equal], shape: tuple[int, int]) -> None:
+        self.positive, self.excluded = positive, excluded
+        self.buffers: list[Tensor] = []
+        if ids := [*positive, *excluded]:
+            self.buffers = [torch.empty(shape, dtype=torch.bool, device=ids[0].own.device) for _ in range(3)]
+
+    def masks(self, rows: slice, cols: slice) -> tuple[Tensor | None, Tensor | None]:
+        """positive and excluded of one tile: bool (r, c) in buffers that the next tile takes; None: no such pair."""
+        positive = excluded = None
+        buffers = [_shaped(buffer, rows, cols) for buffer in self.buffers]
+        for equal in self.positive:
+            positive = equal.mark(positive, rows, cols, buffers[0], buffers[2])
+        for equal in self.excluded:
+            excluded = equal.mark(excluded, rows, cols, buffers[1], buffers[2])
+        if positive is not None and excluded is not None:
+            excluded &= torch.logical_not(positive, out=buffers[2])
+        return positive, excluded
+
+
+Visit = Callable[[Block, Iterator[Tile]], Sequence[Tensor]]
+
+
 class Grid:
-    """The logits scale·x·y of own rows and a block's columns, tile by tile, and their gradient's way back."""
+    """The logits scale·x·y + bias of this rank's images and all ranks' texts, tile by tile.
 
-    def __init__(self, rows: Tensor, scale: float) -> None:
-        self.rows, self.scale = rows.float(), scale
-        self.shape = tile_shape(rows.device)
-        self.buffers = [torch.empty(self.shape, device=rows.device) for _ in range(2)]
+    images, texts: how many there are on all ranks.
+    """
 
-    def tiles(self, block: Block, pairs: Pairs) -> Iterator[Tile]:
+    def __init__(self, features: Features, repeats: Repeats, scale: float, bias: float = 0.0) -> None:
+        self.features, self.repeats, self.scale, self.bias = features, repeats, scale, bias
+        self.columns, self.negative_columns = features.columns(), features.negative_columns()
+        self.rows = features.image.detach().float()
+        self.images, self.texts = (len(side) * self.columns.ranks for side in (features.image, features.text))
+        # Which sample of all ranks a row is.
+        self.sample = torch.arange(len(self.rows), device=self.rows.device) + self.columns.rank * len(self.rows)
+        self.shape = tile_shape(self.rows.device)
+        self.buffers = [torch.empty(self.shape, device=self.rows.device) for _ in range(2)]
+
+    def visit_texts(self, visit: Visit, ops: Sequence[Op], more: Block | None = None) -> Sequence[Tensor]:
+        """Calls `visit` with blocks of texts and their tiles; its results are merged as `Columns.reduce` says."""
+        per_image = self.features.caption_id.shape[1]
+        sample = {"sample": self.sample.repeat_interleave(per_image)} if self.repeats == "mask" else {}
+
+        def work(block: Block) -> Sequence[Tensor]:
+            image = Equal(self.features.image_id[:, None], block["owner"], self.shape)
+            caption = Equal(self.features.caption_id, block["caption"], self.shape)
+            if self.repeats == "positive":
+                return visit(block, self._tiles(block, Pairs([image, caption], [], self.shape)))
+            own = Equal(self.sample[:, None], block["sample"], self.shape)
+            return visit(block, self._tiles(block, Pairs([own], [image, caption], self.shape)))
+
+        return self.columns.reduce(work, ops, sample | (more or {}))
+
+    def visit_negatives(self, visit: Visit, ops: Sequence[Op]) -> Sequence[Tensor]:
+        """The same for the hard negatives, of which no pair is positive; nothing where there are none."""
+        if self.negative_columns is None:
+            return []
+
+        def work(block: Block) -> Sequence[Tensor]:
+            caption = Equal(self.features.caption_id, block["caption"], self.shape)
+            absent = Equal(torch.zeros_like(self.sample)[:, None], block["present"], self.shape)
+            return visit(block, self._tiles(block, Pairs([], [caption, absent], self.shape)))
+
+        return self.negative_columns.reduce(work, ops)
+
+    def _tiles(self, block: Block, pairs: Pairs) -> Iterator[Tile]:
         for cols in spans(len(block["text"]), self.shape[1]):
             text = block["text"][cols].float()
             for rows in spans(len(self.rows), self.shape[0]):
                 image = self.rows[rows]
                 logits, spare = (_shaped(buffer, rows, cols) for buffer in self.buffers)
                 logits.addmm_(image, text.T, beta=0, alpha=self.scale)
-                yield Tile(rows, cols, image, text, logits, spare, pairs.positive(rows, cols))
+                if self.bias:
+                    logits += self.bias
+                positive, excluded = pairs.masks(rows, cols)
+                if excluded is not None:
+                    logits.masked_fill_(excluded, -torch.inf)
+                yield Tile(rows, cols, image, text, logits, spare, positive, excluded)
 
 
 def spans(length: int, step: int) -> list[slice]:
@@ -123,9 +186,11 @@ class LogSumExp:
         return self.most + self.total.log()
 
 
-def with_gradients(loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> Tensor:
-    """`loss` as a function of `inputs` whose gradients are known already; they are used up by one backward pass."""
-    return loss if gradients is None else _Known.apply(loss, gradients, *inputs)
+def known_gradients(loss: Tensor, gradients: Sequence[Tensor] | None, inputs: Sequence[Tensor | None]) -> Tensor:
+    """`loss` as a function of `inputs` whose gradients are known already; one backward pass uses them up."""
+    if gradients is None:
+        return loss
+    return _Known.apply(loss, gradients, *(tensor for tensor in inputs if tensor is not None))
 
 
 class _Known(torch.autograd.Function):
@@ -143,5 +208,36 @@ class _Known(torch.autograd.Function):
         return None, None, *(gradient.mul_(grads[0]) for gradient in gradients)
 
 
-def wants_gradients(*inputs: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+def wants_gradients(inputs: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+
+
+@torch.no_grad()
+def compared(features: Features) -> tuple[Tensor, Tensor, int]:
+    """How many of this rank's images and texts rank one of their positives first, and among how many columns.
+
+    Positives are equal image bytes or equal captions, so that class-name captions count as they should.
+    """
+    grid = Grid(dataclasses.replace(features, negative=None), "positive", 1.0)
+    best, right = (grid.rows.new_full((len(grid.rows),), -torch.inf) for _ in range(2))
+    columns = 0
+
+    def visit(block: Block, tiles: Iterator[Tile]) -> tuple[Tensor, Tensor]:
+        nonlocal columns
+        columns += len(block["text"])
+        text_best, text_right = (best.new_full((len(block["text"]),), -torch.inf) for _ in range(2))
+        for tile in tiles:
+            _raise(best[tile.rows], tile.logits.amax(1))
+            _raise(text_best[tile.cols], tile.logits.amax(0))
+            if tile.positive is not None:
+                scores = tile.logits.masked_fill_(tile.positive.logical_not_(), -torch.inf)
+                _raise(right[tile.rows], scores.amax(1))
+                _raise(text_right[tile.cols], scores.amax(0))
+        return text_best, text_right
+
+    text_best, text_right = grid.visit_texts(visit, ["max", "max"])
+    return (best == right).sum().float(), (text_best == text_right).sum().float(), columns
+
+
+def _raise(largest: Tensor, found: Tensor) -> None:
+    torch.maximum(largest, found, out=largest)

@@ -121,7 +121,8 @@ def config(case: Case, **runtime: Any) -> RunConfig:
 
 def model(made: RunConfig) -> tuple[TwoTower, ContrastiveLoss]:
     torch.manual_seed(0)
-    return TwoTower(made, vocab_size=VOCABULARY, eot_id=VOCABULARY - 1), LOSSES.build(made.loss)
+    towers = TwoTower(made, vocab_size=VOCABULARY, eot_id=VOCABULARY - 1)
+    return towers, LOSSES.build(made.loss, embed_dim=made.embed_dim)
 
 
 def share(case: Case, step: int, rank: int = 0, world: int = 1) -> Batch:
@@ -205,7 +206,7 @@ def trained(layout: Layout, world: World, spoil: Callable[[Engine], Any] | None 
         seen["loss"].append(value)
         seen["gradients"].append(engine.gradients())
         seen["norm"].append(engine.update(1.0))
-    seen["negatives"] = engine_module._compared(features)[2] - 1
+    seen["negatives"] = engine_module.compared(features)[2] - 1
     own = {f"loss.{name}": tensor.detach().clone() for name, tensor in engine.loss.state_dict().items()}
     return {**seen, "weights": {**{k: v.clone() for k, v in engine.weights().items()}, **own}}
 

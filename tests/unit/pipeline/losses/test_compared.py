@@ -1,14 +1,16 @@
-"""Numbers of a step that the engine computes itself."""
+"""How often a positive is ranked first."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from clipwright.pipeline.engine import _compared
+from clipwright.pipeline.losses import tiles
 from clipwright.pipeline.losses.base import Features
+from clipwright.pipeline.losses.tiles import compared
 
 
-def slow_correct(features: Features) -> tuple[int, int]:
+def slow_compared(features: Features) -> tuple[int, int]:
     """Pair by pair, in plain Python."""
     per_image = features.caption_id.shape[1]
     flat = features.caption_id.flatten().tolist()
@@ -24,8 +26,10 @@ def slow_correct(features: Features) -> tuple[int, int]:
     return sum(positive(i, t) for i, t in best_text.items()), sum(positive(i, t) for t, i in best_image.items())
 
 
-def test_accuracy_counts_the_positives_of_the_loss() -> None:
+@pytest.mark.parametrize("tile", [(512, 2048), (3, 5)])
+def test_accuracy_counts_the_positives_of_the_loss(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Class-name captions repeat in a batch: any image of the class is right."""
+    monkeypatch.setattr(tiles, "CPU_TILE", tile)
     torch.manual_seed(0)
     seen = set()
     for per_image in (1, 3):
@@ -33,8 +37,8 @@ def test_accuracy_counts_the_positives_of_the_loss() -> None:
         image_id = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0])
         image, text = torch.randn(8, 5), torch.randn(8 * per_image, 5)
         features = Features(image, text, image_id, caption_id)
-        *correct, columns = _compared(features)
+        *correct, columns = compared(features)
         found = tuple(int(number) for number in correct)
-        assert found == slow_correct(features) and columns == 8 * per_image
+        assert found == slow_compared(features) and columns == 8 * per_image
         seen.add(found)
     assert len(seen) == 2
