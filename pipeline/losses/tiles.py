@@ -54,14 +54,14 @@ class Equal:
     """
 
     def __init__(self, own: Tensor, others: Tensor, shape: tuple[int, int]) -> None:
-        self.own, self.others, self.shape = own, others, shape
         values, number = torch.cat([own.flatten(), others]).unique(return_inverse=True)
-        own_number, other_number = number[: own.numel()].view_as(own), number[own.numel() :]
+        # As small integers, which compare faster.
+        self.own, self.others, self.shape = number[: own.numel()].view_as(own).int(), number[own.numel() :].int(), shape
         held = []
         for rows in spans(len(own), shape[0]):
             present = torch.zeros_like(values, dtype=torch.bool)
-            present[own_number[rows].flatten()] = True
-            held.append(torch.stack([part.any() for part in present[other_number].split(shape[1])]))
+            present[self.own[rows].flatten()] = True
+            held.append(torch.stack([part.any() for part in present[self.others].split(shape[1])]))
         self.held: list[list[bool]] = torch.stack(held).tolist()
 
     def mark(self, found: Tensor | None, rows: slice, cols: slice, buffer: Tensor, spare: Tensor) -> Tensor | None:

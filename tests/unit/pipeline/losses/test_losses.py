@@ -262,7 +262,7 @@ MUTATIONS: list[tuple[Any, str, str, str]] = [
     (tiles, "spans", "min(start + step, length)", "min(start + step, length - 1)"),
     (tiles, "spans", "range(0, length, step)", "range(0, max(length - step, 1), step)"),
     (tiles.Equal, "mark", "self.others[None, cols]", "self.others[None, cols].roll(1)"),
-    (tiles.Equal, "__init__", "present[own_number[rows].flatten()]", "present[own_number[rows, 0]]"),
+    (tiles.Equal, "__init__", "present[self.own[rows].flatten()]", "present[self.own[rows, 0]]"),
     (tiles.LogSumExp, "add", "(before - most).exp()", "1"),
     (tiles.Grid, "__init__", "self.columns.rank *", "0 *"),
     (PASSES, "first", "+ self._terms(lse, seen).sum() / self.grid.texts", "* 2"),
