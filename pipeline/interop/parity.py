@@ -15,7 +15,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.interop.source import KINDS, Source, quiet
 from clipwright.pipeline.model import Model
 
-LIMIT = 1e-4  # of a number of a unit vector, float32
+LIMIT = 1e-4  # of a number of a unit vector, and of a logit; float32
 TEXTS = (
     *("a photo of a dog", "Two CATS, running; in the snow!", "", "  white \t space\n", "it's 3.5% — “quoted” l'été"),
     *(
@@ -39,13 +39,9 @@ def compare(source: Source, theirs: Any, model: Model, logit: dict[str, float]) 
         image, text = model.embed_images(views), model.embed_texts(list(TEXTS))
         out = reference(pixel_values=values, input_ids=ids)
     apart = {
-        "images": {"max_abs": _apart(image, F.normalize(out.image_embeds, dim=-1)), "limit": LIMIT},
-        "texts": {"max_abs": _apart(text, F.normalize(out.text_embeds, dim=-1)), "limit": LIMIT},
-        # Cosines are multiplied by the scale, and so is what rounding did to them.
-        "logits": {
-            "max_abs": _apart(scale * image @ text.T + bias, out.logits_per_image),
-            "limit": LIMIT * max(1.0, scale),
-        },
+        "images": _apart(image, F.normalize(out.image_embeds, dim=-1)),
+        "texts": _apart(text, F.normalize(out.text_embeds, dim=-1)),
+        "logits": _apart(scale * image @ text.T + bias, out.logits_per_image),
     }
     receipt = {
         "source": {"kind": KINDS[source.kind], "fingerprint": source.fingerprint},
@@ -55,7 +51,7 @@ def compare(source: Source, theirs: Any, model: Model, logit: dict[str, float]) 
         **apart,
     }
     bad = [
-        f"{name} {part['max_abs']:.1e} apart, {part['limit']:.1e} allowed"
+        f"{name} {part['max_abs']:.1e} apart, {part['limit']:.0e} allowed"
         for name, part in apart.items()
         if not part["max_abs"] <= part["limit"]  # not a number fails too
     ]
@@ -125,5 +121,5 @@ def _texts(theirs: Any, model: Model) -> tuple[Tensor, str | None]:
     return torch.from_numpy(rows).long(), wrong
 
 
-def _apart(ours: Tensor, theirs: Tensor) -> float:
-    return (ours - theirs).abs().max().item()
+def _apart(ours: Tensor, theirs: Tensor) -> dict[str, float]:
+    return {"max_abs": (ours - theirs).abs().max().item(), "limit": LIMIT}

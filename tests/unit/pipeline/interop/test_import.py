@@ -249,7 +249,8 @@ def test_what_is_taken_over_wrongly_is_found(
     clip: Path, siglip: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The receipt has teeth: each mistake an importer could make fails it, and leaves nothing."""
-    out, blocks, move, preset = tmp_path / "model", towers._blocks, towers._move, TOKENIZERS.preset
+    out, preset = tmp_path / "model", TOKENIZERS.preset
+    blocks, move, convert = towers._blocks, towers._move, towers.convert
 
     for name, value, words in (
         ("ACTIVATIONS", {**towers.ACTIVATIONS, "gelu_pytorch_tanh": "quick_gelu"}, ("images", "texts", "logits")),
@@ -259,6 +260,9 @@ def test_what_is_taken_over_wrongly_is_found(
         with monkeypatch.context() as patch:
             patch.setattr(towers, name, value)
             differs(run, siglip, out, *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(towers, "convert", lambda *args: {**convert(*args), "loss.bias": torch.zeros(1)})
+        differs(run, siglip, out, "logits")
     for name, value in (("RESAMPLE", {3: "bilinear"}), ("_fit", lambda *_, **__: "crop")):
         with monkeypatch.context() as patch:
             patch.setattr(preprocessing, name, value)
