@@ -175,6 +175,13 @@ def test_mixtures_that_cannot_be_are_refused(config: dict, code: str, pieces: li
     assert caught.value.code == code and all(piece in str(caught.value) for piece in pieces)
 
 
+def test_a_column_without_negatives_is_an_error_of_the_command(scenes: Path, tmp_path: Path, small: Any) -> None:
+    words = [*small.settings, f"data.train={scenes}", "data.negatives=captoins", "-o", "run"]
+    line = small.cli(tmp_path).error("train", *words, code=3)
+    assert line.startswith("error[E_COLUMN]") and ".parquet: captoins" in line and "did you mean 'captions'?" in line
+    assert not (tmp_path / "run" / "latest").exists()
+
+
 def test_bytes_are_checked_in_the_first_epoch_after_a_start(make_dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, checked = make_dataset("d", [32]), []
     image = Dataset.image
