@@ -118,21 +118,22 @@ from torch import nn
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.distributed import process_group
 from clipwright.pipeline.engine import deepspeed_config
-from clipwright.pipeline.model import ModelConfig, TwoTower
-from clipwright.pipeline.optim import OptimConfig
-from clipwright.pipeline.run import ActivationCheckpointing, RuntimeConfig, prepare_towers
+from clipwright.pipeline.model import TwoTower
+from clipwright.pipeline.run import RunConfig, prepare_towers
 
 compile = nn.Module.compile
 nn.Module.compile = lambda module: compile(module, backend="aot_eager")
 words = ["image.name=convnext_nano", "image.image_size=32", "image.depths=[1,1,1,1]", "image.drop_path=0.5"]
-config = resolve(ModelConfig, overrides=[*words, "text.depth=2", "embed_dim=32"]).value
+words += ["text.depth=2", "embed_dim=32", "schedule.global_batch=4", "precision=fp32", "data.train=nowhere"]
 with process_group():
     for zero, blocks, compiled in ((0, "none", False), (0, "all", False), (3, "all", False), (3, "all", True)):
+        runtime = [f"runtime.zero={zero}", f"runtime.compile={compiled}"]
+        runtime += [f"runtime.activation_checkpointing.{side}={blocks}" for side in ("image", "text")]
+        config = resolve(RunConfig, overrides=[*words, *runtime]).value
         torch.manual_seed(0)
         towers = TwoTower(config, vocab_size=100, eot_id=99)
-        chosen = ActivationCheckpointing(image=blocks, text=blocks)
-        prepare_towers(towers, RuntimeConfig(compile=compiled, activation_checkpointing=chosen))
-        settings = deepspeed_config(OptimConfig(), local_batch=4, world=1, zero=zero, precision="fp32")
+        prepare_towers(towers, config.runtime)
+        settings = deepspeed_config(config, 1)
         if zero == 3:
             settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or none is ever partitioned
         optimizer = torch.optim.SGD(towers.parameters(), lr=0.1)
