@@ -200,7 +200,7 @@ class _Hop:
         """What came, once it is here and what was sent is gone."""
         for move in self.moves:
             move.wait()
-        self.sent = []
+        self.sent, self.moves = [], []  # a finished move still holds what it sent
         return self.arriving
 
 

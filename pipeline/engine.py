@@ -15,6 +15,7 @@ Works around what DeepSpeed 0.19 does on a CPU (each line has a test):
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ quiet_libraries()
 class StepResult:
     """Numbers of one step, over the global batch; accuracies and negatives only where they were asked for.
 
-    negatives: columns that an image was compared with, less one.
+    negatives: columns that an image was compared with, less one; wrong captions count.
     """
 
     loss: float
@@ -102,7 +103,8 @@ class Engine:
         result = StepResult(loss, self.update(lr_factor))
         if measure:
             *correct, columns = compared(features)
-            result.negatives = columns - 1
+            wrong = sum_ranks((batch.negative_row >= 0).sum().to(self.world.device))
+            result.negatives = columns - 1 + int(wrong)
             both = sum_ranks(torch.stack(correct))
             result.acc_image = float(both[0]) / (len(features.image) * self.world.size)
             result.acc_text = float(both[1]) / (len(features.text) * self.world.size)
@@ -127,8 +129,11 @@ class Engine:
         *grads, image_grad, text_grad = torch.autograd.grad(loss, [*parameters, image, text])
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = sum_ranks(grad)
-        sizes = [[len(side) for side in part] for part in zip(*parts, strict=True)]
-        grad_parts = zip(image_grad.split(sizes[0]), text_grad.split(sizes[1]), strict=True)
+        grad_parts = zip(
+            image_grad.split([len(part.views) for part in parts]),
+            text_grad.split([len(part.tokens) for part in parts]),
+            strict=True,
+        )
         for number, (part, part_grads) in enumerate(zip(parts, grad_parts, strict=True)):
             if statistics is not None:
                 statistics.restore()
@@ -137,25 +142,28 @@ class Engine:
             self.engine.set_gradient_accumulation_boundary(number == len(parts) - 1)
             self.engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
             if statistics is not None:
-                statistics.add(len(part[0]) / len(image))
+                statistics.add(len(part.views) / len(image))
         if statistics is not None:
             statistics.settle()
         return float(sum_ranks(loss.detach().clone())), features
 
-    def _embed(self, part: tuple[Tensor, Tensor], step: int, number: int) -> tuple[Tensor, Tensor]:
+    def _embed(self, part: Batch, step: int, number: int) -> tuple[Tensor, Tensor]:
         # Dropout is a function of what is embedded: a replay and a resumed run draw what was drawn before.
         torch.manual_seed(key64("step", self.config.seed, step, self.world.rank, number) >> 1)
-        views, tokens = (tensor.to(self.world.device) for tensor in part)
-        return self.engine(views, tokens)
+        return self.engine(part.images(self.world.device), part.tokens.to(self.world.device))
 
     def _features(self, image: Tensor, text: Tensor, batch: Batch) -> Features:
-        device = self.world.device
+        """What the loss is told; text (u, E): a row for each different caption."""
+        device, wrong = self.world.device, batch.negative_row.to(self.world.device)
         return Features(
             image=image,
             text=text[batch.text_row.to(device)],
             image_id=batch.image_id.to(device),
             caption_id=batch.caption_id.to(device),
             exchange=EXCHANGES[self.config.runtime.exchange],
+            negative=text[wrong.clamp_min(0)] if len(wrong) else None,
+            negative_id=batch.negative_id.to(device) if len(wrong) else None,
+            negative_present=wrong >= 0 if len(wrong) else None,
         )
 
     def update(self, lr_factor: float) -> float:
@@ -216,15 +224,18 @@ class Engine:
         assert found is not None, folder  # DeepSpeed says so, and goes on, when it finds nothing
 
 
-def micro_batches(batch: Batch, size: int) -> list[tuple[Tensor, Tensor]]:
-    """A batch's views and tokens in equally large parts of at most `size` samples; 0: in one part.
+def micro_batches(batch: Batch, size: int) -> list[Batch]:
+    """A batch's views, with their colours, and its tokens in equally large parts of at most `size` samples; 0: in one.
 
-    Each has a caption, so that each goes through both towers. Where there are fewer captions than parts, the last
-    parts repeat one behind the batch's own: no row of features points at it and its gradient is zero.
+    The parts' other fields are the whole batch's. Each part has a caption, so that each goes through both towers. Where
+    there are fewer captions than parts, the last parts repeat one behind the batch's own: no row of features points at
+    it and its gradient is zero.
     """
     count = -(-len(batch.views) // size) if size else 1
+    colours = [None] * count if batch.colour is None else batch.colour.tensor_split(count)
     texts = [part if len(part) else batch.tokens[:1] for part in batch.tokens.tensor_split(count)]
-    return list(zip(batch.views.tensor_split(count), texts, strict=True))
+    cut = zip(batch.views.tensor_split(count), colours, texts, strict=True)
+    return [dataclasses.replace(batch, views=views, colour=colour, tokens=text) for views, colour, text in cut]
 
 
 class _Statistics:

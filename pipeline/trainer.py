@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import signal
 import statistics
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from clipwright.pipeline import checkpoint, runfolder
-from clipwright.pipeline.core.command import Call, Preempted
+from clipwright.pipeline.core.command import Call, Preempted, StopFlag
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
@@ -26,20 +24,6 @@ from clipwright.pipeline.metrics import RunLog, peak_memory, step_line
 from clipwright.pipeline.precision import settle_precision
 from clipwright.pipeline.run import Parts, RunConfig, RuntimeConfig, build, identity, settle_text
 from clipwright.pipeline.towers.base import parameter_count
-
-
-class StopFlag:
-    """Signals as a flag, asked once a step: SIGTERM and SIGUSR1 save and exit 85, Ctrl-C saves and exits 130."""
-
-    def __init__(self) -> None:
-        self.cause: type[BaseException] | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._arrived)
-
-    def _arrived(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
-        self.cause = KeyboardInterrupt if number == signal.SIGINT else Preempted
 
 
 def thread_count(runtime: RuntimeConfig, world: World) -> int:

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -31,6 +32,20 @@ DONE, FAILED, INTERRUPTED, PREEMPTED = 0, 1, 130, 85
 
 class Preempted(BaseException):
     """SIGTERM or SIGUSR1 arrived; whoever catches it saves what it has. A BaseException so that no library eats it."""
+
+
+class StopFlag:
+    """Signals as a flag, asked once a step: SIGTERM and SIGUSR1 save and exit 85, Ctrl-C saves and exits 130."""
+
+    def __init__(self) -> None:
+        self.cause: type[BaseException] | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._arrived)
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+        self.cause = KeyboardInterrupt if number == signal.SIGINT else Preempted
 
 
 @dataclass
