@@ -19,14 +19,14 @@ def train(call: Call) -> None:
 
 @command(app, "doctor", kind="clipwright.pipeline.run:RunConfig", configs="train")
 def doctor(call: Call) -> None:
-    """Check this machine; with a training config also its data, model and speed: predicts rate, time and memory."""
+    """Check this machine; with a training config also its data, model, speed and gradients; check=NAME: one check."""
     import time
 
-    from clipwright.pipeline.doctor.base import Context, Found, checks, failure, report
+    from clipwright.pipeline.doctor.base import Context, Found, asked_for, checks, failure, report
 
     call.writes_status = False  # -o says where a run would go; nothing is written
-    context = Context(call)
-    for check in checks("environment"):
+    context = Context(call, asked_for(call))
+    for check in [] if context.only else checks("environment"):
         context.rows[check.name] = check.outcome(context)
     try:
         from clipwright.pipeline.doctor.run import examine

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from clipwright.pipeline.core.command import Call
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.nearest import nearest
 
 if TYPE_CHECKING:
     from clipwright.pipeline.core.config import Resolved
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from clipwright.pipeline.tokenizers.base import Tokenizer
 
 # Each a module of this folder, in the order they are run; the first needs no torch, those after `device` a config.
-GROUPS = ("environment", "device", "data", "model", "speed")
+GROUPS = ("environment", "device", "data", "model", "speed", "loss", "gradients")
 
 Status = Literal["ok", "warn", "FAIL", "skip"]
 _COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "bold red", "skip": "dim"}
@@ -52,9 +53,11 @@ class Context:
     """What checks know. Those behind `rows` and `predicted` are made by the check that bears their name."""
 
     call: Call
+    only: str = ""  # the check that was asked for; with it goes what it needs
     rows: dict[str, Found] = field(default_factory=dict)
     predicted: dict[str, Any] = field(default_factory=dict)
     world: World = field(init=False)
+    without_data: bool = False  # whether no check looks at the dataset, which then need not be named
     resolved: Resolved[RunConfig] = field(init=False)  # by `config`
     dataset: Dataset = field(init=False)
     tokenizer: Tokenizer = field(init=False)
@@ -74,7 +77,7 @@ class Context:
     @property
     def asked(self) -> bool:
         """Whether a config was given; without one the environment alone is looked at."""
-        return self.call.config is not None or bool(self.call.overrides)
+        return self.call.config is not None or bool(self.call.overrides) or bool(self.only)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,30 @@ def checks(group: str) -> list[Check]:
     """The checks of a group, in the order they stand in its file."""
     importlib.import_module(f"{__package__}.{group}")
     return list(_CHECKS[group].values())
+
+
+def asked_for(call: Call) -> str:
+    """NAME of `check=NAME` on the command line, which is no part of the training config and is taken out of it."""
+    names = [word.removeprefix("check=") for word in call.overrides if word.startswith("check=")]
+    call.overrides = [word for word in call.overrides if not word.startswith("check=")]
+    return names[-1] if names else ""
+
+
+def chosen(only: str) -> list[Check]:
+    """The check `only` behind all that it needs, in order; E_CONFIG_CHOICE when there is none of this name."""
+    every = {one.name: one for group in GROUPS for one in checks(group)}
+    if only not in every:
+        raise ClipwrightError(
+            "E_CONFIG_CHOICE",
+            "unknown check",
+            where=f"check={only}",
+            found="doctor has no check of this name",
+            fix=nearest(only, every) or f"choose one of {', '.join(every)}",
+        )
+    wanted = {only}
+    for one in reversed(every.values()):
+        wanted |= set(one.needs) if one.name in wanted else set()
+    return [one for one in every.values() if one.name in wanted]
 
 
 def report(context: Context) -> None:

@@ -76,7 +76,7 @@ def checkpoints(context: Context) -> Found:
 
 @check("step", "weights", "captions", "images", "samples", "threads")
 def step(context: Context) -> Found:
-    """One forward-backward step of a few samples: finite, and how much memory the whole batch will take."""
+    """One forward-backward step of a few samples: finite, and how much memory all that are in the towers will take."""
     config, world = context.config, context.world
     context.parts = assemble(config, world, context.tokenizer)
     with closing(context.parts.loader.batches(0)) as batches:
@@ -89,10 +89,11 @@ def step(context: Context) -> Found:
     found = f"loss {loss:.3f}, gradient norm {norm:.3f}"
     if not torch.tensor([loss, norm]).isfinite().all():
         return Found("FAIL", found, "finite numbers", "set precision=fp32")
-    need, free = grown * len(batch.views) / len(few.views) * world.local_size, free_on(context)
-    wanted = f"{need / 2**30:.1f} GiB for a batch"
+    at_once = min(config.runtime.micro_batch or len(batch.views), len(batch.views))
+    need, free = grown * at_once / len(few.views) * world.local_size, free_on(context)
+    wanted = f"{need / 2**30:.1f} GiB for {at_once} samples at once"
     if need > free:
-        fix = "lower schedule.global_batch or image.image_size, or use more ranks"
+        fix = "set a smaller runtime.micro_batch, or lower schedule.global_batch or image.image_size"
         return Found("FAIL", f"{found}; {free / 2**30:.1f} GiB available", wanted, fix)
     return Found("ok", f"{found}; {free / 2**30:.1f} GiB available", f"finite, {wanted}")
 
@@ -104,6 +105,7 @@ def first(batch: Batch, count: int) -> Batch:
     return dataclasses.replace(
         batch,
         views=batch.views[:count],
+        colour=None if batch.colour is None else batch.colour[:count],
         tokens=batch.tokens[rows],
         text_row=order,
         image_id=batch.image_id[:count],
@@ -115,7 +117,7 @@ def forward_backward(context: Context, batch: Batch) -> tuple[float, float]:
     """Loss and gradient norm of a batch on this rank alone, without DeepSpeed; leaves no gradients."""
     towers, loss, device = context.parts.towers.train(), context.parts.loss, context.world.device
     with autocast(context):
-        image, text = towers(batch.views.to(device), batch.tokens.to(device))
+        image, text = towers(batch.images(device), batch.tokens.to(device))
     ids = (batch.image_id.to(device), batch.caption_id.to(device))
     value = loss(Features(image.float(), text[batch.text_row.to(device)].float(), *ids))
     value.backward()

@@ -14,7 +14,7 @@ from torch import Tensor
 from clipwright.pipeline.distributed import any_rank
 from clipwright.pipeline.doctor.base import Context, Found, check
 from clipwright.pipeline.doctor.model import autocast, forget_peak, free_on
-from clipwright.pipeline.engine import Engine
+from clipwright.pipeline.engine import Engine, micro_batches
 from clipwright.pipeline.metrics import peak_memory
 
 WARM, LEAST, MOST, SECONDS = 3, 3, 64, 8.0  # steps before, and steps or seconds of the measurement
@@ -36,8 +36,9 @@ def speed(context: Context) -> Found:
     config, world, batch = context.config, context.world, context.batch
     forget_peak(world.device)
     towers, device = context.parts.towers, world.device
-    image = tower_seconds(context, lambda: towers.encode_image(batch.views.to(device)))
-    text = tower_seconds(context, lambda: towers.encode_text(batch.tokens.to(device)))
+    parts = micro_batches(batch, config.runtime.micro_batch)
+    image = tower_seconds(context, lambda: towers.encode_image(parts[0].images(device)), len(parts))
+    text = tower_seconds(context, lambda: towers.encode_text(parts[0].tokens.to(device)), len(parts))
     times = measure(context)
     size = config.schedule.global_batch
     each, waited = statistics.median(times.steps), sum(times.waits) / sum(times.steps)
@@ -80,23 +81,26 @@ def memory(context: Context) -> Found:
     free, found = free_on(context) + peak, f"{peak / 2**30:.1f} GiB a rank"
     need = f"at most 90% of the {free / 2**30:.1f} GiB there are; ranks here: {local}"
     if peak * local > 0.9 * free:
-        return Found("warn", found, need, "lower schedule.global_batch or image.image_size, or use fewer ranks here")
+        return Found("warn", found, need, "lower runtime.micro_batch or schedule.global_batch, or use fewer ranks here")
     return Found("ok", found, need)
 
 
-def tower_seconds(context: Context, encode: Callable[[], Tensor]) -> float:
-    """Seconds of a tower's forward and backward, the second of two."""
+def tower_seconds(context: Context, encode: Callable[[], Tensor], parts: int) -> float:
+    """Seconds of a tower's forward and backward, the second of two; of several micro-batches the forward is twofold."""
     seconds = 0.0
     for _ in range(2):
         synchronize(context)
         started = time.perf_counter()
+        with autocast(context), torch.no_grad():
+            if parts > 1:
+                encode()
         with autocast(context):
             out = encode()
         out.sum().backward()
         synchronize(context)
         seconds = time.perf_counter() - started
     context.parts.towers.zero_grad(set_to_none=True)
-    return seconds
+    return seconds * parts
 
 
 def synchronize(context: Context) -> None:

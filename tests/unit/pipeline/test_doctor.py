@@ -21,13 +21,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from clipwright.pipeline import engine
 from clipwright.pipeline.core.command import COMMANDS, Call
+from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import file_sha256
 from clipwright.pipeline.data.reader import Dataset
 from clipwright.pipeline.distributed import World, process_group
-from clipwright.pipeline.doctor import data, device, environment, model, speed
-from clipwright.pipeline.doctor.base import GROUPS, Context, Found, check, checks, failure, table
+from clipwright.pipeline.doctor import data, device, environment, gradients, loss, model, speed
+from clipwright.pipeline.doctor.base import GROUPS, Context, Found, asked_for, check, checks, chosen, failure, table
 from clipwright.pipeline.run import RunConfig
+from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -133,7 +136,26 @@ def test_two_ranks_speak_with_one_voice(scenes: Path, tmp_path: Path, small: Any
     assert "Preempted" not in done.stderr
 
 
+def test_ranks_check_their_gradients_without_data(small: Any, tmp_path: Path) -> None:
+    words = ["check=gradients", "runtime.zero=3", "runtime.micro_batch=8", "runtime.exchange=ring", "precision=fp32"]
+    done = small.cli(tmp_path)("doctor", *words, "loss.name=sigmoid", "--json", ranks=2)
+    found = json.loads(done.stdout)
+    assert [(one["name"], one["status"]) for one in found["checks"]] == [("config", "ok"), ("gradients", "ok")]
+    assert found["gradient_check"]["steps"] == 3 and 0 < found["gradient_check"]["gradient"] <= 1e-5
+
+
 # How checks are run and told
+
+
+def test_one_check_brings_what_it_needs() -> None:
+    assert [one.name for one in chosen("step")][:3] == ["config", "dataset", "samples"]
+    assert [one.name for one in chosen("gradients")] == ["config", "gradients"]
+    with pytest.raises(ClipwrightError) as caught:
+        chosen("gradient")
+    error = caught.value
+    assert error.code == "E_CONFIG_CHOICE" and error.where == "check=gradient" and "'gradients'" in error.fix
+    made = call("check=gradients", "seed=1")
+    assert asked_for(made) == "gradients" and made.overrides == ["seed=1"]
 
 
 def test_an_error_is_a_row_and_what_needs_it_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,6 +457,44 @@ def test_waiting_for_data_and_a_tight_machine_are_warned_of(monkeypatch: pytest.
     assert found.status == "warn" and "global_batch" in found.fix
     monkeypatch.setattr(speed, "free_on", lambda made: 2**32)
     assert speed.memory(made).status == "ok"
+
+
+def test_gradients_equal_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    words = ["runtime.micro_batch=8", "image.name=clip_rn_nano", "optim.clip=0.1", "precision=fp32"]
+    made = context(world, *words, "runtime.activation_checkpointing.image=all")
+    made.without_data = True
+    assert run(made, "config", "gradients").status == "ok"
+    assert 0 < made.predicted["gradient_check"]["gradient"] <= 1e-5
+    # A factor on the scale's gradient, which AdamW makes invisible in the parameter.
+    monkeypatch.setattr(engine, "sum_ranks", lambda tensor: tensor.mul_(2 if tensor.shape == (1,) else 1))
+    found = run(made, "gradients")
+    assert found.status == "FAIL" and "gradient" in found.found and "runtime.zero=0" in found.fix
+
+
+def test_every_tower_has_a_shallow_form() -> None:
+    for registry in (IMAGE_TOWERS, TEXT_TOWERS):
+        for name in registry.entries:
+            if name == "huggingface":
+                continue
+            sizes = {"vocab_size": 64, "eot_id": 63} if registry is TEXT_TOWERS else {}
+            with torch.device("meta"):
+                registry.build(gradients.shallow(registry.preset(name)), **sizes)
+
+
+def test_what_the_loss_will_cost(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    made = context(world, "schedule.global_batch=256", "embed_dim=32", "precision=fp32")
+    made.without_data = True
+    found = run(made, "config", "threads", "loss")
+    assert found.status == "ok" and "256 images × 256 texts" in found.found
+    # Four times the work, and from the second rank on the texts of the others.
+    assert 0 < made.predicted["loss_seconds"] < 1
+    sizes = [
+        loss.loss_bytes(made.config, 4096, 4096, ranks, (1, 1)) / (4 * 4096 * made.config.embed_dim) for ranks in (1, 4)
+    ]
+    assert 2 < sizes[0] < 3.1 + 1 < sizes[1]
+    monkeypatch.setattr(loss, "free_on", lambda made: 2**20)
+    found = loss.loss(made)
+    assert found.status == "FAIL" and "runtime.exchange=ring" in found.fix
 
 
 def test_steps_that_fail_are_a_row(monkeypatch: pytest.MonkeyPatch, scenes: Path, world: World, small: Any) -> None:

@@ -1,0 +1,76 @@
+"""What the loss of a whole batch will cost: time from a few of its tiles, memory from its sizes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+from clipwright.pipeline.doctor.base import Context, Found, check
+from clipwright.pipeline.doctor.model import free_on
+from clipwright.pipeline.doctor.speed import synchronize
+from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, Features
+from clipwright.pipeline.losses.tiles import tile_shape
+from clipwright.pipeline.run import RunConfig
+
+RUNS = 5
+
+
+@check("loss", "config", "threads")
+def loss(context: Context) -> Found:
+    """Seconds and bytes that a step's loss takes on each rank: forward, backward, feature gradients."""
+    config, world = context.config, context.world
+    made = LOSSES.build(config.loss, embed_dim=config.embed_dim).to(world.device)
+    images = config.schedule.global_batch // world.size
+    texts = images * config.data.captions
+    # Whole tiles, of which each takes as long as another.
+    rows = min(images, max(tile_shape(world.device)))
+    seconds = timed(context, made, rows) * (images / rows) ** 2 * world.size
+    size = loss_bytes(config, images, texts, world.size, tile_shape(world.device))
+    context.predicted |= {"loss_seconds": seconds, "loss_bytes": size}
+    free = free_on(context) // (world.local_size if world.device.type == "cpu" else 1)
+    found = (
+        f"{seconds:.3g} s and {size / 2**20:.0f} MiB a step: {images:,} images × {texts * world.size:,} texts a rank"
+    )
+    need = f"at most the {free / 2**20:,.0f} MiB that are free"
+    if size > free:
+        return Found("FAIL", found, need, "lower schedule.global_batch, set runtime.exchange=ring, or use more ranks")
+    return Found("ok", found, need)
+
+
+def timed(context: Context, made: ContrastiveLoss, rows: int) -> float:
+    """Seconds of forward and backward on `rows` images and their captions, the median of RUNS behind a first."""
+    device, captions = context.world.device, context.config.data.captions
+    draw = torch.Generator().manual_seed(0)
+    image, text = (
+        F.normalize(torch.randn(size, context.config.embed_dim, generator=draw), dim=1).to(device).requires_grad_()
+        for size in (rows, rows * captions)
+    )
+    ids = torch.arange(rows * captions, device=device)
+    features = Features(image, text, ids[:rows], ids.view(rows, captions))
+    times = []
+    for _ in range(RUNS + 1):
+        synchronize(context)
+        started = time.perf_counter()
+        torch.autograd.grad(made(features), (image, text))
+        synchronize(context)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def loss_bytes(config: RunConfig, images: int, texts: int, world: int, tile: tuple[int, int]) -> int:
+    """Bytes beside the features of a rank's `images` and `texts`: their gradients, what is exchanged, a tile.
+
+    Gathered, the texts of all ranks and their gradients are there, and this rank's share of these; in a ring two blocks
+    of texts and three of gradients. Nested vectors have copies of their own, with their gradients.
+    """
+    all_texts = texts * world
+    blocks = 1 if world == 1 else 5 if config.runtime.exchange == "ring" else 2 * world + 1
+    vectors = images + texts * blocks
+    nested = sum(dim for dim in config.loss.matryoshka.dims if dim < config.embed_dim)
+    ids = 64 * (images + all_texts)  # their sorted copies, log-sum-exps, counts
+    spare = math.prod(tile) * (2 * 4 + 3)  # two of floats, three masks
+    return 4 * (vectors * config.embed_dim + 2 * (images + texts) * nested) + ids + spare
