@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the step line, log.jsonl and TensorBoard."""
+"""Where a run's numbers go: its header, the step line, log.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from clipwright.pipeline.core.records import atomic_write
+from clipwright.pipeline.distributed import World
+from clipwright.pipeline.run import Parts, RunConfig
+from clipwright.pipeline.towers.base import parameter_count
 
 _TAGS = ("loss", "acc_image", "acc_text", "scale", "lr", "grad_norm", "samples_per_s", "data_share", "memory_gb")
 
@@ -45,6 +48,24 @@ class RunLog:
         os.fsync(self._file.fileno())
         self._file.close()
         self._board.close()
+
+
+def header(config: RunConfig, parts: Parts, world: World, threads: int) -> str:
+    """A run's numbers, printed before its first step."""
+    towers, schedule, data = parts.towers, config.schedule, parts.loader.dataset
+    epochs = data.epochs(schedule.samples)
+    many = len(epochs) > 1
+    named = (f"{part.folder.name} " if many else "" for part in data.parts)
+    told = ", ".join(f"{name}{turns:.1f}" for name, turns in zip(named, epochs, strict=True))
+    return (
+        f"image {config.image.name} {parameter_count(towers.image):,} · "
+        f"text {config.text.name} {parameter_count(towers.text):,} parameters · embed {config.embed_dim}\n"
+        f"data {data.samples:,} samples in {len(data.sizes)} shards{f' of {len(epochs)} datasets' if many else ''} · "
+        f"{schedule.samples:,} training samples = {told} epochs · "
+        f"{schedule.steps:,} steps of {schedule.global_batch}\n"
+        f"world {world.size} · {world.device.type} · precision {config.precision} · "
+        f"ZeRO {config.runtime.zero} · {threads} threads · seed {config.seed}"
+    )
 
 
 def peak_memory(device: torch.device) -> int:

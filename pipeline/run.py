@@ -18,7 +18,8 @@ from clipwright.pipeline import runfolder
 from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.data.loader import DataConfig, Loader, Share
+from clipwright.pipeline.data.datasets import DataConfig, Datasets
+from clipwright.pipeline.data.loader import Loader, Share
 from clipwright.pipeline.data.reader import Dataset
 from clipwright.pipeline.distributed import World, from_first, on_first
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, LossConfig
@@ -95,7 +96,7 @@ def settle_text(resolved: Resolved[RunConfig], run: Path, *, fresh: bool) -> Res
 
 def build(config: RunConfig, world: World, run: Path | None = None) -> Parts:
     """Builds data, towers and loss. All ranks build equal weights from the seed. `run`: a run folder to go on with."""
-    return assemble(config, world, open_tokenizer(config.tokenizer, Dataset(Path(config.data.train)), run, world))
+    return assemble(config, world, open_tokenizer(config.tokenizer, Datasets(config.data), run, world))
 
 
 def assemble(config: RunConfig, world: World, tokenizer: Tokenizer) -> Parts:
@@ -125,7 +126,7 @@ def prepare_towers(towers: TwoTower, runtime: RuntimeConfig) -> None:
             tower.compile()
 
 
-def open_tokenizer(config: TokenizerConfig, dataset: Dataset, run: Path | None, world: World) -> Tokenizer:
+def open_tokenizer(config: TokenizerConfig, dataset: Dataset | Datasets, run: Path | None, world: World) -> Tokenizer:
     """The tokenizer of the run that was begun in `run`, or one for a new run on `dataset`; writes nothing there.
 
     One that has to be learned is learned by rank 0 while the others wait.
@@ -161,7 +162,7 @@ def stored_tokenizer(config: TokenizerConfig, run: Path | None) -> Tokenizer:
     return tokenizer
 
 
-def sample_captions(dataset: Dataset, most: int) -> Iterator[str]:
+def sample_captions(dataset: Dataset | Datasets, most: int) -> Iterator[str]:
     """All captions in the sidecars' order, or `most` of them, evenly spaced; holds one shard's at a time."""
     shards = range(len(dataset.sizes))
     total = sum(len(dataset.captions(shard)) for shard in shards)

@@ -20,10 +20,9 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.distributed import World, any_rank, on_first, process_group
 from clipwright.pipeline.engine import Engine, StepResult
-from clipwright.pipeline.metrics import RunLog, peak_memory, step_line
+from clipwright.pipeline.metrics import RunLog, header, peak_memory, step_line
 from clipwright.pipeline.precision import settle_precision
 from clipwright.pipeline.run import Parts, RunConfig, RuntimeConfig, build, identity, settle_text
-from clipwright.pipeline.towers.base import parameter_count
 
 
 def thread_count(runtime: RuntimeConfig, world: World) -> int:
@@ -57,19 +56,6 @@ class Trainer:
         if self.world.first:
             checkpoint.drop_after(run, self.step)  # broken ones would count as the newest to keep
         self.last_save = time.monotonic()
-
-    def header(self) -> str:
-        """The run's numbers, printed before its first step."""
-        towers, schedule, data = self.parts.towers, self.schedule, self.parts.loader.dataset
-        return (
-            f"image {self.config.image.name} {parameter_count(towers.image):,} · "
-            f"text {self.config.text.name} {parameter_count(towers.text):,} parameters · "
-            f"embed {self.config.embed_dim}\n"
-            f"data {data.samples:,} samples in {len(data.sizes)} shards · {schedule.samples:,} training samples = "
-            f"{schedule.samples / data.samples:.1f} epochs · {schedule.steps:,} steps of {schedule.global_batch}\n"
-            f"world {self.world.size} · {self.world.device.type} · precision {self.config.precision} · "
-            f"ZeRO {self.runtime.zero} · {self.threads} threads · seed {self.config.seed}"
-        )
 
     def train(self) -> None:
         """Steps until the schedule's end, `stop_at`, or a signal; a checkpoint stands at every end."""
@@ -163,7 +149,7 @@ def train(call: Call) -> None:
         resolved = settle_text(settle_precision(call.load(), run, world, fresh=call.fresh), run, fresh=call.fresh)
         trainer = Trainer(call, resolved, world, run)
         if world.first:
-            call.say(trainer.header())
+            call.say(header(trainer.config, trainer.parts, world, trainer.threads))
         if call.dry_run:
             return
         trainer.open(run, resolved.yaml(), call.fresh)

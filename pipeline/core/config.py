@@ -306,7 +306,10 @@ def _place(found: Any, tree: dict[str, Any]) -> tuple[list[str], Any]:
 
 
 def _value_error(error: ValidationError, tree: dict[str, Any], origins: dict[str, str]) -> ClipwrightError:
-    first = error.errors()[0]
+    errors = error.errors()
+    # Of a field that may be a text or a list of sections, what is wrong inside the list says more than that it is none.
+    same = [other for other in errors if other["loc"][: len(errors[0]["loc"]) - 1] == errors[0]["loc"][:-1]]
+    first = max(same, key=lambda other: len(_place(other, tree)[0]))
     parts, value = _place(first, tree)
     place = ".".join(parts)
     if first["type"] == "missing":

@@ -41,11 +41,12 @@ class WeightsConfig:
 class DataConfig:
     """What is trained on, in which order. `captions`: how many captions of an image stand in a batch.
 
-    train: a dataset folder, or a mixture of several; reweight: how its weights change. negatives: a column of wrong
-    captions (a text or a list of texts a sample), of which each image brings up to `negative_count` into its batch.
+    train: a dataset folder, or a mixture of several, each with its own epochs; reweight: how its weights change.
+    negatives: a column of wrong captions (a text or a list of texts a sample), of which each image brings up to
+    `negative_count` into its batch.
     """
 
-    train: str
+    train: str | list[PartConfig]
     reweight: tuple[WeightsConfig, ...] = ()
     captions: Annotated[int, Field(ge=1)] = 1
     negatives: str | None = None
@@ -106,6 +107,25 @@ class Datasets:
         weights = np.array([step.weights for step in self.steps], np.float64)
         return (weights / weights.sum(axis=1, keepdims=True)).max(axis=0)
 
+    def check_batch(self, global_batch: int) -> None:
+        """E_DATA_SMALL where a batch would hold a sample twice."""
+        for part, most in zip(self.parts, self.shares() * global_batch, strict=True):
+            if part.samples < most:
+                raise ClipwrightError(
+                    "E_DATA_SMALL",
+                    "a dataset with fewer samples than a batch takes of it",
+                    where=part.folder,
+                    found=f"{part.samples} samples; of schedule.global_batch={global_batch} it has {most:.6g}",
+                    fix="lower schedule.global_batch or prepare more data",
+                )
+
+    def epochs(self, samples: int) -> list[float]:
+        """How often each dataset is seen in the first `samples` of a run."""
+        starts = np.minimum([*(step.at for step in self.steps), samples], samples)
+        weights = np.array([step.weights for step in self.steps], np.float64)
+        drawn = np.diff(starts) @ (weights / weights.sum(axis=1, keepdims=True))
+        return (drawn / [part.samples for part in self.parts]).tolist()
+
     def sidecar(self, shard: int) -> pa.Table:
         part, own = self._at(shard)
         return part.sidecar(own)
@@ -128,6 +148,8 @@ class Datasets:
 
 
 def _weight_steps(config: DataConfig, parts: Sequence[PartConfig]) -> list[WeightStep]:
+    if not parts:
+        raise _bad("data.train", "an empty list", "name a dataset folder, or several as {path: DIR, weight: NUMBER}")
     steps = [WeightStep(0, [part.weight for part in parts])]
     steps += [WeightStep(step.at, step.weights) for step in config.reweight]
     for number, step in enumerate(steps):

@@ -116,15 +116,7 @@ class Loader:
         self.config, self.share, self.tokenizer, self.text = config, share, tokenizer, text
         self.image_size, self.seed, self.workers = image_size, seed, workers
         self.dataset = Datasets(config)
-        for part, most in zip(self.dataset.parts, self.dataset.shares() * share.global_batch, strict=True):
-            if part.samples < most:
-                raise ClipwrightError(
-                    "E_DATA_SMALL",
-                    "a dataset with fewer samples than a batch takes of it",
-                    where=part.folder,
-                    found=f"{part.samples} samples; of schedule.global_batch={share.global_batch} it has {most:.6g}",
-                    fix="lower schedule.global_batch or prepare more data",
-                )
+        self.dataset.check_batch(share.global_batch)
         self.order = self.dataset.order(seed)
         for part, order in zip(self.dataset.parts, self.order.orders, strict=True):
             part.keep_rows(order.reach(share.world))

@@ -25,8 +25,8 @@ from clipwright.pipeline.core.nearest import nearest
 
 if TYPE_CHECKING:
     from clipwright.pipeline.core.config import Resolved
+    from clipwright.pipeline.data.datasets import Datasets
     from clipwright.pipeline.data.loader import Batch
-    from clipwright.pipeline.data.reader import Dataset
     from clipwright.pipeline.distributed import World
     from clipwright.pipeline.run import Parts, RunConfig
     from clipwright.pipeline.tokenizers.base import Tokenizer
@@ -59,7 +59,7 @@ class Context:
     world: World = field(init=False)
     without_data: bool = False  # whether no check looks at the dataset, which then need not be named
     resolved: Resolved[RunConfig] = field(init=False)  # by `config`
-    dataset: Dataset = field(init=False)
+    dataset: Datasets = field(init=False)
     tokenizer: Tokenizer = field(init=False)
     odd_tokens: float = field(init=False)  # by `captions`: share of tokens for what the vocabulary lacks
     parts: Parts = field(init=False)  # by `step`

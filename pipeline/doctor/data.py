@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.data.datasets import Datasets
 from clipwright.pipeline.data.loader import Share
-from clipwright.pipeline.data.reader import Dataset
 from clipwright.pipeline.doctor.base import Context, Found, check
 from clipwright.pipeline.pixels import PixelError, decode, probe
 from clipwright.pipeline.precision import settle_precision
@@ -38,7 +38,7 @@ def config(context: Context) -> Found:
 
 @check("dataset", "config")
 def dataset(context: Context) -> Found:
-    context.dataset = made = Dataset(Path(context.config.data.train))
+    context.dataset = made = Datasets(context.config.data)
     return Found("ok", f"{made.samples:,} samples in {len(made.sizes)} shards, all there", "manifest and shards agree")
 
 
@@ -62,14 +62,12 @@ def keys(context: Context) -> Found:
 
 @check("samples", "dataset")
 def samples(context: Context) -> Found:
-    """Enough for a batch, and a batch that the ranks can share."""
+    """Enough for a batch, of each dataset, and a batch that the ranks can share."""
     batch, data = context.config.schedule.global_batch, context.dataset
     Share(context.world.rank, context.world.size, batch)
-    epochs = context.config.schedule.samples / data.samples
-    found, need = f"{data.samples:,}, each seen {epochs:.1f} times", f"at least a batch: {batch}"
-    if data.samples < batch:
-        return Found("FAIL", found, need, "lower schedule.global_batch or prepare more data")
-    return Found("ok", found, need)
+    data.check_batch(batch)
+    epochs = ", ".join(f"{turns:.1f}" for turns in data.epochs(context.config.schedule.samples))
+    return Found("ok", f"{data.samples:,}, each seen {epochs} times", f"at least a batch: {batch}")
 
 
 @check("shards", "dataset")
@@ -156,7 +154,7 @@ def spread(count: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64)).tolist()
 
 
-def caption_sample(data: Dataset) -> Iterator[list[str]]:
+def caption_sample(data: Datasets) -> Iterator[list[str]]:
     """Shard by shard, a spread sample of at most CAPTIONS captions."""
     chosen = spread(len(data.sizes), SHARDS)
     for shard in chosen:

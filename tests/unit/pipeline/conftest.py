@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,3 +50,22 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cli = Small().cli(tmp_path_factory.mktemp("scenes"))
     cli("prep", "scenes", "source.count=96", "source.image_size=32", "shards.samples=32", "-o", "data")
     return cli.folder / "data"
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """`here(folder, *words, code=0)`: `clipwright WORDS` in this process, which holds torch already."""
+    from clipwright.cli import app
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+
+    def call(folder: Path, *words: object, code: int = 0) -> SimpleNamespace:
+        monkeypatch.chdir(folder)
+        capfd.readouterr()
+        found = app(list(map(str, words)), standalone_mode=False)
+        printed = capfd.readouterr()
+        assert found == code and "Traceback" not in printed.err, printed
+        return SimpleNamespace(out=printed.out, err=printed.err, error=(printed.err.strip().splitlines() or [""])[-1])
+
+    return call
