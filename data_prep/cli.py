@@ -92,6 +92,41 @@ def data_stats(call: Call) -> None:
     call.finish(result, table(result), then=f"clipwright data view {result['data']} -o PAGES")
 
 
+@command(
+    data_app,
+    "data index",
+    kind="clipwright.data_prep.index_tars:IndexConfig",
+    subject="data",
+    metavar="FOLDER",
+    output=False,
+)
+def data_index(call: Call) -> None:
+    """Write sidecars and a manifest beside tars that others made, which stay untouched; run again to go on."""
+    from pathlib import Path
+
+    from clipwright.data_prep.index_tars import find_tars, index
+
+    config = call.load().value
+    folder = Path(config.data)
+    if call.dry_run:
+        names = find_tars(folder)
+        size = sum((folder / name).stat().st_size for name in names)
+        call.finish({"tars": len(names), "bytes": size}, f"index: would read {len(names)} tars, {size / 1e6:.1f} MB")
+        return
+    done = index(config, fresh=call.fresh, quiet=call.quiet)
+    call.out = folder  # whose status.json is ours to write now
+    manifest = done.manifest
+    result: dict[str, Any] = {name: manifest[name] for name in ("rows_in", "written", "merged", "rejected", "rejects")}
+    result |= {"fingerprint": manifest["fingerprint"], "data": str(folder), "ignored": done.ignored}
+    counts = "{rows_in} groups in = {written} written + {merged} merged + {rejected} rejected".format(**result)
+    reasons = ", ".join(f"{reason} {n}" for reason, n in result["rejects"].items())
+    lines = [f"index: {counts}" + (f" ({reasons})" if reasons else "")]
+    if done.ignored:
+        lines.append(f"index: {done.ignored} members are no part of a sample and were passed over")
+    lines.append("index: finished before, nothing to do" if done.already else f"index: manifest in {folder}")
+    call.finish(result, "\n".join(lines), then=f"clipwright data verify {folder}")
+
+
 @command(data_app, "data view", kind="clipwright.data_prep.view:ViewConfig", subject="data", metavar="DATASET")
 def data_view(call: Call) -> None:
     """Write a static page of kept pairs and of rejected pairs with their reasons: `data view DATASET -o PAGES`."""

@@ -7,11 +7,11 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from clipwright.data_prep.datasets import open_dataset, read_part
 from clipwright.data_prep.images import EXTENSION
 from clipwright.data_prep.output import REJECTS
+from clipwright.data_prep.tars import HashingReader
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.records import MANIFEST, DatasetFingerprint, file_sha256
@@ -52,6 +53,9 @@ class _Checked:
     sidecar: pa.Table | None
 
 
+_Walk = Callable[[HashingReader, list[dict[str, Any]]], None]
+
+
 class _Wrong(ValueError):
     """The first place where a tar is not as its sidecar says; `args`: what, key, offset."""
 
@@ -74,7 +78,7 @@ def verify(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     rows = [] if rejects is None else [rejects["row"].to_numpy()]
     bad = captions = 0
     with Progress("verify", sum(shard["samples"] for shard in shards), "samples", quiet=quiet) as progress:
-        for shard, checked in zip(shards, _check_shards(folder, shards), strict=True):
+        for shard, checked in zip(shards, _check_shards(folder, manifest), strict=True):
             faults += checked.faults
             bad += bool(checked.faults)
             if checked.sidecar is None:
@@ -129,25 +133,26 @@ def _check_files(folder: Path, files: dict[str, Any]) -> list[Fault]:
     return faults
 
 
-def _check_shards(folder: Path, shards: list[dict[str, Any]]) -> Iterator[_Checked]:
+def _check_shards(folder: Path, manifest: dict[str, Any]) -> Iterator[_Checked]:
     """All shards, in order. Threads: hashing, which is nearly all of the work, releases the interpreter."""
+    walk = _walk_images if manifest.get("foreign") else _walk
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     try:
-        yield from pool.map(lambda shard: _check_shard(folder, shard), shards)
+        yield from pool.map(lambda shard: _check_shard(folder, shard, walk), manifest["shards"])
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _check_shard(folder: Path, shard: dict[str, Any]) -> _Checked:
+def _check_shard(folder: Path, shard: dict[str, Any], walk: _Walk) -> _Checked:
     sidecar, fault = _check_sidecar(folder, shard)
     faults = [fault] if fault is not None else []
     path, rows = folder / shard["tar"], None if sidecar is None else sidecar.to_pylist()
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            reader = _Reader(file, size)
+            reader = HashingReader(file, size)
             if rows is not None:
-                _walk(reader, rows)
+                walk(reader, rows)
             while reader.read(1 << 20):
                 pass
         if size != shard["tar_bytes"]:
@@ -182,20 +187,7 @@ def _check_sidecar(folder: Path, shard: dict[str, Any]) -> tuple[pa.Table | None
     return table, None
 
 
-class _Reader:
-    """A file read once from start to end, which knows its place and the SHA-256 of what was read."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size, self.sha256, self.place = file, size, hashlib.sha256(), 0
-
-    def read(self, size: int) -> bytes:
-        data = self.file.read(min(size, self.size - self.place))  # a header may claim any size
-        self.sha256.update(data)
-        self.place += len(data)
-        return data
-
-
-def _walk(reader: _Reader, rows: list[dict[str, Any]]) -> None:
+def _walk(reader: HashingReader, rows: list[dict[str, Any]]) -> None:
     """Compares a tar, member after member, with its sidecar's rows; raises _Wrong at the first difference."""
     for row in rows:
         names: list[str] = []
@@ -217,7 +209,18 @@ def _walk(reader: _Reader, rows: list[dict[str, Any]]) -> None:
         raise _Wrong("more members than the sidecar has rows", None, header)
 
 
-def _member(reader: _Reader, key: str) -> tuple[str, int, bytes]:
+def _walk_images(reader: HashingReader, rows: list[dict[str, Any]]) -> None:
+    """The same of a tar that others made: of its members only the images are the sidecar's."""
+    for row in rows:
+        reader.pass_over(row["offset"] - reader.place)
+        if reader.place != row["offset"]:
+            raise _Wrong(f"the sidecar says offset {row['offset']}", row["key"], reader.place)
+        sha256 = hashlib.sha256(reader.read(row["size"])).hexdigest()
+        if sha256 != row["sha256"] or not row["key"].startswith(sha256[:32]):
+            raise _Wrong("the image's SHA-256 is not the sidecar's", row["key"], row["offset"])
+
+
+def _member(reader: HashingReader, key: str) -> tuple[str, int, bytes]:
     """The next member's name, the place of its data, and the data; `key` is the sample it should belong to."""
     start = reader.place
     header = reader.read(_BLOCK)

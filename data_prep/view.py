@@ -70,7 +70,8 @@ def view(config: ViewConfig, out: Path, *, quiet: bool = False) -> dict[str, Any
     claim_report(out)
     rejects = read_part(folder / REJECTS, ["row", "reason", "detail", "source", "key"])
     chosen = _choose_rejects(rejects, config.rejected, config.seed)
-    source = _read_source(folder, [row["row"] for row in chosen])
+    foreign = _Source(trouble="Rejected pictures stay in their tars and are not shown.")
+    source = foreign if manifest.get("foreign") else _read_source(folder, [row["row"] for row in chosen])
     with Progress("view", config.kept + len(chosen), "pairs", quiet=quiet) as progress:
         kept = list(_counted(_kept(folder, manifest["shards"], config), progress))
         refused = list(_counted((_refused(row, source) for row in chosen), progress))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Every code clipwright can end with, and the exit code it ends with (2 config or command line, 3 input refused,
-# 1 failed). Row-level codes (E_IMG_*, E_CAP_*) also stand in rejects.parquet as the reason of a row.
+# 1 failed). Row-level codes (E_IMG_*, E_TAR_*, E_PAIR_*, E_CAP_*) also stand in rejects.parquet as the reason of a row.
 CODES: dict[str, tuple[int, str]] = {
     "E_USAGE": (2, "the command line is not of the verb's form"),
     "E_CONFIG_FILE": (2, "a config file is missing or is not YAML"),
@@ -12,6 +12,9 @@ CODES: dict[str, tuple[int, str]] = {
     "E_CONFIG_VALUE": (2, "a config value of the wrong type or range"),
     "E_PLUGIN": (2, "a plugin file that cannot be imported"),
     "E_BATCH": (2, "a global batch that the ranks cannot share evenly"),
+    "E_WORLD": (2, "launchers' variables that contradict each other or are incomplete"),
+    "E_HOSTFILE": (2, "a hostfile that is missing or not of its form"),
+    "E_LAUNCH": (1, "ranks that could not be started, or ended without saying why"),
     "E_OUTPUT": (2, "an output folder that holds something else"),
     "E_RESUME": (2, "an unfinished output made with another config"),
     "E_SYSTEM": (1, "the operating system refused: disk full, no permission, a file where a folder should be"),
@@ -43,6 +46,12 @@ CODES: dict[str, tuple[int, str]] = {
     "E_IMG_FORMAT": (3, "bytes that are not an image of an allowed format"),
     "E_IMG_TRUNCATED": (3, "an image that is cut off or broken"),
     "E_IMG_PIXELS": (3, "an image beyond the pixel, side or aspect limits"),
+    "E_TAR": (3, "a tar that cannot be read on"),
+    "E_TAR_TRUNCATED": (3, "a tar that is cut off"),
+    "E_TAR_MEMBER": (3, "a tar member that is a link or device, leads out of a folder, or is too large"),
+    "E_PAIR_DUPLICATE": (3, "a key whose members stand apart in a tar, or that is used again"),
+    "E_PAIR_KEY": (3, "a key with a dot in it, or a member's name that was cut off"),
+    "E_PAIR_IMAGE": (3, "a group of tar members with no image, or with several"),
     "E_CAP_EMPTY": (3, "a sample without a caption"),
     "E_CAP_LONG": (3, "a caption beyond the length limit"),
     "E_CAP_FILE": (3, "a caption file that is missing, unreadable, unsafe or not of its form"),
