@@ -186,9 +186,8 @@ def _entries(kind: str, image_size: int | None) -> list[dict[str, Any]]:
         registry = getattr(importlib.import_module(module), name)
         for preset, entry in registry.entries.items():
             family = getattr(entry.config, "family", entry.config.__module__.rpartition(".")[2])
-            row = {"name": preset, "kind": registry.kind, "family": family}
-            if kind == "towers":
-                row |= _tower_size(registry, preset, image_size)
+            row = {"name": preset, "family": family}
+            row |= _tower_size(registry, preset, image_size) if kind == "towers" else {"kind": registry.kind}
             error = row.pop("error", None)
             rows.append({**row, "source": entry.source, **({"error": error} if error else {})})
     return rows

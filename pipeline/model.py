@@ -44,6 +44,7 @@ from clipwright.pipeline.towers.base import (
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MAKE_AGAIN = "export the run again, or import the model again"
 LENGTH_STEP = 8  # trimmed captions are rounded up to a multiple of this
 
 
@@ -212,6 +213,7 @@ def save_model(
     config = {**config, "tokenizer_fingerprint": tokenizer.fingerprint}
     save_file({name: tensor.contiguous() for name, tensor in sorted(weights.items())}, folder / WEIGHTS)
     write_json(folder / CONFIG, config)
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors hides its file from all others
     (folder / "README.md").write_text(card, encoding="utf-8")
     files = [WEIGHTS, CONFIG, "README.md", *(p.name for p in tokenizer.save(folder))]
     fingerprint = model_fingerprint(config, weights)
@@ -277,7 +279,7 @@ def load_model(folder: str | Path, device: str = "auto") -> Model:
             "a tokenizer that is not the model's",
             where=folder,
             found=f"fingerprint {tokenizer.fingerprint[:16]}…, config.json says {str(known)[:16]}…",
-            fix="export the run again",
+            fix=MAKE_AGAIN,
         )
     towers = build_model(config, tokenizer)
     try:
@@ -315,7 +317,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _malformed(path: Path, found: str) -> ClipwrightError:
     return ClipwrightError(
-        "E_MANIFEST", "a model folder that is not of its form", where=path, found=found, fix="export the run again"
+        "E_MANIFEST", "a model folder that is not of its form", where=path, found=found, fix=MAKE_AGAIN
     )
 
 
@@ -331,6 +333,6 @@ def load_weights(towers: nn.Module, weights: dict[str, Tensor], where: Path) -> 
         detail = f"{bad} holds numbers that are not finite"
     if detail is not None:
         raise ClipwrightError(
-            "E_MODEL_SHAPE", "weights that do not fit the config", where=where, found=detail, fix="export the run again"
+            "E_MODEL_SHAPE", "weights that do not fit the config", where=where, found=detail, fix=MAKE_AGAIN
         )
     towers.load_state_dict(weights)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,6 +103,8 @@ def build(config: RunConfig, world: World, run: Path | None = None) -> Parts:
 
 def assemble(config: RunConfig, world: World, tokenizer: Tokenizer) -> Parts:
     """The same, around a tokenizer that is open already."""
+    if config.runtime.compile and world.device.type == "cpu":
+        check_compiler()
     loader = Loader(
         config.data,
         Share(world.rank, world.size, config.schedule.global_batch),
@@ -115,6 +119,19 @@ def assemble(config: RunConfig, world: World, tokenizer: Tokenizer) -> Parts:
     prepare_towers(towers, config.runtime)
     loss = LOSSES.build(config.loss, embed_dim=config.embed_dim)
     return Parts(tokenizer, loader, towers.to(world.device), loss.to(world.device))
+
+
+def check_compiler() -> None:
+    """E_CONFIG_VALUE where torch.compile would fail at the first step: on a CPU it makes C++."""
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        raise ClipwrightError(
+            "E_CONFIG_VALUE",
+            "compilation without a compiler",
+            where="runtime.compile: True",
+            found=f"there is no {name!r} on PATH, which torch.compile needs on a CPU",
+            fix="install g++, name your C++ compiler in CXX, or leave out runtime.compile",
+        )
 
 
 def prepare_towers(towers: TwoTower, runtime: RuntimeConfig) -> None:

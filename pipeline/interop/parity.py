@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipwright.pipeline import pixels
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.interop.source import KINDS, Source, quiet
+from clipwright.pipeline.interop.source import KINDS, Source, quiet, refused
 from clipwright.pipeline.model import Model
 
 LIMIT = 1e-4  # of a number of a unit vector, and of a logit; float32
@@ -34,6 +34,9 @@ def compare(source: Source, theirs: Any, model: Model, logit: dict[str, float]) 
     reference = _reference(source)
     views, values, levels = _pictures(source, model)
     ids, wrong = _texts(theirs, model)
+    rows, largest = source.config.text_config.vocab_size, int(ids.max())
+    if largest >= rows:
+        raise refused(source.key("text_config.vocab_size"), f"more than the tokenizer's largest id, {largest}", rows)
     scale, bias = logit["scale"], logit.get("bias", 0.0)
     with torch.inference_mode():
         image, text = model.embed_images(views), model.embed_texts(list(TEXTS))

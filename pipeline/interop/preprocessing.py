@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from clipwright.pipeline.interop.source import Source, refused
@@ -10,14 +11,16 @@ from clipwright.pipeline.interop.source import Source, refused
 RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor")
 PROCESSORS += ("SiglipImageProcessor", "SiglipImageProcessorFast")
+# Of our fields, those that two files may state differently.
+THEIR_KEYS = {"mean": "image_mean", "std": "image_std", "interpolation": "resample", "fit": "size"}
 _NOTHING = "nothing"
 
 
 class _Keys:
     """A processor's keys; an error names the one that is missing or not as wanted."""
 
-    def __init__(self, source: Source) -> None:
-        self.file, self.tree = source.preprocessor_file, source.preprocessor
+    def __init__(self, file: Path, tree: dict[str, Any]) -> None:
+        self.file, self.tree = file, tree
 
     def want(self, name: str, wanted: object, good: bool, got: object = None) -> None:
         if not good:
@@ -47,7 +50,18 @@ class _Keys:
 
 def preprocessing_fields(source: Source, size: int) -> dict[str, Any]:
     """The section `preprocessing` of a model's config; E_IMPORT names the key that is missing or contradicts."""
-    keys = _Keys(source)
+    first, *others = source.preprocessors
+    fields = _fields(_Keys(first, source.preprocessor), source, size)
+    for file in others:
+        keys = _Keys(file, source.preprocessors[file])
+        again = _fields(keys, source, size)
+        for name, key in THEIR_KEYS.items():
+            stated = f"{first.name}'s {source.preprocessor[key]!r}"
+            keys.want(key, stated, again[name] == fields[name])
+    return fields
+
+
+def _fields(keys: _Keys, source: Source, size: int) -> dict[str, Any]:
     tree = keys.tree
     name = tree.get("image_processor_type", tree.get("feature_extractor_type"))
     keys.want("image_processor_type", " or ".join(PROCESSORS), name in (None, *PROCESSORS), repr(name))

@@ -36,18 +36,24 @@ UNREAD = ("text_model.embeddings.position_ids", "vision_model.embeddings.positio
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of kind `clip` or `siglip`: `config` as transformers' object, `preprocessor` as its plain tree."""
+    """A folder of kind `clip` or `siglip`: `config` as transformers' object.
+
+    `preprocessors`: file → plain tree of what states the preprocessing, first the one that transformers reads.
+    """
 
     folder: Path
     kind: str
     config: Any
-    preprocessor: dict[str, Any]
-    preprocessor_file: Path
+    preprocessors: dict[Path, dict[str, Any]]
     weight_files: list[Path]
 
     def key(self, name: str) -> str:
         """How errors name a key of config.json."""
         return f"{self.folder / CONFIG}: {name}"
+
+    @property
+    def preprocessor(self) -> dict[str, Any]:
+        return next(iter(self.preprocessors.values()))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -86,8 +92,7 @@ def open_source(folder: Path) -> Source:
     for section in ("text_config", "vision_config"):
         if not isinstance(tree.get(section), dict):
             raise refused(f"{folder / CONFIG}: {section}", "an object", repr(tree.get(section, "nothing")))
-    file, preprocessor = _preprocessor(folder)
-    return Source(folder, kind, _parsed(folder, kind, tree), preprocessor, file, _weight_files(folder))
+    return Source(folder, kind, _parsed(folder, kind, tree), _preprocessors(folder), _weight_files(folder))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -121,13 +126,16 @@ def _refuse_code(path: Path, tree: Any, place: str = "") -> None:
         _refuse_code(path, value, f"{place}{key}.")
 
 
-def _preprocessor(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """preprocessor_config.json, or the part of processor_config.json that newer versions write instead."""
-    if not (folder / PREPROCESSOR).is_file() and (folder / PROCESSOR).is_file():
+def _preprocessors(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The part of processor_config.json that newer versions write, and preprocessor_config.json."""
+    found: dict[Path, dict[str, Any]] = {}
+    if (folder / PROCESSOR).is_file():
         tree = read_json(folder / PROCESSOR).get("image_processor")
         if isinstance(tree, dict):
-            return folder / PROCESSOR, tree
-    return folder / PREPROCESSOR, read_json(folder / PREPROCESSOR)
+            found[folder / PROCESSOR] = tree
+    if not found or (folder / PREPROCESSOR).is_file():
+        found[folder / PREPROCESSOR] = read_json(folder / PREPROCESSOR)
+    return found
 
 
 def _parsed(folder: Path, kind: str, tree: dict[str, Any]) -> Any:

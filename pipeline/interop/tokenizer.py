@@ -15,6 +15,7 @@ from clipwright.pipeline.tokenizers import clip_bpe
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, Tokenizer, TokenizerConfig
 from clipwright.pipeline.tokenizers.siglip import MODEL
 
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 UNSTATED = 10**9  # transformers writes a number beyond this where a tokenizer states no longest text
 
 
@@ -28,9 +29,13 @@ def open_theirs(source: Source) -> Any:
         for file in TOKENIZER_FILES:
             if (source.folder / file).is_file():
                 shutil.copyfile(source.folder / file, copy / file)
-        if not any(copy.iterdir()):
-            raise _unreadable(source.folder, f"none of the files {', '.join(TOKENIZER_FILES)}")
-        if source.kind == "siglip" and _vocabularies(copy) == ["tokenizer.model"]:
+        # transformers opens a tokenizer without its vocabulary, or without its merges, as one of no words.
+        found = [file for file in VOCABULARIES if (copy / file).is_file()]
+        if not found:
+            raise _unreadable(source.folder, f"none of the files {', '.join(VOCABULARIES)}")
+        if found == ["vocab.json"] and not (copy / "merges.txt").is_file():
+            raise _unreadable(source.folder / "merges.txt", "vocab.json without it")
+        if source.kind == "siglip" and found == ["tokenizer.model"]:
             (copy / "tokenizer.model").rename(copy / MODEL)
         try:
             with quiet():
@@ -43,13 +48,12 @@ def open_theirs(source: Source) -> Any:
 
 def take_tokenizer(source: Source, theirs: Any) -> tuple[dict[str, Any], Tokenizer]:
     """Config and tokenizer of ours with the ids of `theirs`; E_IMPORT where what it states cannot be taken over."""
-    if source.kind == "siglip":
-        longest, context = theirs.model_max_length, source.config.text_config.max_position_embeddings
-        if longest < UNSTATED and longest != context:
-            where = f"{source.folder / 'tokenizer_config.json'}: model_max_length"
-            raise refused(where, f"text_config.max_position_embeddings, {context}, to which texts are padded", longest)
-        if theirs.pad_token_id is None:
-            raise refused(f"{source.folder / 'tokenizer_config.json'}: pad_token", "a token to pad with", "nothing")
+    longest, context = theirs.model_max_length, source.config.text_config.max_position_embeddings
+    if longest < UNSTATED and longest != context:
+        where = f"{source.folder / 'tokenizer_config.json'}: model_max_length"
+        raise refused(where, f"text_config.max_position_embeddings, {context}, the tower's longest text", longest)
+    if source.kind == "siglip" and theirs.pad_token_id is None:
+        raise refused(f"{source.folder / 'tokenizer_config.json'}: pad_token", "a token to pad with", "nothing")
     kind = type(theirs).__name__
     if kind == "SiglipTokenizer":
         return _siglip(source, theirs)
@@ -87,10 +91,6 @@ def _learned(config: TokenizerConfig) -> tuple[dict[str, Any], Tokenizer]:
     return tree, tokenizer
 
 
-def _vocabularies(folder: Path) -> list[str]:
-    return [name for name in (MODEL, "tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
-
-
 def _is_clips(theirs: Any) -> bool:
     """Whether ids and merges are those of CLIP's vocabulary, which we have."""
     path = Path(clip_bpe.__file__).parent / clip_bpe.VOCABULARY
@@ -100,11 +100,11 @@ def _is_clips(theirs: Any) -> bool:
     return theirs.get_vocab() == ids and [tuple(pair) for pair in merges] == ours
 
 
-def _unreadable(folder: Path, found: str) -> ClipwrightError:
+def _unreadable(place: Path, found: str) -> ClipwrightError:
     return ClipwrightError(
         "E_INPUT",
         "a model folder whose tokenizer cannot be read",
-        where=folder,
+        where=place,
         found=found,
         fix="save the tokenizer into the folder with save_pretrained",
     )

@@ -17,6 +17,7 @@ from clipwright.pipeline.tokenizers.base import Tokenizer
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+MAX_DEPTH = 1000  # blocks; a stranger's config is built, without storage, before the weights are met
 OLD_EOS = 2  # what early CLIP folders state; transformers then reads a text at its largest id
 
 
@@ -81,13 +82,16 @@ def _blocks(source: Source, section: str, width_name: str) -> dict[str, Any]:
         raise refused(source.key(f"{section}.hidden_act"), " or ".join(ACTIVATIONS), repr(act))
     if not isinstance(eps, float) or not 0 < eps < math.inf:
         raise refused(source.key(f"{section}.layer_norm_eps"), "a positive number", repr(eps))
+    depth = _whole(source, f"{section}.num_hidden_layers")
+    if depth > MAX_DEPTH:
+        raise refused(source.key(f"{section}.num_hidden_layers"), f"at most {MAX_DEPTH}", depth)
     width, heads = _whole(source, f"{section}.hidden_size"), _whole(source, f"{section}.num_attention_heads")
     if width % heads:
         raise refused(source.key(f"{section}.num_attention_heads"), f"a divisor of hidden_size, {width}", heads)
     return {
         width_name: width,
         "heads": heads,
-        "depth": _whole(source, f"{section}.num_hidden_layers"),
+        "depth": depth,
         "mlp_ratio": _whole(source, f"{section}.intermediate_size") / width,
         "act": ACTIVATIONS[act],
         "ln_eps": eps,

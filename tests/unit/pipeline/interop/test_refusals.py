@@ -67,6 +67,16 @@ def only_a_pickle(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
 
 
+def cut_off(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def another_processor(folder: Path) -> None:
+    tree = {**json.loads((folder / PREPROCESSOR).read_text()), "resample": 2}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": tree}))
+
+
 def own_code(folder: Path) -> None:
     (folder / "modeling.py").write_text("open('ran', 'w').close()\n")
     state(CONFIG, auto_map={"AutoModel": "modeling.Model"})(folder)
@@ -116,6 +126,11 @@ SIGLIP: dict[str, tuple[Any, ...]] = {
         *("E_IMPORT", "text_config.projection_size", "vision_config.hidden_size, 36", "got 24"),
     ),
     "few ids": (state(CONFIG, text_config__vocab_size=9), "E_IMPORT", "text_config.vocab_size", "ids or more, got 9"),
+    "too deep": (
+        state(CONFIG, vision_config__num_hidden_layers=10**9),
+        *("E_IMPORT", "vision_config.num_hidden_layers", "wanted at most 1000, got 1000000000"),
+    ),
+    "cut off": (cut_off, "E_INPUT", "model.safetensors", "not fully covered"),
     "wrong shape": (
         reweigh(lambda t: t.update({HEAD: t[HEAD][:-1]})),
         *("E_MODEL_SHAPE", HEAD, "wanted shape (108, 36)", "got shape (107, 36)"),
@@ -194,6 +209,23 @@ CLIP: dict[str, tuple[Any, ...]] = {
         *("E_IMPORT", "crop_size.width", "wanted 40", "got 32"),
     ),
     "no crop": (state(PREPROCESSOR, do_center_crop=False), "E_IMPORT", "do_center_crop", "shorter side only"),
+    "two processors": (
+        another_processor,
+        *("E_IMPORT", f"{PREPROCESSOR}: resample", "wanted processor_config.json's 2, got 3"),
+    ),
+    "other length": (
+        state(WORDS, model_max_length=32),
+        *("E_IMPORT", f"{WORDS}: model_max_length", "text_config.max_position_embeddings, 77", "got 32"),
+    ),
+    "no vocabulary": (remove("tokenizer.json"), "E_INPUT", "none of the files tokenizer.json, vocab.json"),
+    "no merges": (
+        lambda folder: [(folder / "tokenizer.json").unlink(), write("vocab.json", '{"a": 0}')(folder)],
+        *("E_INPUT", "merges.txt", "vocab.json without it"),
+    ),
+    "another tokenizer": (
+        state(WORDS, tokenizer_class="BertTokenizer"),
+        *("E_IMPORT", "text_config.vocab_size", "tokenizer's largest id", "got 49408"),
+    ),
     "no crop size": (state(PREPROCESSOR, crop_size=...), "E_IMPORT", "crop_size", "wanted 40, got nothing"),
     "longest edge": (
         state(PREPROCESSOR, size={"shortest_edge": 40, "longest_edge": 90}),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.run import ActivationCheckpointing, RuntimeConfig, prepare_towers
+from clipwright.pipeline.run import ActivationCheckpointing, RunConfig, RuntimeConfig, assemble, prepare_towers
 from clipwright.pipeline.towers import checkpointing
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS
 from clipwright.pipeline.towers.checkpointing import Blocks, checkpoint_activations
@@ -110,6 +112,17 @@ def test_a_compiled_tower_recomputes_too():
     tower.compile(fullgraph=True, backend="aot_eager")
     assert differing(wanted, step(tower)[0]) == []
     torch.compiler.reset()
+
+
+def test_compilation_without_a_compiler_is_refused_at_the_start(monkeypatch):
+    monkeypatch.setenv("CXX", "absent-g++")
+    config = resolve(RunConfig, overrides=["data.train=nowhere", "runtime.compile=true"]).value
+    world: Any = SimpleNamespace(device=torch.device("cpu"))
+    with pytest.raises(ClipwrightError) as caught:
+        assemble(config, world, tokenizer=Any)  # pyright: ignore[reportArgumentType]
+    error = caught.value
+    assert (error.code, error.where) == ("E_CONFIG_VALUE", "runtime.compile: True")
+    assert "absent-g++" in error.found and "leave out runtime.compile" in error.fix
 
 
 ENGINES = """
