@@ -27,7 +27,12 @@ app = typer.Typer(
 )
 for part in (data_prep_app, pipeline_app, eval_app):
     app.registered_commands += part.registered_commands
-    app.registered_groups += part.registered_groups
+    for group in part.registered_groups:
+        same = next((known for known in app.registered_groups if known.name == group.name), None)
+        if same is None or same.typer_instance is None or group.typer_instance is None:
+            app.registered_groups.append(group)
+        else:  # a group of several parts
+            same.typer_instance.registered_commands += group.typer_instance.registered_commands
 config_app = typer.Typer(no_args_is_help=True, help="Resolved configs and their JSON schema.")
 app.add_typer(config_app, name="config")
 

@@ -1,4 +1,4 @@
-"""Commands of the pipeline: train, doctor, export, import."""
+"""Commands of the pipeline: train, doctor, data ledger, export, import."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import typer
 from clipwright.pipeline.core.command import Call, command
 
 app = typer.Typer()
+data_app = typer.Typer()  # beside data preparation's verbs of this group
+app.add_typer(data_app, name="data")
 
 
 @command(app, "train", kind="clipwright.pipeline.run:RunConfig")
@@ -40,6 +42,16 @@ def doctor(call: Call) -> None:
             time.sleep(2)  # launchers stop all ranks when one ends: the first must have said what was wrong by then
             raise typer.Exit(error.exit_code)
         raise error
+
+
+@command(
+    data_app, "data ledger", kind="clipwright.pipeline.ledger:LedgerConfig", subject="run", metavar="RUN", output=False
+)
+def data_ledger(call: Call) -> None:
+    """List the samples that a step of a run trained on: `data ledger RUN step=NUMBER`; without a step, count them."""
+    from clipwright.pipeline.ledger import show
+
+    show(call)
 
 
 @command(app, "export", kind="clipwright.pipeline.export:ExportConfig", subject="run", metavar="RUN")

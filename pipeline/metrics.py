@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import resource
 from pathlib import Path
@@ -12,9 +10,9 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from clipwright.pipeline.core.records import atomic_write
 from clipwright.pipeline.distributed import World
 from clipwright.pipeline.run import Parts, RunConfig
+from clipwright.pipeline.runfolder import LOG, StepFile
 from clipwright.pipeline.towers.base import parameter_count
 
 _TAGS = ("loss", "acc_image", "acc_text", "scale", "lr", "grad_norm", "samples_per_s", "data_share", "memory_gb")
@@ -24,28 +22,16 @@ class RunLog:
     """`log.jsonl` is the truth, one object per logged step; on resume it is cut back to the checkpoint's step."""
 
     def __init__(self, run: Path, step: int) -> None:
-        self.path = run / "log.jsonl"
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-        atomic_write(self.path, "".join(kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = StepFile(run / LOG, step)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 
-    def _lines(self) -> list[str]:
-        """The log's whole lines: a kill can leave half of the last one."""
-        if not self.path.exists():
-            return []
-        return [line for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.write(record)
         for tag in _TAGS:
             if record.get(tag) is not None:
                 self._board.add_scalar(tag, record[tag], record["step"])
 
     def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
         self._board.close()
 
@@ -82,10 +68,11 @@ def step_line(record: dict[str, Any], steps: int, eta: float) -> str:
     minutes, seconds = divmod(round(eta), 60)
     hours, minutes = divmod(minutes, 60)
     left = f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+    replaced = f"replaced {record['replaced']}  " if record["replaced"] else ""
     return (
         f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.4f}  "
         f"acc i2t {record['acc_image']:.2f} t2i {record['acc_text']:.2f}  "
         f"neg {record['negatives']}  scale {record.get('scale', 0):.1f}  "
         f"lr {record['lr']:.2e}  gnorm {record['grad_norm']:.2f}  smp/s {record['samples_per_s']:.0f}  "
-        f"data {record['data_share']:.0%}  mem {record['memory_gb']:.1f}G  eta {left}"
+        f"data {record['data_share']:.0%}  {replaced}mem {record['memory_gb']:.1f}G  eta {left}"
     )

@@ -53,6 +53,7 @@ class RuntimeConfig:
     exchange: Literal["gather", "ring"] = "gather"  # how texts of other ranks are met: all at once, or rank by rank
     compile: bool = False  # the towers, by torch.compile
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
+    ledger: Literal["sums", "keys"] = "sums"  # whether each line of ledger.jsonl lists its samples too
     log_every: Annotated[int, Field(ge=1)] = 20  # steps
     save_every: Annotated[int, Field(ge=1)] = 1000  # steps
     save_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 15.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from clipwright.pipeline.core.records import STATUS, atomic_write, differences, 
 from clipwright.pipeline.tokenizers.base import Tokenizer
 
 CONFIG, IDENTITY = "config.yaml", "identity.json"
+LOG, LEDGER = "log.jsonl", "ledger.jsonl"
 TOKENIZER = "tokenizer"  # the folder of a tokenizer that was learned for this run
 
 
@@ -75,6 +78,49 @@ def claim(run: Path, *, yaml: str, identity: dict[str, Any], fresh: bool, learne
     write_json(run / IDENTITY, identity)
 
 
+class StepFile:
+    """A file of one JSON object a step or so; on resume it is cut back to the checkpoint's step.
+
+    Each line is whole in the file once it is written, and on the disk once `sync` was called.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._file = path.open("ab+")
+        self._file.seek(0)
+        whole = 0
+        for line in self._file:
+            if not 0 < _step_of(line) <= step:
+                break
+            whole += len(line)
+        self._file.truncate(whole)
+
+    def write(self, record: dict[str, Any]) -> None:
+        text = json.dumps(record, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        self._file.write(text.encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+
+def _step_of(line: bytes) -> int:
+    """A line's step; 0 for what a kill or a lost disk left of one."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else 0
+    except ValueError:
+        return 0
+
+
+def read_steps(path: Path) -> Iterator[dict[str, Any]]:
+    """What stands in a `StepFile`, one after another."""
+    with path.open("rb") as file:
+        yield from (json.loads(line) for line in file)
+
+
 def read_log(run: Path) -> list[dict[str, Any]]:
     """The logged steps of a run, in order."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return list(read_steps(run / LOG))

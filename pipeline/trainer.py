@@ -20,6 +20,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.distributed import World, any_rank, on_first, process_group
 from clipwright.pipeline.engine import Engine, StepResult
+from clipwright.pipeline.ledger import Ledger
 from clipwright.pipeline.metrics import RunLog, header, peak_memory, step_line
 from clipwright.pipeline.precision import settle_precision
 from clipwright.pipeline.run import Parts, RunConfig, RuntimeConfig, build, identity, settle_text
@@ -65,6 +66,7 @@ class Trainer:
         since, since_step, waited = time.perf_counter(), self.step, 0.0
         with ExitStack() as ends:
             batches = ends.enter_context(closing(self.parts.loader.batches(self._samples())))
+            self.ledger = ends.enter_context(closing(Ledger(self.run, self.step, self.world, self.runtime.ledger)))
             log = ends.enter_context(closing(RunLog(self.run, self.step))) if self.world.first else None
             bar = ends.enter_context(self._bar(end))
             while self.step < end:
@@ -75,6 +77,7 @@ class Trainer:
                 result = self.engine.step(batch, self.step, factor, measure=shown)
                 self.step += 1
                 self._check_finite(result)
+                self.ledger.add(self.step, self._samples() - self.schedule.global_batch, batch.tally)
                 bar.add(self.schedule.global_batch)
                 if shown:
                     now = time.perf_counter()
@@ -115,6 +118,7 @@ class Trainer:
         return on_minute or self.step % self.runtime.save_every == 0
 
     def _save(self) -> None:
+        self.ledger.sync()
         checkpoint.save(self.run, self.engine, step=self.step, identity=self.identity, keep=self.runtime.keep)
         self.last_save = time.monotonic()
 
@@ -137,6 +141,7 @@ class Trainer:
             "lr": self.config.optim.lr * factor,
             "samples_per_s": rate,
             "data_share": min(data_share, 1.0),
+            "replaced": self.ledger.replaced,
             "memory_gb": peak_memory(self.world.device) / 2**30,
         }
 
@@ -166,7 +171,7 @@ def _finish(call: Call, trainer: Trainer, run: Path) -> None:
         raise ClipwrightError(
             "E_INPUT",
             "a finished run without its log",
-            where=run / "log.jsonl",
+            where=run / runfolder.LOG,
             found="no line; the checkpoints are whole",
             fix=f"export it (clipwright export {run} -o MODEL), or train again with --fresh",
         )

@@ -134,13 +134,17 @@ class Datasets:
         part, own = self._at(shard)
         return part.captions(own)
 
-    def image(self, shard: int, row: int, *, verify: bool = True) -> bytes:
+    def image(self, shard: int, row: int) -> bytes:
         part, own = self._at(shard)
-        return part.image(own, row, verify=verify)
+        return part.image(own, row)
 
     def tar_name(self, shard: int) -> str:
         part, own = self._at(shard)
         return part.tar_name(own)
+
+    def shard_name(self, part: int, shard: int) -> str:
+        """A shard of a dataset, both by their names."""
+        return f"{self.parts[part].folder.name}/{self.parts[part].tar_name(shard)}"
 
     def _at(self, shard: int) -> tuple[Dataset, int]:
         part = int(np.searchsorted(self._starts, shard, side="right")) - 1

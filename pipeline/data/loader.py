@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import threading
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +21,8 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data.augment import draw_colour, recolour, training_view
 from clipwright.pipeline.data.datasets import DataConfig, Datasets
 from clipwright.pipeline.data.order import Draw, Place, caption_index, negative_index
-from clipwright.pipeline.data.reader import Rows
+from clipwright.pipeline.data.reader import Dataset, Rows
+from clipwright.pipeline.data.tally import WINDOW, Replaced, Tally, key_sum, too_many
 from clipwright.pipeline.data.workers import Workers
 from clipwright.pipeline.model import trim
 from clipwright.pipeline.pixels import PixelError
@@ -28,6 +31,8 @@ from clipwright.pipeline.towers.base import TextTowerConfig
 
 AHEAD = 2  # batches decoded while one is in use
 PART = 8  # samples a thread takes at a time
+PAUSES = (0.1, 1.0)  # seconds before each new try of a sample where the disk fails
+LOOK, KNOWN = 256, 100_000  # places looked up at once for a sample that can be read; bad ones that are remembered
 STUCK = 25.0  # seconds after which a sample that is not read and decoded is an error
 
 
@@ -39,7 +44,8 @@ class Batch:
     i stands at iK + k. Class-name captions repeat, and a text tower that reads each once costs a fraction. image_id (b)
     and caption_id (b, K): equal numbers mean equal image bytes, equal captions. colour: brightness, contrast,
     saturation and hue (`augment.recolour`), if colours change. negative_row, negative_id (b·H): the same for an
-    image's wrong captions, row −1 where it has fewer than H. waited: seconds the step waited.
+    image's wrong captions, row −1 where it has fewer than H. lengths: tokens of each caption, ascending, where a
+    text tower takes captions that are trimmed. tally: which samples these are. waited: seconds the step waited.
     """
 
     views: UInt8[Tensor, "b s s 3"]
@@ -50,6 +56,8 @@ class Batch:
     colour: Float[Tensor, "b 4"] | None = None
     negative_row: Int[Tensor, " h"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     negative_id: Int[Tensor, " h"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    lengths: Int[Tensor, " u"] | None = None
+    tally: Tally = field(default_factory=Tally)
     waited: float = 0.0
 
     def images(self, device: torch.device) -> UInt8[Tensor, "b s s 3"]:
@@ -80,12 +88,13 @@ class Share:
 class Pending:
     """A batch in the making: each part of it is a job, and whoever does the last one puts it together."""
 
-    def __init__(self, place: Place, verify: np.ndarray, size: int) -> None:
-        count = len(place.row)
-        self.dataset, self.shard, self.row, self.epoch, self.verify = (
-            column.tolist() for column in (place.dataset, place.shard, place.row, place.epoch, verify)
+    def __init__(self, position: np.ndarray, place: Place, size: int) -> None:
+        count = len(position)
+        self.position: list[int] = position.tolist()
+        self.dataset, self.shard, self.row, self.epoch = (
+            column.tolist() for column in (place.dataset, place.shard, place.row, place.epoch)
         )
-        self.place = place
+        self.replaced: list[Replaced] = []
         # Planes of a colour, as torch's resize leaves them; page-locked memory goes to a GPU while it computes.
         self.views = torch.empty((count, 3, size, size), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         self.colour = np.empty((count, 4), np.float32)
@@ -120,20 +129,16 @@ class Loader:
         self.order = self.dataset.order(seed)
         for part, order in zip(self.dataset.parts, self.order.orders, strict=True):
             part.keep_rows(order.reach(share.world))
+        self._bad: dict[tuple[int, int, int], str] = {}  # samples that are known to be bad, and why
 
     def batches(self, position: int) -> Generator[Batch, None, None]:
         """Endless batches from global position `position` on, AHEAD of them decoded beyond the one in use."""
         workers = Workers(self.workers)
         ahead: deque[Pending] = deque()
-        # Up to which epoch bytes are checked: the first after a start, and the one it starts in the middle of.
-        until, more = np.full(len(self.dataset.parts), -1), int(position > 0)
         try:
             while True:
                 while len(ahead) <= AHEAD:
-                    place = self._places(position)
-                    new = until[place.dataset] < 0
-                    np.maximum.at(until, place.dataset[new], place.epoch[new] + more)
-                    ahead.append(self._start(workers, place, place.epoch <= until[place.dataset]))
+                    ahead.append(self._start(workers, position))
                     position += self.share.global_batch
                 started = time.perf_counter()
                 batch = self._wait(workers, ahead.popleft())
@@ -142,16 +147,12 @@ class Loader:
         finally:
             workers.close()
 
-    def _places(self, position: int) -> Place:
-        """Where this rank's samples of the global batch at `position` lie."""
-        return self.order.locate(
-            np.arange(position + self.share.rank, position + self.share.global_batch, self.share.world)
-        )
-
-    def _start(self, workers: Workers, place: Place, verify: np.ndarray) -> Pending:
-        pending = Pending(place, verify, self.image_size)
-        for first in range(0, len(place.row), PART):
-            part = range(first, min(first + PART, len(place.row)))
+    def _start(self, workers: Workers, position: int) -> Pending:
+        """Sets the workers to this rank's part of the global batch at `position`."""
+        mine = np.arange(position + self.share.rank, position + self.share.global_batch, self.share.world)
+        pending = Pending(mine, self.order.locate(mine), self.image_size)
+        for first in range(0, len(mine), PART):
+            part = range(first, min(first + PART, len(mine)))
             workers.submit(lambda part=part: self._work(workers, pending, part))
         return pending
 
@@ -173,62 +174,101 @@ class Loader:
     def _work(self, workers: Workers, pending: Pending, part: range) -> None:
         try:
             for number in part:
-                workers.begins((pending.dataset[number], pending.shard[number], pending.row[number]))
-                self._decode(pending, number)
+                self._take(workers, pending, number)
             if pending.last():
                 pending.future.set_result(self._collate(pending))
         except BaseException as error:
             if not pending.future.done():
                 pending.future.set_exception(error)
 
-    def _decode(self, pending: Pending, number: int) -> None:
-        """Reads a sample's picture and writes its view and colours to their places in the batch."""
-        part, shard, row = self.dataset.parts[pending.dataset[number]], pending.shard[number], pending.row[number]
-        augment, epoch = self.config.augment, pending.epoch[number]
-        key = part.rows(shard).key[row].decode()
-        data = part.image(shard, row, verify=pending.verify[number])
+    def _take(self, workers: Workers, pending: Pending, number: int) -> None:
+        """Decodes the sample of a position or, where it cannot be read, that of the nearest position of its stream.
+
+        Those before it come first: what they hold is known to have been trained on. Which it is depends on nothing
+        but the position and the disk.
+        """
+        failed: list[Replaced] = []
+        for by, place in self._candidates(pending, number):
+            pending.dataset[number], pending.shard[number], pending.row[number], pending.epoch[number] = place
+            workers.begins(place[:3])
+            reason = self._bad.get(place[:3]) or self._decode(pending, number, patient=not failed)
+            if reason is None:
+                if failed:
+                    pending.replaced.append(dataclasses.replace(failed[0], by=by))
+                return
+            key = self.dataset.parts[place[0]].rows(place[1]).key[place[2]].decode()
+            shard = self.dataset.shard_name(*place[:2])
+            failed.append(Replaced(pending.position[number], by, key, shard, reason))
+        raise too_many(failed, f"{len(failed):,} samples in a row beside position {pending.position[number]:,}")
+
+    def _candidates(self, pending: Pending, number: int) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
+        """The position and place of a sample, and of those that may stand in for it: each a stream's step further."""
+        at, streams = pending.position[number], self.config.streams
+        yield at, (pending.dataset[number], pending.shard[number], pending.row[number], pending.epoch[number])
+        for first in range(1, WINDOW, LOOK):
+            steps = np.arange(first, first + LOOK)
+            positions = np.where(steps * streams <= at, at - steps * streams, at + (steps - at // streams) * streams)
+            place = self.order.locate(positions)
+            columns = (place.dataset, place.shard, place.row, place.epoch)
+            yield from zip(positions.tolist(), zip(*(c.tolist() for c in columns), strict=True), strict=True)
+
+    def _decode(self, pending: Pending, number: int, *, patient: bool) -> str | None:
+        """Reads a sample's picture and writes its view and colours to their places; a code where that cannot be.
+
+        patient: whether to wait for a disk that fails.
+        """
+        where = pending.dataset[number], pending.shard[number], pending.row[number]
+        part, augment, epoch = self.dataset.parts[where[0]], self.config.augment, pending.epoch[number]
+        key = part.rows(where[1]).key[where[2]].decode()
         turn = epoch if augment.views is None else epoch % augment.views
-        views = pending.views.numpy()
+        draw = Draw(self.seed, part.fingerprint, turn, key, "view")
         try:
-            views[number] = training_view(
-                data, self.image_size, augment, Draw(self.seed, part.fingerprint, turn, key, "view")
-            )
-        except PixelError as error:
-            raise ClipwrightError(
-                error.args[0],
-                "a stored image that cannot be decoded",
-                where=f"{part.tar_path(shard)} sample {key}",
-                found=error.args[1],
-                fix="run `clipwright prep` again with --fresh",
-            ) from None
+            data = _read(part, *where[1:], PAUSES if patient else ())
+            pending.views.numpy()[number] = training_view(data, self.image_size, augment, draw)
+        except OSError:
+            return "E_SYSTEM"  # not for ever, perhaps
+        except (ClipwrightError, PixelError) as error:
+            reason = str(error.args[0])
+            if len(self._bad) < KNOWN:
+                self._bad[where] = reason
+            return reason
         if augment.colours:
             pending.colour[number] = draw_colour(augment, Draw(self.seed, part.fingerprint, turn, key, "colour"))
+        return None
 
     def _collate(self, pending: Pending) -> Batch:
         where = list(zip(pending.dataset, pending.shard, pending.row, strict=True))
         rows = [self.dataset.parts[part].rows(shard) for part, shard, _ in where]
-        keys = [one.key[row][:32].decode() for one, row in zip(rows, pending.row, strict=True)]
+        names = [one.key[row].decode() for one, row in zip(rows, pending.row, strict=True)]
+        keys = [name[:32] for name in names]
         captions = self._captions(rows, pending, keys)
         negatives = self._negatives(rows, pending, keys)
-        known = {text: number for number, text in enumerate(dict.fromkeys([*captions, *filter(None, negatives)]))}
-        tokens = self.tokenizer.encode(list(known), self.text.context)
+        texts = list(dict.fromkeys([*captions, *filter(None, negatives)]))
+        tokens = self.tokenizer.encode(texts, self.text.context)
+        lengths = (tokens == self.tokenizer.eot_id).argmax(1) + 1
+        # Shortest first: where a batch is cut into micro-batches, each is as long as its own longest.
+        short_first = lengths.argsort(kind="stable")
+        known = {texts[old]: new for new, old in enumerate(short_first.tolist())}
         ids = {text: _text_id(text) for text in known}
         return Batch(
             views=pending.views.permute(0, 2, 3, 1),
-            tokens=torch.from_numpy(trim(tokens, self.tokenizer.eot_id, self.text.pad)).long(),
+            tokens=torch.from_numpy(trim(tokens, self.tokenizer.eot_id, self.text.pad)[short_first]).long(),
             text_row=torch.tensor([known[text] for text in captions]),
             image_id=torch.tensor([int(key[:16], 16) - 2**63 for key in keys]),
             caption_id=torch.tensor([ids[text] for text in captions]).view(len(keys), -1),
             colour=torch.from_numpy(pending.colour) if self.config.augment.colours else None,
             negative_row=torch.tensor([-1 if text is None else known[text] for text in negatives], dtype=torch.int64),
             negative_id=torch.tensor([0 if text is None else ids[text] for text in negatives], dtype=torch.int64),
+            lengths=torch.from_numpy(lengths[short_first]) if self.text.pad == "longest" else None,
+            tally=Tally(names, sorted(pending.replaced, key=lambda one: one.at), key_sum(names)),
         )
 
     def _captions(self, rows: list[Rows], pending: Pending, keys: list[str]) -> list[str]:
         """The captions of the batch, those of an image side by side."""
         counts = np.array([one.captions.count(row) for one, row in zip(rows, pending.row, strict=True)])
+        epochs = np.array(pending.epoch) * self.config.captions
         picks = [
-            caption_index(counts, seed=self.seed, epochs=pending.place.epoch * self.config.captions + turn, keys=keys)
+            caption_index(counts, seed=self.seed, epochs=epochs + turn, keys=keys)
             for turn in range(self.config.captions)
         ]
         chosen = zip(rows, pending.row, np.stack(picks, axis=1).tolist(), strict=True)
@@ -242,10 +282,24 @@ class Loader:
             return []
         counts = np.array([column.count(row) for column, row in zip(texts, pending.row, strict=True)])
         picks = negative_index(
-            counts, self.config.negative_count, seed=self.seed, epochs=pending.place.epoch, keys=keys
+            counts, self.config.negative_count, seed=self.seed, epochs=np.array(pending.epoch), keys=keys
         ).tolist()
         chosen = zip(texts, pending.row, picks, strict=True)
         return [None if pick < 0 else column.text(row, pick) for column, row, mine in chosen for pick in mine]
+
+
+def _read(part: Dataset, shard: int, row: int, pauses: Sequence[float]) -> bytes:
+    """A stored image. What cannot be read is read again: once, or as often as there are pauses where the disk fails."""
+    try:
+        return part.image(shard, row)
+    except ClipwrightError:
+        return part.image(shard, row)
+    except OSError:
+        for seconds in pauses:
+            time.sleep(seconds)
+            with suppress(OSError):
+                return part.image(shard, row)
+        raise
 
 
 def _text_id(text: str) -> int:

@@ -173,7 +173,7 @@ class Dataset:
             "sha256": rows.sha256[row].tobytes().hex(),
         }
 
-    def image(self, shard: int, row: int, *, verify: bool = True) -> bytes:
+    def image(self, shard: int, row: int) -> bytes:
         """The stored bytes of one image, read by `pread` at the sidecar's offset and checked against its SHA-256.
 
         Not mmap: a truncated network file under mmap is a SIGBUS, not an error.
@@ -181,7 +181,7 @@ class Dataset:
         rows = self.rows(shard)
         tar = self._tar(shard)
         data = os.pread(tar.handle, int(rows.size[row]), int(rows.offset[row]))
-        if len(data) != rows.size[row] or (verify and hashlib.sha256(data).digest() != rows.sha256[row].tobytes()):
+        if len(data) != rows.size[row] or hashlib.sha256(data).digest() != rows.sha256[row].tobytes():
             raise self._wrong(
                 self.tar_path(shard),
                 f"the bytes of sample {rows.key[row].decode()} at offset {rows.offset[row]} have changed",

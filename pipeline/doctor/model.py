@@ -107,6 +107,7 @@ def first(batch: Batch, count: int) -> Batch:
         views=batch.views[:count],
         colour=None if batch.colour is None else batch.colour[:count],
         tokens=batch.tokens[rows],
+        lengths=None if batch.lengths is None else batch.lengths[rows],
         text_row=order,
         image_id=batch.image_id[:count],
         caption_id=batch.caption_id[:count],

@@ -34,6 +34,7 @@ def test_two_ranks_equal_one(scenes: Path, reference: Path, tmp_path: Path, smal
         assert mine["negatives"] == other["negatives"] == 15
         assert (mine["acc_image"], mine["acc_text"]) == (other["acc_image"], other["acc_text"])
     assert ours[-1]["loss"] < 0.95 * ours[0]["loss"]
+    assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == (reference / "ledger.jsonl").read_bytes()
     mine, other = (
         load_file(run / "checkpoints/step-00000020/model.safetensors") for run in (tmp_path / "run", reference)
     )

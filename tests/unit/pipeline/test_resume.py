@@ -51,6 +51,7 @@ def same(run: Path, other: Path, small: Any) -> None:
     ours, theirs = small.losses(run), small.losses(other)
     assert [line["step"] for line in ours] == list(range(1, 31))  # each step stands once
     assert [(line["loss"], line["grad_norm"]) for line in ours] == [(o["loss"], o["grad_norm"]) for o in theirs]
+    assert (run / "ledger.jsonl").read_bytes() == (other / "ledger.jsonl").read_bytes()
     last = "checkpoints/step-00000030/model.safetensors"
     assert (run / last).read_bytes() == (other / last).read_bytes()
 

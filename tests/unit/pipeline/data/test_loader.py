@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -182,19 +181,6 @@ def test_a_column_without_negatives_is_an_error_of_the_command(scenes: Path, tmp
     assert not (tmp_path / "run" / "latest").exists()
 
 
-def test_bytes_are_checked_in_the_first_epoch_after_a_start(make_dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, checked = make_dataset("d", [32]), []
-    image = Dataset.image
-    monkeypatch.setattr(
-        Dataset, "image", lambda self, *place, verify=True: checked.append(verify) or image(self, *place, verify=verify)
-    )
-    monkeypatch.setattr("clipwright.pipeline.data.loader.AHEAD", 0)
-    for start, wanted in ((0, [True] * 32 + [False] * 64), (16, [True] * 48 + [False] * 48)):
-        checked.clear()
-        take(loader(folder, Share(0, 1, 16), workers=1), start, 6)
-        assert checked[:96] == wanted
-
-
 def test_a_stuck_thread_is_an_error_that_names_its_sample(make_dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, release = make_dataset("d", [40]), threading.Event()
     monkeypatch.setattr("clipwright.pipeline.data.loader.STUCK", 0.2)
@@ -222,23 +208,3 @@ def test_nothing_is_left_behind(make_dataset: Any) -> None:
     for _ in range(5):
         take(loader(folder, Share(0, 1, 16), workers=3), 0, 2)
     assert threading.active_count() == before
-
-
-@pytest.fixture
-def copy(scenes: Path, tmp_path: Path) -> Path:
-    shutil.copytree(scenes, tmp_path / "data")
-    return tmp_path / "data"
-
-
-def test_a_changed_byte_in_a_sample_is_an_error_not_a_picture(copy: Path) -> None:
-    data = Dataset(copy)
-    record = data.record(1, 4)
-    path = data.tar_path(1)
-    with path.open("r+b") as file:
-        file.seek(record["offset"] + record["size"] // 2)
-        byte = file.read(1)
-        file.seek(-1, 1)
-        file.write(bytes([byte[0] ^ 1]))
-    with pytest.raises(ClipwrightError) as caught:
-        take(loader(copy, Share(0, 1, 16)), 0, 6)
-    assert caught.value.code == "E_DATA_HASH" and record["key"] in str(caught.value)
