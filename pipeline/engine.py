@@ -32,7 +32,7 @@ from clipwright.pipeline.data.order import key64
 from clipwright.pipeline.distributed import EXCHANGES, World, sum_ranks
 from clipwright.pipeline.losses.base import ContrastiveLoss, Features
 from clipwright.pipeline.losses.tiles import compared
-from clipwright.pipeline.model import TwoTower
+from clipwright.pipeline.model import LENGTH_STEP, TwoTower
 from clipwright.pipeline.optim import OptimConfig, make_optimizer
 from clipwright.pipeline.run import RunConfig
 
@@ -227,13 +227,18 @@ class Engine:
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
     """A batch's views, with their colours, and its tokens in equally large parts of at most `size` samples; 0: in one.
 
-    The parts' other fields are the whole batch's. Each part has a caption, so that each goes through both towers. Where
+    The parts' other fields are the whole batch's. A part's tokens are trimmed to its own longest caption; the loader
+    puts captions of like length side by side. Each part has a caption, so that each goes through both towers. Where
     there are fewer captions than parts, the last parts repeat one behind the batch's own: no row of features points at
     it and its gradient is zero.
     """
     count = -(-len(batch.views) // size) if size else 1
     colours = [None] * count if batch.colour is None else batch.colour.tensor_split(count)
     texts = [part if len(part) else batch.tokens[:1] for part in batch.tokens.tensor_split(count)]
+    if batch.lengths is not None:
+        lengths = [part if len(part) else batch.lengths[:1] for part in batch.lengths.tensor_split(count)]
+        wide = (-(-int(part.max()) // LENGTH_STEP) * LENGTH_STEP for part in lengths)
+        texts = [part[:, :most] for part, most in zip(texts, wide, strict=True)]
     cut = zip(batch.views.tensor_split(count), colours, texts, strict=True)
     return [dataclasses.replace(batch, views=views, colour=colour, tokens=text) for views, colour, text in cut]
 

@@ -1,0 +1,54 @@
+"""Micro-batches of like captions: what a batch is cut into costs less, and changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from clipwright.pipeline.core.config import resolve
+from clipwright.pipeline.data.loader import Batch
+from clipwright.pipeline.distributed import process_group
+from clipwright.pipeline.engine import Engine, micro_batches
+from clipwright.pipeline.run import Parts, RunConfig, assemble, stored_tokenizer
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+def test_each_part_is_as_wide_as_its_own_longest_caption(make_dataset: Any, small: Any) -> None:
+    """The same loss and gradients as in one piece, in fewer tokens; a tower that is not trimmed gets all of them."""
+    folder = make_dataset("d", [40], lambda i: [f"picture {'of something ' * (i * 7 % 13)}{i}"])
+    words = [f"data.train={folder}", *small.settings, "text.context=40"]
+    config = resolve(RunConfig, verb="train", overrides=words).value
+    with process_group() as world:
+        parts: Parts = assemble(config, world, stored_tokenizer(config.tokenizer, None))
+        batches = parts.loader.batches(0)
+        [batch] = itertools.islice(batches, 1)
+        batches.close()
+        assert batch.lengths is not None and batch.lengths.tolist() == sorted(batch.lengths.tolist())
+        said = (batch.tokens == parts.tokenizer.eot_id).int().argmax(1) + 1
+        assert torch.equal(said, batch.lengths)
+        cut = micro_batches(batch, 4)
+        widths = [part.tokens.shape[1] for part in cut]
+        assert widths == [-(-int(part.max()) // 8) * 8 for part in batch.lengths.split(4)]
+        assert widths[0] < widths[-1] == batch.tokens.shape[1] and sum(widths) < 3 * widths[-1]
+
+        def gradients(size: int, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+            runtime = dataclasses.replace(config.runtime, micro_batch=size)
+            parts.towers.zero_grad(set_to_none=True)
+            engine = Engine(parts.towers, parts.loss, dataclasses.replace(config, runtime=runtime), world)
+            loss, _ = engine.backward(batch, 0)
+            return loss, engine.gradients()
+
+        whole, ours = gradients(0, batch), gradients(4, batch)
+        full = gradients(4, dataclasses.replace(batch, lengths=None))
+    for other in (ours, full):
+        assert whole[0] == pytest.approx(other[0], abs=1e-5)
+        largest = max(float(grad.abs().max()) for grad in whole[1].values())
+        for name, grad in whole[1].items():
+            assert (other[1][name] - grad).abs().max() <= 1e-5 * largest, name
+    few = dataclasses.replace(batch, tokens=batch.tokens[:2], lengths=batch.lengths[:2])
+    assert [len(part.tokens) for part in micro_batches(few, 4)] == [1, 1, 1, 1]
