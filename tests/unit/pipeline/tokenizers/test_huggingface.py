@@ -282,7 +282,7 @@ def test_a_folder_must_be_named(tmp_path: Path) -> None:
 
 
 @ranks
-def test_a_run_keeps_its_own_copy(scenes: Path, tmp_path: Path, small: Any) -> None:
+def test_a_run_keeps_its_own_copy(scenes: Path, tmp_path: Path, small: Any, here: Any) -> None:
     """Trained, resumed and exported without the folder; a swapped tokenizer is refused."""
     from clipwright import load_model
 
@@ -295,7 +295,7 @@ def test_a_run_keeps_its_own_copy(scenes: Path, tmp_path: Path, small: Any) -> N
     done = cli(*words[:-1], f"tokenizer.folder={tmp_path / 'moved'}")
     assert "resuming at step 2" in done.stdout
     shutil.rmtree(tmp_path / "moved")
-    cli("export", "run", "-o", "model")
+    here(tmp_path, "export", "run", "-o", "model")
     model = tmp_path / "model"
     assert {TOKENIZER, SPECIAL} <= json.loads((model / "manifest.json").read_text())["files"].keys()
     assert str(tmp_path) not in (model / "config.json").read_text()

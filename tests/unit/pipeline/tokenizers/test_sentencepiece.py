@@ -190,18 +190,17 @@ def train_words(scenes: Path, *words: str) -> list[str]:
 
 
 @ranks
-def test_a_vocabulary_that_the_captions_do_not_allow(scenes: Path, tmp_path: Path, small: Any) -> None:
+def test_a_vocabulary_that_the_captions_do_not_allow(scenes: Path, tmp_path: Path, small: Any, here: Any) -> None:
     """Refused before anything is written; the size the error names is one that works, on the same -o."""
-    cli = small.cli(tmp_path)
     words = ["train", *small.settings, *train_words(scenes), "tokenizer.name=sentencepiece"]
-    line = cli.error(*words, code=2)
+    line = here(tmp_path, *words, code=2).error
     assert line.startswith("error[E_CONFIG_VALUE]") and "tokenizer.vocab_size=8000" in line
     most = re.search(r"set tokenizer\.vocab_size=(\d+) or less", line)
     assert most is not None
     assert not list(tmp_path.iterdir())
-    cli(*words, f"tokenizer.vocab_size={most[1]}", "--dry-run")
+    here(tmp_path, *words, f"tokenizer.vocab_size={most[1]}", "--dry-run")
     assert not list(tmp_path.iterdir())
-    done = cli(*words, f"tokenizer.vocab_size={most[1]}", "--json")
+    done = small.cli(tmp_path)(*words, f"tokenizer.vocab_size={most[1]}", "--json")
     assert json.loads(done.stdout)["samples"] == 64 and "sentencepiece" not in done.stderr.lower()
 
 
@@ -214,20 +213,22 @@ def begun(scenes: Path, tmp_path_factory: pytest.TempPathFactory, small: Any) ->
 
 
 @ranks
-def test_a_run_resumes_with_the_tokenizer_it_began_with(scenes: Path, begun: Path, tmp_path: Path, small: Any) -> None:
+def test_a_run_resumes_with_the_tokenizer_it_began_with(
+    scenes: Path, begun: Path, tmp_path: Path, small: Any, here: Any
+) -> None:
     shutil.copytree(begun / "run", tmp_path / "run")
     file = tmp_path / "run" / "tokenizer" / MODEL
     model = file.read_bytes()
     cli, words = small.cli(tmp_path), ["train", *small.settings, *train_words(scenes, *SMALL)]
-    line = cli.error(*words, "tokenizer.vocab_size=401", code=2)
+    line = here(tmp_path, *words, "tokenizer.vocab_size=401", code=2).error
     assert line.startswith("error[E_RESUME]") and "tokenizer.vocab_size: 400 → 401" in line
     # Of another run: it reads as a tokenizer, and every id means something else.
     learn(tmp_path / "other")
     shutil.copy(tmp_path / "other" / MODEL, file)
-    line = cli.error(*words, code=3)
+    line = here(tmp_path, *words, code=3).error
     assert line.startswith("error[E_CKPT_HASH]") and MODEL in line and "--fresh" in line
     file.unlink()
-    line = cli.error("export", "run", "-o", "model", code=3)
+    line = here(tmp_path, "export", "run", "-o", "model", code=3).error
     assert line.startswith("error[E_INPUT]") and MODEL in line and "--fresh" in line
     assert not (tmp_path / "model").exists() and not list(tmp_path.glob("**/*.partial"))
     file.write_bytes(model)
@@ -238,12 +239,12 @@ def test_a_run_resumes_with_the_tokenizer_it_began_with(scenes: Path, begun: Pat
 
 
 @ranks
-def test_export_and_a_tokenizer_that_was_swapped(scenes: Path, begun: Path, tmp_path: Path, small: Any) -> None:
+def test_export_and_a_tokenizer_that_was_swapped(scenes: Path, begun: Path, tmp_path: Path, here: Any) -> None:
     from clipwright import load_model
 
     shutil.copytree(begun / "run", tmp_path / "run")
-    cli, model = small.cli(tmp_path), tmp_path / "model"
-    cli("export", "run", "-o", "model")
+    model = tmp_path / "model"
+    here(tmp_path, "export", "run", "-o", "model")
     assert (model / MODEL).read_bytes() == (tmp_path / "run" / "tokenizer" / MODEL).read_bytes()
     opened = load_model(model)
     vectors = opened.embed_texts(["a red circle", unicodedata.normalize("NFD", "빨간 원"), "빨간 원"])
@@ -255,7 +256,7 @@ def test_export_and_a_tokenizer_that_was_swapped(scenes: Path, begun: Path, tmp_
     assert caught.value.code == "E_MODEL_HASH" and MODEL in str(caught.value)
     # With a manifest made to fit it, only the ids' own fingerprint tells.
     refit(model)
-    line = cli.error("eval", "retrieval", "model=model", f"data={scenes}", code=3)
+    line = here(tmp_path, "eval", "retrieval", "model=model", f"data={scenes}", code=3).error
     assert line.startswith("error[E_MODEL_HASH]") and "fingerprint" in line and "export the run again" in line
     (model / MODEL).write_bytes(b"\xff" * 1000)
     refit(model)

@@ -255,7 +255,9 @@ def bert_tokenizer(folder: Path) -> None:
 
 
 @ranks
-def test_export_without_the_folder(scenes: Path, folders: dict[str, Path], tmp_path: Path, small: Any) -> None:
+def test_export_without_the_folder(
+    scenes: Path, folders: dict[str, Path], tmp_path: Path, small: Any, here: Any
+) -> None:
     """A pretrained encoder with its own tokenizer; the model folder opens after its folder is gone."""
     from clipwright import load_model
 
@@ -265,10 +267,10 @@ def test_export_without_the_folder(scenes: Path, folders: dict[str, Path], tmp_p
     settings = [word for word in small.settings if not word.startswith("text.")]
     words = ["train", *settings, f"data.train={scenes}", "schedule.samples=32", "-o", "run", "text.name=huggingface"]
     words += [f"text.folder={source}", "text.context=20", "text.pretrained=true"]
-    line = cli.error(*words, code=2)
+    line = here(tmp_path, *words, code=2).error
     assert line.startswith("error[E_CONFIG_VALUE]") and "the tokenizer has 49,408 ids" in line and "room for 60" in line
     cli(*words, "tokenizer.name=huggingface", f"tokenizer.folder={source}")
-    cli("export", "run", "-o", "model")
+    here(tmp_path, "export", "run", "-o", "model")
     shutil.rmtree(source)
     tree = json.loads((tmp_path / "model" / "config.json").read_text())
     assert tree["text"]["architecture"]["model_type"] == "bert" and str(tmp_path) not in json.dumps(tree)
