@@ -1,4 +1,5 @@
 # make demo: from a bare machine with Python 3.11, pip and make to a report.  make test: everything CI runs.
+# make soak: the tests of survival at length, resumable, into soak.json.
 # TORCH_INDEX: address of an index with CPU builds of torch, where pip's own has only CUDA builds.
 TORCH_INDEX ?=
 PYTHON ?= python3
@@ -10,13 +11,16 @@ export DS_BUILD_OPS = 0
 export PIP_CONSTRAINT = $(CURDIR)/constraints/cpu.txt
 export DS_ACCELERATOR = cpu
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint soak clean
 
 demo: .venv/installed
 	.venv/bin/clipwright demo
 
 test: .venv/installed-dev lint
 	OMP_NUM_THREADS=1 .venv/bin/pytest
+
+soak: .venv/installed-dev
+	.venv/bin/python tests/soak.py
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check $(SOURCES)

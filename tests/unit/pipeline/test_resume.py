@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
+ROUNDS = int(os.environ.get("CLIPWRIGHT_SOAK", "0"))  # see tests/soak.py
 STEPS = ["schedule.samples=480", "schedule.warmup=64", "runtime.save_every=10", "runtime.keep=9"]
 
 
@@ -56,20 +58,32 @@ def same(run: Path, other: Path, small: Any) -> None:
     assert (run / last).read_bytes() == (other / last).read_bytes()
 
 
-@pytest.mark.parametrize("zero", [0, 2])
-def test_a_killed_run_resumes_bit_identically(
-    zero: int, scenes: Path, uninterrupted: Path, tmp_path: Path, small: Any
-) -> None:
-    words = [*small.settings, f"data.train={scenes}", *STEPS, f"runtime.zero={zero}", "-o", "run"]
-    code, _ = stop_after(start(tmp_path, words), tmp_path / "run", 14, signal.SIGKILL)
+def test_a_killed_run_resumes_bit_identically_under_zero(scenes: Path, tmp_path: Path, small: Any) -> None:
+    words = [f"data.train={scenes}", *STEPS, "runtime.zero=2"]
+    code, _ = stop_after(start(tmp_path, [*small.settings, *words, "-o", "run"]), tmp_path / "run", 14, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    other = uninterrupted
-    if zero:
-        small(tmp_path, f"data.train={scenes}", *STEPS, f"runtime.zero={zero}", "-o", "whole")
-        other = tmp_path / "whole"
-    done = small(tmp_path, f"data.train={scenes}", *STEPS, f"runtime.zero={zero}", "-o", "run")
+    small(tmp_path, *words, "-o", "whole")
+    done = small(tmp_path, *words, "-o", "run")
     assert "resuming at step 10" in done.stdout or "resuming at step 20" in done.stdout
-    same(tmp_path / "run", other, small)
+    same(tmp_path / "run", tmp_path / "whole", small)
+
+
+@pytest.mark.parametrize("seed", range(ROUNDS or 1))
+def test_killed_at_a_random_step(seed: int, scenes: Path, uninterrupted: Path, tmp_path: Path, small: Any) -> None:
+    """Five epochs, killed once, in `make soak` up to four times, by then perhaps while it starts."""
+    draw, run, at = random.Random(seed), tmp_path / "run", 0
+    words = [f"data.train={scenes}", *STEPS, "-o", "run"]
+    for _ in range(draw.randint(1, 4) if ROUNDS else 1):
+        at = draw.randint(min(at + 1, 29), 29)
+        process = start(tmp_path, [*small.settings, *words, f"runtime.workers={draw.randint(1, 3)}"])
+        ledger, begun = run / "ledger.jsonl", time.monotonic()
+        while process.poll() is None and not (ledger.exists() and ledger.read_bytes().count(b"\n") >= at):
+            assert time.monotonic() - begun < 120
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+    small(tmp_path, *words)
+    same(run, uninterrupted, small)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGINT, 130)])

@@ -1,0 +1,208 @@
+"""The stream of samples as a run sees it: any ranks and workers, killed and resumed anywhere, the same ledger.
+
+ROUNDS of the random cases (`make soak` sets CLIPWRIGHT_SOAK), each from a seed of its own. Ranks are loaders of one
+process here; test_ranks.py and test_resume.py compare the ledgers of real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import itertools
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.records import write_manifest
+from clipwright.pipeline.data.datasets import DataConfig, Datasets, PartConfig
+from clipwright.pipeline.data.loader import Batch, Loader, Share
+from clipwright.pipeline.ledger import line, merge
+from clipwright.pipeline.runfolder import StepFile
+from clipwright.pipeline.tokenizers.base import TOKENIZERS
+from clipwright.pipeline.towers.base import TEXT_TOWERS
+
+ROUNDS = int(os.environ.get("CLIPWRIGHT_SOAK", "0"))
+RAGGED = [13, 5, 1, 11, 30, 7]  # 67 samples
+SMALL: dict[str, Any] = {"streams": 8, "window": 3}
+
+
+@functools.cache
+def tokenizer() -> Any:
+    return TOKENIZERS.build(TOKENIZERS.preset("clip_bpe"))
+
+
+def loader(train: Any, share: Share, workers: int, **config: Any) -> Loader:
+    return Loader(
+        DataConfig(**{"train": train, **config}),
+        share,
+        tokenizer=tokenizer(),
+        text=TEXT_TOWERS.preset("text_nano"),
+        image_size=16,
+        seed=5,
+        workers=workers,
+    )
+
+
+@contextlib.contextmanager
+def ranks(
+    train: Any, world: int, workers: int, batch: int, step: int, **config: Any
+) -> Iterator[Iterator[list[Batch]]]:
+    """The steps behind `step`, each as every rank's part of its batch."""
+    sources = [
+        loader(train, Share(rank, world, batch), workers, **config).batches(step * batch) for rank in range(world)
+    ]
+    try:
+        yield ([next(source) for source in sources] for _ in itertools.count())
+    finally:
+        for source in sources:
+            source.close()
+
+
+def run(path: Path, train: Any, world: int, workers: int, batch: int, first: int, last: int, **config: Any) -> None:
+    """Steps `first` + 1 … `last`, into a ledger that is cut back to `first`."""
+    file = StepFile(path, first)
+    with ranks(train, world, workers, batch, first, **config) as steps:
+        for step, parts in zip(range(first + 1, last + 1), steps, strict=False):
+            tally = merge([part.tally for part in parts])
+            assert len({len(part.views) for part in parts}) == 1
+            file.write(line(step, (step - 1) * batch, batch, tally, keys=True))
+    file.close()
+
+
+def test_ranks_and_workers_may_change_inside_an_epoch(make_dataset: Any, tmp_path: Path) -> None:
+    folder = str(make_dataset("d", RAGGED))
+    run(tmp_path / "clean", folder, 1, 2, 12, 0, 20, **SMALL)
+    layouts = [(1, 1), (2, 2), (4, 3), (2, 1), (3, 3)]  # within the first epoch, and then on
+    for number, (world, workers) in enumerate(layouts):
+        run(tmp_path / "moved", folder, world, workers, 12, number, number + 1 if number < 4 else 20, **SMALL)
+    assert (tmp_path / "moved").read_bytes() == (tmp_path / "clean").read_bytes()
+
+
+@pytest.mark.parametrize("seed", range(ROUNDS or 3))
+def test_killed_at_random_steps_nothing_is_lost_or_repeated(seed: int, make_dataset: Any, tmp_path: Path) -> None:
+    """Three epochs; checkpoints every few steps, kills anywhere, other ranks and workers after each."""
+    draw = random.Random(seed)
+    sizes = [draw.choice([1, 2, 7, 20, 33]) for _ in range(draw.randint(2, 7))] + [13]
+    batch = 12 if sum(sizes) >= 12 else sum(sizes)
+    one, two = make_dataset("d", sizes), make_dataset("e", [40, 9], lambda i: [f"other {i}"])
+    train: Any = str(one) if seed % 2 else [PartConfig(path=str(one), weight=2), PartConfig(path=str(two))]
+    config = {"streams": draw.choice([1, 3, 8]), "window": draw.choice([1, 3, 4096])}
+    last = -(-3 * Datasets(DataConfig(train=train)).samples // batch)
+    run(tmp_path / "clean", train, 1, 2, batch, 0, last, **config)
+    every, step = draw.randint(2, 5), 0
+    for _ in range(6):
+        killed = draw.randint(step, last)
+        run(tmp_path / "killed", train, draw.choice([1, 2, 3, 4, 6]), draw.randint(1, 3), batch, step, killed, **config)
+        with (tmp_path / "killed").open("a") as file:
+            file.write(draw.choice(["", '{"step":', '{"step":1}']))
+        step = killed // every * every
+    run(tmp_path / "killed", train, draw.choice([1, 2, 3, 4]), 2, batch, step, last, **config)
+    assert (tmp_path / "killed").read_bytes() == (tmp_path / "clean").read_bytes()
+
+
+def layouts() -> Iterator[tuple[list[int], int, int]]:
+    """Shards, ranks and workers: one shard with 1 sample, one with 90 %, fewer samples than a batch."""
+    draw = random.Random(0)
+    for count in range(1, 14):
+        sizes = [draw.randint(1, 30) for _ in range(count)]
+        sizes[draw.randrange(count)] = 1
+        yield sizes, draw.randint(1, 4), draw.randint(1, 5)
+        sizes = [1] * (count - 1) + [max(9 * (count - 1), 24)]
+        yield sizes, draw.randint(1, 4), draw.randint(1, 5)
+    yield from (([1], 1, 1), ([23], 4, 2), ([1, 1], 2, 3), ([12, 11], 3, 1))
+
+
+def test_no_layout_hangs(make_dataset: Any) -> None:
+    """Equal steps on all ranks, every sample once an epoch; or an error before the first."""
+    refused, threads = 0, threading.active_count()
+    for number, (sizes, world, workers) in enumerate(layouts()):
+        folder, total, started = str(make_dataset(f"d{number}", sizes)), sum(sizes), time.monotonic()
+        steps = -(-2 * total // 24)
+        try:
+            with ranks(folder, world, workers, 24, 0, streams=4, window=5) as batches:
+                seen = [merge([part.tally for part in parts]) for parts in itertools.islice(batches, steps)]
+        except ClipwrightError as error:
+            assert error.code == "E_DATA_SMALL" and total < 24 and time.monotonic() - started < 10
+            refused += 1
+            continue
+        assert total >= 24
+        keys = [key for tally in seen for key in tally.keys]
+        assert len(set(keys[:total])) == len(set(keys[total : 2 * total])) == total
+    assert number == 29 and 4 <= refused <= 12 and threading.active_count() == threads
+    with pytest.raises(ClipwrightError) as caught:
+        Share(0, 5, 24)
+    assert caught.value.code == "E_BATCH" and "multiple of 5" in caught.value.fix
+
+
+def test_captions_stay_with_their_picture(make_dataset: Any) -> None:
+    """Each picture's colour is its number, and so is what its caption says, up to the model's input."""
+    folder = str(make_dataset("d", [300, 1, 499], lambda i: [f"number {i}", f"again {i}"]))
+    want, pairs = 100_000 if ROUNDS else 2_000, 0
+    words = tokenizer()
+
+    @functools.cache
+    def number(tokens: tuple[int, ...]) -> int:
+        return int(words.decode(list(tokens)).replace(" ", "").removeprefix("number").removeprefix("again"))
+
+    with ranks(folder, 2, 2, 100, 0, streams=8, window=40, captions=2) as steps:
+        for parts in steps:
+            for batch in parts:
+                middle = batch.views[:, 8, 8].int()
+                told = [number(tuple(row)) for row in batch.tokens[batch.text_row].tolist()]
+                shown = (middle[:, 0] + 256 * middle[:, 1]).repeat_interleave(2).tolist()
+                assert told == shown
+                pairs += len(told)
+            if pairs >= want:
+                return
+
+
+def test_memory_does_not_grow(make_dataset: Any) -> None:
+    """Twenty epochs: the slope of the resident set is below 0.5 % an epoch."""
+    folder = str(make_dataset("d", [500, 300, 200] if ROUNDS else [50, 49, 1]))
+    total, process, resident = 1000 if ROUNDS else 100, psutil.Process(), []
+    with ranks(folder, 1, 2, 50, 0, streams=4, window=30) as steps:
+        for _ in range(25):
+            for _ in itertools.islice(steps, total // 50):
+                pass
+            gc.collect()
+            resident.append(process.memory_info().rss)
+    slope = np.polyfit(np.arange(20), resident[5:], 1)[0]
+    assert slope < 0.005 * resident[-1], resident
+
+
+def test_a_hundred_thousand_shards_are_checked_in_seconds(tmp_path: Path) -> None:
+    """One of them missing, doubled, or of another size: an error that names it, in less than 10 s."""
+    count = 100_000 if ROUNDS else 3_000
+    (tmp_path / "t").write_bytes(b"x" * 512)
+    names = [f"d-{number:06d}.tar" for number in range(count)]
+    for name in names:
+        os.link(tmp_path / "t", tmp_path / name) if count < 60_000 else (tmp_path / name).write_bytes(b"x" * 512)
+    entry = {"tar_bytes": 512, "tar_sha256": "", "sidecar_sha256": "", "samples": 100}
+    shards = [{**entry, "tar": name, "sidecar": name.replace(".tar", ".parquet")} for name in names]
+    late = count * 9 // 10
+    for change, words in (
+        ({}, ""),
+        ({"tar": names[3]}, f"{names[3]} — the manifest names it twice"),
+        ({"tar": "gone.tar"}, "gone.tar — the file is missing"),
+        ({"tar_bytes": 513}, f"{names[late]} — 512 bytes, the manifest says 513"),
+    ):
+        mine = [*shards[:late], {**shards[late], **change}, *shards[late + 1 :]]
+        write_manifest(tmp_path, "dataset", "0" * 64, {"shards": mine})
+        started = time.monotonic()
+        try:
+            made = loader(str(tmp_path), Share(0, 1, 64), 1)
+            made.order.locate(np.arange(64))
+            assert not words
+        except ClipwrightError as error:
+            assert error.code == "E_DATA_HASH" and words and words in str(error), error
+        assert time.monotonic() - started < 10
