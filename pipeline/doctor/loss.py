@@ -24,18 +24,22 @@ def loss(context: Context) -> Found:
     config, world = context.config, context.world
     made = LOSSES.build(config.loss, embed_dim=config.embed_dim).to(world.device)
     images = config.schedule.global_batch // world.size
-    texts = images * config.data.captions
     seconds = predicted(context, made, images, world.size)
-    size = loss_bytes(config, images, texts, world.size, tile_shape(world.device))
+    size = loss_bytes(config, images, world.size, tile_shape(world.device))
     context.predicted |= {"loss_seconds": seconds, "loss_bytes": size}
     free = free_on(context) // (world.local_size if world.device.type == "cpu" else 1)
-    found = (
-        f"{seconds:.3g} s and {size / 2**20:.0f} MiB a step: {images:,} images × {texts * world.size:,} texts a rank"
-    )
+    texts = sum(columns(config, images)) * world.size
+    found = f"{seconds:.3g} s and {size / 2**20:.0f} MiB a step: {images:,} images × {texts:,} texts a rank"
     need = f"at most the {free / 2**20:,.0f} MiB that are free"
     if size > free:
         return Found("FAIL", found, need, "lower schedule.global_batch, set runtime.exchange=ring, or use more ranks")
     return Found("ok", found, need)
+
+
+def columns(config: RunConfig, images: int) -> tuple[int, int]:
+    """How many captions, and wrong captions, as many images bring."""
+    data = config.data
+    return images * data.captions, 0 if data.negatives is None else images * data.negative_count
 
 
 def predicted(context: Context, made: ContrastiveLoss, images: int, world: int) -> float:
@@ -51,35 +55,44 @@ def predicted(context: Context, made: ContrastiveLoss, images: int, world: int) 
 
 
 def timed(context: Context, made: ContrastiveLoss, rows: int) -> float:
-    """Seconds of forward and backward on `rows` images and their captions, the least of RUNS behind a first."""
-    device, captions = context.world.device, context.config.data.captions
+    """Seconds of forward and backward on `rows` images and their texts, the least of RUNS behind a first."""
+    device, sizes = context.world.device, (rows, *columns(context.config, rows))
     draw = torch.Generator().manual_seed(0)
-    image, text = (
+    image, text, negative = (
         F.normalize(torch.randn(size, context.config.embed_dim, generator=draw), dim=1).to(device).requires_grad_()
-        for size in (rows, rows * captions)
+        for size in sizes
     )
-    ids = torch.arange(rows * captions, device=device)
-    features = Features(image, text, ids[:rows], ids.view(rows, captions))
+    ids = torch.arange(sum(sizes), device=device)
+    features = Features(image, text, ids[:rows], ids[: len(text)].view(rows, -1))
+    if len(negative):
+        features.negative, features.negative_id = negative, ids[-len(negative) :]
+        features.negative_present = torch.ones_like(features.negative_id, dtype=torch.bool)
+    sides = (image, text, negative) if len(negative) else (image, text)
     times = []
     for _ in range(RUNS + 1):
         synchronize(context)
         started = time.perf_counter()
-        torch.autograd.grad(made(features), (image, text))
+        torch.autograd.grad(made(features), sides)
         synchronize(context)
         times.append(time.perf_counter() - started)
     return min(times[1:])
 
 
-def loss_bytes(config: RunConfig, images: int, texts: int, world: int, tile: tuple[int, int]) -> int:
-    """Bytes beside the features of a rank's `images` and `texts`: their gradients, what is exchanged, a tile.
+def loss_bytes(config: RunConfig, images: int, world: int, tile: tuple[int, int]) -> int:
+    """Bytes beside the features of a rank's `images` and their texts: gradients, what is exchanged, a tile.
 
     Gathered, the texts of all ranks and their gradients are there, and this rank's share of these; in a ring two blocks
-    of texts and three of gradients. Nested vectors have copies of their own, with their gradients.
+    of texts and three of gradients. Wrong captions come behind the others, of which the share is kept. Nested vectors
+    have copies of their own, with their gradients.
     """
-    all_texts = texts * world
-    blocks = 1 if world == 1 else 5 if config.runtime.exchange == "ring" else 2 * world + 1
-    vectors = images + texts * blocks
+    texts, wrong = columns(config, images)
+    if world == 1:
+        vectors = images + texts + wrong
+    elif config.runtime.exchange == "ring":
+        vectors = images + max(5 * texts, texts + 5 * wrong)
+    else:
+        vectors = images + world * (texts + wrong) + max((world + 1) * texts, texts + (world + 1) * wrong)
     nested = sum(dim for dim in config.loss.matryoshka.dims if dim < config.embed_dim)
-    ids = 64 * (images + all_texts)  # their sorted copies, log-sum-exps, counts
+    ids = 64 * (images + world * (texts + wrong))  # their sorted copies, log-sum-exps, counts
     spare = math.prod(tile) * (2 * 4 + 3)  # two of floats, three masks
-    return 4 * (vectors * config.embed_dim + 2 * (images + texts) * nested) + ids + spare
+    return 4 * (vectors * config.embed_dim + 2 * (images + texts + wrong) * nested) + ids + spare

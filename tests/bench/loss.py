@@ -2,7 +2,8 @@
 
 Each measurement is a process of its own: the processor seconds of one call, and the most memory that it takes beyond
 what was there before, gradients counted and features not. `share_of_limit` compares with the matmuls that the gradient
-cannot do without, at the rate of a 2,048 × 2,048 product in the same process.
+cannot do without, at the rate of a 2,048 × 2,048 product in the same process. `predicted_…` compare what doctor says of
+a config with what is then measured: there a ratio of 1 is best.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipwright.pipeline.losses.base import LOSSES, Features
+from clipwright.pipeline.losses.base import LOSSES, Features, Matryoshka
 
 DIM = 512
 MATMULS = {"softmax": 4, "sigmoid": 3}
@@ -32,6 +33,11 @@ CASES: dict[str, tuple[str, int, int, int]] = {
     "softmax_32768": ("softmax", 32768, 2048, 1),
     "softmax_65536": ("softmax", 65536, 4096, 0),
     "sigmoid_65536": ("sigmoid", 65536, 4096, 0),
+}
+# case → the loss's config, its form below, batch, batch if quick, runs
+PREDICTED: dict[str, tuple[list[str], str, int, int, int]] = {
+    "predicted_plain": ([], "ours", 8192, 2048, 3),
+    "predicted_rich": (["data.negatives=wrong", f"loss.matryoshka.dims=[{DIM // 2},{DIM}]"], "rich", 8192, 2048, 3),
 }
 PLAIN = {
     "softmax": "open_clip's ClipLoss: the matrix and its transpose, cross-entropy of each",
@@ -52,12 +58,17 @@ def call(form: str, name: str, batch: int) -> tuple[float, float]:
     """Processor seconds and memory in MB of one forward and backward pass on random features."""
     draw = torch.Generator().manual_seed(0)
     image, text = (F.normalize(torch.randn(batch, DIM, generator=draw), dim=1).requires_grad_() for _ in range(2))
-    loss = LOSSES.build(LOSSES.preset(name), embed_dim=DIM)
+    nested = Matryoshka(dims=(DIM // 2, DIM) if form == "rich" else ())
+    loss = LOSSES.build(LOSSES.preset(name, matryoshka=nested), embed_dim=DIM)
     t, b = loss.logit_scale, torch.full((1,), -10.0, requires_grad=True)
     ids = torch.arange(batch)
+    features = Features(image, text, ids, ids[:, None])
+    if form == "rich":
+        features.negative = F.normalize(torch.randn(batch, DIM, generator=draw), dim=1).requires_grad_()
+        features.negative_id, features.negative_present = batch + ids, ids >= 0
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     base, before = resident("VmRSS"), time.process_time()
-    value = loss(Features(image, text, ids, ids[:, None])) if form == "ours" else plain(name, image, text, t, b)
+    value = plain(name, image, text, t, b) if form == "plain" else loss(features)
     value.backward()
     return time.process_time() - before, resident("VmHWM") - base
 
@@ -122,9 +133,32 @@ def lines(case: str, quick: bool) -> list[dict[str, Any]]:
     return made
 
 
+def predicted(case: str, quick: bool) -> list[dict[str, Any]]:
+    words, form, size, small, runs = PREDICTED[case]
+    batch, runs = (small, 1) if quick else (size, runs)
+    config = [*words, f"embed_dim={DIM}", f"schedule.global_batch={batch}", "data.train=none", "runtime.threads=1"]
+    command = [sys.executable, "-m", "clipwright", "doctor", *config, "precision=fp32", "check=loss", "--json"]
+    found = []
+    for _ in range(runs):
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        said = json.loads(done.stdout)
+        found.append(((said["loss_seconds"], said["loss_bytes"] / 1e6), measured(form, "softmax", batch)))
+    made = []
+    for number, (metric, unit) in enumerate((("cpu_s", "s"), ("memory", "MB"))):
+        pairs = [(said[number], real[metric]) for said, real in found]
+        line: dict[str, Any] = {"case": case, "metric": metric, "unit": unit, "batch": batch}
+        line["ours"] = round(statistics.median(said for said, _ in pairs), 3)
+        line["reference"] = round(statistics.median(real for _, real in pairs), 3)
+        line["ratio"] = round(statistics.median(said / real for said, real in pairs), 3)
+        made.append({**line, "reference_is": "the loss itself; a ratio of 1 is a right prediction", "runs": runs})
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("case", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all of 8,192 if none")
+    parser.add_argument("case", nargs="*", metavar="CASE", help=f"of {', '.join((*CASES, *PREDICTED))}; two if none")
     parser.add_argument("--quick", action="store_true", help="every case, small")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -132,8 +166,8 @@ def main() -> None:
         form, name, batch = options.case
         child(form, name, int(batch))
         return
-    for case in options.case or (CASES if options.quick else ["softmax_8192", "sigmoid_8192"]):
-        for line in lines(case, options.quick):
+    for case in options.case or ((*CASES, *PREDICTED) if options.quick else ["softmax_8192", "sigmoid_8192"]):
+        for line in (predicted if case in PREDICTED else lines)(case, options.quick):
             print(json.dumps(line), flush=True)
 
 

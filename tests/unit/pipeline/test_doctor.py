@@ -488,10 +488,15 @@ def test_what_the_loss_will_cost(monkeypatch: pytest.MonkeyPatch, world: World) 
     assert found.status == "ok" and "256 images × 256 texts" in found.found
     # Four times the work, and from the second rank on the texts of the others.
     assert 0 < made.predicted["loss_seconds"] < 1
-    sizes = [
-        loss.loss_bytes(made.config, 4096, 4096, ranks, (1, 1)) / (4 * 4096 * made.config.embed_dim) for ranks in (1, 4)
-    ]
+    vectors = 4 * 4096 * made.config.embed_dim
+    sizes = [loss.loss_bytes(made.config, 4096, ranks, (1, 1)) / vectors for ranks in (1, 4)]
     assert 2 < sizes[0] < 3.1 + 1 < sizes[1]
+    wrong = context(world, "schedule.global_batch=256", "embed_dim=32", "data.negatives=wrong", "data.negative_count=2")
+    wrong.without_data = True
+    assert "256 images × 768 texts" in run(wrong, "config", "threads", "loss").found
+    more = loss.loss_bytes(wrong.config, 4096, 1, (1, 1)) / vectors
+    assert more > sizes[0] + 2
+    assert wrong.predicted["loss_seconds"] > made.predicted["loss_seconds"]
     monkeypatch.setattr(loss, "free_on", lambda made: 2**20)
     found = loss.loss(made)
     assert found.status == "FAIL" and "runtime.exchange=ring" in found.fix
