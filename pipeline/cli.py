@@ -1,4 +1,4 @@
-"""Commands of the pipeline: train, doctor, data ledger, export, import."""
+"""Commands of the pipeline: train, launch, doctor, data ledger, export, import."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ app.add_typer(data_app, name="data")
 def train(call: Call) -> None:
     """Train a two-tower model on a dataset folder; the same command resumes."""
     from clipwright.pipeline.trainer import train as run
+
+    run(call)
+
+
+@command(app, "launch", kind="clipwright.pipeline.launch.plan:LaunchConfig", metavar="LAUNCHER VERB", words=100)
+def launch(call: Call) -> None:
+    """Start the ranks of a command by hostfile or torchrun, or print a slurm or kubernetes job of them."""
+    from clipwright.pipeline.launch.run import launch as run
 
     run(call)
 

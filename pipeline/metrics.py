@@ -49,7 +49,7 @@ def header(config: RunConfig, parts: Parts, world: World, threads: int) -> str:
         f"data {data.samples:,} samples in {len(data.sizes)} shards{f' of {len(epochs)} datasets' if many else ''} · "
         f"{schedule.samples:,} training samples = {told} epochs · "
         f"{schedule.steps:,} steps of {schedule.global_batch}\n"
-        f"world {world.size} · {world.device.type} · precision {config.precision} · "
+        f"{world} · {world.device.type} · precision {config.precision} · "
         f"ZeRO {config.runtime.zero} · {threads} threads · seed {config.seed}"
     )
 

@@ -79,6 +79,7 @@ class Call:
     yes: bool
     fresh: bool
     writes_status: bool = True  # False on ranks other than the first
+    given: tuple[str, ...] = ()  # words and overrides in the order they were written
 
     def check(self) -> None:
         """E_USAGE for words nobody would read: a lost `=` must not train on the defaults."""
@@ -177,9 +178,9 @@ def command(
             given = args or []
             overrides = [w for w in given if re.match(r"[A-Za-z_][\w.-]*=", w)]
             plain = [w for w in given if w not in overrides]
-            call = Call(
-                spec, plain[0] if plain else None, plain, overrides, out, as_json, quiet, debug, dry_run, yes, fresh
-            )
+            first = plain[0] if plain else None
+            call = Call(spec, first, plain, overrides, out, as_json, quiet, debug, dry_run, yes, fresh)
+            call.given = tuple(given)
             raise typer.Exit(_run(call, body))
 
         run.__doc__ = body.__doc__

@@ -1,0 +1,178 @@
+"""Starts the ranks of all machines, waits for them, and ends with the first failing rank's own words and exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import typer
+
+from clipwright.pipeline.core.command import DONE, INTERRUPTED, PREEMPTED, Call, Preempted
+from clipwright.pipeline.core.errors import CODES, ClipwrightError
+from clipwright.pipeline.core.records import STATUS
+from clipwright.pipeline.launch import files
+from clipwright.pipeline.launch.plan import LaunchConfig, Part, parts, split
+
+GRACE = 60.0  # seconds that ranks have to save and leave; launchers give theirs 30
+_SAVED = (PREEMPTED, INTERRUPTED)
+STATUS_WAIT = 5.0  # seconds for a status file of another machine to be seen here
+
+
+def launch(call: Call) -> None:
+    """Runs `clipwright launch`: starts the ranks, or prints the file of a cluster that does."""
+    call.writes_status = False  # the output folder is the launched command's, which writes its own
+    inner = split(call)
+    config: LaunchConfig = call.load().value
+    if config.by in ("slurm", "kubernetes"):
+        text = files.slurm(config, inner) if config.by == "slurm" else files.kubernetes(config, inner)
+        call.finish({"by": config.by, "file": text}, text)
+        return
+    told, made = parts(config, inner)
+    if call.dry_run:
+        call.finish({"world": told, "lines": [str(part) for part in made]}, "\n".join([told, *map(str, made)]))
+        return
+    call.say(told)
+    Group(made, call.out, call.debug).run()
+
+
+class Group:
+    """The machines' launchers as one: all of them end when one fails."""
+
+    def __init__(self, made: list[Part], out: Path | None, debug: bool) -> None:
+        self.parts, self.status, self.debug = made, None if out is None else out / STATUS, debug
+        self.before = self._read_status()
+        self.error = ""  # the first error line of any rank
+        self.last: dict[str, str] = {}  # of each host, its last word
+        self.root: int | None = None  # what its first failing rank ended with, where the launcher says so
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.readers: list[threading.Thread] = []
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        """Returns when all ranks are done; else raises what the first failing one ended with."""
+        failed: int | None = None
+        stop: BaseException | None = None
+        try:
+            for part in self.parts:
+                self._start(part)
+            if (failed := self._first_failure()) is None:
+                return
+        except (Preempted, KeyboardInterrupt) as caught:
+            stop = caught
+        finally:
+            try:
+                self._leave()
+            finally:
+                self._kill()
+            for reader in self.readers:
+                reader.join(timeout=5)
+        self._end(failed, stop)
+
+    def _start(self, part: Part) -> None:
+        # Of its own session: Ctrl-C reaches the ranks once, through us. Standard input: see plan._remote.
+        process = subprocess.Popen(
+            part.line,
+            env={**os.environ, **part.env},
+            stdin=subprocess.PIPE if part.host else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.processes.append(process)
+        self.readers.append(threading.Thread(target=self._relay, args=(part, process.stderr), daemon=True))
+        self.readers[-1].start()
+
+    def _relay(self, part: Part, stream: IO[bytes]) -> None:
+        """Hands on what a machine says, up to the first error line, which is kept to be the last word of all."""
+        for raw in stream:
+            line = raw.decode(errors="backslashreplace").rstrip("\n")
+            with self._lock:
+                if line.strip():
+                    self.last[part.host] = line.strip()
+                if report := re.match(r"\s+exitcode\s*: (-?\d+)", line):
+                    self.root = int(report[1])  # torchrun's report ends with the rank that failed first
+                if not self.error and re.match(r"error\[E_\w+\]: ", line):
+                    self.error = line
+                elif not self.error or self.debug:
+                    print(line, file=sys.stderr, flush=True)
+
+    def _first_failure(self) -> int | None:
+        """The number of the first part that fails, or None when all are done."""
+        while True:
+            codes = [process.poll() for process in self.processes]
+            for number, code in enumerate(codes):
+                if code not in (None, DONE):
+                    return number
+            if all(code == DONE for code in codes):
+                return None
+            time.sleep(0.1)
+
+    def _leave(self) -> None:
+        """Tells all machines to stop and waits until they have."""
+        for process in self.processes:
+            if process.stdin is not None:
+                process.stdin.close()
+            elif process.poll() is None:
+                process.terminate()
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
+            time.sleep(0.1)
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+                process.wait()
+
+    def _end(self, failed: int | None, stop: BaseException | None) -> None:
+        codes = [process.returncode for process in self.processes]
+        if all(code == DONE for code in codes):
+            return  # they finished as the signal came
+        if self.error:
+            print(self.error, file=sys.stderr, flush=True)
+            name = self.error[len("error[") :].partition("]")[0]
+            raise typer.Exit(CODES[name][0] if name in CODES else 1)
+        code = self._exit_code(codes if failed is None else [codes[failed]])
+        if code in _SAVED or isinstance(stop, KeyboardInterrupt):
+            raise stop or (Preempted() if code == PREEMPTED else KeyboardInterrupt())
+        number = next(i for i, code in enumerate(codes) if code != DONE) if failed is None else failed
+        host = self.parts[number].host
+        raise ClipwrightError(
+            "E_LAUNCH",
+            "ranks that ended without saying why",
+            where=host or "this machine",
+            found=f"exit code {codes[number]}, last word: {self.last.get(host, 'none')}",
+            fix="see the lines above"
+            + (f"; try ssh -o BatchMode=yes {host} true" if host and codes[number] == 255 else ""),
+        )
+
+    def _exit_code(self, codes: list[int]) -> int | None:
+        """What the command ended with: as a launcher hands it on, or, where it says 1 for all, by `status.json`.
+
+        A rank that died makes launchers stop the others, whose status then speaks of a signal: it does not count.
+        """
+        saved = next((code for code in codes if code in _SAVED), None)
+        if saved is not None or self.root not in (None, *_SAVED):
+            return saved
+        deadline = time.monotonic() + STATUS_WAIT
+        while self.status is not None and time.monotonic() < deadline:
+            if (now := self._read_status()) is not None and now != self.before:
+                return now.get("exit_code")
+            time.sleep(0.1)
+        return None
+
+    def _read_status(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self.status.read_text(encoding="utf-8")) if self.status is not None else None
+        except (OSError, ValueError):
+            return None
