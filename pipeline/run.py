@@ -20,6 +20,7 @@ from clipwright.pipeline import runfolder
 from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.data.cache import CacheConfig
 from clipwright.pipeline.data.datasets import DataConfig, Datasets
 from clipwright.pipeline.data.loader import Loader, Share
 from clipwright.pipeline.data.reader import Dataset
@@ -54,11 +55,17 @@ class RuntimeConfig:
     compile: bool = False  # the towers, by torch.compile
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
     ledger: Literal["sums", "keys"] = "sums"  # whether each line of ledger.jsonl lists its samples too
+    cache_dir: str = ""  # where shards of a remote dataset are kept; by default in the user's cache folder
+    cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0  # of each remote dataset, in each process
     log_every: Annotated[int, Field(ge=1)] = 20  # steps
     save_every: Annotated[int, Field(ge=1)] = 1000  # steps
     save_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 15.0
     keep: Annotated[int, Field(ge=1)] = 2  # newest checkpoints
     stop_at: Annotated[int, Field(ge=1)] | None = None  # step to stop at, as if the run were interrupted there
+
+    @property
+    def cache(self) -> CacheConfig:
+        return CacheConfig(folder=self.cache_dir, gb=self.cache_gb)
 
 
 @configclass
@@ -99,7 +106,9 @@ def settle_text(resolved: Resolved[RunConfig], run: Path, *, fresh: bool) -> Res
 
 def build(config: RunConfig, world: World, run: Path | None = None) -> Parts:
     """Builds data, towers and loss. All ranks build equal weights from the seed. `run`: a run folder to go on with."""
-    return assemble(config, world, open_tokenizer(config.tokenizer, Datasets(config.data), run, world))
+    return assemble(
+        config, world, open_tokenizer(config.tokenizer, Datasets(config.data, config.runtime.cache), run, world)
+    )
 
 
 def assemble(config: RunConfig, world: World, tokenizer: Tokenizer) -> Parts:
@@ -114,6 +123,7 @@ def assemble(config: RunConfig, world: World, tokenizer: Tokenizer) -> Parts:
         image_size=config.image.image_size,
         seed=config.seed,
         workers=config.runtime.workers,
+        cache=config.runtime.cache,
     )
     torch.manual_seed(config.seed)
     towers = build_model(config, tokenizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -14,6 +13,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import digest
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.data.augment import AugmentConfig
+from clipwright.pipeline.data.cache import CacheConfig
 from clipwright.pipeline.data.mixture import Mixture, WeightStep
 from clipwright.pipeline.data.order import Order
 from clipwright.pipeline.data.reader import Dataset
@@ -59,11 +59,11 @@ class DataConfig:
 class Datasets:
     """The datasets of a config behind one numbering of shards."""
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, cache: CacheConfig | None = None) -> None:
         self.config = config
         parts = [PartConfig(path=config.train)] if isinstance(config.train, str) else config.train
         self.steps = _weight_steps(config, parts)
-        self.parts = [Dataset(Path(part.path), negatives=config.negatives) for part in parts]
+        self.parts = [Dataset(part.path, negatives=config.negatives, cache=cache) for part in parts]
         for part in self.parts:
             if not part.samples:
                 raise ClipwrightError(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data.augment import draw_colour, recolour, training_view
+from clipwright.pipeline.data.cache import CacheConfig
 from clipwright.pipeline.data.datasets import DataConfig, Datasets
 from clipwright.pipeline.data.order import Draw, Place, caption_index, negative_index
 from clipwright.pipeline.data.reader import Dataset, Rows
@@ -30,6 +31,7 @@ from clipwright.pipeline.tokenizers.base import Tokenizer
 from clipwright.pipeline.towers.base import TextTowerConfig
 
 AHEAD = 2  # batches decoded while one is in use
+EXPECTED = 32  # batches whose shards a remote dataset fetches ahead
 PART = 8  # samples a thread takes at a time
 PAUSES = (0.1, 1.0)  # seconds before each new try of a sample where the disk fails
 LOOK, KNOWN = 256, 100_000  # places looked up at once for a sample that can be read; bad ones that are remembered
@@ -121,23 +123,27 @@ class Loader:
         image_size: int,
         seed: int,
         workers: int,
+        cache: CacheConfig | None = None,
     ) -> None:
         self.config, self.share, self.tokenizer, self.text = config, share, tokenizer, text
         self.image_size, self.seed, self.workers = image_size, seed, workers
-        self.dataset = Datasets(config)
+        self.dataset = Datasets(config, cache)
         self.dataset.check_batch(share.global_batch)
         self.order = self.dataset.order(seed)
         for part, order in zip(self.dataset.parts, self.order.orders, strict=True):
             part.keep_rows(order.reach(share.world))
+            part.open_cache(order.reach(share.world))
         self._bad: dict[tuple[int, int, int], str] = {}  # samples that are known to be bad, and why
 
     def batches(self, position: int) -> Generator[Batch, None, None]:
         """Endless batches from global position `position` on, AHEAD of them decoded beyond the one in use."""
         workers = Workers(self.workers)
         ahead: deque[Pending] = deque()
+        coming: deque[tuple[int, Place]] = deque(maxlen=EXPECTED + AHEAD + 1)
         try:
             while True:
                 while len(ahead) <= AHEAD:
+                    self._expect(coming, position)
                     ahead.append(self._start(workers, position))
                     position += self.share.global_batch
                 started = time.perf_counter()
@@ -147,9 +153,27 @@ class Loader:
         finally:
             workers.close()
 
+    def _mine(self, position: int) -> np.ndarray:
+        """This rank's positions of the global batch at `position`."""
+        return np.arange(position + self.share.rank, position + self.share.global_batch, self.share.world)
+
+    def _expect(self, coming: deque[tuple[int, Place]], position: int) -> None:
+        """Tells remote datasets which shards the batch at `position` and the next ones read.
+
+        coming: the end and the places of each batch looked at so far, those that are still being made included.
+        """
+        if not any(part.remote for part in self.dataset.parts):
+            return
+        size = self.share.global_batch
+        first = coming[-1][0] if coming else position
+        for start in range(first, position + EXPECTED * size, size):
+            coming.append((start + size, self.order.locate(self._mine(start))))
+        for number, part in enumerate(self.dataset.parts):
+            part.expect(np.concatenate([place.shard[place.dataset == number] for _, place in coming]).tolist())
+
     def _start(self, workers: Workers, position: int) -> Pending:
         """Sets the workers to this rank's part of the global batch at `position`."""
-        mine = np.arange(position + self.share.rank, position + self.share.global_batch, self.share.world)
+        mine = self._mine(position)
         pending = Pending(mine, self.order.locate(mine), self.image_size)
         for first in range(0, len(mine), PART):
             part = range(first, min(first + PART, len(mine)))
@@ -190,8 +214,10 @@ class Loader:
         failed: list[Replaced] = []
         for by, place in self._candidates(pending, number):
             pending.dataset[number], pending.shard[number], pending.row[number], pending.epoch[number] = place
-            workers.begins(place[:3])
-            reason = self._bad.get(place[:3]) or self._decode(pending, number, patient=not failed)
+            workers.rests()
+            with self.dataset.parts[place[0]].held(place[1]):
+                workers.begins(place[:3])
+                reason = self._bad.get(place[:3]) or self._decode(pending, number, patient=not failed)
             if reason is None:
                 if failed:
                     pending.replaced.append(dataclasses.replace(failed[0], by=by))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +17,9 @@ import pyarrow.parquet as pq
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.nearest import nearest
-from clipwright.pipeline.core.records import file_sha256, read_manifest
+from clipwright.pipeline.core.records import digest, file_sha256, read_manifest
+from clipwright.pipeline.data.cache import CacheConfig, ShardCache, dataset_folder
+from clipwright.pipeline.data.remote import fetch_to, is_remote
 
 OPEN_TARS = 256  # descriptors kept; the usual limit of a process is 1,024
 TABLES = 8  # whole sidecars kept
@@ -63,31 +67,69 @@ class _Tar:
 
 
 class Dataset:
-    """A dataset folder, whole or cut. Threads may share it.
+    """A dataset folder, whole or cut, or a bucket's (s3, gs, http). Threads may share it.
 
     Opening checks the manifest and the existence and size of every shard (E_INPUT, E_MANIFEST, E_DATA_HASH); a
     sidecar's hash is checked when it is first read, a sample's bytes by `image`. negatives: a column of texts that
-    `rows` reads as well (E_COLUMN). keep: how many shards' `rows` are kept in memory.
+    `rows` reads as well (E_COLUMN). keep: how many shards' `rows` are kept in memory. cache: where remote shards are
+    kept here; their existence is not asked for beforehand.
     """
 
-    def __init__(self, folder: Path, *, negatives: str | None = None, keep: int = ROWS) -> None:
-        self.folder, self.negatives = folder, negatives
-        self.manifest = read_manifest(folder, "dataset")
+    def __init__(
+        self, place: Path | str, *, negatives: str | None = None, keep: int = ROWS, cache: CacheConfig | None = None
+    ) -> None:
+        self.place, self.negatives, self.cache = str(place), negatives, cache or CacheConfig()
+        self.folder = dataset_folder(self.place, self.cache) if is_remote(self.place) else Path(place)
+        self.manifest = read_manifest(self.folder, "dataset")
         self.fingerprint: str = self.manifest["fingerprint"]
         self._shards: list[dict[str, Any]] = self.manifest["shards"]
         self.sizes: list[int] = [shard["samples"] for shard in self._shards]
         self.samples = sum(self.sizes)
+        self.remote = is_remote(self.place) or any(is_remote(shard["tar"]) for shard in self._shards)
+        self._tars: ShardCache | None = None
         self._known = np.zeros(len(self._shards), bool)  # sidecars whose hash was checked
         self._check_tars()
         self.sidecar = lru_cache(TABLES)(self._read_sidecar)
         self._tar = lru_cache(OPEN_TARS)(lambda shard: _Tar(self.tar_path(shard)))
         self.keep_rows(keep)
         if negatives is not None and self._shards:
-            self._texts(0, pq.read_schema(self.folder / self._shards[0]["sidecar"]).empty_table(), negatives)
+            self._texts(0, pq.read_schema(self._ready_sidecar(0)).empty_table(), negatives)
+
+    def open_cache(self, need: int) -> None:
+        """Makes room for the tars of a remote dataset, of which `need` are in use at a time. Raises E_CACHE."""
+        if self.remote:
+            folder = self.cache.root() / digest(self.fingerprint)[:16]
+            addresses = [self._address(shard["tar"]) for shard in self._shards]
+            self._tars = ShardCache(folder, addresses, self._shards, gb=self.cache.gb, need=need)
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Which shards are read next, in order: a remote dataset fetches them ahead."""
+        if self._tars is not None:
+            self._tars.want(shards)
+
+    @contextmanager
+    def held(self, shard: int) -> Iterator[Path]:
+        """The shard's tar, which is there meanwhile. Of a remote one, raises E_REMOTE and E_DATA_HASH."""
+        if not self.remote:
+            yield self.tar_path(shard)
+            return
+        if self._tars is None:
+            self.open_cache(1)
+        assert self._tars is not None
+        with self._tars.hold(shard) as path:
+            yield path
+
+    def _address(self, name: str) -> str:
+        return name if is_remote(name) or not is_remote(self.place) else f"{self.place.rstrip('/')}/{name}"
 
     def _check_tars(self) -> None:
         seen: set[str] = set()
         for shard in self._shards:
+            if self.remote:
+                if shard["tar"] in seen:
+                    raise self._wrong(Path(shard["tar"]), "the manifest names it twice")
+                seen.add(shard["tar"])
+                continue
             path = os.path.join(self.folder, shard["tar"])  # noqa: PTH118  a hundred thousand Paths take a second
             try:
                 size = os.stat(path).st_size  # noqa: PTH116
@@ -117,14 +159,25 @@ class Dataset:
     def _read_sidecar(self, shard: int, columns: tuple[str, ...] | None = None) -> pa.Table:
         """The shard's sidecar: one row a sample, in the tar's order."""
         entry = self._shards[shard]
-        path = self.folder / entry["sidecar"]
+        table = pq.read_table(self._ready_sidecar(shard), columns=None if columns is None else list(columns))
+        assert table.num_rows == entry["samples"], entry["sidecar"]
+        return table
+
+    def _ready_sidecar(self, shard: int) -> Path:
+        """The file of a sidecar whose hash was checked; a remote one is fetched once and kept under its hash."""
+        entry = self._shards[shard]
+        address, path = self._address(entry["sidecar"]), self.folder / entry["sidecar"]
+        if is_remote(address):
+            path = self.cache.root() / "sidecars" / f"{digest(entry['sidecar_sha256'])}.parquet"
         if not self._known[shard]:
-            if not path.is_file() or file_sha256(path) != entry["sidecar_sha256"]:
+            whole = path.is_file() and file_sha256(path) == entry["sidecar_sha256"]
+            if not whole and is_remote(address):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fetch_to(address, path, entry["sidecar_sha256"])
+            elif not whole:
                 raise self._wrong(path, "the file is missing or its sha256 is not the manifest's")
             self._known[shard] = True
-        table = pq.read_table(path, columns=None if columns is None else list(columns))
-        assert table.num_rows == entry["samples"], path
-        return table
+        return path
 
     def _read_rows(self, shard: int) -> Rows:
         """The shard's samples as arrays."""
@@ -179,8 +232,10 @@ class Dataset:
         Not mmap: a truncated network file under mmap is a SIGBUS, not an error.
         """
         rows = self.rows(shard)
-        tar = self._tar(shard)
-        data = os.pread(tar.handle, int(rows.size[row]), int(rows.offset[row]))
+        with self.held(shard) as path:
+            # A cached tar is opened each time: one that is evicted must not stay on disk through an open handle.
+            tar = _Tar(path) if self.remote else self._tar(shard)
+            data = os.pread(tar.handle, int(rows.size[row]), int(rows.offset[row]))
         if len(data) != rows.size[row] or hashlib.sha256(data).digest() != rows.sha256[row].tobytes():
             raise self._wrong(
                 self.tar_path(shard),

@@ -34,6 +34,10 @@ class Workers:
         """Called by a job when it turns to something new that may take its time."""
         self._since[threading.current_thread().name] = (time.monotonic(), what)
 
+    def rests(self) -> None:
+        """Called by a job before it waits for something that has time-outs of its own."""
+        self._since.pop(threading.current_thread().name, None)
+
     def longest(self) -> tuple[float, object]:
         """Seconds that the slowest thread has been at what it last began, and what that is."""
         now = time.monotonic()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.data.cache import GB, bytes_needed, gb_for
 from clipwright.pipeline.data.datasets import Datasets
 from clipwright.pipeline.data.loader import Share
 from clipwright.pipeline.doctor.base import Context, Found, check
@@ -38,7 +39,7 @@ def config(context: Context) -> Found:
 
 @check("dataset", "config")
 def dataset(context: Context) -> Found:
-    context.dataset = made = Datasets(context.config.data)
+    context.dataset = made = Datasets(context.config.data, context.config.runtime.cache)
     return Found("ok", f"{made.samples:,} samples in {len(made.sizes)} shards, all there", "manifest and shards agree")
 
 
@@ -84,6 +85,24 @@ def shards(context: Context) -> Found:
     if count < world:
         return Found("warn", found, "a shard for each rank", "prepare with smaller shards.samples")
     return Found("ok", found)
+
+
+@check("shard cache", "dataset")
+def shard_cache(context: Context) -> Found:
+    """What remote shards take on this machine, by the order in which they are read."""
+    data, runtime = context.dataset, context.config.runtime
+    orders = data.order(context.config.seed).orders
+    remote = [(part, order) for part, order in zip(data.parts, orders, strict=True) if part.remote]
+    if not remote:
+        return Found("ok", "no shard is remote")
+    reach = [order.reach(context.world.size) for _, order in remote]
+    sizes = [[shard["tar_bytes"] for shard in part.manifest["shards"]] for part, _ in remote]
+    most = max(bytes_needed(size, count) for size, count in zip(sizes, reach, strict=True))
+    found = f"runtime.cache_gb={runtime.cache_gb:g} for each of {len(remote)} datasets in {runtime.cache.root()}"
+    need = f"{gb_for(most):g} GB a process: {max(reach)} shards are in use at a time"
+    if most > runtime.cache_gb * GB:
+        return Found("FAIL", found, need, f"set runtime.cache_gb={gb_for(most):g} or more, or a smaller data.window")
+    return Found("ok", found, need)
 
 
 @check("tokenizer", "dataset")

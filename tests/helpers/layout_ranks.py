@@ -1,0 +1,308 @@
+"""What the ranks of test_layouts.py do: `python layout_ranks.py OUT WORLD...` forks the ranks of each world, trains all
+of its layouts in them, with and without mutations, and writes what rank 0 saw.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from layouts import IMAGE, LAYOUTS, STEPS, Case, Layout, config, formula, model, named, share
+from torch import Tensor, nn
+
+from clipwright.pipeline import distributed
+from clipwright.pipeline import engine as engine_module
+from clipwright.pipeline.data.loader import Batch
+from clipwright.pipeline.data.order import key64
+from clipwright.pipeline.distributed import World, process_group
+from clipwright.pipeline.doctor.model import forget_peak
+from clipwright.pipeline.engine import Engine, micro_batches
+from clipwright.pipeline.metrics import peak_memory
+from clipwright.pipeline.towers.base import IMAGE_TOWERS
+
+
+def trained(layout: Layout, world: World, spoil: Callable[[Engine], Any] | None = None) -> dict[str, Any]:
+    made = config(layout.case, micro_batch=layout.micro, zero=layout.zero, exchange=layout.exchange)
+    towers, loss = model(made)
+    engine = Engine(towers, loss, made, world)
+    if spoil is not None:
+        spoil(engine)
+    seen: dict[str, Any] = {"loss": [], "gradients": [], "norm": []}
+    for step in range(STEPS):
+        batch = share(layout.case, step, world.rank, world.size)
+        value, _ = engine.backward(batch, step)
+        seen["loss"].append(value)
+        seen["gradients"].append(engine.gradients())
+        seen["norm"].append(engine.update(1.0))
+    own = {f"loss.{name}": tensor.detach().clone() for name, tensor in engine.loss.state_dict().items()}
+    seen["weights"] = {**{k: v.clone() for k, v in engine.weights().items()}, **own}
+    if spoil is None:
+        batch = share(layout.case, STEPS, world.rank, world.size)
+        seen["negatives"] = engine.step(batch, STEPS, 1.0, measure=True).negatives
+    return seen
+
+
+def wide(engine: Engine) -> None:
+    """The loss's own parameters get a gradient too large by the number of ranks."""
+    real = engine_module.sum_ranks
+    engine_module.sum_ranks = lambda tensor: real(tensor).mul_(engine.world.size if tensor.shape == (1,) else 1)
+
+
+def alone(engine: Engine) -> None:
+    """DeepSpeed's mean over ranks is not made up for."""
+    engine.world = dataclasses.replace(engine.world, size=1)
+
+
+def unsummed(engine: Engine) -> None:
+    """Feature gradients stay on the rank that found them."""
+    distributed.scatter_sum = lambda tensor: tensor.chunk(engine.world.size)[engine.world.rank].contiguous()
+
+
+def unmerged(engine: Engine) -> None:
+    """The texts' log-sum-exps are those of this rank's images alone."""
+    real = distributed._merge_own
+
+    def merge(part: Tensor, op: str) -> Tensor:
+        if op == "sum":
+            return real(part, op)
+        return part.chunk(engine.world.size)[engine.world.rank].contiguous()
+
+    distributed._merge_own = merge
+
+
+def unmerged_ring(engine: Engine) -> None:
+    """What the last rank found of a block takes the place of what the others did."""
+    distributed._MERGE["logaddexp"] = lambda first, second, out: out.copy_(second)
+
+
+def past_deepspeed(engine: Engine) -> None:
+    """The replay goes to the towers and not through the engine."""
+    through = engine._embed
+
+    def embed(part: Batch, step: int, number: int) -> tuple[Tensor, Tensor]:
+        return engine.towers(part.views, part.tokens) if torch.is_grad_enabled() else through(part, step, number)
+
+    engine._embed = embed
+
+
+def apart(engine: Engine) -> None:
+    """Each tower is replayed by a call of its own."""
+    towers, deepspeed_engine = engine.towers, engine.engine
+    encoders = towers.encode_image, towers.encode_text
+    towers.forward = lambda side, inputs: encoders[side](inputs)
+
+    def backward(batch: Batch, step: int) -> tuple[float, Any]:
+        with torch.no_grad():
+            pair = [deepspeed_engine(side, inputs) for side, inputs in enumerate((batch.views, batch.tokens))]
+        leaves = [features.requires_grad_() for features in pair]
+        features = engine._features(*leaves, batch)
+        loss = engine.loss(features)
+        engine.loss.logit_scale.grad, *grads = torch.autograd.grad(loss, [engine.loss.logit_scale, *leaves])
+        distributed.sum_ranks(engine.loss.logit_scale.grad)
+        for side, inputs in enumerate((batch.views, batch.tokens)):
+            deepspeed_engine.set_gradient_accumulation_boundary(side == 1)
+            surrogate = (deepspeed_engine(side, inputs) * grads[side]).sum() * engine.world.size
+            deepspeed_engine.backward(surrogate, scale_wrt_gas=False)
+        return float(distributed.sum_ranks(loss.detach().clone())), features
+
+    engine.backward = backward
+
+
+# What a mutation does to which layout; all of them must be seen.
+MUTATIONS: dict[Callable[[Engine], None], Layout] = {
+    wide: Layout(Case(), 2, 16),
+    alone: Layout(Case(), 2, 16),
+    unsummed: Layout(Case(), 2),
+    unmerged: Layout(Case(), 2),
+    unmerged_ring: Layout(Case(), 2, exchange="ring"),
+    past_deepspeed: Layout(Case(), 2, 16, zero=3),
+    apart: Layout(Case(), 2, zero=3),
+}
+
+
+def mutated(spoil: Callable[[Engine], None], layout: Layout, world: World) -> dict[str, Any]:
+    kept = [(module, dict(vars(module))) for module in (distributed, engine_module)]
+    merge = dict(distributed._MERGE)
+    try:
+        return trained(layout, world, spoil)
+    finally:
+        for module, before in kept:
+            vars(module).update(before)
+        distributed._MERGE.update(merge)
+
+
+def dropped(world: World) -> dict[str, Any]:
+    """Gradients of the first step under drop path, ours and those of the micro-batches in one graph."""
+    case, size = Case(), 16
+    made = config(case, micro_batch=size)
+    made = dataclasses.replace(
+        made,
+        image=dataclasses.replace(made.image, drop_path=0.5),
+        text=dataclasses.replace(made.text, drop_path=0.5),
+    )
+    towers, loss = model(made)
+    plain_towers, plain_loss = copy.deepcopy((towers, loss))
+    engine, batch = Engine(towers, loss, made, world), share(case, 0)
+    engine.backward(batch, 0)
+    pairs = []
+    for number, part in enumerate(micro_batches(batch, size)):
+        torch.manual_seed(key64("step", made.seed, 0, 0, number) >> 1)
+        pairs.append(plain_towers(part.views, part.tokens))
+    image, text = (torch.cat(side) for side in zip(*pairs, strict=True))
+    formula(case.loss, plain_loss, image, text, batch).backward()
+    return {"ours": engine.gradients(), "plain": named(plain_towers, plain_loss, lambda p: p.grad)}
+
+
+def normed(world: World) -> dict[str, Any]:
+    """A tower with batch norm: statistics after a step, and gradients where it stands still."""
+    case, size = Case(), 16
+    made = config(case, micro_batch=size)
+    image = IMAGE_TOWERS.preset("convmixer_nano", image_size=IMAGE, patch=2, dim=16, depth=1, kernel=3)
+    made = dataclasses.replace(made, image=image)
+    towers, loss = model(made)
+    before, plain_loss = copy.deepcopy((towers, loss))
+    engine, mine = Engine(towers, loss, made, world), share(case, 0, world.rank, world.size)
+    engine.backward(mine, 0)
+    engine.update(1.0)
+    each = []
+    for number in range(world.size):
+        for part in micro_batches(share(case, 0, number, world.size), size):
+            each.append(copy.deepcopy(before))
+            each[-1].encode_image(part.views)
+    names = [name for name, _ in before.named_buffers() if name.endswith(("running_mean", "running_var", "tracked"))]
+    mean = {name: sum(tower.get_buffer(name) for tower in each) / len(each) for name in names}
+    found = {
+        "ours": {name: tensor.clone() for name, tensor in engine.weights().items() if name in names},
+        "plain": mean,
+    }
+
+    still = copy.deepcopy(before)
+    still.image.eval()
+    engine = Engine(copy.deepcopy(still), copy.deepcopy(plain_loss), made, world)
+    engine.backward(mine, 0)
+    batch = share(case, 0)
+    vectors = still(batch.views, batch.tokens)
+    formula(case.loss, plain_loss, *vectors, batch).backward()
+    found |= {"ours_still": engine.gradients(), "plain_still": named(still, plain_loss, lambda p: p.grad)}
+    return found
+
+
+class One(nn.Module):
+    """A single parameter, whose gradient is `slope`."""
+
+    def __init__(self, start: float, slope: float, shape: tuple[int, ...] = (1,)) -> None:
+        super().__init__()
+        self.scale, self.slope = nn.Parameter(torch.full(shape, start)), slope
+
+    def forward(self) -> Tensor:
+        return (self.scale * self.slope).sum()
+
+
+def deepspeed_alone(module: nn.Module, zero: int, **more: Any) -> Any:
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": zero},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        **more,
+    }
+    settings = {key: value for key, value in settings.items() if value is not None}
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    made: Any = engine_module.deepspeed.initialize(
+        model=module, optimizer=optimizer, config=settings, dist_init_required=False
+    )
+    return made[0]
+
+
+def reasons(world: World) -> dict[str, Any]:
+    """What DeepSpeed does, for which the engine is as it is."""
+    found: dict[str, Any] = {"clamped": {}, "dtypes": {}, "scalar": {}}
+    for zero in (1, 2):
+        made = deepspeed_alone(One(4.0, -1.0), zero)
+        values = []
+        for _ in range(3):
+            made.backward(made())
+            made.step()
+            values.append(made.module.scale.item())
+            with torch.no_grad():
+                made.module.scale.clamp_(max=4.5)
+        found["clamped"][zero] = values
+    made = deepspeed_alone(One(4.0, 10.0), 0, gradient_clipping=None)
+    made.backward(made())
+    found["norm"] = made.get_global_grad_norm()
+    made.step()
+    found["unsaid clipping"] = made.module.scale.item()
+    for name in ("bf16", "torch_autocast"):
+        more = {name: {"enabled": True, **({"dtype": "bfloat16"} if name == "torch_autocast" else {})}}
+        found["dtypes"][name] = deepspeed_alone(One(4.0, 1.0), 0, **more).module.scale.dtype
+    for zero in range(4):
+        try:
+            deepspeed_alone(One(4.0, 1.0, shape=()), zero)
+        except Exception as error:
+            found["scalar"][zero] = repr(error)
+    return found
+
+
+def exchanged(world: World) -> dict[str, int]:
+    """Bytes by which a rank grows while gradients of its columns, 16 MiB, go through each exchange."""
+    found = {}
+    for name, kind in distributed.EXCHANGES.items():
+        own = torch.zeros(8192, 512)
+        forget_peak(world.device)
+        before = peak_memory(world.device)
+        kind({"text": own}).reduce(lambda block: [block["text"] + 1], ["sum"])
+        found[name] = peak_memory(world.device) - before
+    return found
+
+
+def rank(number: int, size: int, port: int, out: Path) -> None:
+    os.environ.update(
+        {"RANK": str(number), "WORLD_SIZE": str(size), "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": str(size)},
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    with process_group() as world:
+        seen = {str(layout): trained(layout, world) for layout in LAYOUTS if layout.world == size}
+        if size == 1:
+            seen |= {"dropped": dropped(world), "normed1": normed(world), "reasons": reasons(world)}
+        if size == 2:
+            seen["normed2"] = normed(world)
+            seen |= {spoil.__name__: mutated(spoil, layout, world) for spoil, layout in MUTATIONS.items()}
+        if size == 4:
+            seen["exchanged"] = exchanged(world)
+        if world.first:
+            torch.save(seen, out / f"{size}.pt")
+
+
+def main(out: Path, sizes: list[int]) -> None:
+    for size in sizes:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = []
+        for number in range(size):
+            if (pid := os.fork()) == 0:
+                code = 1
+                try:
+                    rank(number, size, port, out)
+                    code = 0
+                finally:
+                    if code:
+                        sys.excepthook(*sys.exc_info())
+                    os._exit(code)
+            ranks.append(pid)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+        if any(codes):
+            sys.exit(f"world {size}: ranks ended with {codes}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [int(word) for word in sys.argv[2:]])
