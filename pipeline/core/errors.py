@@ -13,7 +13,7 @@ CODES: dict[str, tuple[int, str]] = {
     "E_PLUGIN": (2, "a plugin file that cannot be imported"),
     "E_BATCH": (2, "a global batch that the ranks cannot share evenly"),
     "E_WORLD": (2, "launchers' variables that contradict each other or are incomplete"),
-    "E_HOSTFILE": (2, "a hostfile that is missing or not of its form"),
+    "E_HOSTFILE": (3, "a hostfile that is missing or not of its form"),
     "E_LAUNCH": (1, "ranks that could not be started, or ended without saying why"),
     "E_EXTRA": (2, "a package that an extra brings and that is not installed"),
     "E_CACHE": (2, "a cache that cannot hold the shards in use"),
