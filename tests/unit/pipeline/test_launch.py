@@ -274,3 +274,24 @@ def test_the_kubernetes_job(tmp_path: Path, here: Any) -> None:
     assert container["command"] == ["clipwright", *TRAIN]
     env = {item["name"]: item["value"] for item in container["env"]}
     assert env == {"WORLD_SIZE": "3", "MASTER_ADDR": "clipwright-0.clipwright", "MASTER_PORT": "29500"}
+
+
+def test_the_image_copies_and_pins_what_exists() -> None:
+    root = Path(__file__).resolve().parents[3]
+    recipe = (root / "configs/launch/Dockerfile").read_text()
+    copied = [word for line in recipe.splitlines() if line.startswith("COPY") for word in line.split()[1:-1]]
+    assert {"pyproject.toml", "constraints", "clipwright", "configs"} < set(copied)
+    assert [word for word in copied if not (root / word).exists()] == []
+    linked = {path.name for path in (root / "clipwright").iterdir() if path.is_symlink()}
+    assert linked <= set(copied)  # a link to a folder that is left out would be an image without it
+    compose = yaml.safe_load((root / "configs/launch/compose.yml").read_text())
+    for service in compose["services"].values():
+        assert (root / "configs/launch" / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+        pins = (root / "constraints" / f"{service['build']['args']['EXTRA']}.txt").read_text()
+        assert f"faiss-{service['build']['args']['EXTRA']}==" in pins and "\ntorch==" in pins
+    # A package that both install is tested in one version.
+    cpu, gpu = (
+        dict(line.split("==") for line in (root / f"constraints/{name}.txt").read_text().split() if "==" in line)
+        for name in ("cpu", "gpu")
+    )
+    assert {name: version for name, version in gpu.items() if cpu.get(name, version) != version} == {}
