@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +24,11 @@ import pytest
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data import remote
 from clipwright.pipeline.data.cache import GB, CacheConfig
-from clipwright.pipeline.data.datasets import DataConfig
+from clipwright.pipeline.data.datasets import DataConfig, Datasets
 from clipwright.pipeline.data.loader import Loader, Share
 from clipwright.pipeline.data.reader import Dataset
+from clipwright.pipeline.doctor.data import shard_cache
+from clipwright.pipeline.run import RuntimeConfig
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 from clipwright.pipeline.towers.base import TEXT_TOWERS
 
@@ -262,6 +265,13 @@ def test_what_is_refused(
     # Of a set that mixes whole, all of it must fit; a rank of two needs half of a larger one.
     assert "24 shards" in refused(lambda: loader(train, small, window=4096)).found
     assert "6 shards" in refused(lambda: loader(train, CacheConfig(folder=root, gb=1e-9), Share(0, 2, 16))).found
+    made = DataConfig(train=train, streams=4, window=40)
+    for gb, status in ((small.gb, "FAIL"), (stated, "ok")):
+        runtime = RuntimeConfig(cache_dir=root, cache_gb=gb)
+        config = SimpleNamespace(seed=0, runtime=runtime)
+        context: Any = SimpleNamespace(dataset=Datasets(made, small), config=config, world=SimpleNamespace(size=1))
+        found = shard_cache(context)
+        assert found.status == status and f"{stated:g} GB a process: 12 shards" in found.need
     cloud.failing, remote_pauses = 0.0, (0.01, 0.01)
     monkeypatch.setattr(remote, "PAUSES", remote_pauses)
     cloud.spoilt = "d-000003.tar"
@@ -290,8 +300,6 @@ def test_the_commands(make_dataset: Maker, tmp_path: Path, cloud: Proxy, s3: int
     small = ("schedule.global_batch=16", "image.name=vit_nano", "image.image_size=32", "runtime.threads=1")
     error = cli.error("train", *words, *small, "runtime.cache_gb=0.00001", "-o", "run", code=2)
     assert "E_CACHE" in error and "12 shards" in error and "runtime.cache_gb=0.00" in error.split(" — ")[-1]
-    shown = cli("doctor", *words, *small, "check=shard cache", "runtime.cache_gb=0.00001", code=1).stdout
-    assert "12 shards are in use at a time" in shown and "set runtime.cache_gb=" in shown
     assert "E_REMOTE" in cli.error("train", *small, "data.train=s3://bucket/absent", "-o", "run", code=3)
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['obstore'] = None\n")
     bare = cli("train", *words, *small, "-o", "run", code=2, env={"PYTHONPATH": str(tmp_path)}).stderr
