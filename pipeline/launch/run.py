@@ -52,6 +52,7 @@ class Group:
         self.before = self._read_status()
         self.error = ""  # the first error line of any rank
         self.last: dict[str, str] = {}  # of each host, its last word
+        self.stopping = False  # told to stop, launchers report that they were
         self.root: int | None = None  # what its first failing rank ended with, where the launcher says so
         self.processes: list[subprocess.Popen[bytes]] = []
         self.readers: list[threading.Thread] = []
@@ -67,7 +68,7 @@ class Group:
             if (failed := self._first_failure()) is None:
                 return
         except (Preempted, KeyboardInterrupt) as caught:
-            stop = caught
+            stop, self.stopping = caught, True
         finally:
             try:
                 self._leave()
@@ -95,13 +96,13 @@ class Group:
         for raw in stream:
             line = raw.decode(errors="backslashreplace").rstrip("\n")
             with self._lock:
-                if line.strip():
+                if re.search(r"\w", line):
                     self.last[part.host] = line.strip()
                 if report := re.match(r"\s+exitcode\s*: (-?\d+)", line):
                     self.root = int(report[1])  # torchrun's report ends with the rank that failed first
                 if not self.error and re.match(r"error\[E_\w+\]: ", line):
                     self.error = line
-                elif not self.error or self.debug:
+                elif self.debug or not (self.error or self.stopping):
                     print(line, file=sys.stderr, flush=True)
 
     def _first_failure(self) -> int | None:
@@ -146,12 +147,12 @@ class Group:
         if code in _SAVED or isinstance(stop, KeyboardInterrupt):
             raise stop or (Preempted() if code == PREEMPTED else KeyboardInterrupt())
         number = next(i for i, code in enumerate(codes) if code != DONE) if failed is None else failed
-        host = self.parts[number].host
+        host, ended = self.parts[number].host, codes[number] if self.root is None else self.root
         raise ClipwrightError(
             "E_LAUNCH",
             "ranks that ended without saying why",
             where=host or "this machine",
-            found=f"exit code {codes[number]}, last word: {self.last.get(host, 'none')}",
+            found=f"exit code {ended}, last word: {self.last.get(host, 'none')}",
             fix="see the lines above"
             + (f"; try ssh -o BatchMode=yes {host} true" if host and codes[number] == 255 else ""),
         )
