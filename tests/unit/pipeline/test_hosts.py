@@ -43,10 +43,10 @@ def hosts() -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def test_two_hosts_train_as_one(hosts: tuple[str, str], scenes: Path, tmp_path: Path, small: Any, here: Any) -> None:
+def test_two_hosts_train_as_one(hosts: tuple[str, str], scenes: Path, tmp_path: Path, small: Any) -> None:
     """By a hostfile and by Slurm's variables: the losses of one process on one host."""
     words = [*small.settings, f"data.train={scenes}", "schedule.samples=64", *SGD]
-    here(tmp_path, "train", *words, "-o", "one")
+    small.cli(tmp_path)("train", *words, "-o", "one")
     words.append("runtime.zero=2")
 
     (tmp_path / "ssh").write_text('#!/bin/sh\nexec ip netns exec "$3" sh -c "$4"\n')
