@@ -39,7 +39,7 @@ SIDES = {
 CASES: dict[str, tuple[str, list[str], int, int]] = {
     "photos": ("photos", ["images.resize=keep"], 640, 128),
     "shards256": ("photos", ["images.resize=shortest", "images.size=256"], 640, 128),
-    "web": ("web", ["images.resize=keep"], 192, 64),
+    "web": ("web", ["images.resize=keep"], 192, 128),
 }
 Clock = tuple[float, float]  # samples a processor-second, seconds to the first batch
 
