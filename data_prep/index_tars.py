@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from clipwright.data_prep import output
 from clipwright.data_prep.engines import Engine, workers_for
 from clipwright.data_prep.groups import parquet_bytes, part_path, scan_tar, tar_stat
+from clipwright.data_prep.pack import RuntimeConfig
 from clipwright.data_prep.plan import Duplicates, Plan, decide
 from clipwright.data_prep.shards import REJECTS, SIDECAR, WORK, receipt_path, rejects_path
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -37,13 +37,6 @@ from clipwright.pipeline.core.records import (
 from clipwright.pipeline.core.registry import configclass
 
 SUFFIX = ".sidecar.parquet"  # not .parquet: img2dataset leaves a table of that name beside each tar
-
-
-@configclass
-class RuntimeConfig:
-    """How the work is carried out, which changes nothing about its result. `workers: 0` takes one a core."""
-
-    workers: Annotated[int, Field(ge=0, le=1024)] = 0
 
 
 @configclass

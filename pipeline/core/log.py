@@ -22,6 +22,20 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=r".*untested.*optimizer.*")
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' warnings and bars: what matters is an error of ours."""
+    from transformers.utils import logging as theirs  # noqa: PLC0415
+
+    level = theirs.get_verbosity()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+
+
 class Progress:
     """Done/total, rate, time left and failures, on stderr: a bar on a terminal, elsewhere a plain line per interval.
 

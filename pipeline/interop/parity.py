@@ -12,7 +12,8 @@ from torch import Tensor
 
 from clipwright.pipeline import pixels
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.interop.source import KINDS, Source, quiet, refused
+from clipwright.pipeline.core.log import quiet_transformers
+from clipwright.pipeline.interop.source import KINDS, Source, refused
 from clipwright.pipeline.model import Model
 
 LIMIT = 1e-4  # of a number of a unit vector, and of a logit; float32
@@ -75,7 +76,7 @@ def _reference(source: Source) -> Any:
     """The source model in transformers: from safetensors alone, in float32, offline."""
     import transformers  # noqa: PLC0415  see source.py
 
-    with quiet():
+    with quiet_transformers():
         made = getattr(transformers, KINDS[source.kind]).from_pretrained(
             source.folder, config=source.config, dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
@@ -92,7 +93,7 @@ def _pictures(source: Source, model: Model) -> tuple[np.ndarray, Tensor, float]:
     shapes = [(side, side), (side + 3, side), (side, side + 1), (2 * side + 7, side + 5), (side // 2 + 1, side)]
     pictures = [_picture(number, height, width) for number, (height, width) in enumerate(shapes)]
     views = np.stack([model.view(pixels.encode(picture, "png")) for picture in pictures])
-    with quiet():
+    with quiet_transformers():
         values = made([Image.fromarray(picture) for picture in pictures], return_tensors="pt")["pixel_values"]
     form = model.config.preprocessing
     mean, std = (torch.tensor(part).view(3, 1, 1) for part in (form.mean, form.std))

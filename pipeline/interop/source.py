@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.log import quiet_transformers
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.records import digest, file_sha256
 from clipwright.pipeline.tokenizers.base import read_bounded
@@ -143,7 +142,7 @@ def _parsed(folder: Path, kind: str, tree: dict[str, Any]) -> Any:
     from transformers import CLIPConfig, SiglipConfig  # noqa: PLC0415  seconds, which only reading a folder costs
 
     try:
-        with quiet():
+        with quiet_transformers():
             return {"clip": CLIPConfig, "siglip": SiglipConfig}[kind].from_dict(tree)
     except Exception as error:  # whatever transformers makes of a stranger's values
         raise refused(folder / CONFIG, "a config that transformers can read", str(error)) from None
@@ -209,17 +208,3 @@ def _unfit(source: Source, name: str, wanted: str, got: str) -> ClipwrightError:
         found=f"wanted {wanted}, got {got}",
         fix="save the model anew with save_pretrained",
     )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' warnings and bars: what matters is an error of ours."""
-    from transformers.utils import logging  # noqa: PLC0415
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.interop.source import TOKENIZER_FILES, Source, quiet, refused
+from clipwright.pipeline.core.log import quiet_transformers
+from clipwright.pipeline.interop.source import TOKENIZER_FILES, Source, refused
 from clipwright.pipeline.tokenizers import clip_bpe
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, Tokenizer, TokenizerConfig
 from clipwright.pipeline.tokenizers.siglip import MODEL
@@ -38,7 +39,7 @@ def open_theirs(source: Source) -> Any:
         if source.kind == "siglip" and found == ["tokenizer.model"]:
             (copy / "tokenizer.model").rename(copy / MODEL)
         try:
-            with quiet():
+            with quiet_transformers():
                 return AutoTokenizer.from_pretrained(
                     copy, config=source.config, local_files_only=True, trust_remote_code=False
                 )

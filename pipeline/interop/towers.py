@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipwright.pipeline.core.log import quiet_transformers
 from clipwright.pipeline.core.registry import Registry
-from clipwright.pipeline.interop.source import KINDS, Source, quiet, refused
+from clipwright.pipeline.interop.source import KINDS, Source, refused
 from clipwright.pipeline.tokenizers.base import Tokenizer
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS
 
@@ -130,7 +131,7 @@ def wanted_shapes(source: Source) -> dict[str, tuple[int, ...]]:
     import transformers  # noqa: PLC0415  see source.py
 
     try:
-        with quiet(), torch.device("meta"):
+        with quiet_transformers(), torch.device("meta"):
             model = getattr(transformers, KINDS[source.kind])(source.config)
     except Exception as error:  # whatever transformers makes of a stranger's values
         raise refused(source.key("text_config, vision_config"), "a model that transformers can build", error) from None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.log import quiet_transformers
 from clipwright.pipeline.core.records import file_sha256
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.towers.base import TEXT_TOWERS, TextTower, TextTowerConfig, TowerOutput
@@ -152,7 +151,7 @@ def build_encoder(architecture: dict[str, Any], where: str) -> Any:
     config = _parsed(architecture, where)
     kind, nested = _model_class(config, where), config.is_encoder_decoder  # which building may change
     try:
-        with _quiet():
+        with quiet_transformers():
             encoder = _encoder_of(kind._from_config(config, **_without_pooler(kind)), nested)
             table = encoder.get_input_embeddings()
     except Exception as error:  # whatever transformers makes of a stranger's numbers
@@ -169,7 +168,7 @@ def _pretrained(folder: Path, architecture: dict[str, Any]) -> Any:
     settings = {"config": config, "dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **_without_pooler(kind)}
     try:
-        with _quiet():
+        with quiet_transformers():
             whole, report = kind.from_pretrained(folder, **settings)
     except Exception as error:  # whatever transformers makes of a stranger's file
         raise _unfit(folder, str(error)) from None
@@ -189,7 +188,7 @@ def _parsed(tree: dict[str, Any], where: str) -> Any:
     if kind not in CONFIG_MAPPING:
         raise _unusable(where, f"model_type {kind!r} is none that this version of transformers has")
     try:
-        with _quiet():
+        with quiet_transformers():
             config = CONFIG_MAPPING[kind].from_dict(_own(tree))
     except Exception as error:  # whatever transformers makes of a stranger's values
         raise _unusable(where, f"transformers cannot read its config: {error}") from None
@@ -250,20 +249,6 @@ def _weights_sha256(folder: Path) -> str:
         found = f"only {others[0]}, a pickle, which is never opened" if others else f"no {WEIGHTS}: {error}"
         raise _unreadable(folder, found) from None
     return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings and bars: what matters is an error of ours."""
-    from transformers.utils import logging  # noqa: PLC0415
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _unreadable(path: Path, found: str) -> ClipwrightError:

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipwright.data_prep import groups
-from clipwright.data_prep.index_tars import IndexConfig, RuntimeConfig, index
+from clipwright.data_prep.index_tars import IndexConfig, index
+from clipwright.data_prep.pack import RuntimeConfig
 from clipwright.data_prep.stats import stats
 from clipwright.data_prep.tars import HashingReader, TarError, members
 from clipwright.data_prep.verify import verify

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.distributed import Place, World, detect, first_host
+from clipwright.pipeline.distributed import World
+from clipwright.pipeline.place import Place, detect, first_host
 
 TORCHRUN = {
     **{"RANK": "11", "WORLD_SIZE": "32", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "4"},
