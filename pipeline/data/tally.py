@@ -9,11 +9,8 @@ from dataclasses import dataclass, field
 
 from clipwright.pipeline.core.errors import ClipwrightError
 
-WINDOW, MOST, IN_A_ROW = (
-    10_000,
-    200,
-    100,
-)  # of so many positions, so many may be replaced, and fewer than so many in a row
+# Of so many positions, so many may be replaced, and fewer than so many in a row.
+WINDOW, MOST, IN_A_ROW = 10_000, 200, 100
 SUM = 2**128
 
 
