@@ -233,8 +233,12 @@ def sum_ranks(tensor: Tensor) -> Tensor:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether any rank says yes; all ranks get the same answer."""
-    vote = torch.tensor([float(flag)], device=device)
-    return bool(sum_ranks(vote).item() > 0)
+    return any_of((flag,), device)[0]
+
+
+def any_of(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Which of the flags any rank raises, by one exchange; all ranks get the same answer."""
+    return [bool(votes) for votes in sum_ranks(torch.tensor([int(flag) for flag in flags], device=device)).tolist()]
 
 
 def from_first(value: object) -> object:
