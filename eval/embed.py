@@ -34,6 +34,7 @@ from clipwright.pipeline.core.records import (
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.data.reader import Dataset
 from clipwright.pipeline.model import Model, load_model
+from clipwright.pipeline.place import detect
 
 T = TypeVar("T")
 
@@ -64,12 +65,15 @@ class EmbedConfig:
 
 
 class Ranks:
-    """The processes of one embedding run, by accelerate: one, or what torchrun or `accelerate launch` started.
+    """The processes of one embedding run, by accelerate: one, or what a launcher or `accelerate launch` started.
 
     `accelerate launch` starts several on GPUs only; on a CPU (accelerate 1.15) it starts one, torchrun as many as told.
     """
 
     def __init__(self) -> None:
+        place = detect(os.environ)
+        if place.size > 1:
+            os.environ.update(place.variables())  # accelerate knows torchrun's variables, not Slurm's or Kubernetes's
         # Told of no GPU, accelerate takes launched processes for a group (gloo); left to itself it sees loners.
         cpu = not torch.cuda.is_available()
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))

@@ -65,12 +65,9 @@ def process_group() -> Iterator[World]:
         torch.cuda.set_device(place.local_rank)
     device = torch.device("cuda", place.local_rank) if use_cuda else torch.device("cpu")
     backend = "nccl" if use_cuda else "gloo"
-    # What DeepSpeed reads; it asks for mpi4py when they are missing.
-    names = {"RANK": place.rank, "WORLD_SIZE": place.size, "LOCAL_RANK": place.local_rank}
-    if place is not ALONE:
-        names |= {"LOCAL_WORLD_SIZE": place.local_size, "MASTER_ADDR": place.master, "MASTER_PORT": place.port}
+    names = place.variables()  # DeepSpeed asks for mpi4py when they are missing
     outside = {name: os.environ.get(name) for name in names}
-    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ.update(names)
     try:
         if place is ALONE:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)

@@ -23,6 +23,13 @@ class Place:
     master: str = ""  # host of rank 0, where the group meets
     port: int = 0
 
+    def variables(self) -> dict[str, str]:
+        """The place in torchrun's words, for libraries that read it from the environment."""
+        named = {"RANK": self.rank, "WORLD_SIZE": self.size, "LOCAL_RANK": self.local_rank}
+        if self.master:
+            named |= {"LOCAL_WORLD_SIZE": self.local_size, "MASTER_ADDR": self.master, "MASTER_PORT": self.port}
+        return {name: str(value) for name, value in named.items()}
+
 
 ALONE = Place("one process")
 _PORT = 29500

@@ -89,6 +89,17 @@ def test_what_contradicts_itself_is_refused(env: dict[str, str], named: list[str
         assert text in str(refused.value)
 
 
+def test_a_place_in_torchruns_words_is_the_same_place() -> None:
+    for env in (SLURM, UNEVEN, OPENMPI, KUBERNETES):
+        place = detect(env)
+        told = detect(place.variables())
+        assert (told.rank, told.size, told.local_rank, told.local_size) == (
+            *(place.rank, place.size, place.local_rank, place.local_size),
+        )
+        assert (told.master, told.port) == (place.master, place.port)
+    assert detect({}).variables() == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
 def test_the_first_host_of_a_list() -> None:
     lists = {"a": "a", "a,b": "a", "n[1,3-4],m2": "n1", "rack2-n[010-012]x,b": "rack2-n010x", "": ""}
     assert {text: first_host(text) for text in lists} == lists
