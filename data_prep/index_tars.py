@@ -247,8 +247,8 @@ class _Finish:
         self.fingerprint.shard(len(rows))
         name, data = receipt["tar"].removesuffix(".tar") + SUFFIX, parquet_bytes(rows, SIDECAR)
         atomic_write(self.folder / WORK / name, data)
-        made = {"sidecar": name, "sidecar_sha256": hashlib.sha256(data).hexdigest(), "samples": len(rows)}
-        return made | {key: receipt[key] for key in ("tar", "tar_bytes", "tar_sha256")}
+        made = {"sidecar": name, "sidecar_bytes": len(data), "sidecar_sha256": hashlib.sha256(data).hexdigest()}
+        return made | {"samples": len(rows)} | {key: receipt[key] for key in ("tar", "tar_bytes", "tar_sha256")}
 
     def _empty(self, rejects: list[dict[str, Any]], reasons: Counter[str]) -> ClipwrightError:
         counts = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common()) or "no groups of members"

@@ -169,7 +169,7 @@ def _finish(job: Job, config: PrepConfig, identity: dict[str, Any], receipts: li
     for sidecar in _sidecars(job.folder, shards, fingerprint):
         np.add.at(seen, sidecar, 1)
     assert (seen == 1).all(), "a plan row that stands not exactly once"
-    names = ("sidecar", "sidecar_sha256", "tar", "tar_bytes", "tar_sha256", "samples")
+    names = ("sidecar", "sidecar_bytes", "sidecar_sha256", "tar", "tar_bytes", "tar_sha256", "samples")
     others = [name for name in (output.PLAN, output.REJECTS) if (job.folder / name).is_file()]
     body = {
         "name": config.shards.name,

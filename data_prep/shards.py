@@ -207,7 +207,7 @@ class _Shard:
         }
         if self.rows:
             _seal(self.file)
-            sidecar_sha256 = self._write_sidecar()
+            sidecar = self._write_sidecar()
             _staged(self.tar_path).replace(self.tar_path)
             _staged(self.sidecar_path).replace(self.sidecar_path)
             receipt |= {
@@ -215,7 +215,8 @@ class _Shard:
                 "tar_bytes": self.hashing.bytes,
                 "tar_sha256": self.hashing.sha256.hexdigest(),
                 "sidecar": self.sidecar_path.name,
-                "sidecar_sha256": sidecar_sha256,
+                "sidecar_bytes": sidecar.bytes,
+                "sidecar_sha256": sidecar.sha256.hexdigest(),
             }
         else:
             _staged(self.tar_path).unlink()
@@ -226,7 +227,7 @@ class _Shard:
         write_json(receipt_path(self.job.folder, self.number), receipt)
         return receipt
 
-    def _write_sidecar(self) -> str:
+    def _write_sidecar(self) -> _Hashing:
         ours = pa.Table.from_pylist(self.rows, schema=SIDECAR)
         named = user_columns(self.job.source.columns)
         theirs = pa.Table.from_batches(self.columns, schema=self.job.source.columns).combine_chunks()
@@ -257,15 +258,15 @@ def _seal(file: BinaryIO) -> None:
     file.close()
 
 
-def _write_table(table: pa.Table, path: Path) -> str:
-    """Writes parquet under the staged name of `path`, to disk; returns its SHA-256."""
+def _write_table(table: pa.Table, path: Path) -> _Hashing:
+    """Writes parquet under the staged name of `path`, to disk; returns what knows its size and SHA-256."""
     with _staged(path).open("wb") as file:
         hashing = _Hashing(file)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         hashing.write(sink.getvalue().to_pybytes())
         _seal(file)
-    return hashing.sha256.hexdigest()
+    return hashing
 
 
 def plain_columns(columns: pa.RecordBatch) -> dict[str, Any]:
@@ -304,5 +305,8 @@ def read_receipt(folder: Path, number: int) -> dict[str, Any] | None:
     tar = receipt.get("tar")
     if tar is None:
         return receipt
-    whole = (folder / receipt["sidecar"]).is_file() and (folder / tar).is_file()
-    return receipt if whole and (folder / tar).stat().st_size == receipt["tar_bytes"] else None
+    for kind in ("tar", "sidecar"):
+        path = folder / receipt[kind]
+        if not path.is_file() or path.stat().st_size != receipt.get(f"{kind}_bytes"):
+            return None
+    return receipt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,10 +70,10 @@ class _Tar:
 class Dataset:
     """A dataset folder, whole or cut, or a bucket's (s3, gs, http). Threads may share it.
 
-    Opening checks the manifest and the existence and size of every shard (E_INPUT, E_MANIFEST, E_DATA_HASH); a
-    sidecar's hash is checked when it is first read, a sample's bytes by `image`. negatives: a column of texts that
-    `rows` reads as well (E_COLUMN). keep: how many shards' `rows` are kept in memory. cache: where remote shards are
-    kept here; their existence is not asked for beforehand.
+    Opening checks the manifest and the existence and size of every tar and sidecar (E_INPUT, E_MANIFEST,
+    E_DATA_HASH); a sidecar's hash is checked when it is first read, a sample's bytes by `image`. negatives: a column
+    of texts that `rows` reads as well (E_COLUMN). keep: how many shards' `rows` are kept in memory. cache: where
+    remote shards are kept here; their existence is not asked for beforehand.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Dataset:
         self.remote = is_remote(self.place) or any(is_remote(shard["tar"]) for shard in self._shards)
         self._tars: ShardCache | None = None
         self._known = np.zeros(len(self._shards), bool)  # sidecars whose hash was checked
-        self._check_tars()
+        self._check_files()
         self.sidecar = lru_cache(TABLES)(self._read_sidecar)
         self._tar = lru_cache(OPEN_TARS)(lambda shard: _Tar(self.tar_path(shard)))
         self.keep_rows(keep)
@@ -122,24 +123,22 @@ class Dataset:
     def _address(self, name: str) -> str:
         return name if is_remote(name) or not is_remote(self.place) else f"{self.place.rstrip('/')}/{name}"
 
-    def _check_tars(self) -> None:
+    def _check_files(self) -> None:
+        """Tars and sidecars; what lies elsewhere is not asked for. A manifest need not say a sidecar's size."""
         seen: set[str] = set()
-        for shard in self._shards:
-            if self.remote:
-                if shard["tar"] in seen:
-                    raise self._wrong(Path(shard["tar"]), "the manifest names it twice")
-                seen.add(shard["tar"])
-                continue
-            path = os.path.join(self.folder, shard["tar"])  # noqa: PTH118  a hundred thousand Paths take a second
-            try:
-                size = os.stat(path).st_size  # noqa: PTH116
-            except OSError:
-                raise self._wrong(Path(path), "the file is missing") from None
-            if size != shard["tar_bytes"]:
-                raise self._wrong(Path(path), f"{size} bytes, the manifest says {shard['tar_bytes']}")
-            if shard["tar"] in seen:
+        for shard, kind in itertools.product(self._shards, ("tar", "sidecar")):
+            name, wanted = shard[kind], shard.get(f"{kind}_bytes")
+            path = os.path.join(self.folder, name)  # noqa: PTH118  a hundred thousand Paths take a second
+            if not self.remote or not is_remote(self._address(name)):
+                try:
+                    size = os.stat(path).st_size  # noqa: PTH116
+                except OSError:
+                    raise self._wrong(Path(path), "the file is missing") from None
+                if wanted not in (None, size):
+                    raise self._wrong(Path(path), f"{size} bytes, the manifest says {wanted}")
+            if name in seen:
                 raise self._wrong(Path(path), "the manifest names it twice")
-            seen.add(shard["tar"])
+            seen.add(name)
 
     def keep_rows(self, shards: int) -> None:
         """Sets how many shards' `rows` are kept in memory, the latest used."""

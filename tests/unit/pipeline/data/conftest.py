@@ -40,6 +40,7 @@ def write_shard(folder: Path, stem: str, samples: Sequence[tuple[bytes, list[str
         "tar_bytes": tar_path.stat().st_size,
         "tar_sha256": file_sha256(tar_path),
         "sidecar": sidecar.name,
+        "sidecar_bytes": sidecar.stat().st_size,
         "sidecar_sha256": file_sha256(sidecar),
         "samples": len(samples),
     }

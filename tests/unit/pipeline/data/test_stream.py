@@ -181,20 +181,23 @@ def test_memory_does_not_grow(make_dataset: Any) -> None:
 
 
 def test_a_hundred_thousand_shards_are_checked_in_seconds(tmp_path: Path) -> None:
-    """One of them missing, doubled, or of another size: an error that names it, in less than 10 s."""
+    """A tar or sidecar missing, doubled, or of another size: an error that names it, in less than 10 s."""
     count = 100_000 if ROUNDS else 3_000
     (tmp_path / "t").write_bytes(b"x" * 512)
     names = [f"d-{number:06d}.tar" for number in range(count)]
-    for name in names:
-        os.link(tmp_path / "t", tmp_path / name) if count < 60_000 else (tmp_path / name).write_bytes(b"x" * 512)
-    entry = {"tar_bytes": 512, "tar_sha256": "", "sidecar_sha256": "", "samples": 100}
-    shards = [{**entry, "tar": name, "sidecar": name.replace(".tar", ".parquet")} for name in names]
+    sidecars = [name.replace(".tar", ".parquet") for name in names]
+    for name in (*names, *sidecars):
+        os.link(tmp_path / "t", tmp_path / name) if count < 30_000 else (tmp_path / name).write_bytes(b"x" * 512)
+    entry = {"tar_bytes": 512, "tar_sha256": "", "sidecar_bytes": 512, "sidecar_sha256": "", "samples": 100}
+    shards = [{**entry, "tar": name, "sidecar": side} for name, side in zip(names, sidecars, strict=True)]
     late = count * 9 // 10
     for change, words in (
         ({}, ""),
         ({"tar": names[3]}, f"{names[3]} — the manifest names it twice"),
         ({"tar": "gone.tar"}, "gone.tar — the file is missing"),
         ({"tar_bytes": 513}, f"{names[late]} — 512 bytes, the manifest says 513"),
+        ({"sidecar": "gone.parquet"}, "gone.parquet — the file is missing"),
+        ({"sidecar_bytes": 9}, f"{sidecars[late]} — 512 bytes, the manifest says 9"),
     ):
         mine = [*shards[:late], {**shards[late], **change}, *shards[late + 1 :]]
         write_manifest(tmp_path, "dataset", "0" * 64, {"shards": mine})
