@@ -14,23 +14,23 @@ app.add_typer(index_app, name="index")
 @command(app, "embed", kind="clipwright.eval.embed:EmbedConfig")
 def embed(call: Call) -> None:
     """Dataset folder through a model folder to an embedding folder; also under torchrun or accelerate launch."""
+    import os
     import time
 
     from clipwright.eval.embed import Ranks
     from clipwright.eval.embed import embed as run
     from clipwright.pipeline.core.errors import ClipwrightError
+    from clipwright.pipeline.place import detect
 
+    # Before processes meet: a refused config waits for no peer.
+    call.writes_status = first = detect(os.environ).rank == 0
+    resolved, out = call.load(), call.output()
+    if call.dry_run:
+        if first:
+            call.finish(resolved.tree, f"would embed every {resolved.value.what} of {resolved.value.data} into {out}")
+        return
     ranks = Ranks()
-    call.writes_status = ranks.rank == 0
     try:
-        resolved = call.load()
-        out = call.output()
-        if call.dry_run:
-            if ranks.rank == 0:
-                call.finish(
-                    resolved.tree, f"would embed every {resolved.value.what} of {resolved.value.data} into {out}"
-                )
-            return
         manifest = run(resolved, out, ranks, quiet=call.quiet, fresh=call.fresh)
     except ClipwrightError as error:
         if ranks.rank == 0:

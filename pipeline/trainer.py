@@ -22,6 +22,7 @@ from clipwright.pipeline.distributed import World, any_rank, on_first, process_g
 from clipwright.pipeline.engine import Engine, StepResult
 from clipwright.pipeline.ledger import Ledger
 from clipwright.pipeline.metrics import RunLog, header, peak_memory, step_line
+from clipwright.pipeline.place import detect
 from clipwright.pipeline.precision import settle_precision
 from clipwright.pipeline.run import Parts, RunConfig, RuntimeConfig, build, identity, settle_text
 
@@ -147,11 +148,12 @@ class Trainer:
 
 
 def train(call: Call) -> None:
-    """Runs `clipwright train`, alone or as one rank of a launcher's group."""
+    """Runs `clipwright train`, alone or as one rank of a launcher's group, which no refused config waits for."""
+    call.writes_status = detect(os.environ).rank == 0
+    run = call.output() if not call.dry_run else call.out or Path("run")
+    resolved = call.load()
     with process_group() as world:
-        call.writes_status = world.first
-        run = call.output() if not call.dry_run else call.out or Path("run")
-        resolved = settle_text(settle_precision(call.load(), run, world, fresh=call.fresh), run, fresh=call.fresh)
+        resolved = settle_text(settle_precision(resolved, run, world, fresh=call.fresh), run, fresh=call.fresh)
         trainer = Trainer(call, resolved, world, run)
         if world.first:
             call.say(header(trainer.config, trainer.parts, world, trainer.threads))

@@ -69,6 +69,10 @@ class Context:
     def config(self) -> RunConfig:
         return self.resolved.value
 
+    def load(self) -> Resolved[RunConfig]:
+        """The training config as the command line says it."""
+        return self.call.load({"data": {"train": "none"}} if self.without_data else None)
+
     @property
     def first(self) -> bool:
         """Whether this process is the one that speaks."""

@@ -27,8 +27,7 @@ KEY = re.compile(r"[0-9a-f]{32}(_[0-9]+)?")
 def config(context: Context) -> Found:
     call = context.call
     run = call.out or Path("run")
-    resolved = call.load({"data": {"train": "none"}} if context.without_data else None)
-    context.resolved = settle_precision(resolved, run, context.world, fresh=call.fresh or call.out is None)
+    context.resolved = settle_precision(context.load(), run, context.world, fresh=call.fresh or call.out is None)
     made = context.config
     return Found(
         "ok",

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
+
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.distributed import barrier, from_all, process_group
 from clipwright.pipeline.doctor.base import GROUPS, Check, Context, Found, checks, chosen, report
+from clipwright.pipeline.place import detect
 
 _WORST = ("FAIL", "warn", "skip", "ok")
 
 
 def examine(context: Context) -> None:
     """Runs the checks behind `environment` and reports; under a launcher the first rank speaks for all."""
+    todo = chosen(context.only) if context.only else []
+    if not context.only:
+        todo = [one for group in (GROUPS[1:] if context.asked else GROUPS[1:2]) for one in checks(group)]
+    context.without_data = all(one.name != "dataset" for one in todo)
+    if context.asked and detect(os.environ).size > 1:
+        context.load()  # a refused config waits for no peer
     with process_group() as world:
         context.world = world
-        todo = chosen(context.only) if context.only else []
-        if not context.only:
-            todo = [one for group in (GROUPS[1:] if context.asked else GROUPS[1:2]) for one in checks(group)]
-        context.without_data = all(one.name != "dataset" for one in todo)
         with Progress("doctor", len(todo), "checks", quiet=context.call.quiet or not world.first) as progress:
             for one in todo:
                 progress.rename(f"doctor: {one.name}")

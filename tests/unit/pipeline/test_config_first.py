@@ -1,0 +1,74 @@
+"""A config that is refused is refused at once, by every rank, before any of them waits for the others."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from accelerate.state import PartialState
+
+VERBS = {
+    "train": ["train", "photos", "data.train=nowhere", "-o", "run"],
+    "doctor": ["doctor", "photos", "data.train=nowhere"],
+    "embed": ["embed", "model=nowhere", "data=nowhere", "-o", "run"],
+}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("verb", "word", "code", "pieces"),
+    [
+        ("train", "optim.learnin_rate=1", "E_CONFIG_KEY", ["optim.learnin_rate", "optim has the keys"]),
+        ("train", "runtime.zer=2", "E_CONFIG_KEY", ["runtime.zer", "did you mean 'zero'?"]),
+        ("train", "image.name=vit_nanno", "E_CONFIG_CHOICE", ["vit_nanno", "did you mean 'vit_nano'?"]),
+        ("train", "schedule.global_batch=0", "E_CONFIG_VALUE", ["schedule.global_batch", "greater than"]),
+        ("train", "runtime.zero=4", "E_CONFIG_VALUE", ["runtime.zero", "0, 1, 2 or 3"]),
+        ("doctor", "loss.name=softmx", "E_CONFIG_CHOICE", ["softmx", "did you mean 'softmax'?"]),
+        ("embed", "runtime.bach=8", "E_CONFIG_KEY", ["runtime.bach", "did you mean 'batch'?"]),
+        ("embed", "runtime.batch=0", "E_CONFIG_VALUE", ["runtime.batch", "greater than"]),
+    ],
+)
+def test_no_rank_waits_for_its_peers(
+    rank: int,
+    verb: str,
+    word: str,
+    code: str,
+    pieces: list[str],
+    tmp_path: Path,
+    here: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def met(*words: object, **more: object) -> None:
+        raise AssertionError("the group was asked to meet")
+
+    monkeypatch.setattr(dist, "init_process_group", met)
+    monkeypatch.setattr(PartialState, "__init__", met)
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+    for name, value in (place | {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": 9}).items():  # where nobody answers
+        monkeypatch.setenv(name, str(value))
+    started = time.monotonic()
+    error = here(tmp_path, *VERBS[verb], word, code=2).error
+    assert error.startswith(f"error[{code}]: "), error
+    assert [piece for piece in pieces if piece not in error] == [], error
+    assert time.monotonic() - started < 10 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_good_config_does_meet(verb: str, tmp_path: Path, here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the test above would say nothing."""
+
+    class Met(Exception):
+        pass
+
+    def met(*words: object, **more: object) -> None:
+        raise Met
+
+    monkeypatch.setattr(dist, "init_process_group", met)
+    monkeypatch.setattr(PartialState, "__init__", met)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Met):
+        here(tmp_path, *VERBS[verb])
