@@ -7,7 +7,8 @@ under memory limited setup").
 Works around what DeepSpeed 0.19 does on a CPU (each line has a test):
 - the first init_distributed compiles `deepspeed_shm_comm`, which needs a compiler and prints to stdout: switched off;
 - `gradient_clipping` left out means 1.0: always stated;
-- ZeRO 0 in fp32 reports no gradient norm: computed here, before the step;
+- ZeRO 0 in fp32 reports no gradient norm and steps by one that is not finite, which ZeRO 1-3 skip: computed here,
+  before the step;
 - ZeRO 3 accumulates wrongly, from the second step on, when the towers are called apart: one call for both;
 - a clamp of a parameter after the step is lost under ZeRO 1-3, and a 0-dimensional parameter crashes `initialize`:
   the loss stays outside, with a small optimiser of its own.
@@ -16,6 +17,7 @@ Works around what DeepSpeed 0.19 does on a CPU (each line has a test):
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ from clipwright.pipeline.losses.tiles import compared
 from clipwright.pipeline.model import LENGTH_STEP, TwoTower
 from clipwright.pipeline.optim import OptimConfig, make_optimizer
 from clipwright.pipeline.run import RunConfig
+from clipwright.pipeline.whereabouts import at
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -58,6 +61,11 @@ class StepResult:
     acc_image: float | None = None
     acc_text: float | None = None
     negatives: int | None = None
+
+    @property
+    def skipped(self) -> bool:
+        """Whether no update was made, on all ranks alike, since the loss or a gradient is not finite."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
 
 
 def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
@@ -98,7 +106,7 @@ class Engine:
         return self.engine.module
 
     def step(self, batch: Batch, step: int, lr_factor: float, *, measure: bool) -> StepResult:
-        """Step number `step`: exact global gradient, update. Non-finite values are returned, not raised."""
+        """Step number `step`: exact global gradient, update. Where something is not finite nothing is updated."""
         loss, features = self.backward(batch, step)
         result = StepResult(loss, self.update(lr_factor))
         if measure:
@@ -116,36 +124,45 @@ class Engine:
         The loss is computed on leaves: of a whole batch's features, or of those embedded without a graph, micro-batch
         by micro-batch. Its feature gradients, already exchanged between ranks, are fed back through Σ f·g, where a
         micro-batch is embedded a second time with the same draws of dropout. DeepSpeed averages gradients over ranks,
-        hence the factor `world`; the gradients of the loss's own parameters are summed here.
+        hence the factor `world`; the gradients of the loss's own parameters are summed here. Where the loss or one of
+        those is not finite the towers' gradients are not either, so that their norm alone, which DeepSpeed computes
+        over all ranks, decides whether a step is skipped.
         """
         parts = micro_batches(batch, self.config.runtime.micro_batch)
-        statistics = _Statistics(self.towers) if len(parts) > 1 else None
-        with nullcontext() if statistics is None else torch.no_grad():
+        replayed = len(parts) > 1
+        self.statistics = statistics = _Statistics(self.towers)
+        at("embed")
+        with torch.no_grad() if replayed else nullcontext():
             pairs = [self._embed(part, step, number) for number, part in enumerate(parts)]
         image, text = (torch.cat(side).detach().float().requires_grad_() for side in zip(*pairs, strict=True))
+        at("exchange")
         features = self._features(image, text, batch)
         loss = self.loss(features)
         parameters = [p for p in self.loss.parameters() if p.requires_grad]
         *grads, image_grad, text_grad = torch.autograd.grad(loss, [*parameters, image, text])
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = sum_ranks(grad)
+        total = sum_ranks(loss.detach().clone())
+        own = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        factor = self.world.size + 0 * (total + sum(grad.sum() for grad in own))  # NaN without asking the device
         grad_parts = zip(
             image_grad.split([len(part.views) for part in parts]),
             text_grad.split([len(part.tokens) for part in parts]),
             strict=True,
         )
+        at("backward")
         for number, (part, part_grads) in enumerate(zip(parts, grad_parts, strict=True)):
-            if statistics is not None:
+            if replayed:
                 statistics.restore()
                 pairs[number] = self._embed(part, step, number)
             surrogate = sum((f.float() * g).sum() for f, g in zip(pairs[number], part_grads, strict=True))
             self.engine.set_gradient_accumulation_boundary(number == len(parts) - 1)
-            self.engine.backward(surrogate * self.world.size, scale_wrt_gas=False)
-            if statistics is not None:
+            self.engine.backward(surrogate * factor, scale_wrt_gas=False)
+            if replayed:
                 statistics.add(len(part.views) / len(image))
-        if statistics is not None:
+        if replayed:
             statistics.settle()
-        return float(sum_ranks(loss.detach().clone())), features
+        return float(total), features
 
     def _embed(self, part: Batch, step: int, number: int) -> tuple[Tensor, Tensor]:
         # Dropout is a function of what is embedded: a replay and a resumed run draw what was drawn before.
@@ -167,16 +184,26 @@ class Engine:
         )
 
     def update(self, lr_factor: float) -> float:
-        """One update from what `backward` left, at `lr_factor` of the configured rate; the norm before clipping."""
+        """One update from what `backward` left, at `lr_factor` of the configured rate; the norm before clipping.
+
+        Where that is not finite nothing changes: weights, both optimisers' states and running statistics stay.
+        """
+        at("update")
         for group in (*self.optimizer.param_groups, *self.loss_optimizer.param_groups):
             group["lr"] = self.config.optim.lr * lr_factor
         before = self._norm_before_step()
-        self.engine.step()
-        norm = before if before is not None else self.engine.get_global_grad_norm()
-        assert norm is not None
-        self.loss_optimizer.step()
-        self.loss.constrain()
-        return float(norm)
+        if before is None or math.isfinite(before):
+            self.engine.step()
+        else:
+            self.engine.zero_grad()
+        norm = float(before if before is not None else self.engine.get_global_grad_norm())
+        if math.isfinite(norm):
+            self.loss_optimizer.step()
+            self.loss.constrain()
+        else:
+            self.loss_optimizer.zero_grad()
+            self.statistics.restore()
+        return norm
 
     def gradients(self) -> dict[str, Tensor]:
         """The whole gradients between `backward` and `update`, unclipped, towers' and loss's; every rank must call."""

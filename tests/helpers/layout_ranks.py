@@ -21,7 +21,7 @@ from clipwright.pipeline import distributed
 from clipwright.pipeline import engine as engine_module
 from clipwright.pipeline.data.loader import Batch
 from clipwright.pipeline.data.order import key64
-from clipwright.pipeline.distributed import World, process_group
+from clipwright.pipeline.distributed import World, from_all, process_group
 from clipwright.pipeline.doctor.model import forget_peak
 from clipwright.pipeline.engine import Engine, micro_batches
 from clipwright.pipeline.metrics import peak_memory
@@ -194,6 +194,51 @@ def normed(world: World) -> dict[str, Any]:
     return found
 
 
+def in_features(engine: Engine) -> None:
+    through = engine._embed
+    engine._embed = lambda *words: tuple(side * torch.nan for side in through(*words))
+
+
+def in_a_gradient(engine: Engine) -> None:
+    through = engine.engine.backward
+    engine.engine.backward = lambda loss, **words: through(loss * torch.nan, **words)
+
+
+def in_the_scale(engine: Engine) -> None:
+    engine.loss.logit_scale.register_hook(lambda grad: grad + torch.inf)
+
+
+ILL = (in_features, in_a_gradient, in_the_scale)
+
+
+def skipped(world: World, zero: int, make_ill: Callable[[Engine], None] | None, micro: int) -> dict[str, Any]:
+    """Three steps, the second ill on one rank or left out: weights behind each, and which ranks skipped it."""
+    case = Case(optim="adamw", clip=0.5)
+    made = config(case, zero=zero, micro_batch=micro)
+    image = IMAGE_TOWERS.preset("convmixer_nano", image_size=IMAGE, patch=2, dim=16, depth=1, kernel=3)
+    towers, loss = model(dataclasses.replace(made, image=image))
+    engine = Engine(towers, loss, made, world)
+    found: dict[str, Any] = {"weights": [], "told": []}
+    for step in (0, 1, 2):
+        if step == 1 and world.rank == 1 and make_ill is not None:
+            make_ill(engine)
+        if step != 1 or make_ill is not None:
+            result = engine.step(share(case, step, world.rank, world.size), step, 1.0, measure=False)
+            found["told"].append(from_all(result.skipped))
+        vars(engine).pop("_embed", None)
+        vars(engine.engine).pop("backward", None)
+        engine.loss.logit_scale._backward_hooks = None
+        own = {f"loss.{name}": tensor for name, tensor in engine.loss.state_dict().items()}
+        found["weights"].append({k: v.clone() for k, v in {**_held(engine), **own}.items()})
+    return found
+
+
+def _held(engine: Engine) -> dict[str, Tensor]:
+    """What this rank holds: parameters, or its parts of them, and buffers as they are."""
+    parts = {name: getattr(p, "ds_tensor", p).detach() for name, p in engine.towers.named_parameters()}
+    return {**parts, **dict(engine.towers.named_buffers())}
+
+
 class One(nn.Module):
     """A single parameter, whose gradient is `slope`."""
 
@@ -275,6 +320,9 @@ def rank(number: int, size: int, port: int, out: Path) -> None:
             seen |= {"dropped": dropped(world), "normed1": normed(world), "reasons": reasons(world)}
         if size == 2:
             seen["normed2"] = normed(world)
+            for zero, micro in ((0, 0), (1, 16), (2, 0), (3, 16)):
+                for ill in (None, *ILL):
+                    seen[f"{ill and ill.__name__} {zero}"] = skipped(world, zero, ill, micro)
             seen |= {spoil.__name__: mutated(spoil, layout, world) for spoil, layout in MUTATIONS.items()}
         if size == 4:
             seen["exchanged"] = exchanged(world)

@@ -11,7 +11,7 @@ from typing import Any
 import layout_ranks
 import pytest
 import torch
-from layout_ranks import MUTATIONS, wide
+from layout_ranks import ILL, MUTATIONS, wide
 from layouts import LAYOUTS, Case, Layout, deviations, plain
 
 from clipwright.pipeline.engine import Engine
@@ -74,6 +74,18 @@ def test_batch_norm_moves_once_a_step_by_the_mean_of_all_micro_batches(world: in
     largest = max(float(grad.abs().max()) for grad in found["plain_still"].values())
     for name, grad in found["plain_still"].items():
         assert (found["ours_still"][name] - grad).abs().max() <= 1e-5 * largest, name
+
+
+@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize("ill", ILL, ids=lambda ill: ill.__name__)
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing(ill: Any, zero: int, seen: Any) -> None:
+    """Weights, running statistics and both optimisers' states: the step behind it is that of a run without it."""
+    found, whole = seen[f"{ill.__name__} {zero}"], seen[f"None {zero}"]
+    assert found["told"] == [[False, False], [True, True], [False, False]]
+    for mine, theirs in zip(found["weights"], whole["weights"], strict=True):
+        assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
+    first, _, last = whole["weights"]
+    assert {name for name in first if torch.equal(first[name], last[name])} <= {"mean", "std"}
 
 
 def test_a_ring_holds_less_than_a_gathering(seen: dict[str, Any]) -> None:
