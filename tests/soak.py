@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "soak.json"
 STREAM, RESUME = "tests/unit/pipeline/data/test_stream.py", "tests/unit/pipeline/test_resume.py"
+REMOTE = "tests/unit/pipeline/data/test_remote.py"
 # What is tried, and how often: a test of one round takes its long form.
 CLASSES = {
     "stream": (f"{STREAM}::test_killed_at_random_steps_nothing_is_lost_or_repeated", 200),
@@ -27,6 +28,7 @@ CLASSES = {
     "pairs": (f"{STREAM}::test_captions_stay_with_their_picture", 1),
     "memory": (f"{STREAM}::test_memory_does_not_grow", 1),
     "shards": (f"{STREAM}::test_a_hundred_thousand_shards_are_checked_in_seconds", 1),
+    "remote": (f"{REMOTE}::test_a_killed_run_on_a_bad_line_leaves_the_local_runs_ledger", 1),
     "kill": (f"{RESUME}::test_killed_at_a_random_step", 20),
 }
 

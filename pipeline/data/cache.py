@@ -8,16 +8,18 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import MANIFEST, atomic_write, digest
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.data.remote import fetch, fetch_shard
+from clipwright.pipeline.data.remote import fetch, fetch_known, fetch_shard
 
 FETCHERS = 2  # threads that fetch ahead
 GB = 10**9
+LOCK = "lock"
 
 
 @configclass
@@ -33,11 +35,16 @@ class CacheConfig:
 
 
 def dataset_folder(place: str, cache: CacheConfig) -> Path:
-    """The folder that stands here for a remote dataset: its manifest, fetched now, and sidecars as they are read."""
+    """The folder that stands here for a remote dataset: it holds the manifest, fetched now."""
     folder = cache.root() / digest(place)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / MANIFEST, fetch(f"{place.rstrip('/')}/{MANIFEST}"))
     return folder
+
+
+def sidecar_beside(tar: Path) -> Path:
+    """Where the sidecar of a tar in a cache is."""
+    return tar.with_suffix(".parquet")
 
 
 def bytes_needed(sizes: Sequence[int], shards: int) -> int:
@@ -50,18 +57,29 @@ def gb_for(size: int) -> float:
     return math.ceil(size / GB * 1e6) / 1e6
 
 
-class ShardCache:
-    """The tars of one dataset that this process keeps; threads may share it.
+@dataclass(frozen=True)
+class RemoteShard:
+    """A shard's entry in the manifest, where its tar lies, and its sidecar; None where that is no remote file."""
 
-    addresses, entries: of each shard, where its tar lies and what the manifest says of it. bound: bytes on disk, what
-    is being fetched included. need: how many shards are in use at a time; E_CACHE if they do not fit.
+    entry: dict[str, Any]
+    tar: str
+    sidecar: str | None
+
+    @property
+    def bytes(self) -> int:
+        return self.entry["tar_bytes"] + (0 if self.sidecar is None else self.entry.get("sidecar_bytes", 0))
+
+
+class ShardCache:
+    """The shards of one dataset that this process keeps, each a tar and, if that is remote too, its sidecar.
+
+    shards: what is known of each. bound: bytes on disk, what is being fetched included. need: how many shards are in
+    use at a time; E_CACHE if they do not fit. Threads may share it.
     """
 
-    def __init__(
-        self, folder: Path, addresses: Sequence[str], entries: Sequence[dict[str, Any]], *, gb: float, need: int
-    ) -> None:
-        self.addresses, self.entries, self.bound = addresses, entries, round(gb * GB)
-        wanted = bytes_needed([entry["tar_bytes"] for entry in entries], need)
+    def __init__(self, folder: Path, shards: Sequence[RemoteShard], *, gb: float, need: int) -> None:
+        self.shards, self.bound = shards, round(gb * GB)
+        wanted = bytes_needed([shard.bytes for shard in shards], need)
         if wanted > self.bound:
             raise ClipwrightError(
                 "E_CACHE",
@@ -80,7 +98,8 @@ class ShardCache:
         self._threads: list[threading.Thread] = []
 
     def path(self, shard: int) -> Path:
-        return self.folder / f"{shard:06d}-{digest(self.entries[shard]['tar_sha256'])[:16]}.tar"
+        """Where a shard's tar is kept, its sidecar beside it."""
+        return self.folder / f"{shard:06d}-{digest(self.shards[shard].entry['tar_sha256'])[:16]}.tar"
 
     def want(self, shards: Sequence[int]) -> None:
         """Says which shards are read next, in order; they are fetched as far as there is room."""
@@ -112,21 +131,28 @@ class ShardCache:
 
     def _left_before(self) -> dict[int, int]:
         """The shards that an earlier start left; anything else is removed."""
-        known = {self.path(shard).name: shard for shard in range(len(self.entries))}
+        known = {self.path(shard).stem: shard for shard in range(len(self.shards))}
         have: dict[int, int] = {}
-        for path in sorted(self.folder.glob("*.tar*"), key=lambda path: path.stat().st_mtime):
-            shard = known.get(path.name)
-            size = path.stat().st_size
-            if shard is None or size != self.entries[shard]["tar_bytes"] or sum(have.values()) + size > self.bound:
+        held = 0
+        for path in sorted(self.folder.glob("*.tar"), key=lambda path: path.stat().st_mtime):
+            shard = known.get(path.stem)
+            if shard is not None and self._whole(shard) and held + self.shards[shard].bytes <= self.bound:
+                have[shard] = self.shards[shard].bytes
+                held += have[shard]
+        for path in self.folder.iterdir():
+            if path.name != LOCK and known.get(path.stem) not in have:
                 path.unlink()
-            else:
-                have[shard] = size
         return have
+
+    def _whole(self, shard: int) -> bool:
+        entry, tar = self.shards[shard].entry, self.path(shard)
+        beside = self.shards[shard].sidecar is None or sidecar_beside(tar).is_file()
+        return beside and tar.stat().st_size == entry["tar_bytes"]
 
     def _room(self, shard: int, keep: frozenset[int]) -> bool:
         """Evicts the longest unused, but those in `keep` and in use, until a shard fits; whether it does."""
-        size = self.entries[shard]["tar_bytes"]
-        used = sum(self._have.values()) + sum(self.entries[other]["tar_bytes"] for other in self._loading)
+        size = self.shards[shard].bytes
+        used = sum(self._have.values()) + sum(self.shards[other].bytes for other in self._loading)
         free = [other for other in self._have if not self._pins.get(other) and other not in keep]
         if used + size - sum(self._have[other] for other in free) > self.bound:
             return False
@@ -134,21 +160,31 @@ class ShardCache:
             if used + size <= self.bound:
                 break
             used -= self._have.pop(other)
-            self.path(other).unlink(missing_ok=True)
+            self._remove(other)
         return True
+
+    def _remove(self, shard: int) -> None:
+        for path in (self.path(shard), sidecar_beside(self.path(shard))):
+            path.unlink(missing_ok=True)
 
     def _load(self, shard: int) -> None:
         """Fetches a shard for which there is room; called and left with the lock held, which is free meanwhile."""
         self._loading.add(shard)
         self._change.release()
         try:
-            entry = self.entries[shard]
-            fetch_shard(self.addresses[shard], self.path(shard), entry["tar_bytes"], entry["tar_sha256"])
+            wanted, path = self.shards[shard], self.path(shard)
+            if wanted.sidecar is not None:
+                data = fetch_known(wanted.sidecar, wanted.entry["sidecar_sha256"])
+                atomic_write(sidecar_beside(path), data)
+            fetch_shard(wanted.tar, path, wanted.entry["tar_bytes"], wanted.entry["tar_sha256"])
+        except BaseException:
+            self._remove(shard)
+            raise
         finally:
             self._change.acquire()
             self._loading.discard(shard)
             self._change.notify_all()
-        self._have[shard] = entry["tar_bytes"]
+        self._have[shard] = wanted.bytes
 
     def _fetch_ahead(self) -> None:
         while True:
@@ -177,7 +213,7 @@ def _claim(folder: Path) -> tuple[Path, IO[str]]:
     for number in range(10_000):
         mine = folder / f"tars-{number}"
         mine.mkdir(parents=True, exist_ok=True)
-        lock = (mine / "lock").open("w")
+        lock = (mine / LOCK).open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.nearest import nearest
-from clipwright.pipeline.core.records import digest, file_sha256, read_manifest
-from clipwright.pipeline.data.cache import CacheConfig, ShardCache, dataset_folder
-from clipwright.pipeline.data.remote import fetch_to, is_remote
+from clipwright.pipeline.core.records import atomic_write, digest, file_sha256, read_manifest
+from clipwright.pipeline.data.cache import CacheConfig, RemoteShard, ShardCache, dataset_folder, sidecar_beside
+from clipwright.pipeline.data.remote import fetch_known, is_remote
 
 OPEN_TARS = 256  # descriptors kept; the usual limit of a process is 1,024
 TABLES = 8  # whole sidecars kept
@@ -87,26 +87,34 @@ class Dataset:
         self.sizes: list[int] = [shard["samples"] for shard in self._shards]
         self.samples = sum(self.sizes)
         self.remote = is_remote(self.place) or any(is_remote(shard["tar"]) for shard in self._shards)
-        self._tars: ShardCache | None = None
+        self._cache: ShardCache | None = None
         self._known = np.zeros(len(self._shards), bool)  # sidecars whose hash was checked
         self._check_files()
         self.sidecar = lru_cache(TABLES)(self._read_sidecar)
         self._tar = lru_cache(OPEN_TARS)(lambda shard: _Tar(self.tar_path(shard)))
         self.keep_rows(keep)
         if negatives is not None and self._shards:
-            self._texts(0, pq.read_schema(self._ready_sidecar(0)).empty_table(), negatives)
+            with self._sidecar_file(0) as file:
+                self._texts(0, pq.read_schema(file).empty_table(), negatives)
 
     def open_cache(self, need: int) -> None:
         """Makes room for the tars of a remote dataset, of which `need` are in use at a time. Raises E_CACHE."""
         if self.remote:
             folder = self.cache.root() / digest(self.fingerprint)[:16]
-            addresses = [self._address(shard["tar"]) for shard in self._shards]
-            self._tars = ShardCache(folder, addresses, self._shards, gb=self.cache.gb, need=need)
+            self._cache = ShardCache(folder, self.remote_shards(), gb=self.cache.gb, need=need)
+
+    def remote_shards(self) -> list[RemoteShard]:
+        """What a cache is told of each shard."""
+        made = []
+        for entry in self._shards:
+            tar, sidecar = self._address(entry["tar"]), self._address(entry["sidecar"])
+            made.append(RemoteShard(entry, tar, sidecar if is_remote(sidecar) else None))
+        return made
 
     def expect(self, shards: Sequence[int]) -> None:
         """Which shards are read next, in order: a remote dataset fetches them ahead."""
-        if self._tars is not None:
-            self._tars.want(shards)
+        if self._cache is not None:
+            self._cache.want(shards)
 
     @contextmanager
     def held(self, shard: int) -> Iterator[Path]:
@@ -114,10 +122,10 @@ class Dataset:
         if not self.remote:
             yield self.tar_path(shard)
             return
-        if self._tars is None:
+        if self._cache is None:
             self.open_cache(1)
-        assert self._tars is not None
-        with self._tars.hold(shard) as path:
+        assert self._cache is not None
+        with self._cache.hold(shard) as path:
             yield path
 
     def _address(self, name: str) -> str:
@@ -155,34 +163,39 @@ class Dataset:
         """All captions of a shard, one after another; unlike `sidecar` it leaves nothing in memory."""
         return self._read_sidecar(shard, ("captions",))["captions"].combine_chunks().flatten()
 
-    def _read_sidecar(self, shard: int, columns: tuple[str, ...] | None = None) -> pa.Table:
+    def _read_sidecar(self, shard: int, columns: tuple[str, ...] | None = None, *, cached: bool = False) -> pa.Table:
         """The shard's sidecar: one row a sample, in the tar's order."""
         entry = self._shards[shard]
-        table = pq.read_table(self._ready_sidecar(shard), columns=None if columns is None else list(columns))
+        with self._sidecar_file(shard, cached=cached) as file:
+            table = pq.read_table(file, columns=None if columns is None else list(columns))
         assert table.num_rows == entry["samples"], entry["sidecar"]
         return table
 
-    def _ready_sidecar(self, shard: int) -> Path:
-        """The file of a sidecar whose hash was checked; a remote one is fetched once and kept under its hash."""
+    @contextmanager
+    def _sidecar_file(self, shard: int, *, cached: bool = False) -> Iterator[Path | pa.BufferReader]:
+        """A sidecar whose hash was checked. A remote one is held in memory or, `cached`, together with its tar."""
         entry = self._shards[shard]
-        address, path = self._address(entry["sidecar"]), self.folder / entry["sidecar"]
-        if is_remote(address):
-            path = self.cache.root() / "sidecars" / f"{digest(entry['sidecar_sha256'])}.parquet"
-        if not self._known[shard]:
-            whole = path.is_file() and file_sha256(path) == entry["sidecar_sha256"]
-            if not whole and is_remote(address):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                fetch_to(address, path, entry["sidecar_sha256"])
-            elif not whole:
+        address, path, sha256 = self._address(entry["sidecar"]), self.folder / entry["sidecar"], entry["sidecar_sha256"]
+        if not is_remote(address):
+            if not self._known[shard] and not (path.is_file() and file_sha256(path) == sha256):
                 raise self._wrong(path, "the file is missing or its sha256 is not the manifest's")
             self._known[shard] = True
-        return path
+            yield path
+        elif not cached:
+            yield pa.BufferReader(fetch_known(address, sha256))
+        else:
+            with self.held(shard) as tar:
+                path = sidecar_beside(tar)
+                if not self._known[shard] and file_sha256(path) != sha256:  # as an earlier start left it
+                    atomic_write(path, fetch_known(address, sha256))
+                self._known[shard] = True
+                yield path
 
     def _read_rows(self, shard: int) -> Rows:
         """The shard's samples as arrays."""
         wanted = ("key", "offset", "size", "sha256", "captions")
         # All columns where one may be missing, since parquet passes over it without a word.
-        table = self._read_sidecar(shard, wanted if self.negatives is None else None)
+        table = self._read_sidecar(shard, wanted if self.negatives is None else None, cached=True)
         digests = bytes.fromhex("".join(table["sha256"].to_pylist()))
         return Rows(
             key=np.array(table["key"].to_pylist(), dtype=np.bytes_),

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import atomic_write
 
 SCHEMES = ("s3", "gs", "http", "https")
 CONNECT, REQUEST = "10s", "60s"  # time-outs: to be connected, and for a request of at most PART bytes
@@ -33,13 +32,12 @@ def fetch(address: str) -> bytes:
     return _patiently(lambda: bytes(_obstore().get(store, name).bytes()), address)
 
 
-def fetch_to(address: str, path: Path, sha256: str) -> None:
-    """A file of known content, under its final name once its hash is right. Raises E_EXTRA, E_REMOTE, E_DATA_HASH."""
+def fetch_known(address: str, sha256: str) -> bytes:
+    """A small file of known content. Raises E_EXTRA, E_REMOTE, E_DATA_HASH."""
     for _ in range(2):
         data = fetch(address)
         if hashlib.sha256(data).hexdigest() == sha256:
-            atomic_write(path, data)
-            return
+            return data
     raise _changed(address)
 
 

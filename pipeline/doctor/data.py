@@ -95,7 +95,7 @@ def shard_cache(context: Context) -> Found:
     if not remote:
         return Found("ok", "no shard is remote")
     reach = [order.reach(context.world.size) for _, order in remote]
-    sizes = [[shard["tar_bytes"] for shard in part.manifest["shards"]] for part, _ in remote]
+    sizes = [[shard.bytes for shard in part.remote_shards()] for part, _ in remote]
     most = max(bytes_needed(size, count) for size, count in zip(sizes, reach, strict=True))
     found = f"runtime.cache_gb={runtime.cache_gb:g} for each of {len(remote)} datasets in {runtime.cache.root()}"
     need = f"{gb_for(most):g} GB a process: {max(reach)} shards are in use at a time"
