@@ -9,6 +9,8 @@ import typer
 from clipwright.pipeline.core.command import Call, command
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from clipwright.data_prep.pack import Prepared
 
 app = typer.Typer()
@@ -29,6 +31,9 @@ def prep(call: Call) -> None:
         _dry_run(call, resolved)
         return
     folder = call.output()
+    if resolved.value.runtime.part not in ("", "finish"):
+        _prep_part(call, resolved, folder)
+        return
     done = prepare(resolved, folder, fresh=call.fresh, quiet=call.quiet)
     manifest = done.manifest
     names = ("rows_in", "written", "merged", "rejected", "rejects", "fingerprint")
@@ -37,6 +42,22 @@ def prep(call: Call) -> None:
     result["seconds"] = round(time.monotonic() - started, 3)
     text = _summary(result, done)
     call.finish(result, text, then=f"clipwright train photos data.train={folder} -o RUN")
+
+
+def _prep_part(call: Call, resolved: Any, folder: Path) -> None:
+    from dataclasses import asdict
+
+    from clipwright.data_prep.parts import prepare_part
+
+    call.writes_status = False  # the folder's tells of the whole run
+    part = resolved.value.runtime.part
+    done = prepare_part(resolved, folder, fresh=call.fresh, quiet=call.quiet)
+    told = f"{done.shards} shards, {done.samples} samples written, {done.rejected} merged or rejected"
+    if part.startswith("plan"):
+        told = f"{done.shards} shards to write" if part == "plan" else "its share of the images is hashed"
+    if done.already:
+        told = "finished before, nothing to do"
+    call.finish({"part": part, "output": str(folder), **asdict(done)}, f"prep: part {part}: {told}")
 
 
 def _summary(result: dict[str, Any], done: Prepared) -> str:

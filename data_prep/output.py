@@ -6,17 +6,24 @@ import fcntl
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from clipwright.data_prep.shards import WORK
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import MANIFEST, STATUS, differences, read_manifest, write_json
+from clipwright.pipeline.core.records import (
+    MANIFEST,
+    STATUS,
+    atomic_write,
+    differences,
+    read_manifest,
+    write_json,
+)
 
 CONFIG, PLAN, REJECTS = "config.yaml", "plan.parquet", "rejects.parquet"
-IDENTITY = "identity.json"
+IDENTITY, SCAN = "identity.json", "scan.json"
 # What a run leaves that ended before its first shard, or in which no row was good.
 _LEFT = {STATUS, CONFIG, PLAN, REJECTS, WORK}
 _SHARD = re.compile(r"[\w-]+-\d{6}\.(tar|parquet)(\.partial)?")
@@ -25,12 +32,50 @@ _SHARD = re.compile(r"[\w-]+-\d{6}\.(tar|parquet)(\.partial)?")
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
     """Makes the folder and holds it against a second run at the same time (E_OUTPUT)."""
-    (folder / WORK).mkdir(parents=True, exist_ok=True)
-    with (folder / WORK / "lock").open("w") as file:
+    with _lock(folder, "lock", "another run writes it now"):
+        yield
+
+
+@contextmanager
+def claim_part(folder: Path, name: str) -> Iterator[None]:
+    """The same for one part of a run, beside other parts."""
+    other = f"part {name} is being written by another process"
+    with _lock(folder, "lock", "a whole run writes it now", shared=True), _lock(folder, f"lock-{name}", other):
+        yield
+
+
+@contextmanager
+def claim_shards(folder: Path, of: int) -> Iterator[None]:
+    """Holds the folder against those who divide its shards into another number of parts, some of them these."""
+    with _lock(folder, f"parts-{of}", "its shards are being divided otherwise", shared=True):
+        for other in (folder / WORK).glob("parts-*"):
+            if other.name != f"parts-{of}":
+                count = other.name.removeprefix("parts-")
+                with _lock(folder, other.name, f"parts of {count} are being written, this is one of {of}"):
+                    pass
+        yield
+
+
+@contextmanager
+def in_turn(folder: Path, say: Callable[[], None]) -> Iterator[None]:
+    """One part at a time; `say` is called by one that must wait."""
+    with (folder / WORK / "lock-plan").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _taken(folder, "another run writes it now", "wait for it or give another folder") from None
+            say()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _lock(folder: Path, name: str, found: str, *, shared: bool = False) -> Iterator[None]:
+    (folder / WORK).mkdir(parents=True, exist_ok=True)
+    with (folder / WORK / name).open("a+") as file:  # over NFS a shared lock wants reading, another one writing
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _taken(folder, found, "wait for it or give another folder") from None
         yield
 
 
@@ -59,10 +104,15 @@ def start(folder: Path, identity: Mapping[str, Any], resolved_yaml: str) -> None
     """Notes what this run is, and clears what an interrupted one left half-written."""
     for path in [*folder.glob("*.partial"), *(folder / WORK).glob("*.partial")]:
         path.unlink()
-    if not (folder / WORK / IDENTITY).is_file():
+    if not begun(folder):
         (folder / PLAN).unlink(missing_ok=True)  # of a run that ended without a good row; the input may have changed
+    atomic_write(folder / CONFIG, resolved_yaml)
     write_json(folder / WORK / IDENTITY, identity)
-    (folder / CONFIG).write_text(resolved_yaml, encoding="utf-8")
+
+
+def begun(folder: Path) -> bool:
+    """Whether a run of this folder has noted what it is."""
+    return (folder / WORK / IDENTITY).is_file()
 
 
 def clear(folder: Path) -> None:

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from clipwright.data_prep import output
 from clipwright.data_prep.engines import Engine, workers_for
 from clipwright.data_prep.images import ImagesConfig
-from clipwright.data_prep.plan import CHUNK, Duplicates, Job, Plan, make_plan
+from clipwright.data_prep.plan import CHUNK, WORK, Duplicates, Job, Plan, make_plan
 from clipwright.data_prep.shards import REJECTS, read_receipt, rejects_path, write_shard
 from clipwright.data_prep.sources.base import SOURCES, Source, SourceConfig
 from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
-from clipwright.pipeline.core.records import DatasetFingerprint, atomic_write, file_entries, write_manifest
+from clipwright.pipeline.core.records import (
+    DatasetFingerprint,
+    atomic_write,
+    file_entries,
+    write_json,
+    write_manifest,
+)
 from clipwright.pipeline.core.registry import configclass
 
 
@@ -42,6 +49,44 @@ class RuntimeConfig:
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
 
 
+@dataclass(frozen=True)
+class Part:
+    """`runtime.part`, read: which step of the work, and for a share of it the share's number, from 1, of how many."""
+
+    step: Literal["all", "plan", "hash", "shards", "finish"]
+    number: int = 1
+    of: int = 1
+
+    @classmethod
+    def read(cls, text: str) -> Part:
+        if text in ("plan", "finish") or not text:
+            return cls(text or "all")
+        match = re.fullmatch(r"(plan/)?(\d{1,6})/(\d{1,6})", text, re.ASCII)
+        if match is None or not 1 <= int(match[2]) <= int(match[3]):
+            raise ValueError("plan, plan/K/N, K/N with K from 1 to N, or finish")
+        return cls("hash" if match[1] else "shards", int(match[2]), int(match[3]))
+
+    def share(self, count: int) -> range:
+        """Which of `count` things are this share's: contiguous, and as many as the others', give or take one."""
+        return range(count * (self.number - 1) // self.of, count * self.number // self.of)
+
+
+def _checked_part(text: str) -> str:
+    Part.read(text)
+    return text
+
+
+@configclass
+class PrepRuntime(RuntimeConfig):
+    """`part`: what of the work this process does, where a job array shares it; all of it without.
+
+    `plan` decides what goes where, `plan/K/N` hashes a share of the images for it, `K/N` writes the K-th of N parts of
+    the shards, and `finish` joins them. Only `finish` is needed beside the parts: the first of them plans.
+    """
+
+    part: Annotated[str, AfterValidator(_checked_part)] = ""
+
+
 @configclass
 class PrepConfig:
     """From pairs to a dataset folder.
@@ -54,7 +99,7 @@ class PrepConfig:
     images: ImagesConfig = field(default_factory=ImagesConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     duplicates: Duplicates = "merge"
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    runtime: PrepRuntime = field(default_factory=PrepRuntime)
 
 
 @dataclass(frozen=True)
@@ -66,8 +111,11 @@ class Prepared:
     notes: list[str]
 
 
-def open_source(config: PrepConfig, *, quiet: bool = False) -> Source:
-    """The source a config names, scanned; E_PREP_EMPTY when it has no row."""
+def open_source(config: PrepConfig, *, folder: Path | None = None, quiet: bool = False) -> Source:
+    """The source a config names, scanned; E_PREP_EMPTY when it has no row.
+
+    Where an unfinished run of the output `folder` has scanned the same files, its scan is taken.
+    """
     source = SOURCES.build(config.source)
     if source.count == 0:
         raise ClipwrightError(
@@ -77,7 +125,9 @@ def open_source(config: PrepConfig, *, quiet: bool = False) -> Source:
             found="the input has 0 rows, or source.where leaves none",
             fix="check source.path and source.where",
         )
-    source.scan(quiet=quiet)
+    known = None if folder is None else folder / WORK / output.SCAN
+    if known is None or not known.is_file() or not source.recall(json.loads(known.read_text(encoding="utf-8"))):
+        source.scan(quiet=quiet)
     return source
 
 
@@ -90,26 +140,38 @@ def identity_of(resolved: Resolved[PrepConfig], source: Source) -> dict[str, Any
 def prepare(resolved: Resolved[PrepConfig], folder: Path, *, fresh: bool = False, quiet: bool = False) -> Prepared:
     """Writes the dataset folder that a config describes, or goes on where an earlier run of it stopped.
 
-    Shards, sidecars and manifest depend on input and config alone, not on workers. Raises ClipwrightError:
-    E_PREP_EMPTY when no sample could be written, E_RESUME, E_OUTPUT, E_WORKER, and what the source raises.
+    Shards, sidecars and manifest depend on input and config alone, not on workers. With `runtime.part=finish` the
+    shards must have been written by parts. Raises ClipwrightError: E_PREP_EMPTY when no sample could be written,
+    E_UNFINISHED, E_RESUME, E_OUTPUT, E_WORKER, and what the source raises.
     """
     config = resolved.value
-    source = open_source(config, quiet=quiet)
+    source = open_source(config, folder=None if fresh else folder, quiet=quiet)
     identity = identity_of(resolved, source)
     if fresh:
         output.clear(folder)
     if (manifest := output.finished(folder, identity)) is not None:
         return Prepared(manifest, True, list(source.notes))
     with output.claim(folder):
-        output.start(folder, identity, resolved.yaml())
-        job = Job(source, config.images, config.duplicates, folder, config.shards.name)
-        receipts = _run(job, config, _plugins(resolved), quiet)
+        begin(resolved, folder, source, identity)
+        job = job_of(config, source, folder)
+        receipts = _run(job, config, plugins_of(resolved), quiet)
         manifest = _finish(job, config, identity, receipts)
         output.release(folder)
     return Prepared(manifest, False, list(source.notes))
 
 
-def _plugins(resolved: Resolved[PrepConfig]) -> list[tuple[str, str]]:
+def begin(resolved: Resolved[PrepConfig], folder: Path, source: Source, identity: dict[str, Any]) -> None:
+    """Notes in the folder what this run is, and what it found in its source."""
+    output.start(folder, identity, resolved.yaml())
+    if (found := source.scanned()) is not None:
+        write_json(folder / WORK / output.SCAN, found)
+
+
+def job_of(config: PrepConfig, source: Source, folder: Path) -> Job:
+    return Job(source, config.images, config.duplicates, folder, config.shards.name)
+
+
+def plugins_of(resolved: Resolved[PrepConfig]) -> list[tuple[str, str]]:
     return [
         (path, plugin["sha256"])
         for path, plugin in zip(resolved.tree.get("plugins", []), resolved.plugins, strict=True)
@@ -118,21 +180,52 @@ def _plugins(resolved: Resolved[PrepConfig]) -> list[tuple[str, str]]:
 
 def _run(job: Job, config: PrepConfig, plugins: list[tuple[str, str]], quiet: bool) -> list[dict[str, Any]]:
     """Plans, then writes the shards that are not there yet; the receipts of all, in order."""
+    with pool(job, config, plugins) as engine:
+        plan = planned(job, engine, quiet)
+        numbers = range(plan.shards(config.shards.samples))
+        if config.runtime.part == "finish":
+            require_shards(job, numbers)
+        return write_shards(job, config, engine, plan, numbers, quiet)
+
+
+def pool(job: Job, config: PrepConfig, plugins: list[tuple[str, str]]) -> Engine:
+    most = max(
+        -(-job.source.count // config.shards.samples), 1 if job.source.distinct else -(-job.source.count // CHUNK)
+    )
+    return Engine(workers_for(config.runtime.workers, most), job, plugins)
+
+
+def write_shards(
+    job: Job, config: PrepConfig, engine: Engine, plan: Plan, numbers: range, quiet: bool
+) -> list[dict[str, Any]]:
+    """Writes those of the shards `numbers` that are not there yet; the receipts of them all, in order."""
     size = config.shards.samples
-    most = max(-(-job.source.count // size), 1 if job.source.distinct else -(-job.source.count // CHUNK))
-    with Engine(workers_for(config.runtime.workers, most), job, plugins) as engine:
-        plan = _plan(job, engine, quiet)
-        receipts: dict[int, dict[str, Any]] = {}
-        for number in range(plan.shards(size)):
-            if (receipt := read_receipt(job.folder, number)) is not None:
-                receipts[number] = receipt
-        todo = (task for task in plan.tasks(size) if task.number not in receipts)
-        begun = sum(map(_rows, receipts.values()))
-        with Progress("prep", job.source.count, "rows", quiet=quiet, begun=begun) as progress:
-            for receipt in engine.run(write_shard, todo):
-                receipts[receipt["shard"]] = receipt
-                progress.add(_rows(receipt), sum(receipt["rejects"].values()) - receipt["merged"])
+    receipts: dict[int, dict[str, Any]] = {}
+    for number in numbers:
+        if (receipt := read_receipt(job.folder, number)) is not None:
+            receipts[number] = receipt
+    todo = plan.tasks(size, [number for number in numbers if number not in receipts])
+    begun = sum(map(_rows, receipts.values()))
+    rows = round(job.source.count * len(numbers) / max(plan.shards(size), 1))  # of a part, about
+    with Progress("prep", rows, "rows", quiet=quiet, begun=begun) as progress:
+        for receipt in engine.run(write_shard, todo):
+            receipts[receipt["shard"]] = receipt
+            progress.add(_rows(receipt), sum(receipt["rejects"].values()) - receipt["merged"])
     return [receipts[number] for number in sorted(receipts)]
+
+
+def require_shards(job: Job, numbers: range) -> None:
+    """E_UNFINISHED unless all shards are written."""
+    missing = [number for number in numbers if read_receipt(job.folder, number) is None]
+    if missing:
+        some = ", ".join(map(str, missing[:6])) + (", …" if len(missing) > 6 else "")
+        raise ClipwrightError(
+            "E_UNFINISHED",
+            "parts that are missing or did not finish",
+            where=job.folder,
+            found=f"{len(missing)} of {len(numbers)} shards are not written: {some}",
+            fix="run the parts again (they write only what is missing), or leave runtime.part out to write it here",
+        )
 
 
 def _rows(receipt: dict[str, Any]) -> int:
@@ -140,7 +233,8 @@ def _rows(receipt: dict[str, Any]) -> int:
     return receipt["samples"] + sum(receipt["rejects"].values())
 
 
-def _plan(job: Job, engine: Engine, quiet: bool) -> Plan:
+def planned(job: Job, engine: Engine, quiet: bool) -> Plan:
+    """The plan, made and written down where it is not there yet."""
     if job.source.distinct:
         return make_plan(job, engine)
     path = job.folder / output.PLAN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.records import atomic_write
 
 Duplicates = Literal["merge", "first", "keep"]
+WORK = ".prep"  # what a run keeps in its output until it has finished
 CHUNK = 1024  # rows hashed by one task
 
 
@@ -57,15 +58,15 @@ class Plan:
     heads: np.ndarray
     copies: np.ndarray
 
-    def tasks(self, samples: int) -> Iterator[ShardTask]:
-        """Shards of `samples` leading rows each; twins go where their leading row goes."""
+    def tasks(self, samples: int, numbers: Iterable[int]) -> Iterator[ShardTask]:
+        """The shards `numbers`, of `samples` leading rows each; twins go where their leading row goes."""
         rows = np.arange(len(self.heads))
         leading = np.flatnonzero(self.heads == rows)
         following = np.flatnonzero(self.heads != rows)
         following = following[np.argsort(self.heads[following], kind="stable")]
         of = self.heads[following]
-        for number, start in enumerate(range(0, len(leading), samples)):
-            mine = leading[start : start + samples]
+        for number in numbers:
+            mine = leading[number * samples : (number + 1) * samples]
             first, last = np.searchsorted(of, [mine[0], mine[-1] + 1])
             twins: dict[int, list[int]] = {}
             for head, row in zip(of[first:last].tolist(), following[first:last].tolist(), strict=True):
@@ -112,13 +113,35 @@ def make_plan(job: Job, engine: Engine, *, quiet: bool = False) -> Plan:
         return Plan(None, np.arange(count), np.zeros(count, dtype=np.int64))
     if (known := job.source.keys()) is not None:
         return decide(known, job.duplicates)
-    keys = np.zeros(count, dtype="S32")
-    chunks = (range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
-    with Progress("prep: plan", count, "rows", quiet=quiet) as progress:
-        for start, found in engine.run(hash_rows, chunks):
-            keys[start : start + len(found)] = found
-            progress.add(len(found))
+    keys, there = np.zeros(count, dtype="S32"), np.zeros(count, dtype=bool)
+    for path in (job.folder / WORK).glob("keys-*.npy"):
+        share = np.load(path, allow_pickle=False)
+        start = int(path.stem.removeprefix("keys-"))
+        keys[start : start + len(share)], there[start : start + len(share)] = share, True
+    todo = [rows for rows in chunks(range(count)) if not there[rows.start : rows.stop].all()]
+    for start, found in _hash(job, engine, todo, quiet):
+        keys[start : start + len(found)] = found
     return decide(keys, job.duplicates)
+
+
+def hash_share(job: Job, engine: Engine, rows: range, *, quiet: bool = False) -> None:
+    """Hashes some of the rows for the plan that another process will make."""
+    found = [keys for _, keys in sorted(_hash(job, engine, list(chunks(rows)), quiet))]
+    share = np.array([key for keys in found for key in keys], dtype="S32")
+    out = io.BytesIO()
+    np.save(out, share)
+    atomic_write(job.folder / WORK / f"keys-{rows.start:012d}.npy", out.getvalue())
+
+
+def chunks(rows: range) -> Iterator[range]:
+    return (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
+
+
+def _hash(job: Job, engine: Engine, todo: list[range], quiet: bool) -> Iterator[tuple[int, list[str]]]:
+    with Progress("prep: plan", sum(map(len, todo)), "rows", quiet=quiet) as progress:
+        for start, found in engine.run(hash_rows, todo):
+            yield start, found
+            progress.add(len(found))
 
 
 def decide(keys: np.ndarray, duplicates: Duplicates) -> Plan:

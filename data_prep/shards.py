@@ -17,14 +17,13 @@ import pyarrow.parquet as pq
 
 from clipwright.data_prep.captions import choose
 from clipwright.data_prep.images import Stored, store
-from clipwright.data_prep.plan import Job, ShardTask, record_key
+from clipwright.data_prep.plan import WORK, Job, ShardTask, record_key
 from clipwright.data_prep.sources.base import Record
 from clipwright.pipeline.core.captions import CaptionError
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import canonical_json, fsync_folder, write_json
 from clipwright.pipeline.pixels import PixelError
 
-WORK = ".prep"  # what a run keeps in its output until it has finished
 SIDECAR = pa.schema(
     [
         ("row", pa.int64()),

@@ -65,6 +65,17 @@ class Source(ABC):
         It comes before `identity`; without it rows can be read, though perhaps without columns.
         """
 
+    def scanned(self) -> dict[str, Any] | None:
+        """What `scan` found, as JSON, for other processes of the same job; None where it found nothing."""
+        return None
+
+    def recall(self, found: dict[str, Any]) -> bool:
+        """Takes what `scanned` gave in place of a scan; False where the input is not what it was, by sizes and times.
+
+        The keys are then in the plan.
+        """
+        return False
+
     def keys(self) -> np.ndarray | None:
         """Keys of all rows (S32, empty without image) where `scan` has found them; else the plan reads the images."""
         return None

@@ -62,10 +62,12 @@ class FolderSource(Source):
         self.count, self.notes = len(self._images), notes
         self.columns = pa.schema([])  # until it is scanned
         self._digest: str | None = None
+        self._stamped = ""
         self._keys: np.ndarray | None = None
 
     def scan(self, *, quiet: bool = False) -> None:
         """Finds the columns, and hashes every file once: for identity, and the images' keys for the plan."""
+        self._stamped = self._stamp()
         self.columns, left_out = self._find_columns(quiet)
         if left_out:
             named = ", ".join(map(_printable, left_out))
@@ -84,6 +86,31 @@ class FolderSource(Source):
         finally:
             pool.shutdown(cancel_futures=True)
         self._digest, self._keys = whole.hexdigest(), keys
+
+    def scanned(self) -> dict[str, Any]:
+        columns = [[field.name, str(field.type)] for field in self.columns]
+        return {"columns": columns, "notes": list(self.notes), "sha256": self._digest, "stamp": self._stamped}
+
+    def recall(self, found: dict[str, Any]) -> bool:
+        if found["stamp"] != self._stamp():
+            return False
+        kinds = {str(kind): kind for kind in _KINDS.values()}
+        self.columns = pa.schema([pa.field(name, kinds[kind]) for name, kind in found["columns"]])
+        self.notes, self._digest, self._stamped = found["notes"], found["sha256"], found["stamp"]
+        return True
+
+    def _stamp(self) -> str:
+        """The settings, and every file's name, size and time of change: what a scan's result depends on, cheaply."""
+        made = hashlib.sha256(canonical_json([self.caption, self.encoding]).encode())
+        for row, image in enumerate(self._images):
+            for name in (image, *self._files(row)):
+                try:
+                    about = os.stat(f"{self.root}/{name}")  # noqa: PTH116  as above
+                except OSError:
+                    about = None
+                size, changed = (about.st_size, about.st_mtime_ns) if about else (-1, -1)
+                made.update(f"{_plain(name)}\0{size}\0{changed}\n".encode())
+        return made.hexdigest()
 
     def keys(self) -> np.ndarray | None:
         return self._keys

@@ -35,7 +35,7 @@ CODES: dict[str, tuple[int, str]] = {
     "E_PARITY": (1, "an imported model that does not compute what its source does"),
     "E_MODEL_DIM": (3, "a model whose embedding dimension differs from the index's"),
     "E_FINGERPRINT": (3, "artefacts made with different models"),
-    "E_UNFINISHED": (3, "a demo of which a step is missing or did not finish"),
+    "E_UNFINISHED": (3, "work in steps or parts of which one is missing or did not finish"),
     "E_EMBED_HASH": (3, "an embedding file that is not what its manifest says"),
     "E_INDEX_HASH": (3, "an index file that is not what its manifest says"),
     "E_INDEX_ROWS": (3, "vectors and rows that differ in number, ids or dimension"),
