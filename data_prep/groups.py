@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipwright.data_prep import json_columns
 from clipwright.data_prep.captions import choose
 from clipwright.data_prep.shards import REJECTS, SIDECAR, WORK, receipt_path, rejects_path
 from clipwright.data_prep.sources.base import Caption
@@ -21,6 +21,7 @@ from clipwright.pipeline import pixels
 from clipwright.pipeline.core.captions import CaptionError
 from clipwright.pipeline.core.records import atomic_write, write_json
 
+PART = SIDECAR.append(pa.field("about", pa.string()))  # what a tar's samples are, with the objects of JSON members
 _IMAGES = frozenset((*READ, *UNREAD))
 _CAPTIONS = ("txt", "json")
 _CUT_AT = 100  # bytes of a name in a tar without extended headers
@@ -66,7 +67,7 @@ def scan_tar(folder: Path, task: tuple[int, str]) -> dict[str, Any]:
         scan.read(reader)
         reader.pass_over(stat[0])  # whatever stands behind the place where it could not go on
     rows, rejects = scan.close()
-    atomic_write(part_path(folder, number), parquet_bytes(rows, SIDECAR))
+    atomic_write(part_path(folder, number), parquet_bytes(rows, PART))
     atomic_write(rejects_path(folder, number), parquet_bytes(rejects, REJECTS))
     receipt = {
         "number": number,
@@ -77,6 +78,7 @@ def scan_tar(folder: Path, task: tuple[int, str]) -> dict[str, Any]:
         "groups": scan.count,
         "samples": len(rows),
         "captions_dropped": scan.dropped,
+        "columns": json_columns.kinds_of(row["about"] for row in rows),
         "ignored": scan.ignored,
     }
     write_json(receipt_path(folder, number), receipt)
@@ -153,7 +155,8 @@ class _Scan:
         """A group as a row of the sidecar. Raises TarError, PixelError, CaptionError for one that is no sample."""
         member, data = _image(group)
         header = pixels.probe(data)
-        captions, dropped = choose(_captions(group))
+        about, trouble = _about(group)
+        captions, dropped = choose(_captions(group, about, trouble))
         sha256 = hashlib.sha256(data).hexdigest()
         made = {
             "key": pixels.bytes_key(data),
@@ -166,6 +169,7 @@ class _Scan:
             "dhash": pixels.dhash(pixels.decode(data, min_side=64)),  # decoded, to know that it is whole
             "source": self.tar,
             "source_key": group.key,
+            "about": json_columns.text_of(about),
         }
         self.dropped += dropped
         return made
@@ -202,16 +206,20 @@ def _image(group: _Group) -> tuple[Member, bytes]:
     return group.parts[found[0]]
 
 
-def _captions(group: _Group) -> list[Caption]:
+def _about(group: _Group) -> tuple[dict[str, Any], str]:
+    """The object of the JSON member, empty where there is none, and what is wrong with it."""
+    if "json" not in group.parts:
+        return {}, ""
+    try:
+        about = json_columns.parse(group.parts["json"][1])
+        json_columns.text_of(about if isinstance(about, dict) else {})  # may be too deep to be written again
+    except (ValueError, RecursionError) as error:
+        return {}, f"the JSON member cannot be read: {str(error)[:200]}"
+    return about if isinstance(about, dict) else {}, ""
+
+
+def _captions(group: _Group, about: dict[str, Any], trouble: str) -> list[Caption]:
     """The list `captions` of the JSON member if it has one, else the text member, else `caption` of the JSON."""
-    about: Any = None
-    trouble = ""
-    if "json" in group.parts:
-        try:
-            about = json.loads(group.parts["json"][1])
-        except (ValueError, RecursionError) as error:
-            trouble = f"the JSON member cannot be read: {str(error)[:200]}"
-    about = about if isinstance(about, dict) else {}
     if isinstance(several := about.get("captions"), list):
         return [text if isinstance(text, str) else ("E_CAP_FILE", "`captions` holds no texts") for text in several]
     if "txt" in group.parts:

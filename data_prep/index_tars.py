@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipwright.data_prep import output
+from clipwright.data_prep import json_columns, output
 from clipwright.data_prep.engines import Engine, workers_for
 from clipwright.data_prep.groups import parquet_bytes, part_path, scan_tar, tar_stat
 from clipwright.data_prep.pack import RuntimeConfig
 from clipwright.data_prep.plan import Duplicates, Plan, decide
-from clipwright.data_prep.shards import REJECTS, SIDECAR, WORK, receipt_path, rejects_path
+from clipwright.data_prep.shards import REJECTS, SIDECAR, WORK, receipt_path, rejects_path, user_columns
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.records import (
@@ -73,9 +73,9 @@ def find_tars(folder: Path) -> list[str]:
 def index(config: IndexConfig, *, fresh: bool = False, quiet: bool = False) -> Indexed:
     """Writes sidecars, rejects and the manifest of a folder of tars, or goes on where an earlier run stopped.
 
-    A row is a group of adjacent members of one key. Files depend on tars and `duplicates` alone. Raises E_INPUT,
-    E_PREP_EMPTY, E_OUTPUT for a folder that is a dataset of another making, E_RESUME, E_DATA_HASH when it was
-    finished with other tars or settings.
+    A row is a group of adjacent members of one key; what its JSON member says fills the user's own columns. Files
+    depend on tars and `duplicates` alone. Raises E_INPUT, E_PREP_EMPTY, E_OUTPUT for a folder that is a dataset of
+    another making, E_RESUME, E_DATA_HASH when it was finished with other tars or settings.
     """
     folder = Path(config.data)
     names = find_tars(folder)
@@ -143,7 +143,7 @@ def _scan_all(folder: Path, names: list[str], config: IndexConfig, quiet: bool) 
     for number, name in enumerate(names):
         path = receipt_path(folder, number)
         receipt = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if receipt.get("stat") == tar_stat(folder / name) and receipt.get("tar") == name:
+        if receipt.get("stat") == tar_stat(folder / name) and receipt.get("tar") == name and "columns" in receipt:
             receipts[number] = receipt
     todo = [(number, name) for number, name in enumerate(names) if number not in receipts]
     with (
@@ -168,6 +168,11 @@ class _Finish:
         self.plan: Plan = decide(self.keys, duplicates)
         self.following = self.plan.heads != np.arange(len(self.keys))
         self.rejects = [pq.read_table(rejects_path(folder, number)) for number in range(len(receipts))]
+        self.kinds = json_columns.together(receipt["columns"] for receipt in receipts)
+        own = json_columns.schema_of(self.kinds)
+        named = user_columns(own)
+        self.schema = pa.schema([*SIDECAR, *named])
+        self.names = dict(zip(own.names, named.names, strict=True))  # of columns, in the JSON and in the sidecar
         self.twins: dict[int, list[str]] = {}  # captions that leading rows take over
         self.captions = 0
         self.fingerprint = DatasetFingerprint()
@@ -236,6 +241,8 @@ class _Finish:
             if self.following[start + i]:
                 continue
             copy = int(self.plan.copies[start + i])
+            own = json_columns.row_of(row.pop("about"), self.kinds)
+            row |= {self.names[name]: value for name, value in own.items()}
             row["row"] += self.firsts[number]
             row["key"] += f"_{copy}" if copy else ""
             row["captions"] = list(dict.fromkeys([*row["captions"], *self.twins.get(start + i, [])]))
@@ -245,7 +252,7 @@ class _Finish:
         if not rows:
             return None
         self.fingerprint.shard(len(rows))
-        name, data = receipt["tar"].removesuffix(".tar") + SUFFIX, parquet_bytes(rows, SIDECAR)
+        name, data = receipt["tar"].removesuffix(".tar") + SUFFIX, parquet_bytes(rows, self.schema)
         atomic_write(self.folder / WORK / name, data)
         made = {"sidecar": name, "sidecar_bytes": len(data), "sidecar_sha256": hashlib.sha256(data).hexdigest()}
         return made | {"samples": len(rows)} | {key: receipt[key] for key in ("tar", "tar_bytes", "tar_sha256")}
@@ -265,7 +272,8 @@ class _Finish:
 
 def _follower(twin: dict[str, Any], head: int, first: int, duplicates: str) -> dict[str, Any]:
     """A row whose image stands earlier, as the rejects tell it."""
-    whole = {"captions": twin["captions"], "source_key": twin["source_key"], "columns": {}}
+    columns = json.loads(twin["about"] or "{}")
+    whole = {"captions": twin["captions"], "source_key": twin["source_key"], "columns": columns}
     return {
         "row": twin["row"] + first,
         "reason": "merged" if duplicates == "merge" else "duplicate",

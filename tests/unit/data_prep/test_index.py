@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import pickle
 import shutil
@@ -12,17 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from clipwright.data_prep import groups
 from clipwright.data_prep.index_tars import IndexConfig, index
 from clipwright.data_prep.pack import RuntimeConfig
+from clipwright.data_prep.shards import SIDECAR
 from clipwright.data_prep.stats import stats
 from clipwright.data_prep.tars import HashingReader, TarError, members
 from clipwright.data_prep.verify import verify
 from clipwright.data_prep.view import ViewConfig, view
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.records import DatasetFingerprint, file_sha256, write_manifest
 from clipwright.pipeline.data.reader import Dataset
 
 Picture = Callable[..., bytes]
@@ -119,6 +123,7 @@ def test_tars_of_img2dataset_become_a_dataset(tars: Path, tmp_path: Path, cli: A
         image = picture(number)
         assert row["key"] == hashlib.sha256(image).hexdigest()[:32] and row["source_key"] == f"{number:09d}"
         assert row["captions"] == [f"picture {number}"] and (row["width"], row["height"]) == (48, 36)
+        assert (row["url"], row["similarity"]) == (f"https://x.test/{number}", 0.3) and "caption" not in row
         tar = (tars / row["source"]).read_bytes()
         assert tar[row["offset"] : row["offset"] + row["size"]] == image
     check_conservation(tars)
@@ -136,6 +141,86 @@ def test_tars_of_img2dataset_become_a_dataset(tars: Path, tmp_path: Path, cli: A
         shutil.copy(tar, other)
     run(other, runtime=RuntimeConfig(workers=2))
     assert content(other).items() <= after.items()
+
+
+def test_json_members_become_typed_columns(tmp_path: Path, picture: Picture) -> None:
+    deep = {"b": [1, {"c": None}], "a": "\ud800"}
+    about: list[Any] = [
+        {"id": 1, "score": 1, "tags": ["x", "é"], "key": "k0", "mixed": 1, "deep": deep, "flag": True, "wide": 2**60},
+        {"id": 2, "score": 0.5, "tags": [], "mixed": "x", "deep": [[1]], "none": None, "wide": 7, "row": 1.5},
+        None,
+        {"id": 3, "score": float("nan"), "tags": None, "mixed": [1], "huge": 2**63, "caption": "mine", "ids": [1, 2.5]},
+        [1, 2],
+        {"id": 2**53 + 2, "more": "only here", "part": 2**53 + 1, "row": -1},
+        {"part": 0.5, "dates": ["2026", None, 7]},
+    ]
+    entries = [pair(str(n), picture(n), f"picture {n}") for n in range(len(about))]
+    for n, one in enumerate(about):
+        entries[n] += [] if one is None else [(f"{n}.json", json.dumps(one).encode())]
+    write_tar(tmp_path / "t" / "a.tar", [*itertools.chain(*entries[:3])])
+    write_tar(tmp_path / "t" / "b.tar", [*itertools.chain(*entries[3:])])
+    run(tmp_path / "t", runtime=RuntimeConfig(workers=2))
+    check_conservation(tmp_path / "t")
+    schemas = [pq.read_schema(tmp_path / "t" / f"{name}.sidecar.parquet") for name in "ab"]
+    assert schemas[0].equals(schemas[1])
+    types = {field.name: str(field.type) for field in schemas[0] if field.name not in SIDECAR.names}
+    columns = {
+        "id": ("int64", [1, 2, None, 3, None, 2**53 + 2, None]),
+        "score": ("double", [1.0, 0.5, None, None, None, None, None]),
+        "tags": ("list<element: string>", [["x", "é"], [], None, None, None, None, None]),
+        "input_key": ("string", ["k0", None, None, None, None, None, None]),
+        "mixed": ("string", ["1", "x", None, "[1]", None, None, None]),
+        "deep": ("string", ['{"a":"?","b":[1,{"c":null}]}', "[[1]]", None, None, None, None, None]),
+        "flag": ("bool", [True, None, None, None, None, None, None]),
+        "wide": ("int64", [2**60, 7, None, None, None, None, None]),
+        "none": ("string", [None] * 7),
+        "input_row": ("double", [None, 1.5, None, None, None, -1.0, None]),
+        "huge": ("string", [None, None, None, str(2**63), None, None, None]),
+        "ids": ("list<element: double>", [None, None, None, [1.0, 2.5], None, None, None]),
+        "more": ("string", [None, None, None, None, None, "only here", None]),
+        "part": ("string", [None, None, None, None, None, str(2**53 + 1), "0.5"]),  # no float64 holds both
+        "dates": ("list<element: string>", [None, None, None, None, None, None, ["2026", None, "7"]]),
+    }
+    assert types == {name: kind for name, (kind, _) in columns.items()}
+    rows = sidecar_rows(tmp_path / "t")
+    for name, (_, values) in columns.items():
+        assert [row[name] for row in rows] == values, name
+    assert [row["captions"] for row in rows] == [[f"picture {n}"] for n in range(7)]
+    assert Dataset(tmp_path / "t", negatives="tags").rows(0).negatives is not None
+    # A name for each sample: no table of so many columns.
+    many = [[*pair(str(n), picture(n), "x"), (f"{n}.json", json.dumps({f"id{n}": n}).encode())] for n in range(300)]
+    write_tar(tmp_path / "u" / "a.tar", [*itertools.chain(*many)])
+    run(tmp_path / "u")
+    rows = sidecar_rows(tmp_path / "u")
+    assert set(rows[0]) - {*SIDECAR.names} == {"json"} and rows[7]["json"] == '{"id7":7}'
+
+
+def test_a_cut_over_foreign_tars(tars: Path, tmp_path: Path) -> None:
+    """Sidecars of chosen rows in a folder of their own; the pixels stay where they are."""
+    whole, cut = run(tars), tmp_path / "cut"
+    cut.mkdir()
+    fingerprint, kept = DatasetFingerprint(), 0
+    for shard in whole["shards"]:
+        table = pq.read_table(tars / shard["sidecar"])
+        table = table.filter(pa.array([row % 2 == 0 for row in table["row"].to_pylist()]))
+        pq.write_table(table, cut / shard["sidecar"])
+        for row in table.to_pylist():
+            fingerprint.sample(row["key"], row["sha256"], row["captions"])
+        fingerprint.shard(table.num_rows)
+        shard["sidecar_bytes"] = (cut / shard["sidecar"]).stat().st_size
+        shard |= {"sidecar_sha256": file_sha256(cut / shard["sidecar"]), "samples": table.num_rows}
+        shard["tar"] = f"../tars/{shard['tar']}"
+        kept += table.num_rows
+    write_manifest(cut, "dataset", fingerprint.hexdigest(), {"shards": whole["shards"]})
+    data, original = Dataset(cut), Dataset(tars)
+    images = [data.image(shard, row) for shard, size in enumerate(data.sizes) for row in range(size)]
+    every = [original.image(shard, row) for shard, size in enumerate(original.sizes) for row in range(size)]
+    assert images == every[::2] and data.samples == kept == 5 and data.fingerprint != original.fingerprint
+    assert data.sidecar(1)["url"].to_pylist() == ["https://x.test/6", "https://x.test/8"]
+    (tars / "00001.tar").unlink()
+    with pytest.raises(ClipwrightError) as caught:
+        Dataset(cut)
+    assert caught.value.code == "E_DATA_HASH" and "../tars/00001.tar" in str(caught.value)
 
 
 def bad_groups(picture: Picture, canary: Path) -> dict[str, tuple[list[Any], str]]:
@@ -286,7 +371,7 @@ def test_hostile_headers_end_at_once_in_bounded_memory(tmp_path: Path) -> None:
 def test_equal_images(tmp_path: Path, picture: Picture, duplicates: str) -> None:
     same = picture(0)
     write_tar(tmp_path / "t" / "a.tar", [*pair("a", same, "one"), *pair("b", picture(1), "other")])
-    write_tar(tmp_path / "t" / "b.tar", [*pair("c", same, "two"), *pair("d", same, "one")])
+    write_tar(tmp_path / "t" / "b.tar", [*pair("c", same, "two"), ("c.json", b'{"n": 3}'), *pair("d", same, "one")])
     manifest = run(tmp_path / "t", duplicates=duplicates)
     rows, left = sidecar_rows(tmp_path / "t"), rejects(tmp_path / "t")
     captions = [row["captions"] for row in rows]
@@ -300,7 +385,8 @@ def test_equal_images(tmp_path: Path, picture: Picture, duplicates: str) -> None
             (2, 0, rows[0]["key"]),
             (3, 0, rows[0]["key"]),
         ]
-        assert json.loads(left[0]["record"])["captions"] == ["two"] and len(manifest["shards"]) == 1
+        assert json.loads(left[0]["record"]) == {"captions": ["two"], "source_key": "c", "columns": {"n": 3}}
+        assert len(manifest["shards"]) == 1 and rows[0]["n"] is None
     check_conservation(tmp_path / "t")
 
 
