@@ -1,37 +1,39 @@
-"""Checkpoints that are either whole or absent.
+"""Checkpoints, and how a run finds the newest that is whole, on any number of ranks.
 
-A checkpoint is written into a hidden folder, every file synced, sealed by a manifest with a SHA-256 a file, renamed,
-and only then pointed to by `latest`; old ones go last. Loading verifies every file and falls back to the newest that
-is whole. The files of `deepspeed/` are pickles: they are read only after their hashes were found right.
+    step-00001000/  model.safetensors  loss.safetensors  optimizer-00000.safetensors (one a rank)  manifest.json
+
+The manifest, written last, has a SHA-256 a file. Loading verifies every file, the ranks sharing the work, and falls
+back to the newest that is whole. All files are safetensors and JSON: nothing in them can run code. `saver.py` writes
+them.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from clipwright.pipeline import runfolder
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import (
-    atomic_write,
+    MANIFEST,
     check_files,
     digest,
-    file_entries,
-    fsync_folder,
     read_manifest,
 )
-from clipwright.pipeline.core.records import write_manifest as write_folder_manifest
-from clipwright.pipeline.distributed import any_rank, barrier
+from clipwright.pipeline.distributed import World, from_all, from_first
 from clipwright.pipeline.engine import Engine
+from clipwright.pipeline.losses.base import ContrastiveLoss
+from clipwright.pipeline.model import TwoTower, load_weights
 
-WEIGHTS, LOSS = "model.safetensors", "loss.safetensors"
+FOLDER, LATEST = "checkpoints", "latest"
+WEIGHTS, LOSS, OPTIMIZER = "model.safetensors", "loss.safetensors", "optimizer-{:05d}.safetensors"
+MOMENTS = "optimizer."  # begins the names of the loss's own optimiser in its file
 
 
 @dataclass(frozen=True)
@@ -46,120 +48,71 @@ class Checkpoint:
         return self.manifest["step"]
 
     def weights(self) -> dict[str, Tensor]:
-        return load_file(self.folder / WEIGHTS)
+        return self._tensors(WEIGHTS)
 
     def loss(self) -> dict[str, Tensor]:
-        return load_file(self.folder / LOSS)
+        """The parameters of the loss."""
+        return {name: tensor for name, tensor in self._tensors(LOSS).items() if not name.startswith(MOMENTS)}
+
+    def restore_weights(self, towers: TwoTower, loss: ContrastiveLoss) -> None:
+        """To be called before DeepSpeed takes the towers and divides them among ranks as its stage has it."""
+        load_weights(towers, self.weights(), self.folder / WEIGHTS)
+        load_weights(loss, self.loss(), self.folder / LOSS)
+
+    def restore_optimizers(self, engine: Engine) -> None:
+        """To be called once DeepSpeed has the towers; reads what this rank needs from the files of all ranks."""
+        files = [self.folder / name for name in sorted(self.manifest["files"]) if name not in (WEIGHTS, LOSS)]
+        try:
+            engine.restore_optimizer(files, self.manifest["updates"])
+        except (SafetensorError, ValueError) as error:
+            raise malformed(self.folder, str(error)) from None
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in self._tensors(LOSS).items():
+            if name.startswith(MOMENTS):
+                _, index, key = name.split(".", 2)
+                state.setdefault(int(index), {})[key] = tensor
+        whole = engine.loss_optimizer.state_dict()
+        engine.loss_optimizer.load_state_dict({**whole, "state": state})
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        try:
+            return load_file(self.folder / name)
+        except SafetensorError as error:
+            raise malformed(self.folder / name, str(error)) from None
 
 
-def save(run: Path, engine: Engine, *, step: int, identity: dict[str, Any], keep: int) -> None:
-    """Saves step `step` of every rank's state; every rank must call."""
-    name = f"step-{step:08d}"
-    staged, final = run / "checkpoints" / f".{name}.partial", run / "checkpoints" / name
-    if engine.world.first:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-    barrier()
-    weights = engine.weights()
-    engine.save(staged)
-    if engine.world.first:
-        save_file({k: v.contiguous() for k, v in sorted(weights.items())}, staged / WEIGHTS)
-        state = engine.loss_optimizer.state_dict()["state"]
-        extra = {f"optimizer.{i}.{k}": v for i, entry in state.items() for k, v in entry.items()}
-        own = {k: v.detach().cpu() for k, v in engine.loss.state_dict().items()}
-        save_file({**own, **extra}, staged / LOSS)
-    # Never sealed, never promoted: the last update may have overflowed after its loss was finite.
-    bad = next((name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())), None)
-    if any_rank(bad is not None, engine.world.device):
-        raise ClipwrightError(
-            "E_NONFINITE",
-            "weights that are not finite are not saved",
-            where=f"{run} step {step}",
-            found=f"{bad or 'a tensor of another rank'} holds them",
-            fix="lower optim.lr or use precision=fp32, with --fresh or another -o; older checkpoints stand",
-        )
-    barrier()  # every rank's files are there before they are hashed
-    if engine.world.first:
-        _seal(staged, step=step, world=engine.world.size, zero=engine.zero, identity=identity)
-        if final.exists():  # left by a run that was cut back behind it
-            shutil.rmtree(final)
-        staged.rename(final)
-        fsync_folder(final.parent)
-        atomic_write(run / "latest", f"{name}\n")
-        for old in sorted(final.parent.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-    barrier()
+def malformed(path: Path, found: str) -> ClipwrightError:
+    fix = "restore it, or start over with --fresh"
+    return ClipwrightError("E_CKPT_HASH", "a checkpoint that is not of its form", where=path, found=found, fix=fix)
 
 
-def _seal(folder: Path, *, step: int, world: int, zero: int, identity: dict[str, Any]) -> None:
-    names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
-    for name in names:
-        handle = os.open(folder / name, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    body = {
-        "step": step,
-        "world": world,
-        "zero": zero,
-        "identity": identity,
-        "files": file_entries(folder, names),
-    }
-    write_folder_manifest(folder, "checkpoint", digest(body["files"]), body)
-
-
-def drop_after(run: Path, step: int) -> None:
-    """Removes checkpoints behind `step`: the run was cut back to it because they are broken."""
-    for folder in (run / "checkpoints").glob("step-*"):
-        if folder.name > f"step-{step:08d}":
-            shutil.rmtree(folder)
-
-
-def load_into(checkpoint: Checkpoint, engine: Engine) -> None:
-    """Restores every rank's state from a verified checkpoint of the same world size and ZeRO stage."""
-    found = (checkpoint.manifest["world"], checkpoint.manifest["zero"])
-    if found != (engine.world.size, engine.zero):
-        raise ClipwrightError(
-            "E_RESUME",
-            "a checkpoint of another layout",
-            where=checkpoint.folder,
-            found=f"saved by {found[0]} ranks under ZeRO {found[1]}, now {engine.world.size} under ZeRO {engine.zero}",
-            fix="resume with the same number of ranks and runtime.zero",
-        )
-    engine.load(checkpoint.folder)
-    tensors = checkpoint.loss()
-    engine.loss.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("optimizer.")})
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = tensor
-    whole = engine.loss_optimizer.state_dict()
-    engine.loss_optimizer.load_state_dict({**whole, "state": state})
-
-
-def newest(run: Path, step: int | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint of a run, or step `step`.
+def newest(run: Path, step: int | None = None, world: World | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, or step `step`; with `world`, ranks share the work and find the same.
 
     A broken one is named on stderr and the one before it is taken. E_CKPT_HASH when checkpoints exist and none is
-    whole, E_CKPT_NONE when `step` was asked for and is missing; None when the run has none yet.
+    whole, E_CKPT_NONE when `step` was asked for and is missing, or all that were saved are; None when the run has none
+    yet.
     """
-    folders = sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    names = sorted((path.name for path in (run / FOLDER).glob("step-*")), reverse=True)
+    pointer = _pointer(run)
+    if world is not None:  # on a shared disk some may see more than others
+        names, pointer = from_first((names, pointer))  # pyright: ignore[reportGeneralTypeIssues]
     if step is not None:
-        folders = [folder for folder in folders if folder.name == f"step-{step:08d}"]
-        if not folders:
+        names = [name for name in names if name == step_name(step)]
+        if not names:
             raise ClipwrightError(
                 "E_CKPT_NONE", "no such checkpoint", where=run, found=f"no step {step}", fix="leave step out"
             )
+    elif pointer is not None and pointer not in names and names:
+        _warn(world, f"warning: {run / LATEST} names {pointer}, which is not there: taking the newest that is whole")
     broken: ClipwrightError | None = None
-    for folder in folders:
-        try:
-            manifest = read_manifest(folder, "checkpoint")
-            check_files(folder, manifest["files"], "E_CKPT_HASH")
-        except ClipwrightError as error:
-            broken = error
-            print(f"warning: skipping a broken checkpoint: {error}", file=sys.stderr, flush=True)
-            continue
-        return Checkpoint(folder, manifest)
+    for name in names:
+        manifest, wrong = _verified(run / FOLDER / name, world)
+        if wrong is None:
+            assert manifest is not None
+            return Checkpoint(run / FOLDER / name, manifest)
+        broken = wrong
+        _warn(world, f"warning: skipping a broken checkpoint: {wrong}")
     if broken is not None:
         raise ClipwrightError(
             "E_CKPT_HASH",
@@ -168,4 +121,67 @@ def newest(run: Path, step: int | None = None) -> Checkpoint | None:
             found=broken.found,
             fix="restore one, or start over with --fresh",
         )
+    if pointer is not None or (pointer := _logged(run)) is not None:
+        raise ClipwrightError(
+            "E_CKPT_NONE",
+            "the checkpoints of this run are gone",
+            where=run / FOLDER,
+            found=f"none is there, but {pointer} was saved",
+            fix="restore it, or start over with --fresh",
+        )
     return None
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _warn(world: World | None, line: str) -> None:
+    if world is None or world.first:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _pointer(run: Path) -> str | None:
+    """What `latest` names."""
+    try:
+        return (run / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+
+
+def _logged(run: Path) -> str | None:
+    """The newest checkpoint that the log knows of."""
+    path = run / runfolder.LOG
+    saved = max((record.get("saved", 0) for record in runfolder.read_steps(path)), default=0) if path.exists() else 0
+    return step_name(saved) if saved else None
+
+
+def _verified(folder: Path, world: World | None) -> tuple[dict[str, Any] | None, ClipwrightError | None]:
+    """A folder's manifest, or what is wrong with it; each rank hashes its share of the files."""
+    manifest: dict[str, Any] | None = None
+    wrong: ClipwrightError | None = None
+    try:
+        manifest = _manifest(folder)
+        names = sorted(manifest["files"])
+        own = names if world is None else names[world.rank :: world.size]
+        check_files(folder, {name: manifest["files"][name] for name in own}, "E_CKPT_HASH")
+    except ClipwrightError as error:
+        wrong = error
+    except OSError as error:
+        wrong = malformed(folder, f"it cannot be read: {error.strerror or error}")
+    return manifest, wrong if world is None else next((one for one in from_all(wrong) if one is not None), None)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest; its fingerprint covers all that stands in it."""
+    manifest = read_manifest(folder, "checkpoint")
+    body = {key: value for key, value in manifest.items() if key not in ("format", "version", "fingerprint")}
+    if digest(body) != manifest.get("fingerprint"):
+        found = "its fingerprint is not that of what it says"
+    elif not {WEIGHTS, LOSS} <= body["files"].keys():
+        found = f"it knows no {WEIGHTS} or no {LOSS}"
+    elif step_name(body["step"]) != folder.name:
+        found = f"it is the one of step {body['step']}"
+    else:
+        return manifest
+    raise malformed(folder / MANIFEST, found)

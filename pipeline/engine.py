@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from clipwright.pipeline.losses.base import ContrastiveLoss, Features
 from clipwright.pipeline.losses.tiles import compared
 from clipwright.pipeline.model import LENGTH_STEP, TwoTower
 from clipwright.pipeline.optim import OptimConfig, make_optimizer
+from clipwright.pipeline.optimizer_state import Held, layout, restore, slices
 from clipwright.pipeline.run import RunConfig
 from clipwright.pipeline.whereabouts import at
 
@@ -99,6 +101,7 @@ class Engine:
         settings = deepspeed_config(config, world.size)
         made: Any = deepspeed.initialize(model=towers, optimizer=optimizer, config=settings, dist_init_required=False)
         self.engine, self.optimizer = made[0], made[1]
+        self.updates = 0  # of the towers so far
         self.loss_optimizer = make_optimizer(loss, OptimConfig(lr=optim.lr, weight_decay=0.0))
 
     @property
@@ -198,6 +201,7 @@ class Engine:
             self.engine.zero_grad()
         norm = float(before if before is not None else self.engine.get_global_grad_norm())
         if math.isfinite(norm):
+            self.updates += 1
             self.loss_optimizer.step()
             self.loss.constrain()
         else:
@@ -219,20 +223,18 @@ class Engine:
         return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads])))
 
     def weights(self) -> dict[str, Tensor]:
-        """The towers' whole fp32 state on rank 0 (elsewhere empty under ZeRO 3); every rank must call."""
+        """Copies of the towers' whole fp32 state on rank 0, elsewhere nothing; every rank must call."""
         self._average_running_statistics()
-        if self.zero < 3:
-            return {name: tensor.detach().cpu() for name, tensor in self.towers.state_dict().items()}
         whole: dict[str, Tensor] = {}
-        for name, parameter in self.towers.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
-                if self.world.first:
-                    whole[name] = parameter.detach().cpu().clone()
-        if self.world.first:
-            buffers = {name for name, _ in self.towers.named_buffers()}
-            state = self.towers.state_dict()
-            whole |= {name: state[name].detach().cpu() for name in state if name in buffers}
-        return whole
+        if self.zero == 3:
+            for name, parameter in self.towers.named_parameters():
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
+                    if self.world.first:
+                        whole[name] = parameter.detach().to("cpu", copy=True)
+        if not self.world.first:
+            return {}
+        state = self.towers.state_dict()
+        return whole | {name: state[name].detach().to("cpu", copy=True) for name in state if name not in whole}
 
     def _average_running_statistics(self) -> None:
         """Batch-norm statistics differ between ranks (nothing synchronises buffers): make them the average."""
@@ -241,14 +243,23 @@ class Engine:
                 dist.all_reduce(buffer)
                 buffer /= self.world.size
 
-    def save(self, folder: Path) -> None:
-        """DeepSpeed's own files, for this world size and stage, under `folder`/deepspeed; every rank must call."""
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Copies of the optimiser's state that this rank is to write; see `optimizer_state.py`."""
+        return slices(self._torch_optimizer.state, self._held(), self.zero, self.world.rank, self.world.size)
 
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote. The caller has checked every file against the checkpoint's manifest."""
-        found, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
-        assert found is not None, folder  # DeepSpeed says so, and goes on, when it finds nothing
+    def restore_optimizer(self, files: Iterable[Path], updates: int) -> None:
+        """Takes over the towers' optimiser state after `updates` updates from what any layout wrote."""
+        restore(self._torch_optimizer, self._held(), files, updates)
+        self.updates = updates
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        """The one that `make_optimizer` made, which DeepSpeed wraps from ZeRO 1 on."""
+        return self.optimizer.optimizer if self.zero else self.optimizer
+
+    def _held(self) -> list[Held]:
+        names = {parameter: name for name, parameter in self.towers.named_parameters()}
+        return layout(self.optimizer, self.zero, names, self.world.rank, self.world.size)
 
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:

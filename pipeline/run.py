@@ -61,6 +61,8 @@ class RuntimeConfig:
     save_every: Annotated[int, Field(ge=1)] = 1000  # steps
     save_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 15.0
     keep: Annotated[int, Field(ge=1)] = 2  # newest checkpoints
+    keep_every: Annotated[int, Field(ge=0)] = 0  # steps whose checkpoints are kept for good; 0: none
+    keep_best: str = ""  # a figure of the log, of whose best step one is kept: the highest, of losses the lowest
     stop_at: Annotated[int, Field(ge=1)] | None = None  # step to stop at, as if the run were interrupted there
 
     @property

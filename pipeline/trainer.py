@@ -18,13 +18,14 @@ from clipwright.pipeline.core.command import Call, Preempted, StopFlag
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
-from clipwright.pipeline.distributed import World, any_rank, on_first, process_group
+from clipwright.pipeline.distributed import World, any_of, on_first, process_group
 from clipwright.pipeline.engine import Engine, StepResult
 from clipwright.pipeline.ledger import Ledger
 from clipwright.pipeline.metrics import RunLog, header, peak_memory, step_line
 from clipwright.pipeline.place import detect
 from clipwright.pipeline.precision import settle_precision
 from clipwright.pipeline.run import Parts, RunConfig, RuntimeConfig, build, identity, settle_text
+from clipwright.pipeline.saver import Saver
 
 
 def thread_count(runtime: RuntimeConfig, world: World) -> int:
@@ -49,15 +50,15 @@ class Trainer:
         self.run = run
         learned = self.parts.tokenizer if self.config.tokenizer.learned else None
         on_first(lambda: runfolder.claim(run, yaml=yaml, identity=self.identity, fresh=fresh, learned=learned))
+        found = checkpoint.newest(run, world=self.world)
+        self.step = 0 if found is None else found.step
+        if found is not None:  # before DeepSpeed divides them among the ranks
+            found.restore_weights(self.parts.towers, self.parts.loss)
         self.engine = Engine(self.parts.towers, self.parts.loss, self.config, self.world)
-        found = checkpoint.newest(run)
-        self.step = 0
         if found is not None:
-            checkpoint.load_into(found, self.engine)
-            self.step = found.step
-        if self.world.first:
-            checkpoint.drop_after(run, self.step)  # broken ones would count as the newest to keep
-        self.last_save = time.monotonic()
+            found.restore_optimizers(self.engine)
+        self.saver = Saver(run, self.world, self.runtime, self.identity, self.step)
+        self.record: dict[str, Any] = {}  # the log's newest line
 
     def train(self) -> None:
         """Steps until the schedule's end, `stop_at`, or a signal; a checkpoint stands at every end."""
@@ -73,6 +74,12 @@ class Trainer:
             while self.step < end:
                 batch = next(batches)
                 waited += batch.waited
+                flags = (stop.cause is not None, self.saver.late, self.saver.pending, self.saver.failed)
+                stopping, late, pending, failed = any_of(flags, self.world.device)
+                self.saver.settle(pending, failed)
+                if stopping:
+                    self._save(wait=True)
+                    raise (stop.cause or Preempted)()
                 factor = self.schedule.factor(self._samples())
                 shown = self._shown(self.step + 1, end)
                 result = self.engine.step(batch, self.step, factor, measure=shown)
@@ -84,17 +91,15 @@ class Trainer:
                     now = time.perf_counter()
                     seconds = max(now - since, 1e-9)
                     rate = (self.step - since_step) * self.schedule.global_batch / seconds
-                    record = self._record(result, factor, rate, waited / seconds)
+                    self.record = record = self._record(result, factor, rate, waited / seconds)
                     since, since_step, waited = now, self.step, 0.0
                     if log is not None:
                         log.write(record)
                         with bar.above():
                             self.call.say(step_line(record, self.schedule.steps, self._left() / rate))
-                stopping = any_rank(stop.cause is not None, self.world.device)
-                if stopping or self.step == end or self._save_due():
+                if self.saver.due(self.step, late):
                     self._save()
-                if stopping:
-                    raise (stop.cause or Preempted)()
+            self._save(wait=True)
 
     def _bar(self, end: int) -> Progress:
         """On a terminal; elsewhere the step lines are the progress."""
@@ -112,16 +117,9 @@ class Trainer:
         """Samples still to train."""
         return (self.schedule.steps - self.step) * self.schedule.global_batch
 
-    def _save_due(self) -> bool:
-        late = time.monotonic() - self.last_save > self.runtime.save_minutes * 60
-        # Clocks differ between ranks: the first decides, on steps where all ask.
-        on_minute = self.step % 10 == 0 and any_rank(late and self.world.first, self.world.device)
-        return on_minute or self.step % self.runtime.save_every == 0
-
-    def _save(self) -> None:
+    def _save(self, *, wait: bool = False) -> None:
         self.ledger.sync()
-        checkpoint.save(self.run, self.engine, step=self.step, identity=self.identity, keep=self.runtime.keep)
-        self.last_save = time.monotonic()
+        self.saver.save(self.engine, self.step, self.record, wait=wait)
 
     def _check_finite(self, result: StepResult) -> None:
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
@@ -143,6 +141,7 @@ class Trainer:
             "samples_per_s": rate,
             "data_share": min(data_share, 1.0),
             "replaced": self.ledger.replaced,
+            "saved": self.saver.sealed,
             "memory_gb": peak_memory(self.world.device) / 2**30,
         }
 

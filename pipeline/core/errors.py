@@ -41,6 +41,7 @@ CODES: dict[str, tuple[int, str]] = {
     "E_INDEX_ROWS": (3, "vectors and rows that differ in number, ids or dimension"),
     "E_CKPT_NONE": (3, "a checkpoint that was asked for and is missing"),
     "E_CKPT_HASH": (3, "a checkpoint file that is not what its manifest says"),
+    "E_DISK": (1, "a disk without room for a checkpoint"),
     "E_DOCTOR": (1, "a check of doctor that failed"),
     "E_NONFINITE": (1, "a loss, gradient or embedding that is not finite"),
     "E_WORKER": (1, "a worker process that died"),

@@ -64,7 +64,7 @@ def weights(context: Context) -> Found:
 def checkpoints(context: Context) -> Found:
     """Disk for the checkpoints that a run keeps, and the one being written."""
     config = context.config
-    size = context.predicted["parameters"]["all"] * checkpoint_bytes(config.optim, config.runtime.zero)
+    size = context.predicted["parameters"]["all"] * checkpoint_bytes(config.optim)
     context.predicted["checkpoint_bytes"] = size
     need, free = (config.runtime.keep + 1) * size, free_disk(context)
     found = f"{free / 1e9:.1f} GB free at {disk_folder(context)}"
@@ -147,10 +147,9 @@ def state_bytes(optim: OptimConfig, zero: int, world: int) -> float:
     return 4 / (world if zero == 3 else 1) + 4 / (world if zero >= 2 else 1) + kept / (world if zero else 1)
 
 
-def checkpoint_bytes(optim: OptimConfig, zero: int) -> int:
-    """Bytes a parameter takes in a checkpoint: our fp32 weight, and DeepSpeed's files of all ranks."""
-    module, master = (0 if zero == 3 else 4), (4 if zero else 0)
-    return 4 + module + master + 4 * moments(optim)
+def checkpoint_bytes(optim: OptimConfig) -> int:
+    """Bytes a parameter takes in a checkpoint, on any number of ranks and under any ZeRO stage: weight and moments."""
+    return 4 + 4 * moments(optim)
 
 
 def free_on(context: Context) -> int:

@@ -516,9 +516,9 @@ def test_steps_that_fail_are_a_row(monkeypatch: pytest.MonkeyPatch, scenes: Path
 
 
 @pytest.mark.parametrize(
-    ("name", "zero", "each"), [("adamw", 0, 16), ("adamw", 2, 20), ("adamw", 3, 16), ("sgd", 0, 8)]
+    ("name", "zero", "each"), [("adamw", 0, 12), ("adamw", 2, 12), ("adamw", 3, 12), ("sgd", 0, 4)]
 )
 def test_bytes_a_parameter(name: Any, zero: int, each: int) -> None:
     optim = dataclasses.replace(RunConfig.__dataclass_fields__["optim"].default, name=name)
-    assert model.checkpoint_bytes(optim, zero) == each  # as DeepSpeed 0.19 wrote a 34 MB model: 136, 170 and 136 MB
+    assert model.checkpoint_bytes(optim) == each
     assert model.state_bytes(optim, zero, 1) == (16 if name == "adamw" and zero == 0 else 20 if zero else 8)
