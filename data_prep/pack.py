@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +23,7 @@ from clipwright.data_prep.sources.base import SOURCES, Source, SourceConfig
 from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.part import Part
 from clipwright.pipeline.core.records import (
     DatasetFingerprint,
     atomic_write,
@@ -49,30 +49,8 @@ class RuntimeConfig:
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
 
 
-@dataclass(frozen=True)
-class Part:
-    """`runtime.part`, read: which step of the work, and for a share of it the share's number, from 1, of how many."""
-
-    step: Literal["all", "plan", "hash", "shards", "finish"]
-    number: int = 1
-    of: int = 1
-
-    @classmethod
-    def read(cls, text: str) -> Part:
-        if text in ("plan", "finish") or not text:
-            return cls(text or "all")
-        match = re.fullmatch(r"(plan/)?(\d{1,6})/(\d{1,6})", text, re.ASCII)
-        if match is None or not 1 <= int(match[2]) <= int(match[3]):
-            raise ValueError("plan, plan/K/N, K/N with K from 1 to N, or finish")
-        return cls("hash" if match[1] else "shards", int(match[2]), int(match[3]))
-
-    def share(self, count: int) -> range:
-        """Which of `count` things are this share's: contiguous, and as many as the others', give or take one."""
-        return range(count * (self.number - 1) // self.of, count * self.number // self.of)
-
-
 def _checked_part(text: str) -> str:
-    Part.read(text)
+    Part.read(text, planned=True)
     return text
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from clipwright.data_prep import output
 from clipwright.data_prep.pack import (
-    Part,
     PrepConfig,
     begin,
     identity_of,
@@ -25,6 +24,7 @@ from clipwright.data_prep.pack import (
 from clipwright.data_prep.plan import Job, hash_share
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.part import Part
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def prepare_part(resolved: Resolved[PrepConfig], folder: Path, *, fresh: bool = 
     A part may be run again, on any machine: it writes what is missing. Without a plan the first part makes it and the
     others wait. Raises what `prepare` does.
     """
-    config, part = resolved.value, Part.read(resolved.value.runtime.part)
+    config, part = resolved.value, Part.read(resolved.value.runtime.part, planned=True)
     if fresh:
         raise ClipwrightError(
             "E_USAGE",

@@ -25,6 +25,8 @@ def embed(call: Call) -> None:
     # Before processes meet: a refused config waits for no peer.
     call.writes_status = first = detect(os.environ).rank == 0
     resolved, out = call.load(), call.output()
+    share = "/" in resolved.value.runtime.part
+    call.writes_status = first and not share  # the folder's tells of the whole run
     if call.dry_run:
         if first:
             call.finish(resolved.tree, f"would embed every {resolved.value.what} of {resolved.value.data} into {out}")
@@ -43,7 +45,10 @@ def embed(call: Call) -> None:
     if ranks.rank == 0:
         did = "embedded" if manifest["made"] else "already embedded:"
         text = f"{did} {manifest['rows']} {manifest['what']}s, {manifest['dimension']} numbers each, in {out}"
-        call.finish(manifest, text, then=f"clipwright index build flat embeddings={out} -o INDEX")
+        if share and "files" not in manifest:
+            call.finish(manifest, f"part {resolved.value.runtime.part}: {text}")
+        else:
+            call.finish(manifest, text, then=f"clipwright index build flat embeddings={out} -o INDEX")
 
 
 @command(index_app, "index build", kind="clipwright.eval.search.index:IndexConfig")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -14,13 +16,14 @@ import pyarrow.parquet as pq
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import gather_object
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from clipwright.eval.encode import encode_images, encode_texts, pictures, pieces
 from clipwright.eval.folders import CONFIG, claim, write_origin
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.part import Part
 from clipwright.pipeline.core.records import (
     MANIFEST,
     atomic_write,
@@ -29,6 +32,7 @@ from clipwright.pipeline.core.records import (
     file_entries,
     fsync_folder,
     read_manifest,
+    write_json,
     write_manifest,
 )
 from clipwright.pipeline.core.registry import configclass
@@ -46,12 +50,21 @@ SIDECAR = (
 _OWN = ("part-*.npy", "part-*.parquet", MANIFEST)
 
 
+def _checked_part(text: str) -> str:
+    Part.read(text, planned=False)
+    return text
+
+
 @configclass
 class EmbedRuntime:
-    """How embedding is spread over the machine; not part of the result's identity."""
+    """How embedding is spread over machines; not part of the result's identity.
+
+    `part`: `K/N` embeds the K-th of N shares and leaves it for `finish`, which joins them: a job array.
+    """
 
     batch: Annotated[int, Field(ge=1)] = 64
     workers: Annotated[int, Field(ge=1)] = 2  # threads that read and decode, in each process
+    part: Annotated[str, AfterValidator(_checked_part)] = ""
 
 
 @configclass
@@ -104,10 +117,20 @@ def embed(resolved: Resolved[EmbedConfig], out: Path, ranks: Ranks, *, quiet: bo
 
     Rank r embeds the r-th of equal contiguous ranges into part r, so parts in order are the dataset in order. Parts
     are staged and take their names when all ranks are done; the manifest is the last file. If one rank fails, all
-    do, with its error. A finished folder of the same inputs is left alone, of others refused (E_OUTPUT).
+    do, with its error. A finished folder of the same inputs is left alone, of others refused (E_OUTPUT). A share of a
+    job array (`runtime.part`) leaves its parts staged, with a receipt each, and returns their `rows`; what it did
+    before is not done again. `finish` gives the folder that as many ranks give; E_UNFINISHED without all receipts.
     """
     config = resolved.value
-
+    part = Part.read(config.runtime.part, planned=False)
+    if fresh and part.step != "all":
+        raise ClipwrightError(
+            "E_USAGE",
+            "a part that would start all over",
+            where=f"--fresh with runtime.part={config.runtime.part}",
+            found="it would remove what other parts have written",
+            fix="give a new folder with -o",
+        )
     opened: list[tuple[Model, Dataset]] = []
     ranks.together(lambda: opened.append((load_model(Path(config.model), ranks.device), Dataset(Path(config.data)))))
     [(model, data)] = opened
@@ -115,14 +138,25 @@ def embed(resolved: Resolved[EmbedConfig], out: Path, ranks: Ranks, *, quiet: bo
     done = ranks.together(lambda: _finished(out, body, fresh) if ranks.rank == 0 else None)[0]
     if done is not None:
         return {**done, "made": False}
-    start, stop = (data.samples * r // ranks.world for r in (ranks.rank, ranks.rank + 1))
-    part = _Part(out, ranks.rank)
+    if part.step == "finish":
+        manifest = ranks.together(lambda: _join(out, resolved, body) if ranks.rank == 0 else None)[0]
+        assert manifest is not None
+        return {**manifest, "made": True}
+    rows = part.share(data.samples, ranks.rank, ranks.world)
+    own = _Part(out, (part.number - 1) * ranks.world + ranks.rank)
     quiet = quiet or ranks.rank > 0
     try:
-        parts = ranks.together(lambda: part.write(model, data, start, stop, config, quiet))
+        if part.step == "share":
+            told = {**body, "of": part.of * ranks.world, "ranks": ranks.world}
+            receipts = ranks.together(lambda: own.once(told, lambda: own.write(model, data, rows, config, quiet)))
+            made = any(made for _, made in receipts)
+            return {**body, "rows": sum(receipt["rows"] for receipt, _ in receipts), "made": made}
+        ranks.together(lambda: _discard(out) if ranks.rank == 0 else None)
+        parts = ranks.together(lambda: own.write(model, data, rows, config, quiet))
         manifest = ranks.together(lambda: _finish(out, resolved, body, parts) if ranks.rank == 0 else None)[0]
     finally:
-        part.discard()
+        if part.step == "all":
+            own.discard()
     assert manifest is not None
     return {**manifest, "made": True}
 
@@ -143,23 +177,70 @@ def _finished(out: Path, body: dict[str, Any], fresh: bool) -> dict[str, Any] | 
             )
         check_files(out, manifest["files"], "E_EMBED_HASH")
         return manifest
+    return None
+
+
+def _discard(out: Path) -> None:
+    """Clears what an unfinished run has left."""
     (out / MANIFEST).unlink(missing_ok=True)
     for old in (*out.glob("part-*"), *out.glob("*.partial")):
         old.unlink()
-    return None
+
+
+def _join(out: Path, resolved: Resolved[EmbedConfig], body: dict[str, Any]) -> dict[str, Any]:
+    """Joins the parts of a job array by their receipts. E_UNFINISHED where one is missing or of other inputs."""
+    receipts = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob(staged_name("part-*.json"))]
+    receipts = [receipt for receipt in receipts if receipt.items() >= body.items()]
+    divisions = Counter((receipt["of"], receipt["ranks"]) for receipt in receipts).most_common(1)
+    of, ranks = divisions[0][0] if divisions else (0, 1)
+    by_number = {receipt["number"]: receipt for receipt in receipts if receipt["of"] == of}
+    missing = sorted({number // ranks + 1 for number in range(of) if number not in by_number})
+    if missing or not of:
+        some = ", ".join(map(str, missing[:6])) + (", …" if len(missing) > 6 else "")
+        lacking = f"{len(missing)} of {of // ranks} parts are not there: {some}" if of else "no part is there"
+        raise ClipwrightError(
+            "E_UNFINISHED",
+            "parts that are missing or did not finish",
+            where=out,
+            found=f"of this model and dataset {lacking}",
+            fix="run them again with runtime.part=K/N; those that are there are not embedded again",
+        )
+    parts = [by_number[number] for number in range(of)]
+    for part in parts:
+        for name, entry in part["files"].items():
+            check_files(out, {_place(out, name).name: entry}, "E_EMBED_HASH")
+    manifest = _finish(out, resolved, body, parts)
+    for path in out.glob("*.partial"):  # receipts, and parts of an earlier division
+        path.unlink()
+    return manifest
 
 
 class _Part:
     """One rank's rows: float16 unit vectors beside a table of what they are, staged until every rank is done."""
 
-    def __init__(self, out: Path, rank: int) -> None:
-        self.names = [f"part-{rank:05d}{suffix}" for suffix in (".npy", ".parquet")]
+    def __init__(self, out: Path, number: int) -> None:
+        self.out, self.number = out, number
+        self.names = [f"part-{number:05d}{suffix}" for suffix in (".npy", ".parquet")]
         self.staged = [staged_path(out, name) for name in self.names]
 
-    def write(
-        self, model: Model, data: Dataset, start: int, stop: int, config: EmbedConfig, quiet: bool
-    ) -> dict[str, Any]:
-        """Embeds samples [start, stop) and returns the number of rows and each file's entry for the manifest."""
+    def once(self, told: dict[str, Any], work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+        """The part's receipt, and whether it had to be written: not where an earlier one tells of the same part."""
+        path, told = staged_path(self.out, f"part-{self.number:05d}.json"), {**told, "number": self.number}
+        if path.is_file():
+            receipt = json.loads(path.read_text(encoding="utf-8"))
+            sizes = {name: entry["bytes"] for name, entry in receipt["files"].items()}
+            places = {name: _place(self.out, name) for name in sizes}
+            there = all(place.is_file() and place.stat().st_size == sizes[name] for name, place in places.items())
+            if receipt.items() >= told.items() and there:
+                return receipt, False
+            path.unlink()
+        receipt = {**told, **work()}
+        write_json(path, receipt)
+        return receipt, True
+
+    def write(self, model: Model, data: Dataset, share: range, config: EmbedConfig, quiet: bool) -> dict[str, Any]:
+        """Embeds samples `share` and returns the number of rows and each file's entry for the manifest."""
+        start, stop = share.start, share.stop
         rows = _write_rows(self.staged[1], data, start, stop, config.what)
         if rows == 0:
             return {"rows": 0, "files": {}}
@@ -183,8 +264,18 @@ class _Part:
             path.unlink(missing_ok=True)
 
 
+def staged_name(name: str) -> str:
+    return f".{name}.partial"
+
+
 def staged_path(out: Path, name: str) -> Path:
-    return out / f".{name}.partial"
+    return out / staged_name(name)
+
+
+def _place(out: Path, name: str) -> Path:
+    """Where a part's file is: staged, or under its name where a `finish` was stopped."""
+    staged = staged_path(out, name)
+    return staged if staged.exists() else out / name
 
 
 def _vectors(model: Model, data: Dataset, start: int, stop: int, config: EmbedConfig) -> Iterator[torch.Tensor]:
@@ -243,7 +334,7 @@ def _finish(
     """Gives the parts their names and writes config, origin and, last, the manifest."""
     files = {name: entry for part in parts for name, entry in part["files"].items()}
     for name in files:
-        staged_path(out, name).replace(out / name)
+        _place(out, name).replace(out / name)
     fsync_folder(out)
     atomic_write(out / CONFIG, resolved.yaml())
     write_origin(out, model=resolved.value.model, data=resolved.value.data)

@@ -16,11 +16,12 @@ import pyarrow as pa
 import pytest
 
 from clipwright.data_prep import output
-from clipwright.data_prep.pack import Part, PrepConfig
+from clipwright.data_prep.pack import PrepConfig
 from clipwright.data_prep.parts import PartDone, prepare_part
 from clipwright.data_prep.sources import folder as folder_source
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.part import Part
 
 Run = Callable[..., Any]
 
@@ -93,9 +94,13 @@ def test_parts_give_the_bytes_of_one_run(
 def test_shares_are_whole_and_even() -> None:
     for count in (0, 1, 5, 13, 128):
         for of in (1, 2, 3, 7, 200):
-            shares = [Part.read(f"{k}/{of}").share(count) for k in range(1, of + 1)]
+            shares = [Part.read(f"{k}/{of}", planned=False).share(count) for k in range(1, of + 1)]
             assert [number for share in shares for number in share] == list(range(count))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
+            # Ranks of shares are as many shares of processes.
+            parts = [Part("share", k, of) for k in range(1, of + 1)]
+            ranks = [part.share(count, rank, 2) for part in parts for rank in range(2)]
+            assert ranks == [Part("share", k, 2 * of).share(count) for k in range(1, 2 * of + 1)]
 
 
 def test_a_killed_part_is_run_again(tmp_path: Path, run_prep: Run, run_part: Run) -> None:
@@ -190,8 +195,8 @@ def test_parts_that_are_refused(tmp_path: Path, write_table: Run, picture: Run, 
     assert not out.exists()
     run_part("1/2", out, *words)
     refused("E_RESUME", "images.quality", lambda: run_part("2/2", out, *words, "images.quality=50"))
-    with output.claim_part(out, "shards-2-of-2"), output.claim_shards(out, 2):
-        refused("E_OUTPUT", "part shards-2-of-2 is being written", lambda: run_part("2/2", out, *words))
+    with output.claim_part(out, "share-2-of-2"), output.claim_shards(out, 2):
+        refused("E_OUTPUT", "part share-2-of-2 is being written", lambda: run_part("2/2", out, *words))
         refused("E_OUTPUT", "parts of 2 are being written", lambda: run_part("1/3", out, *words))
         refused("E_OUTPUT", "another run", lambda: run_prep(out, *words))
         assert run_part("1/2", out, *words).shards == 2

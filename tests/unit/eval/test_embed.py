@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from clipwright.pipeline.core.records import file_sha256
 from clipwright.pipeline.data.reader import Dataset
@@ -140,3 +141,51 @@ def test_does_not_write_into_a_folder_of_other_things(cli, refused, model, small
     (tmp_path / "notes.txt").write_text("mine")
     refused(cli("embed", f"model={model}", f"data={small}", "-o", tmp_path), "E_OUTPUT", 2, tmp_path, "notes.txt")
     assert {path.name for path in tmp_path.iterdir()} <= {"notes.txt", "status.json"}
+
+
+def embed_folder(out: Path) -> dict[str, bytes]:
+    left = {path.name: path.read_bytes() for path in out.iterdir()}
+    return {name: data for name, data in left.items() if name not in ("config.yaml", "status.json", "origin.json")}
+
+
+@pytest.fixture
+def one_thread():
+    """As torchrun gives its ranks: the last bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_parts_of_a_job_array_give_the_folder_of_as_many_ranks(cli, quick_cli, model, small, tmp_path, one_thread):
+    words = ("embed", f"model={model}", f"data={small}", "-o")
+    assert cli(*words, tmp_path / "ranks", ranks=2).returncode == 0
+    out = tmp_path / "parts"
+    assert (done := quick_cli(*words, out, "runtime.part=2/2")).returncode == 0, done.stderr
+    assert done.stdout.startswith("part 2/2: embedded 4 images") and not (out / "status.json").exists()
+    done = quick_cli(*words, out, "runtime.part=finish")
+    assert done.returncode == 3 and "error[E_UNFINISHED]" in done.stderr and "1 of 2 parts" in done.stderr
+    assert "are not there: 1" in done.stderr and not (out / "manifest.json").exists()
+    assert "part 2/2: already embedded: 4" in quick_cli(*words, out, "runtime.part=2/2").stdout
+    # What a killed part left has no receipt; one of another model counts for nothing.
+    (out / ".part-00001.json.partial").unlink()
+    assert "part 2/2: embedded 4" in quick_cli(*words, out, "runtime.part=2/2").stdout
+    assert "part 1/2: embedded 3" in quick_cli(*words, out, "runtime.part=1/2").stdout
+    done = quick_cli(*words, out, "what=text", "runtime.part=finish")
+    assert done.returncode == 3 and "no part is there" in done.stderr
+    # A file that changed behind its receipt; a finish that was stopped between two names.
+    vectors = (out / ".part-00000.npy.partial").read_bytes()
+    (out / ".part-00000.npy.partial").write_bytes(vectors[:-1] + bytes([vectors[-1] ^ 1]))
+    done = quick_cli(*words, out, "runtime.part=finish")
+    assert done.returncode == 3 and "error[E_EMBED_HASH]" in done.stderr and ".part-00000.npy" in done.stderr
+    (out / ".part-00000.npy.partial").write_bytes(vectors)
+    (out / ".part-00001.npy.partial").rename(out / "part-00001.npy")
+    assert quick_cli(*words, out, "runtime.part=finish").returncode == 0
+    assert embed_folder(out) == embed_folder(tmp_path / "ranks")
+    assert "already embedded: 7" in quick_cli(*words, out, "runtime.part=1/2").stdout
+    for part, code in (("3/2", "E_CONFIG_VALUE"), ("plan", "E_CONFIG_VALUE")):
+        done = quick_cli(*words, out, f"runtime.part={part}")
+        assert done.returncode == 2 and f"error[{code}]" in done.stderr and "K/N with K from 1 to N" in done.stderr
+    done = quick_cli(*words, tmp_path / "new", "runtime.part=1/2", "--fresh")
+    assert done.returncode == 2 and "error[E_USAGE]" in done.stderr and not (tmp_path / "new").exists()
