@@ -18,23 +18,65 @@ def slurm(config: LaunchConfig, inner: list[str]) -> str:
     nodes, processes = required(config, "nodes", "processes")
     own = config.slurm
     asked = {
-        **{"job-name": own.name, "account": own.account, "partition": own.partition, "time": own.time},
         **{"nodes": nodes, "ntasks-per-node": processes, "gpus-per-node": processes if config.gpus else ""},
-        **{"cpus-per-task": own.cpus_per_task, "signal": f"B:USR1@{own.warning}"},
-        **{"open-mode": "append", "output": f"{own.name}-%j.log"},
+        "output": f"{own.name}-%j.log",
     }
     master = shlex.quote(config.master) if config.master else '"$(scontrol show hostnames | head -n 1)"'
     lines = [
-        "#!/bin/bash",
-        *(f"#SBATCH --{name}={value}" for name, value in asked.items() if value != ""),
+        *_asked(config, own.name, asked),
         "#SBATCH --exclusive",
-        "#SBATCH --requeue",
         "",
-        *own.setup,
-        *(f"export {name}={shlex.quote(value)}" for name, value in config.env.items()),
+        *_ready(config),
         f"export MASTER_ADDR={master}",
         "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))",
-        f"srun --kill-on-bad-exit=1 --cpus-per-task={own.cpus_per_task} clipwright {shlex.join(inner)} &",
+        *_again(config, f"clipwright {shlex.join(inner)}"),
+    ]
+    return "\n".join(lines)
+
+
+def array(config: LaunchConfig, inner: list[str]) -> str:
+    """A script for `bash` that submits a plan (of prep), an array of parts behind it and, behind them, what joins them.
+
+    Each job is one process. A part that is told to stop goes on later; submitted again, only missing parts work.
+    """
+    [parts] = required(config, "parts")
+    own, verb = config.slurm, inner[0]
+    gpu = {"gpus": 1 if config.gpus and verb == "embed" else ""}
+    told = f"clipwright {shlex.join(inner)} runtime.part="
+    one, each = {"ntasks": 1, "output": "%x-%j.log"}, {"ntasks": 1, "output": "%x-%A-%a.log"}
+    jobs = [("plan", one, f"{told}plan")] if verb == "prep" else []
+    jobs.append(("parts", {"array": f"1-{parts}", **each, **gpu}, f'{told}"$SLURM_ARRAY_TASK_ID/{parts}"'))
+    jobs.append(("finish", {**one, **gpu}, f"{told}finish"))
+    lines = ["#!/bin/bash", "set -eu"]
+    before = ""
+    for name, asked, line in jobs:
+        # Of several clusters, sbatch names the one behind a semicolon.
+        wait = f' --dependency="afterok:${{{before}%%;*}}" --kill-on-invalid-dep=yes' if before else ""
+        script = [*_asked(config, f"{own.name}-{verb}-{name}", asked), "", *_ready(config), *_again(config, line)]
+        lines += ["", f"{name}=$(sbatch --parsable{wait} <<'JOB'", *script, "JOB", ")", f'echo "{name}: job ${name}"']
+        before = name
+    return "\n".join(lines)
+
+
+def _asked(config: LaunchConfig, name: str, asked: dict[str, object]) -> list[str]:
+    """The head of a batch script: what it asks of the cluster."""
+    own = config.slurm
+    asked = {
+        **{"job-name": name, "account": own.account, "partition": own.partition, "time": own.time, **asked},
+        **{"cpus-per-task": own.cpus_per_task, "signal": f"B:USR1@{own.warning}", "open-mode": "append"},
+    }
+    lines = [f"#SBATCH --{option}={value}" for option, value in asked.items() if value != ""]
+    return ["#!/bin/bash", *lines, "#SBATCH --requeue"]
+
+
+def _ready(config: LaunchConfig) -> list[str]:
+    return [*config.slurm.setup, *(f"export {name}={shlex.quote(value)}" for name, value in config.env.items())]
+
+
+def _again(config: LaunchConfig, line: str) -> list[str]:
+    """Runs `line` as the job's tasks; warned of the time limit, they save, and the job queues again."""
+    return [
+        f"srun --kill-on-bad-exit=1 --cpus-per-task={config.slurm.cpus_per_task} {line} &",
         "step=$!",
         "again=no",
         "trap 'again=yes; kill -USR1 $step' USR1",
@@ -44,7 +86,6 @@ def slurm(config: LaunchConfig, inner: list[str]) -> str:
         f'if [ "$again" = yes ] && [ "$code" = {PREEMPTED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
         'exit "$code"',
     ]
-    return "\n".join(lines)
 
 
 def kubernetes(config: LaunchConfig, inner: list[str]) -> str:

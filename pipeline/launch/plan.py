@@ -19,6 +19,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
 
 VERBS = ("train", "doctor", "embed")  # whose processes share their work as ranks
+ARRAYS = ("prep", "embed")  # whose work is cut into parts that a job array does
 CARRIED = ("NCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "DS_", "PYTHONPATH")  # this shell's variables that hosts get too
 _PORT = 29500
 
@@ -60,6 +61,7 @@ class LaunchConfig:
     hostfile: str | None = None
     nodes: Annotated[int, Field(ge=1)] | None = None
     processes: Annotated[int, Field(ge=1)] | None = None  # on each machine: one a GPU
+    parts: Annotated[int, Field(ge=1, le=100_000)] | None = None  # slurm, prep and embed: an array of so many jobs
     gpus: bool = True  # whether each process asks the cluster for a GPU
     node_rank: Annotated[int, Field(ge=0)] | None = None  # torchrun on several machines: which of them this is
     master: Annotated[str, Field(pattern=r"^[\w.:-]+$")] | None = None
@@ -86,19 +88,42 @@ def split(call: Call) -> list[str]:
     given = list(call.given)
     start = next((i for i, word in enumerate(given) if i > 0 and word not in call.overrides), len(given))
     inner = given[start:]
-    if not inner or inner[0] not in VERBS or any(word.startswith("-") for word in inner):
-        raise ClipwrightError(
-            "E_USAGE",
-            "nothing to launch",
-            where=shlex.join(["launch", *given]),
-            found=f"{inner[0] if inner else 'no command'!r}; {', '.join(VERBS)} run as ranks",
-            fix="put `launch CONFIG` before a command: clipwright launch torchrun processes=2 train photos … -o RUN",
-        )
+    if not inner or inner[0] not in (*VERBS, *ARRAYS) or any(word.startswith("-") for word in inner):
+        raise _nothing(given, inner)
     call.overrides = given[1:start]
     flags = {"--json": call.json, "--quiet": call.quiet, "--debug": call.debug, "--yes": call.yes}
     flags["--fresh"] = call.fresh
     inner += ["-o", str(call.out)] if call.out is not None else []
     return inner + [flag for flag, on in flags.items() if on]
+
+
+def check(config: LaunchConfig, call: Call, inner: list[str]) -> None:
+    """E_USAGE where this launcher cannot start this command in this way."""
+    verb = inner[0]
+    if config.parts is None and verb in VERBS:
+        return
+    if config.by != "slurm" or verb not in ARRAYS:
+        raise _nothing(list(call.given), inner)
+    required(config, "parts")
+    if any(word.startswith("runtime.part=") for word in inner) or "--fresh" in inner:
+        raise ClipwrightError(
+            "E_USAGE",
+            "parts said twice" if "--fresh" not in inner else "parts that would start all over",
+            where=shlex.join(inner),
+            found=f"parts={config.parts} gives each job its runtime.part, and each goes on where it stopped",
+            fix="leave out runtime.part and --fresh; to start over give a new folder",
+        )
+
+
+def _nothing(given: list[str], inner: list[str]) -> ClipwrightError:
+    found = repr(inner[0]) if inner else "no command"
+    return ClipwrightError(
+        "E_USAGE",
+        "nothing to launch",
+        where=shlex.join(["launch", *given]),
+        found=f"{found}; {', '.join(VERBS)} run as ranks, {' and '.join(ARRAYS)} as a Slurm array of parts",
+        fix="put `launch CONFIG` before a command: clipwright launch torchrun processes=2 train photos … -o RUN",
+    )
 
 
 def required(config: LaunchConfig, *names: str) -> list[int]:

@@ -20,7 +20,7 @@ from clipwright.pipeline.core.command import DONE, INTERRUPTED, PREEMPTED, Call,
 from clipwright.pipeline.core.errors import CODES, ClipwrightError
 from clipwright.pipeline.core.records import STATUS
 from clipwright.pipeline.launch import files
-from clipwright.pipeline.launch.plan import LaunchConfig, Part, parts, split
+from clipwright.pipeline.launch.plan import LaunchConfig, Part, check, parts, split
 
 GRACE = 60.0  # seconds that ranks have to save and leave; launchers give theirs 30
 _SAVED = (PREEMPTED, INTERRUPTED)
@@ -32,8 +32,10 @@ def launch(call: Call) -> None:
     call.writes_status = False  # the output folder is the launched command's, which writes its own
     inner = split(call)
     config: LaunchConfig = call.load().value
+    check(config, call, inner)
     if config.by in ("slurm", "kubernetes"):
-        text = files.slurm(config, inner) if config.by == "slurm" else files.kubernetes(config, inner)
+        write = files.kubernetes if config.by == "kubernetes" else files.slurm if config.parts is None else files.array
+        text = write(config, inner)
         call.finish({"by": config.by, "file": text}, text)
         return
     told, made = parts(config, inner)

@@ -129,6 +129,11 @@ def test_command_lines_that_launch_nothing(tmp_path: Path, here: Any) -> None:
     for words, code, named in (
         (["launch", "torchrun", "processes=2"], "E_USAGE", "no command"),
         (["launch", "torchrun", "processes=2", "prep", "table"], "E_USAGE", "'prep'; train, doctor, embed"),
+        (["launch", "torchrun", "processes=2", "parts=2", "embed", "model=m"], "E_USAGE", "a Slurm array of parts"),
+        (["launch", "slurm", "parts=2", *TRAIN], "E_USAGE", "'train'"),
+        (["launch", "slurm", "prep", "table"], "E_CONFIG_VALUE", "parts — launch by slurm needs it"),
+        (["launch", "slurm_array", "prep", "table", "runtime.part=1/2"], "E_USAGE", "leave out runtime.part"),
+        (["launch", "slurm_array", "prep", "table", "--fresh"], "E_USAGE", "start all over"),
         (["launch", "torchrun", *TRAIN], "E_CONFIG_VALUE", "processes — launch by torchrun needs it"),
         (["launch", "torchrun", "processes=2", "nodes=2", *TRAIN], "E_CONFIG_VALUE", "master"),
         (["launch", "hostfile", file, "nodes=3", *TRAIN], "E_CONFIG_VALUE", "node1 slots=2"),
@@ -248,6 +253,65 @@ def test_the_slurm_script_runs_and_queues_again(tmp_path: Path, here: Any, progr
         assert ran == [
             *("--kill-on-bad-exit=1", "--cpus-per-task=8", "clipwright", *TRAIN, "data.note=a b", "-o", "run")
         ]
+
+
+HEAD = """\
+#!/bin/bash
+#SBATCH --job-name=clipwright-{name}
+#SBATCH --partition=big
+#SBATCH --time=24:00:00
+{asked}
+#SBATCH --cpus-per-task=8
+#SBATCH --signal=B:USR1@120
+#SBATCH --open-mode=append
+#SBATCH --requeue
+
+module load cuda
+srun --kill-on-bad-exit=1 --cpus-per-task=8 clipwright {words} &
+step=$!
+"""
+
+
+def test_the_slurm_array_of_prep_runs(tmp_path: Path, here: Any, program: Any) -> None:
+    """The jobs as sbatch gets them, then each job's own line for real: the folder of one run."""
+    prep = ["prep", "scenes", "source.count=8", "source.image_size=32", "shards.samples=2", "images.quality=85"]
+    words = ["launch", "slurm_array", "parts=2", "slurm.partition=big", "slurm.setup=[module load cuda]", *prep]
+    script = here(tmp_path, *words, "-o", "out").out
+    assert here(tmp_path, *words, "-o", "out", "--dry-run").out == script
+    program("sbatch", 'n=$(ls job.* 2>/dev/null | wc -l); cat > job.$n; echo "10$n;main"')
+    program("module", "true")
+    ran = subprocess.run(["bash"], input=script, cwd=tmp_path, text=True, capture_output=True, check=True)
+    assert ran.stdout == "plan: job 100;main\nparts: job 101;main\nfinish: job 102;main\n"
+    assert (tmp_path / "sbatch.log").read_text().split() == [
+        *("--parsable", "--parsable", "--dependency=afterok:100", "--kill-on-invalid-dep=yes"),
+        *("--parsable", "--dependency=afterok:101", "--kill-on-invalid-dep=yes"),
+    ]
+    line, one = " ".join([*prep, "-o", "out"]), "#SBATCH --ntasks=1\n#SBATCH --output=%x-%j.log"
+    many = "#SBATCH --array=1-2\n#SBATCH --ntasks=1\n#SBATCH --output=%x-%A-%a.log"
+    parts = (("plan", one, "plan"), ("parts", many, '"$SLURM_ARRAY_TASK_ID/2"'), ("finish", one, "finish"))
+    for number, (name, asked, part) in enumerate(parts):
+        job = (tmp_path / f"job.{number}").read_text()
+        assert job.startswith(HEAD.format(name=f"prep-{name}", asked=asked, words=f"{line} runtime.part={part}")), job
+    program("srun", "exit 0")
+    for number, task in ((0, ""), (1, "2"), (1, "1"), (2, "")):
+        (tmp_path / "srun.log").unlink(missing_ok=True)
+        env = {**os.environ, "SLURM_ARRAY_TASK_ID": task, "SLURM_JOB_ID": "1"}
+        subprocess.run(["bash", f"job.{number}"], cwd=tmp_path, env=env, check=True)
+        ran = (tmp_path / "srun.log").read_text().splitlines()
+        assert ran[:3] == ["--kill-on-bad-exit=1", "--cpus-per-task=8", "clipwright"]
+        here(tmp_path, *ran[3:], "runtime.workers=1")
+    here(tmp_path, *prep, "runtime.workers=1", "-o", "one")
+    assert (tmp_path / "out/manifest.json").read_bytes() == (tmp_path / "one/manifest.json").read_bytes()
+
+
+def test_the_slurm_array_of_embed(tmp_path: Path, here: Any) -> None:
+    words = ["embed", "model=m", "data=d", "-o", "out"]
+    script = here(tmp_path, "launch", "slurm", "parts=8", *words).out
+    assert "plan" not in script and script.count("sbatch --parsable") == 2
+    assert script.count("#SBATCH --gpus=1\n") == 2 and "#SBATCH --array=1-8\n" in script
+    assert 'clipwright embed model=m data=d -o out runtime.part="$SLURM_ARRAY_TASK_ID/8" &' in script
+    assert "gpus" not in here(tmp_path, "launch", "slurm", "parts=8", "gpus=false", *words).out
+    assert "parts" not in here(tmp_path, "launch", "slurm", *words).out  # ranks of one job
 
 
 def test_the_kubernetes_job(tmp_path: Path, here: Any) -> None:
