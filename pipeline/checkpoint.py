@@ -26,6 +26,7 @@ from clipwright.pipeline.core.records import (
     digest,
     read_manifest,
 )
+from clipwright.pipeline.core.unsafe import refuse_code
 from clipwright.pipeline.distributed import World, from_all, from_first
 from clipwright.pipeline.engine import Engine
 from clipwright.pipeline.losses.base import ContrastiveLoss
@@ -91,7 +92,7 @@ def newest(run: Path, step: int | None = None, world: World | None = None) -> Ch
 
     A broken one is named on stderr and the one before it is taken. E_CKPT_HASH when checkpoints exist and none is
     whole, E_CKPT_NONE when `step` was asked for and is missing, or all that were saved are; None when the run has none
-    yet.
+    yet. E_UNSAFE for one with a file that could run code.
     """
     names = sorted((path.name for path in (run / FOLDER).glob("step-*")), reverse=True)
     pointer = _pointer(run)
@@ -111,6 +112,8 @@ def newest(run: Path, step: int | None = None, world: World | None = None) -> Ch
         if wrong is None:
             assert manifest is not None
             return Checkpoint(run / FOLDER / name, manifest)
+        if wrong.code == "E_UNSAFE":  # somebody put it there: no older checkpoint makes that good
+            raise wrong
         broken = wrong
         _warn(world, f"warning: skipping a broken checkpoint: {wrong}")
     if broken is not None:
@@ -175,6 +178,7 @@ def _verified(folder: Path, world: World | None) -> tuple[dict[str, Any] | None,
 def _manifest(folder: Path) -> dict[str, Any]:
     """A checkpoint's manifest; its fingerprint covers all that stands in it."""
     manifest = read_manifest(folder, "checkpoint")
+    refuse_code(folder, "a checkpoint")
     body = {key: value for key, value in manifest.items() if key not in ("format", "version", "fingerprint")}
     if digest(body) != manifest.get("fingerprint"):
         found = "its fingerprint is not that of what it says"

@@ -31,6 +31,7 @@ from clipwright.pipeline.core.records import (
     write_manifest,
 )
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.core.unsafe import refuse_code
 from clipwright.pipeline.pixels import Interpolation, evaluation_view
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, Tokenizer, TokenizerConfig
 from clipwright.pipeline.towers.base import (
@@ -260,10 +261,11 @@ def _raw(tensor: Tensor) -> bytes:
 
 
 def load_model(folder: str | Path, device: str = "auto") -> Model:
-    """Opens a model folder. E_INPUT, E_MANIFEST, E_MODEL_HASH, E_MODEL_SHAPE say what is wrong with it."""
+    """Opens a model folder. E_INPUT, E_MANIFEST, E_MODEL_HASH, E_MODEL_SHAPE, E_UNSAFE say what is wrong with it."""
     folder = Path(folder)
     manifest = _read_manifest(folder)
     check_files(folder, manifest["files"], "E_MODEL_HASH")
+    refuse_code(folder, "a model folder")
     tree = _read_config(folder)
     # The loss and the tokenizer's fingerprint are part of the file, not of what the towers compute.
     kept = {k: v for k, v in tree.items() if k not in ("loss", "tokenizer_fingerprint")}

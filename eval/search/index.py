@@ -27,6 +27,7 @@ from clipwright.pipeline.core.records import (
     write_manifest,
 )
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.core.unsafe import refuse_code, unsafe
 
 CURRENT, VERSIONS, FAISS, ROWS = "current", "versions", "index.faiss", "rows-00000.parquet"
 CANARIES = 16
@@ -62,6 +63,7 @@ def build(resolved: Resolved[IndexConfig], out: Path, *, fresh: bool, quiet: boo
     embeddings = Path(config.embeddings)
     source = read_manifest(embeddings, "embedding")
     check_files(embeddings, source["files"], "E_EMBED_HASH")
+    refuse_code(embeddings, "an embedding folder")
     claim(out, (CURRENT, VERSIONS))
     if not fresh and (whole := _whole(out, source["fingerprint"], config.recipe)) is not None:
         return {**whole, "made": False}
@@ -147,12 +149,22 @@ def _write_version(
 def _parts(embeddings: Path, source: dict[str, Any]) -> Iterator[tuple[np.ndarray, pa.Table]]:
     """Vectors (float16, mapped) and rows of each part, in order."""
     for name in sorted(name for name in source["files"] if name.endswith(".npy")):
-        unit = np.load(embeddings / name, mmap_mode="r", allow_pickle=False)
+        unit = _vectors(embeddings / name)
         rows = pq.read_table((embeddings / name).with_suffix(".parquet"))
         if unit.shape != (rows.num_rows, source["dimension"]):
             found = f"vectors {unit.shape}, rows {rows.num_rows}, dimension {source['dimension']}"
             raise _disagree(embeddings / name, found, "run `clipwright embed` again with --fresh")
         yield unit, rows
+
+
+def _vectors(path: Path) -> np.ndarray:
+    """An npy file, mapped. E_UNSAFE for one of Python objects, which is a pickle."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        if "object" in str(error).lower():  # as a dtype
+            raise unsafe(path, "a part of an embedding folder", str(error)) from None
+        raise _disagree(path, str(error), "run `clipwright embed` again with --fresh") from None
 
 
 def _unit(half: np.ndarray) -> np.ndarray:
@@ -200,11 +212,13 @@ def open_version(folder: Path) -> Index:
     """Opens the current version of an index folder.
 
     The manifest first, then size and SHA-256 of every file, and only then does FAISS read anything: its readers
-    trust their input. Raises E_INPUT, E_MANIFEST, E_INDEX_HASH, and E_INDEX_ROWS if vectors and rows disagree.
+    trust their input. Raises E_INPUT, E_MANIFEST, E_INDEX_HASH, E_UNSAFE, and E_INDEX_ROWS if vectors and rows
+    disagree.
     """
     name, manifest = _current(folder)
     version = folder / VERSIONS / name
     check_files(version, manifest["files"], "E_INDEX_HASH")
+    refuse_code(version, "an index folder")
     index = faiss.read_index(str(version / FAISS))
     rows = pq.read_table(version / ROWS)
     ids = np.asarray(rows["id"])

@@ -34,6 +34,7 @@ CODES: dict[str, tuple[int, str]] = {
     "E_IMPORT": (3, "a foreign model folder that states too little, contradicts itself or cannot be taken over"),
     "E_PARITY": (1, "an imported model that does not compute what its source does"),
     "E_MODEL_DIM": (3, "a model whose embedding dimension differs from the index's"),
+    "E_UNSAFE": (3, "a file that could run code where only data belongs"),
     "E_FINGERPRINT": (3, "artefacts made with different models"),
     "E_UNFINISHED": (3, "work in steps or parts of which one is missing or did not finish"),
     "E_EMBED_HASH": (3, "an embedding file that is not what its manifest says"),

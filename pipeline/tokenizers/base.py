@@ -10,6 +10,7 @@ import numpy as np
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import Registry, configclass
+from clipwright.pipeline.core.unsafe import kind_of, unsafe
 
 
 @configclass
@@ -55,7 +56,10 @@ class Tokenizer(Protocol):
 
 
 def read_bounded(path: Path, most: int, unreadable: Callable[[Path, str], ClipwrightError]) -> bytes:
-    """A tokenizer's file of at most `most` bytes: a model folder is not trusted. `unreadable` makes the error."""
+    """A tokenizer's file of at most `most` bytes: a model folder is not trusted. `unreadable` makes the error.
+
+    E_UNSAFE for a pickle under its name.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(most + 1)
@@ -63,6 +67,8 @@ def read_bounded(path: Path, most: int, unreadable: Callable[[Path, str], Clipwr
         raise unreadable(path, error.strerror or str(error)) from None
     if len(data) > most:
         raise unreadable(path, f"more than {most} bytes")
+    if found := kind_of(data):
+        raise unsafe(path, "a tokenizer's file", found)
     return data
 
 

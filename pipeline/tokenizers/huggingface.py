@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import atomic_write, digest
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.core.unsafe import unsafe
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig, read_bounded
 
-TOKENIZER, SPECIAL = "tokenizer.json", "special_tokens_map.json"
+TOKENIZER, SPECIAL, SETTINGS = "tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"
 MAX_BYTES = 128 * 2**20  # of a file; a vocabulary of 256,000 pieces has 34 MB, and a model folder is not trusted
 NO_START = -1
 
@@ -33,6 +34,8 @@ class HuggingFaceTokenizerConfig(TokenizerConfig):
     def learn(self, captions: Iterable[str], folder: Path) -> None:
         """Copies what is in the config's folder; nothing is learned. E_CONFIG_VALUE without one, E_INPUT for a bad one.
 
+        E_UNSAFE for one with code of its own.
+
         A folder without tokenizer.json is opened by transformers, offline and without running code of the folder's.
         """
         if self.folder is None:
@@ -44,6 +47,7 @@ class HuggingFaceTokenizerConfig(TokenizerConfig):
                 fix="set tokenizer.folder=DIR, a folder with tokenizer.json",
             )
         source = Path(self.folder)
+        _refuse_code(source)
         path = source / TOKENIZER
         if path.is_file() or not source.is_dir():
             data, special = read_bounded(path, MAX_BYTES, _unreadable), _special_tokens(source)
@@ -157,10 +161,24 @@ def _unknown_ids(model: dict[str, Any], vocabulary: dict[str, int]) -> tuple[int
     return tuple(sorted({i for i in (unknown, *spelt) if i is not None}))
 
 
+def _refuse_code(folder: Path) -> None:
+    """E_UNSAFE where the folder names Python code that its tokenizer is made of: its own ids would be others."""
+    for name in (SETTINGS, "config.json"):
+        if not (path := folder / name).is_file():
+            continue
+        try:
+            tree = json.loads(read_bounded(path, MAX_BYTES, _unreadable))
+        except (ValueError, RecursionError) as error:
+            raise _unreadable(path, str(error)) from None
+        named = tree.get("auto_map") if isinstance(tree, dict) else None
+        if named and (name == SETTINGS or "AutoTokenizer" in named):  # a model's own code is none of a tokenizer's
+            raise unsafe(f"{path}: auto_map", "a tokenizer folder", f"it names {named}")
+
+
 def _special_tokens(folder: Path) -> dict[str, str]:
     """Role (`eos_token`, …) → token, as the folder's files name them."""
     found: dict[str, str] = {}
-    for name in (SPECIAL, "tokenizer_config.json"):
+    for name in (SPECIAL, SETTINGS):
         path = folder / name
         if not path.is_file():
             continue
