@@ -36,6 +36,7 @@ from clipwright.pipeline.core.records import (
     write_manifest,
 )
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.data.cache import CachedRuntime
 from clipwright.pipeline.data.reader import Dataset
 from clipwright.pipeline.model import Model, load_model
 from clipwright.pipeline.place import detect
@@ -56,7 +57,7 @@ def _checked_part(text: str) -> str:
 
 
 @configclass
-class EmbedRuntime:
+class EmbedRuntime(CachedRuntime):
     """How embedding is spread over machines; not part of the result's identity.
 
     `part`: `K/N` embeds the K-th of N shares and leaves it for `finish`, which joins them: a job array.
@@ -132,7 +133,10 @@ def embed(resolved: Resolved[EmbedConfig], out: Path, ranks: Ranks, *, quiet: bo
             fix="give a new folder with -o",
         )
     opened: list[tuple[Model, Dataset]] = []
-    ranks.together(lambda: opened.append((load_model(Path(config.model), ranks.device), Dataset(Path(config.data)))))
+    cache = config.runtime.cache
+    ranks.together(
+        lambda: opened.append((load_model(Path(config.model), ranks.device), Dataset(config.data, cache=cache)))
+    )
     [(model, data)] = opened
     body = {"model": model.fingerprint, "data": data.fingerprint, "what": config.what, "dimension": model.embed_dim}
     done = ranks.together(lambda: _finished(out, body, fresh) if ranks.rank == 0 else None)[0]

@@ -18,6 +18,8 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data.reader import Dataset
 from clipwright.pipeline.pixels import PixelError
 
+AHEAD = 4  # shards of a remote dataset that are fetched before they are read
+
 
 class Encoder(Protocol):
     """What evaluation needs of a model; `pipeline.model.Model` is one, a trainer may hand in another."""
@@ -55,6 +57,8 @@ def pictures(data: Dataset, rows: Iterable[int]) -> Iterator[Picture]:
             begin, shard = begin + data.sizes[shard], shard + 1
         if loaded != shard:
             loaded, keys = shard, data.sidecar(shard)["key"].to_pylist()
+            # Pictures of the shard before may still wait to be read.
+            data.expect(range(max(shard - 1, 0), min(shard + AHEAD, len(data.sizes))))
         key = keys[row - begin]
         yield Picture(
             key=key,

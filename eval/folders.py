@@ -10,6 +10,7 @@ from pathlib import Path
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import STATUS, write_json
+from clipwright.pipeline.data.remote import is_remote
 
 CONFIG, ORIGIN = "config.yaml", "origin.json"
 
@@ -39,15 +40,20 @@ def write_origin(folder: Path, **places: str | Path) -> None:
 
     Not part of any identity: a moved folder is the same folder, only its inputs must then be named.
     """
-    write_json(
-        folder / ORIGIN, {name: os.path.relpath(Path(p).resolve(), folder.resolve()) for name, p in places.items()}
-    )
+    found = {
+        name: str(place) if is_remote(str(place)) else os.path.relpath(Path(place).resolve(), folder.resolve())
+        for name, place in places.items()
+    }
+    write_json(folder / ORIGIN, found)
 
 
-def read_origin(folder: Path) -> dict[str, Path]:
-    """Name → path of what `folder` was made from, as recorded; empty if nothing was."""
+def read_origin(folder: Path) -> dict[str, str]:
+    """Name → path or address of what `folder` was made from, as recorded; empty if nothing was."""
     try:
         places = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {name: Path(os.path.normpath(folder.resolve() / place)) for name, place in places.items()}
+    return {
+        name: place if is_remote(place) else os.path.normpath(folder.resolve() / place)
+        for name, place in places.items()
+    }

@@ -15,7 +15,9 @@ from clipwright.eval.encode import Picture, pictures
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.records import digest, file_sha256
+from clipwright.pipeline.data.cache import CacheConfig
 from clipwright.pipeline.data.reader import Dataset
+from clipwright.pipeline.data.remote import is_remote
 from clipwright.pipeline.pixels import bytes_key
 
 IMAGE = "image"  # the column of a table that holds the files, as bytes or as a struct with bytes
@@ -40,9 +42,13 @@ class Labelled(Protocol):
         ...
 
 
-def open_labelled(place: str | Path) -> Labelled:
-    """A dataset folder, or the parquet files that a path or glob names. E_INPUT, E_TABLE, E_COLUMN, E_DATA_SMALL."""
-    data = LabelledDataset(Path(place)) if Path(place).is_dir() else LabelledTable(_files(str(place)))
+def open_labelled(place: str | Path, cache: CacheConfig | None = None) -> Labelled:
+    """A dataset folder or a bucket's, or the parquet files that a path or glob names.
+
+    Raises E_INPUT, E_TABLE, E_COLUMN, E_DATA_SMALL, and of a remote one E_REMOTE.
+    """
+    dataset = is_remote(str(place)) or Path(place).is_dir()
+    data = LabelledDataset(place, cache) if dataset else LabelledTable(_files(str(place)))
     if data.samples == 0:
         raise ClipwrightError(
             "E_DATA_SMALL", "a labelled set without images", where=place, found="0 rows", fix="give one that has rows"
@@ -53,9 +59,9 @@ def open_labelled(place: str | Path) -> Labelled:
 class LabelledDataset:
     """The rows of a dataset folder: its sidecars' columns."""
 
-    def __init__(self, folder: Path) -> None:
-        self.data = Dataset(folder)
-        self.name, self.fingerprint, self.samples = folder.name, self.data.fingerprint, self.data.samples
+    def __init__(self, place: str | Path, cache: CacheConfig | None) -> None:
+        self.data = Dataset(place, cache=cache)
+        self.name, self.fingerprint, self.samples = Path(place).name, self.data.fingerprint, self.data.samples
         self.columns = list(self.data.sidecar(0).column_names) if self.data.sizes else []
 
     def read(self, columns: Sequence[str]) -> pa.Table:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import Registry, configclass
+from clipwright.pipeline.data.cache import CachedRuntime
 
 
 @configclass
@@ -21,7 +22,7 @@ class BenchmarkConfig:
 
 
 @configclass
-class EvalRuntime:
+class EvalRuntime(CachedRuntime):
     """How evaluation is spread over the machine; not part of a report's identity."""
 
     batch: Annotated[int, Field(ge=1)] = 64
@@ -41,6 +42,10 @@ class Context:
 
     def folder(self, name: str) -> Path:
         """The folder `name` (model, data or index), which this benchmark cannot do without (E_CONFIG_VALUE)."""
+        return Path(self.place(name))
+
+    def place(self, name: str) -> str:
+        """The same as given: data may also be an address."""
         place = getattr(self, name)
         if place is None:
             raise ClipwrightError(
@@ -50,7 +55,7 @@ class Context:
                 found=f"{name} is not set",
                 fix=f"add {name}=DIR",
             )
-        return Path(place)
+        return place
 
 
 @dataclass(frozen=True)

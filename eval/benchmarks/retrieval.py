@@ -30,10 +30,9 @@ class Retrieval:
     config: RetrievalConfig
 
     def run(self, context: Context) -> Outcome:
-        folder = context.folder("data")
+        runtime, place = context.runtime, context.place("data")
         model = load_model(context.folder("model"))
-        data = Dataset(folder)
-        runtime = context.runtime
+        data = Dataset(place, cache=runtime.cache)
         answers = answer(model, data, batch=runtime.batch, workers=runtime.workers, quiet=context.quiet)
         numbers = answers.found.numbers()
         fingerprints = {"model": model.fingerprint, "data": data.fingerprint}

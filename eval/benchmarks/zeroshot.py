@@ -46,7 +46,7 @@ class Zeroshot:
         config, runtime = self.config, context.runtime
         templates = load_templates(config.templates)
         classes = None if config.classes is None else load_classes(config.classes)
-        data = open_labelled(context.folder("data"))
+        data = open_labelled(context.place("data"), runtime.cache)
         question = ask(data, classes, config.label, config.where)
         model = load_model(context.folder("model"))
         answers = answer(

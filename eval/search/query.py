@@ -101,8 +101,8 @@ def open_index(folder: str | Path, model: str | Path | None = None) -> Searcher:
     Raises what `open_version` and `load_model` raise, E_MODEL_DIM and E_FINGERPRINT if the model is another one.
     """
     index = open_version(Path(folder))
-    place = Path(model) if model is not None else read_origin(index.folder).get("model")
-    if place is None or not place.is_dir():
+    place = model if model is not None else read_origin(index.folder).get("model")
+    if place is None or not Path(place).is_dir():
         raise ClipwrightError(
             "E_INPUT",
             "no model for this index",
@@ -110,7 +110,7 @@ def open_index(folder: str | Path, model: str | Path | None = None) -> Searcher:
             found="there is no such folder",
             fix="say where the model lies now: model=DIR",
         )
-    opened = load_model(place)
+    opened = load_model(Path(place))
     if opened.embed_dim != index.manifest["dimension"]:
         raise ClipwrightError(
             "E_MODEL_DIM",

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
+
+from pydantic import Field
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import MANIFEST, atomic_write, digest
@@ -32,6 +34,18 @@ class CacheConfig:
     def root(self) -> Path:
         home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         return Path(self.folder) if self.folder else Path(home) / "clipwright"
+
+
+@configclass
+class CachedRuntime:
+    """What a section `runtime` says of remote shards."""
+
+    cache_dir: str = ""  # where they are kept; by default in the user's cache folder
+    cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0  # of each remote dataset, in each process
+
+    @property
+    def cache(self) -> CacheConfig:
+        return CacheConfig(folder=self.cache_dir, gb=self.cache_gb)
 
 
 def dataset_folder(place: str, cache: CacheConfig) -> Path:

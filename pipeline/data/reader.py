@@ -113,8 +113,8 @@ class Dataset:
 
     def expect(self, shards: Sequence[int]) -> None:
         """Which shards are read next, in order: a remote dataset fetches them ahead."""
-        if self._cache is not None:
-            self._cache.want(shards)
+        if self.remote:
+            self._opened_cache().want(shards)
 
     @contextmanager
     def held(self, shard: int) -> Iterator[Path]:
@@ -122,11 +122,14 @@ class Dataset:
         if not self.remote:
             yield self.tar_path(shard)
             return
+        with self._opened_cache().hold(shard) as path:
+            yield path
+
+    def _opened_cache(self) -> ShardCache:
         if self._cache is None:
             self.open_cache(1)
         assert self._cache is not None
-        with self._cache.hold(shard) as path:
-            yield path
+        return self._cache
 
     def _address(self, name: str) -> str:
         return name if is_remote(name) or not is_remote(self.place) else f"{self.place.rstrip('/')}/{name}"

@@ -19,6 +19,8 @@ SCHEMES = ("s3", "gs", "http", "https")
 CONNECT, REQUEST = "10s", "60s"  # time-outs: to be connected, and for a request of at most PART bytes
 PART = 16 << 20
 PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds before each new try
+# Obstore's errors that another try would meet again; the last is a server's that does not answer a range of bytes.
+FINAL = ("NotFoundError", "PermissionDeniedError", "UnauthenticatedError", "NotSupportedError")
 
 
 def is_remote(place: str) -> bool:
@@ -124,7 +126,7 @@ def _patiently(get: Callable[[], bytes], address: str) -> bytes:
         try:
             return get()
         except Exception as error:  # of obstore's own kinds
-            final = type(error).__name__ in ("NotFoundError", "PermissionDeniedError", "UnauthenticatedError")
+            final = type(error).__name__ in FINAL
             # A missing file is FileNotFoundError in some of obstore's stores.
             if pause is None or final or isinstance(error, FileNotFoundError):
                 raise _unreachable(address, error) from None

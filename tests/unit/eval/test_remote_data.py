@@ -1,0 +1,134 @@
+"""Evaluation and embedding of a dataset behind https://, through a cache that holds two shards."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import http.server
+import ipaddress
+import json
+import re
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from clipwright.eval.benchmarks.base import BENCHMARKS, Context, EvalRuntime
+from clipwright.eval.encode import encode_images, pictures
+from clipwright.eval.labelled import open_labelled
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.data import remote
+from clipwright.pipeline.data.cache import GB, CacheConfig
+from clipwright.pipeline.data.reader import Dataset
+from clipwright.pipeline.model import load_model
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Files by whole or, `whole` being unset, by range."""
+
+    whole = False
+
+    def do_GET(self) -> None:
+        data = Path(self.translate_path(self.path)).read_bytes()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        first, last = (int(asked[1]), int(asked[2])) if asked and not self.whole else (0, len(data) - 1)
+        self.send_response(206 if asked and not self.whole else 200)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.end_headers()
+        self.wfile.write(data[first : last + 1])
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """An authority's certificate, and a server's with its key."""
+    now = datetime.datetime.now(datetime.UTC)
+    root, own = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+
+    def made(name: str, key: ec.EllipticCurvePrivateKey, authority: bool) -> bytes:
+        names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)]) for text in (name, "root")]
+        builder = x509.CertificateBuilder(names[1], names[0], key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(now - datetime.timedelta(days=1))
+        builder = builder.not_valid_after(now + datetime.timedelta(days=1))
+        builder = builder.add_extension(x509.BasicConstraints(authority, None), critical=True)
+        if not authority:
+            places = [x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+            builder = builder.add_extension(x509.SubjectAlternativeName(places), critical=False)
+            use = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+            builder = builder.add_extension(use, critical=False)
+        return builder.sign(root, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    plain = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (folder / "root.pem").write_bytes(made("root", root, authority=True))
+    (folder / "own.pem").write_bytes(made("own", own, authority=False) + own.private_bytes(*plain))
+    return folder / "root.pem", folder / "own.pem"
+
+
+@pytest.fixture
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server of `tmp_path` that a certificate in the environment vouches for."""
+    root, own = certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(root))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path)))
+    server.daemon_threads = True
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(own)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    remote._store.cache_clear()
+    yield f"https://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_dataset_of_a_web_server_gives_what_a_local_one_gives(
+    tmp_path: Path, web: str, make_model: Any, make_dataset: Any, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = make_model(tmp_path / "model"), make_dataset(tmp_path / "data", 50, shard=10)
+    entries = json.loads((data / "manifest.json").read_text())["shards"]
+    bound = 2 * max(entry["tar_bytes"] for entry in entries) / GB
+    places = {"local": str(data), "remote": f"{web}/data"}
+    runtime = EvalRuntime(cache_dir=str(tmp_path / "cache"), cache_gb=bound, batch=7)
+    found = {}
+    for name, place in places.items():
+        benchmark = BENCHMARKS.build(BENCHMARKS.preset("retrieval"))
+        given = Context("retrieval", model=str(model), data=place, index=None, runtime=runtime, quiet=True)
+        outcome = benchmark.run(given)
+        labelled = open_labelled(place, runtime.cache)
+        images = [picture.read() for picture in labelled.pictures(np.arange(3, 50, 7))]
+        found[name] = (outcome.numbers, outcome.fingerprints, labelled.name, labelled.read(["colour"]), images)
+    assert found["local"] == found["remote"]
+    words = [f"model={model}", f"data={places['remote']}", f"runtime.cache_dir={tmp_path / 'cache'}"]
+    done = cli("embed", *words, f"runtime.cache_gb={bound:.9f}", "-o", tmp_path / "embeddings", "--quiet")
+    assert done.returncode == 0, done.stderr
+    rows = encode_images(load_model(model), pictures(Dataset(data), range(50)), batch=64, workers=1)
+    [(_, unit)] = list(rows)
+    np.testing.assert_allclose(np.load(tmp_path / "embeddings" / "part-00000.npy"), unit.numpy(), atol=1e-3)
+    assert json.loads((tmp_path / "embeddings" / "origin.json").read_text())["data"] == places["remote"]
+    folders = list((tmp_path / "cache").glob("*/tars-*"))
+    held = [sum(tar.stat().st_size for tar in one.glob("*.tar")) for one in folders]
+    assert held and all(0 < size <= round(bound * GB) for size in held)
+
+    def refused() -> ClipwrightError:
+        cache = CacheConfig(folder=str(tmp_path / "other"))
+        with pytest.raises(ClipwrightError) as caught:
+            Dataset(places["remote"], cache=cache).image(0, 0)
+        return caught.value
+
+    monkeypatch.setattr(Handler, "whole", True)
+    error = refused()
+    assert error.code == "E_REMOTE" and "Range request not supported" in error.found
+    monkeypatch.setattr(remote, "PAUSES", (0.0,))
+    monkeypatch.delenv("SSL_CERT_FILE")
+    remote._store.cache_clear()
+    assert refused().code == "E_REMOTE"  # nobody vouches for the server
