@@ -17,7 +17,9 @@ import pytest
 pytestmark = pytest.mark.xdist_group("ranks")
 
 ROUNDS = int(os.environ.get("CLIPWRIGHT_SOAK", "0"))  # see tests/soak.py
-STEPS = ["schedule.samples=480", "schedule.warmup=64", "runtime.save_every=10", "runtime.keep=9"]
+# Thirty steps: three epochs, each of which ends inside a batch; a batch in two parts.
+STEPS = ["schedule.global_batch=10", "schedule.samples=300", "runtime.micro_batch=5"]
+STEPS += ["schedule.warmup=40", "runtime.save_every=10", "runtime.keep=9"]
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +72,7 @@ def test_a_killed_run_resumes_bit_identically_under_zero(scenes: Path, tmp_path:
 
 @pytest.mark.parametrize("seed", range(ROUNDS or 1))
 def test_killed_at_a_random_step(seed: int, scenes: Path, uninterrupted: Path, tmp_path: Path, small: Any) -> None:
-    """Five epochs, killed once, in `make soak` up to four times, by then perhaps while it starts."""
+    """Killed once, in `make soak` up to four times, by then perhaps while it starts."""
     draw, run, at = random.Random(seed), tmp_path / "run", 0
     words = [f"data.train={scenes}", *STEPS, "-o", "run"]
     for _ in range(draw.randint(1, 4) if ROUNDS else 1):
