@@ -29,6 +29,7 @@ CLASSES = {
     "memory": (f"{STREAM}::test_memory_does_not_grow", 1),
     "shards": (f"{STREAM}::test_a_hundred_thousand_shards_are_checked_in_seconds", 1),
     "remote": (f"{REMOTE}::test_a_killed_run_on_a_bad_line_leaves_the_local_runs_ledger", 1),
+    "worlds": (f"{STREAM}::test_runs_go_on_with_other_ranks_and_workers_inside_an_epoch", 1),
     "kill": (f"{RESUME}::test_killed_at_a_random_step", 20),
 }
 

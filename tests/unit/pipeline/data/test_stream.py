@@ -1,7 +1,7 @@
 """The stream of samples as a run sees it: any ranks and workers, killed and resumed anywhere, the same ledger.
 
 ROUNDS of the random cases (`make soak` sets CLIPWRIGHT_SOAK), each from a seed of its own. Ranks are loaders of one
-process here; test_ranks.py and test_resume.py compare the ledgers of real ones.
+process here, but for one test; test_ranks.py and test_resume.py compare the ledgers of real ones.
 """
 
 from __future__ import annotations
@@ -86,6 +86,21 @@ def test_ranks_and_workers_may_change_inside_an_epoch(make_dataset: Any, tmp_pat
     for number, (world, workers) in enumerate(layouts):
         run(tmp_path / "moved", folder, world, workers, 12, number, number + 1 if number < 4 else 20, **SMALL)
     assert (tmp_path / "moved").read_bytes() == (tmp_path / "clean").read_bytes()
+
+
+@pytest.mark.xdist_group("ranks")
+def test_runs_go_on_with_other_ranks_and_workers_inside_an_epoch(make_dataset: Any, tmp_path: Path, small: Any) -> None:
+    """The same by the command: 1, 2 and 1 ranks, in `make soak` 1, 2, 4, 2 and 3."""
+    folder = make_dataset("d", RAGGED)
+    words = [f"data.train={folder}", "data.streams=8", "data.window=3", "seed=5", "runtime.ledger=keys", "-o", "run"]
+    words += ["schedule.global_batch=12", "schedule.samples=84"]
+    legs = [(1, 1, 1), (2, 2, 2), (4, 3, 3), (2, 1, 4), (3, 3, 7)] if ROUNDS else [(1, 1, 2), (2, 3, 4), (1, 2, 7)]
+    for world, workers, last in legs:
+        many = {"ranks": world} if world > 1 else {}
+        small(tmp_path, *words, f"runtime.workers={workers}", f"runtime.stop_at={last}", **many)
+        assert len((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()) == last
+    run(tmp_path / "clean", str(folder), 1, 2, 12, 0, 7, **SMALL)
+    assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == (tmp_path / "clean").read_bytes()
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS or 3))
