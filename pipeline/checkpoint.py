@@ -9,6 +9,7 @@ them.
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from clipwright.pipeline.core.records import (
     MANIFEST,
     check_files,
     digest,
+    json_text,
     read_manifest,
 )
 from clipwright.pipeline.core.unsafe import refuse_code
@@ -94,7 +96,7 @@ def newest(run: Path, step: int | None = None, world: World | None = None) -> Ch
     whole, E_CKPT_NONE when `step` was asked for and is missing, or all that were saved are; None when the run has none
     yet. E_UNSAFE for one with a file that could run code.
     """
-    names = sorted((path.name for path in (run / FOLDER).glob("step-*")), reverse=True)
+    names = [path.name for _, path in sorted(saved_steps(run).items(), reverse=True)]
     pointer = _pointer(run)
     if world is not None:  # on a shared disk some may see more than others
         names, pointer = from_first((names, pointer))  # pyright: ignore[reportGeneralTypeIssues]
@@ -139,6 +141,12 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def saved_steps(run: Path) -> dict[int, Path]:
+    """The checkpoints' folders by step, whole or broken."""
+    found = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in (run / FOLDER).glob("step-*"))
+    return {int(match[1]): path for match, path in found if match is not None}
+
+
 def _warn(world: World | None, line: str) -> None:
     if world is None or world.first:
         print(line, file=sys.stderr, flush=True)
@@ -176,11 +184,12 @@ def _verified(folder: Path, world: World | None) -> tuple[dict[str, Any] | None,
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest; its fingerprint covers all that stands in it."""
+    """A checkpoint's manifest, to the last byte as it was written; its fingerprint covers all that stands in it."""
     manifest = read_manifest(folder, "checkpoint")
     refuse_code(folder, "a checkpoint")
     body = {key: value for key, value in manifest.items() if key not in ("format", "version", "fingerprint")}
-    if digest(body) != manifest.get("fingerprint"):
+    text = (folder / MANIFEST).read_bytes()
+    if digest(body) != manifest.get("fingerprint") or text != json_text(manifest).encode():
         found = "its fingerprint is not that of what it says"
     elif not {WEIGHTS, LOSS} <= body["files"].keys():
         found = f"it knows no {WEIGHTS} or no {LOSS}"

@@ -11,9 +11,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clipwright.pipeline.checkpoint import FOLDER, LATEST, LOSS, MOMENTS, OPTIMIZER, WEIGHTS, step_name
+from clipwright.pipeline.checkpoint import FOLDER, LATEST, LOSS, MOMENTS, OPTIMIZER, WEIGHTS, saved_steps, step_name
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import (
     atomic_write,
@@ -39,6 +41,11 @@ from clipwright.pipeline.run import RuntimeConfig
 SPARE = 1.2  # times its bytes must be free before a checkpoint is begun
 
 
+def staged(run: Path, step: int) -> Path:
+    """Where a checkpoint lies until it is whole."""
+    return run / FOLDER / f".{step_name(step)}.partial"
+
+
 class Saver:
     """Saves a run's checkpoints, one at a time; every rank has one, and all call it alike.
 
@@ -51,6 +58,8 @@ class Saver:
         self.begun = self.sealed = step  # newest that is on its way, newest that stands
         self._from = step
         self._own = {step}
+        self._figures: dict[str, Any] = {}  # since the last checkpoint
+        self._noted: set[str] = set()
         self._since = time.monotonic()
         self._writing: _Writing | None = None
 
@@ -71,14 +80,18 @@ class Saver:
         """Whether to save behind step `step`."""
         return late or step % self.runtime.save_every == 0
 
-    def save(self, engine: Engine, step: int, record: Mapping[str, Any] | None = None, *, wait: bool = False) -> None:
+    def note(self, figures: Mapping[str, Any]) -> None:
+        """Figures of the model as it is; the one that `keep_best` names counts for the next checkpoint."""
+        self._figures |= figures
+
+    def save(self, engine: Engine, step: int, *, wait: bool = False) -> None:
         """Copies every rank's state and begins to write it; with `wait`, until it is sealed.
 
-        record: the log's newest, of which `keep_best` names a figure. Raises what an earlier one failed with.
+        Raises what an earlier one failed with.
         """
         if step != self.begun:
             self._seal()
-            self._begin(engine, step, record or {})
+            self._begin(engine, step)
         if wait:
             self._seal()
 
@@ -90,7 +103,7 @@ class Saver:
         if failed or not pending:
             self._seal()
 
-    def _begin(self, engine: Engine, step: int, record: Mapping[str, Any]) -> None:
+    def _begin(self, engine: Engine, step: int) -> None:
         self._since = time.monotonic()
         weights, state = engine.weights(), engine.optimizer_state()
         files = {OPTIMIZER.format(self.world.rank): state} if state else {}
@@ -104,24 +117,35 @@ class Saver:
             "world": self.world.size,
             "zero": engine.zero,
             "identity": self.identity,
-            "metric": _metric(record, self.runtime.keep_best),
+            "figures": self._chosen(),
         }
-        staged = self.run / FOLDER / f".{step_name(step)}.partial"
         own = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
         every: Any = from_all((own, _free(self.run)))
         need, free = sum(bytes for bytes, _ in every), min(free for _, free in every)
-        on_first(lambda: self._stage(staged, need, free))
+        on_first(lambda: self._stage(step, need, free))
         self.begun = step
-        self._writing = _Writing(staged, files, body, need)
+        self._writing = _Writing(self.run, files, body, need)
 
-    def _stage(self, staged: Path, need: int, free: int) -> None:
+    def _chosen(self) -> dict[str, float]:
+        """The figure that the best is known by, if it was noted since the last checkpoint."""
+        name, found, self._figures = self.runtime.keep_best, self._figures, {}
+        self._noted |= {key for key, value in found.items() if isinstance(value, (int, float))}
+        if name and name not in self._noted and self.world.first:
+            print(
+                f"warning: runtime.keep_best={name}: the figures so far are {', '.join(sorted(self._noted)) or 'none'}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return {name: found[name]} if name and found.get(name) is not None else {}
+
+    def _stage(self, step: int, need: int, free: int) -> None:
         """An empty folder for the files of all ranks, and what a kill left of others gone."""
         if free < SPARE * need:
             raise _full(self.run, need, free)
         try:
             for left in (self.run / FOLDER).glob(".*.partial"):
                 shutil.rmtree(left)
-            staged.mkdir(parents=True)
+            staged(self.run, step).mkdir(parents=True)
         except OSError as error:
             raise _refused(error, self.run, need) from None
 
@@ -159,15 +183,10 @@ class Saver:
 
     def _retain(self, sealed: int) -> None:
         """Removes what need not be kept; never before a newer checkpoint stands."""
-        steps = {int(path.name.removeprefix("step-")): path for path in (self.run / FOLDER).glob("step-*")}
+        steps = saved_steps(self.run)
         # What lies behind the checkpoint this run went on from was broken.
         stray = {step for step in steps if step > self._from} - self._own - {sealed}
-        good = sorted(steps.keys() - stray)
-        kept = set(good[-self.runtime.keep :])
-        if self.runtime.keep_every:
-            kept |= {step for step in good if step % self.runtime.keep_every == 0}
-        kept |= _best({step: steps[step] for step in good}, self.runtime.keep_best)
-        for step in steps.keys() - kept:
+        for step in steps.keys() - kept({step: steps[step] for step in steps.keys() - stray}, self.runtime):
             # A kill in between leaves no half of one under its name.
             shutil.rmtree(steps[step].rename(steps[step].with_name(f".{steps[step].name}.partial")))
 
@@ -175,9 +194,11 @@ class Saver:
 class _Writing(threading.Thread):
     """This rank's files of one checkpoint, written, synced and hashed beside the training."""
 
-    def __init__(self, folder: Path, files: dict[str, dict[str, Tensor]], body: dict[str, Any], need: int) -> None:
+    def __init__(self, saved: Path, files: dict[str, dict[str, Tensor]], body: dict[str, Any], need: int) -> None:
+        """`saved`: the run; `need`: bytes of all ranks' files."""
         super().__init__(name="checkpoint", daemon=True)
-        self.folder, self.files, self.body, self.need = folder, files, body, need
+        self.saved, self.files, self.body, self.need = saved, files, body, need
+        self.folder = staged(saved, body["step"])
         self.entries: dict[str, dict[str, Any]] = {}
         self.error: ClipwrightError | None = None
         self.start()
@@ -190,7 +211,7 @@ class _Writing(threading.Thread):
         except ClipwrightError as error:
             self.error = error
         except Exception as error:
-            self.error = _refused(error, self.folder, self.need)
+            self.error = _refused(error, self.saved, self.need)
             if not isinstance(error, (OSError, SafetensorError)):
                 raise
         self.files = {}
@@ -202,7 +223,7 @@ class _Writing(threading.Thread):
             raise ClipwrightError(
                 "E_NONFINITE",
                 "weights that are not finite are not saved",
-                where=f"{path.parent.parent.parent} step {self.body['step']}",
+                where=f"{self.saved} step {self.body['step']}",
                 found=f"{bad} holds them",
                 fix="lower optim.lr or use precision=fp32, with --fresh or another -o; older checkpoints stand",
             )
@@ -223,30 +244,26 @@ def _loss_state(engine: Engine) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in both.items()}
 
 
-def _metric(record: Mapping[str, Any], name: str) -> dict[str, float]:
-    """The figure of that name, by which the best checkpoint is known; there may be none yet."""
-    if not name or not record or record.get(name, name) is None:
-        return {}
-    if not isinstance(record.get(name), (int, float)):
-        numbers = ", ".join(sorted(key for key, value in record.items() if isinstance(value, (int, float))))
-        raise ClipwrightError(
-            "E_CONFIG_VALUE",
-            "a figure that the log does not hold",
-            where=f"runtime.keep_best: {name}",
-            found=f"there are {numbers}",
-            fix="name one of them",
-        )
-    return {name: record[name]}
+def kept(folders: Mapping[int, Path], runtime: RuntimeConfig) -> set[int]:
+    """The steps whose checkpoints stay: the newest, every `keep_every` steps one, and the best.
+
+    The best has the highest figure of that name in its manifest, of losses the lowest.
+    """
+    found = set(sorted(folders)[-runtime.keep :])
+    if runtime.keep_every:
+        found |= {step for step in folders if step % runtime.keep_every == 0}
+    if name := runtime.keep_best:
+        sign = -1 if name.endswith("loss") else 1
+        known = {step: _figure(folder, name) for step, folder in folders.items()}
+        ranked = [(sign * value, step) for step, value in known.items() if value is not None]
+        found |= {max(ranked)[1]} if ranked else set()
+    return found
 
 
-def _best(folders: Mapping[int, Path], name: str) -> set[int]:
-    """The step whose manifest has the best figure of that name: the highest, of losses the lowest."""
-    if not name:
-        return set()
-    known = {step: read_manifest(folder, "checkpoint")["metric"].get(name) for step, folder in folders.items()}
-    sign = -1 if name.endswith("loss") else 1
-    found = [(sign * value, step) for step, value in known.items() if value is not None]
-    return {max(found)[1]} if found else set()
+def _figure(folder: Path, name: str) -> float | None:
+    with suppress(ClipwrightError):  # a broken one has none
+        return read_manifest(folder, "checkpoint").get("figures", {}).get(name)
+    return None
 
 
 def _free(folder: Path) -> int:
@@ -263,21 +280,20 @@ def _full(run: Path, need: int, free: int) -> ClipwrightError:
         "E_DISK",
         "no room for a checkpoint",
         where=run,
-        found=f"it needs {need:,} bytes, with room to spare {int(SPARE * need):,}; {free:,} are free",
+        found=f"it needs {need:,} bytes, with room to spare {int(SPARE * need):,}; {free:,} are free, a quota apart",
         fix="free space and run the same command again; the older checkpoints stand",
     )
 
 
-def _refused(error: Exception, folder: Path, need: int) -> ClipwrightError:
+def _refused(error: Exception, run: Path, need: int) -> ClipwrightError:
     """What the operating system said while a checkpoint was written; safetensors hands it on as text."""
-    full = [f"os error {number}" for number in (errno.ENOSPC, errno.EDQUOT)]
-    number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in full):
-        return _full(folder, need, _free(folder if folder.exists() else folder.parent))
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full):
+        return _full(run, need, _free(run))
     return ClipwrightError(
         "E_SYSTEM",
         "a checkpoint could not be written",
-        where=getattr(error, "filename", None) or folder,
+        where=getattr(error, "filename", None) or run,
         found=getattr(error, "strerror", None) or str(error),
         fix="mend the path or its permissions, which all ranks must share, and run the same command again",
     )

@@ -58,7 +58,6 @@ class Trainer:
         if found is not None:
             found.restore_optimizers(self.engine)
         self.saver = Saver(run, self.world, self.runtime, self.identity, self.step)
-        self.record: dict[str, Any] = {}  # the log's newest line
 
     def train(self) -> None:
         """Steps until the schedule's end, `stop_at`, or a signal; a checkpoint stands at every end."""
@@ -91,8 +90,9 @@ class Trainer:
                     now = time.perf_counter()
                     seconds = max(now - since, 1e-9)
                     rate = (self.step - since_step) * self.schedule.global_batch / seconds
-                    self.record = record = self._record(result, factor, rate, waited / seconds)
+                    record = self._record(result, factor, rate, waited / seconds)
                     since, since_step, waited = now, self.step, 0.0
+                    self.saver.note(record)
                     if log is not None:
                         log.write(record)
                         with bar.above():
@@ -119,7 +119,7 @@ class Trainer:
 
     def _save(self, *, wait: bool = False) -> None:
         self.ledger.sync()
-        self.saver.save(self.engine, self.step, self.record, wait=wait)
+        self.saver.save(self.engine, self.step, wait=wait)
 
     def _check_finite(self, result: StepResult) -> None:
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):

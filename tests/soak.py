@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "soak.json"
 STREAM, RESUME = "tests/unit/pipeline/data/test_stream.py", "tests/unit/pipeline/test_resume.py"
+CHECKPOINT = "tests/unit/pipeline/test_checkpoint.py"
 REMOTE = "tests/unit/pipeline/data/test_remote.py"
 # What is tried, and how often: a test of one round takes its long form.
 CLASSES = {
@@ -31,6 +32,8 @@ CLASSES = {
     "remote": (f"{REMOTE}::test_a_killed_run_on_a_bad_line_leaves_the_local_runs_ledger", 1),
     "worlds": (f"{STREAM}::test_runs_go_on_with_other_ranks_and_workers_inside_an_epoch", 1),
     "kill": (f"{RESUME}::test_killed_at_a_random_step", 20),
+    "save-kill": (f"{CHECKPOINT}::test_killed_inside_a_save", 160),
+    "disk-full": (f"{CHECKPOINT}::test_a_full_disk_ends_all_ranks_and_the_older_checkpoint_stands", 1),
 }
 
 

@@ -53,10 +53,14 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         staged.unlink(missing_ok=True)
 
 
+def json_text(value: Any) -> str:
+    """JSON for people and machines: indented, sorted; equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file for people and machines: indented, sorted, atomic."""
-    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-    atomic_write(path, text + "\n")
+    """A file of `json_text`, atomic."""
+    atomic_write(path, json_text(value))
 
 
 def write_manifest(folder: Path, kind: str, fingerprint: str, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,8 +101,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     same(tmp_path / "run", uninterrupted, small)
 
 
-def test_a_broken_checkpoint_is_skipped_loudly_and_all_broken_is_an_error(
-    scenes: Path, uninterrupted: Path, tmp_path: Path, small: Any
+def test_a_broken_checkpoint_is_skipped_loudly_and_all_broken_or_gone_is_an_error(
+    scenes: Path, uninterrupted: Path, tmp_path: Path, small: Any, here: Any
 ) -> None:
     words = [f"data.train={scenes}", *STEPS, "-o", "run"]
     small(tmp_path, *words, "runtime.stop_at=25")
@@ -119,6 +119,9 @@ def test_a_broken_checkpoint_is_skipped_loudly_and_all_broken_is_an_error(
         (folder / "loss.safetensors").unlink()
     line = small.cli(tmp_path).error("train", *small.settings, *words, code=3)
     assert line.startswith("error[E_CKPT_HASH]") and "run" in line and "--fresh" in line
+    shutil.rmtree(run / "checkpoints")
+    line = here(tmp_path, "train", *small.settings, *words, code=3).error
+    assert line.startswith("error[E_CKPT_NONE]") and "step-00000030 was saved" in line and "--fresh" in line
 
 
 def test_a_dataset_may_move_between_two_starts(scenes: Path, uninterrupted: Path, tmp_path: Path, small: Any) -> None:
