@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from layouts import IMAGE, LAYOUTS, STEPS, Case, Layout, config, formula, model, named, share
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipwright.pipeline import distributed
 from clipwright.pipeline import engine as engine_module
@@ -239,62 +239,6 @@ def _held(engine: Engine) -> dict[str, Tensor]:
     return {**parts, **dict(engine.towers.named_buffers())}
 
 
-class One(nn.Module):
-    """A single parameter, whose gradient is `slope`."""
-
-    def __init__(self, start: float, slope: float, shape: tuple[int, ...] = (1,)) -> None:
-        super().__init__()
-        self.scale, self.slope = nn.Parameter(torch.full(shape, start)), slope
-
-    def forward(self) -> Tensor:
-        return (self.scale * self.slope).sum()
-
-
-def deepspeed_alone(module: nn.Module, zero: int, **more: Any) -> Any:
-    settings = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": zero},
-        "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,
-        **more,
-    }
-    settings = {key: value for key, value in settings.items() if value is not None}
-    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-    made: Any = engine_module.deepspeed.initialize(
-        model=module, optimizer=optimizer, config=settings, dist_init_required=False
-    )
-    return made[0]
-
-
-def reasons(world: World) -> dict[str, Any]:
-    """What DeepSpeed does, for which the engine is as it is."""
-    found: dict[str, Any] = {"clamped": {}, "dtypes": {}, "scalar": {}}
-    for zero in (1, 2):
-        made = deepspeed_alone(One(4.0, -1.0), zero)
-        values = []
-        for _ in range(3):
-            made.backward(made())
-            made.step()
-            values.append(made.module.scale.item())
-            with torch.no_grad():
-                made.module.scale.clamp_(max=4.5)
-        found["clamped"][zero] = values
-    made = deepspeed_alone(One(4.0, 10.0), 0, gradient_clipping=None)
-    made.backward(made())
-    found["norm"] = made.get_global_grad_norm()
-    made.step()
-    found["unsaid clipping"] = made.module.scale.item()
-    for name in ("bf16", "torch_autocast"):
-        more = {name: {"enabled": True, **({"dtype": "bfloat16"} if name == "torch_autocast" else {})}}
-        found["dtypes"][name] = deepspeed_alone(One(4.0, 1.0), 0, **more).module.scale.dtype
-    for zero in range(4):
-        try:
-            deepspeed_alone(One(4.0, 1.0, shape=()), zero)
-        except Exception as error:
-            found["scalar"][zero] = repr(error)
-    return found
-
-
 def exchanged(world: World) -> dict[str, int]:
     """Bytes by which a rank grows while gradients of its columns, 16 MiB, go through each exchange."""
     found = {}
@@ -317,7 +261,7 @@ def rank(number: int, size: int, port: int, out: Path) -> None:
     with process_group() as world:
         seen = {str(layout): trained(layout, world) for layout in LAYOUTS if layout.world == size}
         if size == 1:
-            seen |= {"dropped": dropped(world), "normed1": normed(world), "reasons": reasons(world)}
+            seen |= {"dropped": dropped(world), "normed1": normed(world)}
         if size == 2:
             seen["normed2"] = normed(world)
             for zero, micro in ((0, 0), (1, 16), (2, 0), (3, 16)):

@@ -1,0 +1,403 @@
+"""What the ranks of test_deepspeed.py do: `python deepspeed_facts.py OUT` forks two, tries each fact about DeepSpeed in
+them, and writes what rank 0 saw as JSON.
+
+Each function below is named for a fact and gives numbers or words for it; an error that is the fact is given by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import clipwright.pipeline.engine  # noqa: F401  before DeepSpeed: switches its C++ off
+from clipwright.pipeline.distributed import World, from_all, process_group
+
+import deepspeed  # isort: skip
+import deepspeed.ops
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder import ShareMemCommBuilder
+
+FACTS: list[Callable[[World], Any]] = []
+STAGES = (0, 1, 2, 3)
+
+
+def fact(work: Callable[[World], Any]) -> Callable[[World], Any]:
+    FACTS.append(work)
+    return work
+
+
+class Two(nn.Module):
+    """Two towers in one module, as ours are."""
+
+    def __init__(self, extra: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = nn.Linear(4, 3), nn.Linear(5, 3)
+        if extra is not None:
+            self.extra = extra
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        return self.image(image), self.text(text)
+
+    def image_alone(self, image: Tensor) -> Tensor:
+        return self.image(image)
+
+
+def inputs(rank: int, step: int = 0) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(6, 4, generator=draw), torch.randn(6, 5, generator=draw)
+
+
+def cost(image: Tensor, text: Tensor) -> Tensor:
+    return (image - text).square().mean()
+
+
+def initialize(module: nn.Module, optimizer: Any = None, **settings: Any) -> Any:
+    config: dict[str, Any] = {
+        **{"train_micro_batch_size_per_gpu": 6, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0},
+        **{"zero_allow_untested_optimizer": True, "steps_per_print": 2**31, **settings},
+    }
+    config = {key: value for key, value in config.items() if value is not None}
+    optimizer = optimizer or torch.optim.SGD(module.parameters(), lr=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+def staged(zero: int) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": zero}}
+
+
+def weights(engine: Any) -> dict[str, Tensor]:
+    made = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters(
+            [parameter], modifier_rank=None, enabled=engine.zero_optimization_stage() == 3
+        ):
+            made[name] = parameter.detach().clone()
+    return made
+
+
+def step(engine: Any, world: World, number: int = 0) -> None:
+    engine.backward(cost(*engine(*inputs(world.rank, number))))
+    engine.step()
+
+
+def plain(world: World, steps: int = 1, clip: float = 0.0, lr: float = 0.5) -> tuple[dict[str, Tensor], list[float]]:
+    """The same by torch alone: the gradient is the mean over ranks."""
+    module = Two()
+    optimizer, norms = torch.optim.SGD(module.parameters(), lr=lr), []
+    for number in range(steps):
+        optimizer.zero_grad()
+        for rank in range(world.size):
+            (cost(*module(*inputs(rank, number))) / world.size).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), clip or math.inf)))
+        optimizer.step()
+    return {name: p.detach() for name, p in module.named_parameters()}, norms
+
+
+def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+
+
+def error_of(work: Callable[[], Any]) -> str:
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+# Starting
+
+
+@fact
+def no_cpp_is_built_once_the_op_is_switched_off(world: World) -> Any:
+    from deepspeed.comm.torch import build_shm_op
+
+    built: list[str] = []
+    real, ShareMemCommBuilder.load = ShareMemCommBuilder.load, lambda self, *words: built.append(self.NAME)
+    try:
+        off = build_shm_op() is None and not built
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = True
+        build_shm_op()
+    finally:
+        ShareMemCommBuilder.load = real
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return {"off": off, "would be built": built}
+
+
+@fact
+def the_accelerator_is_the_cpu(world: World) -> Any:
+    return get_accelerator().device_name()
+
+
+@fact
+def without_a_launchers_variables_it_asks_for_mpi(world: World) -> Any:
+    """Where it is to make the group; told that there is one, it still wants one variable."""
+    kept = os.environ.pop("LOCAL_RANK")
+    try:
+        told = error_of(lambda: initialize(Two()))
+        return [error_of(lambda: deepspeed.init_distributed("gloo", dist_init_required=True)), told]
+    finally:
+        os.environ["LOCAL_RANK"] = kept
+
+
+# Parameters and config
+
+
+@fact
+def a_parameter_without_dimensions_crashes(world: World) -> Any:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def work(zero: int) -> None:
+        engine = initialize(Two(Scale()), **staged(zero))
+        engine.backward(cost(*engine(*inputs(world.rank))) * engine.module.extra.scale)
+        engine.step()
+
+    return {zero: error_of(lambda zero=zero: work(zero)) != "" for zero in STAGES}
+
+
+@fact
+def a_clamp_behind_the_step_is_lost_under_zero(world: World) -> Any:
+    """Set to zero after each step, a weight goes on from where the master copy is."""
+    found = {}
+    for zero in (0, 1, 2):
+        engine, seen = initialize(Two(), **staged(zero)), []
+        for number in range(3):
+            step(engine, world, number)
+            with torch.no_grad():
+                seen.append(float(engine.module.image.weight.abs().max()))
+                engine.module.image.weight.zero_()
+        found[zero] = seen[-1]
+    return found
+
+
+@fact
+def a_parameter_is_empty_outside_forward_under_stage_3(world: World) -> Any:
+    engine = initialize(Two(), **staged(3))
+    return [engine.module.image.weight.numel(), weights(engine)["image.weight"].numel()]
+
+
+@fact
+def clipping_left_out_means_one_and_zero_means_none(world: World) -> Any:
+    """How far one step is from the plain one without clipping, and with clipping at 1."""
+    found = {}
+    for name, value in (("left out", None), ("zero", 0.0)):
+        for zero in (0, 2):
+            engine = initialize(Two(), gradient_clipping=value, **staged(zero))
+            engine.backward(100 * cost(*engine(*inputs(world.rank))))
+            engine.step()
+            whole = weights(engine)
+            start = dict(Two().named_parameters())
+            moved = {key: whole[key] - start[key].detach() for key in whole}
+            found[f"{name}, {zero}"] = float(torch.stack([m.square().sum() for m in moved.values()]).sum().sqrt()) / 0.5
+    return found
+
+
+@fact
+def the_norm_is_that_before_clipping_and_none_at_stage_0(world: World) -> Any:
+    found, wanted = {}, plain(world)[1][0]
+    for zero in STAGES:
+        engine = initialize(Two(), gradient_clipping=0.01, **staged(zero))
+        step(engine, world)
+        norm = engine.get_global_grad_norm()
+        found[zero] = None if norm is None else float(norm) / wanted
+    return found
+
+
+@fact
+def gradients_are_averaged_over_ranks(world: World) -> Any:
+    """The largest distance of the whole gradient, as it can be read before the step, from the mean of all ranks'."""
+    found = {}
+    module = Two()
+    for rank in range(world.size):
+        (cost(*module(*inputs(rank))) / world.size).backward()
+    wanted = {name: p.grad for name, p in module.named_parameters()}
+    for zero in STAGES:
+        engine = initialize(Two(), **staged(zero))
+        engine.set_gradient_accumulation_boundary(True)
+        engine.backward(cost(*engine(*inputs(world.rank))), scale_wrt_gas=False)
+        grads = {name: deepspeed.utils.safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
+        found[zero] = apart(grads, wanted)
+        engine.step()
+    return found
+
+
+@fact
+def a_rate_set_in_the_wrapper_is_the_rate(world: World) -> Any:
+    found = {}
+    for zero in STAGES:
+        engine = initialize(Two(), **staged(zero))
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 0.125
+        step(engine, world)
+        found[zero] = apart(weights(engine), plain(world, lr=0.125)[0])
+    return found
+
+
+@fact
+def sgd_wants_leave(world: World) -> Any:
+    words = error_of(lambda: initialize(Two(), zero_allow_untested_optimizer=False, **staged(2)))
+    return {"refused": "untested" in words.lower() or "ZeRO" in words, "words": words}
+
+
+@fact
+def bf16_casts_every_parameter_and_autocast_none(world: World) -> Any:
+    cast = initialize(Two(), bf16={"enabled": True}, **staged(1))
+    kept = initialize(Two(), torch_autocast={"enabled": True, "dtype": "bfloat16"}, **staged(1))
+    out = kept(*inputs(world.rank))[0]
+    return [sorted({str(p.dtype) for p in engine.module.parameters()}) for engine in (cast, kept)] + [str(out.dtype)]
+
+
+@fact
+def running_statistics_differ_between_ranks(world: World) -> Any:
+    engine = initialize(Two(nn.BatchNorm1d(4)), **staged(1))
+    image, text = inputs(world.rank)
+    pair = engine.module.extra(image), text
+    engine.backward(cost(*engine(*pair)))
+    engine.step()
+    first, second = from_all(engine.module.extra.running_mean.tolist())
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
+
+
+@fact
+def samples_are_undercounted_where_the_boundary_is_set_by_hand(world: World) -> Any:
+    engine = initialize(Two(), **staged(1))
+    for number in range(4):
+        for part in (False, True):
+            engine.set_gradient_accumulation_boundary(part)
+            engine.backward(cost(*engine(*inputs(world.rank, number))), scale_wrt_gas=False)
+        engine.step()
+    return [engine.global_samples, 4 * 2 * 6 * world.size]
+
+
+# Cached accumulation
+
+
+def accumulated(world: World, zero: int, replay: Callable[[Any, Tensor, Tensor], list[Tensor]], steps: int) -> float:
+    """Two micro-batches a step, each replayed in one or several calls; the distance from plain torch's weights."""
+    engine = initialize(Two(), **staged(zero))
+    for number in range(steps):
+        image, text = inputs(world.rank, number)
+        for part in range(2):
+            rows = slice(3 * part, 3 * part + 3)
+            losses = replay(engine, image[rows], text[rows])
+            for place, loss in enumerate(losses):
+                engine.set_gradient_accumulation_boundary(part == 1 and place == len(losses) - 1)
+                engine.backward(loss / 2, scale_wrt_gas=False)
+        engine.step()
+    return apart(weights(engine), plain(world, steps)[0])
+
+
+def together(engine: Any, image: Tensor, text: Tensor) -> list[Tensor]:
+    return [cost(*engine(image, text))]
+
+
+def past(engine: Any, image: Tensor, text: Tensor) -> list[Tensor]:
+    return [cost(*engine.module(image, text))]
+
+
+@fact
+def one_call_for_both_towers_is_exact(world: World) -> Any:
+    return {zero: accumulated(world, zero, together, 3) for zero in STAGES}
+
+
+@fact
+def past_the_engine_only_stage_3_is_wrong(world: World) -> Any:
+    return {zero: accumulated(world, zero, past, 3) for zero in STAGES}
+
+
+class Apart(Two):
+    """Called for one tower at a time."""
+
+    def forward(self, image: Tensor | None, text: Tensor | None) -> Tensor:
+        return self.image(image) if image is not None else self.text(text)
+
+
+@fact
+def towers_called_apart_are_wrong_under_stage_3_from_the_second_step(world: World) -> Any:
+    """A cost of each tower alone, so that nothing but the calls differ: distance behind one step and behind three."""
+    found: dict[str, list[float]] = {}
+    for zero in (0, 2, 3):
+        found[str(zero)] = []
+        for steps in (1, 3):
+            engine, module = initialize(Apart(), **staged(zero)), Apart()
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+            for number in range(steps):
+                image, text = inputs(world.rank, number)
+                for place, side in enumerate(((image, None), (None, text))):
+                    engine.set_gradient_accumulation_boundary(place == 1)
+                    engine.backward(engine(*side).square().mean(), scale_wrt_gas=False)
+                engine.step()
+                optimizer.zero_grad()
+                for rank in range(world.size):
+                    image, text = inputs(rank, number)
+                    loss = module(image, None).square().mean() + module(None, text).square().mean()
+                    (loss / world.size).backward()
+                optimizer.step()
+            found[str(zero)].append(apart(weights(engine), {n: p.detach() for n, p in module.named_parameters()}))
+    return found
+
+
+# Compile
+
+
+@fact
+def compiled_in_place_it_trains_under_every_stage_and_keeps_its_names(world: World) -> Any:
+    found = {}
+    for zero in (0, 2, 3):
+        module = Two()
+        module.image.compile(backend="eager")
+        engine = initialize(module, **staged(zero))
+        step(engine, world)
+        found[zero] = [apart(weights(engine), plain(world)[0]), sorted(weights(engine)) == sorted(plain(world)[0])]
+    return found
+
+
+@fact
+def wrapped_by_compile_it_has_other_names_and_fails_under_stage_3(world: World) -> Any:
+    module = Two()
+    module.image = torch.compile(module.image, backend="eager")  # pyright: ignore[reportAttributeAccessIssue]
+    names = [name for name, _ in module.named_parameters()]
+
+    def work() -> None:
+        engine = initialize(module, **staged(3))
+        step(engine, world)
+
+    return {"names": names, "error": error_of(work)}
+
+
+def main(out: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    children = []
+    for rank in range(2):
+        if (child := os.fork()) == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            with process_group() as world:
+                torch.set_num_threads(1)
+                seen = {work.__name__: work(world) for work in FACTS}
+                if world.first:
+                    out.write_text(json.dumps(seen))
+            os._exit(0)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    sys.exit(max(map(abs, codes)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
