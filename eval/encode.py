@@ -66,6 +66,7 @@ def pictures(data: Dataset, rows: Iterable[int]) -> Iterator[Picture]:
             fix="remove the sample from the input and run `clipwright prep` again",
             read=partial(data.image, shard, row - begin),
         )
+    data.expect(())
 
 
 def encode_images(

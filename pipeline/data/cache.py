@@ -116,14 +116,14 @@ class ShardCache:
         return self.folder / f"{shard:06d}-{digest(self.shards[shard].entry['tar_sha256'])[:16]}.tar"
 
     def want(self, shards: Sequence[int]) -> None:
-        """Says which shards are read next, in order; they are fetched as far as there is room."""
+        """Says which shards are read next, in order; they are fetched as far as there is room. None: it stops."""
         with self._change:
             self._wanted = list(dict.fromkeys(shards))
             self._change.notify_all()
-        while len(self._threads) < FETCHERS:
-            thread = threading.Thread(target=self._fetch_ahead, name=f"fetch-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            while self._wanted and len(self._threads) < FETCHERS:
+                thread = threading.Thread(target=self._fetch_ahead, name=f"fetch-{len(self._threads)}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
 
     @contextmanager
     def hold(self, shard: int) -> Iterator[Path]:
@@ -201,16 +201,16 @@ class ShardCache:
         self._have[shard] = wanted.bytes
 
     def _fetch_ahead(self) -> None:
-        while True:
-            with self._change:
-                shard = self._next()
-                if shard is None:
+        with self._change:
+            while self._wanted:
+                if (shard := self._next()) is None:
                     self._change.wait()
                     continue
                 try:
                     self._load(shard)
                 except (ClipwrightError, OSError):
                     self._failed.add(shard)  # whoever needs it tries again and is told
+            self._threads.remove(threading.current_thread())
 
     def _next(self) -> int | None:
         """The first wanted shard that is not here, if there is room without taking away another that is wanted."""

@@ -112,7 +112,7 @@ class Dataset:
         return made
 
     def expect(self, shards: Sequence[int]) -> None:
-        """Which shards are read next, in order: a remote dataset fetches them ahead."""
+        """Which shards are read next, in order: a remote dataset fetches them ahead; none: it stops that."""
         if self.remote:
             self._opened_cache().want(shards)
 

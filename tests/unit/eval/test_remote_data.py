@@ -10,6 +10,7 @@ import json
 import re
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,10 @@ def test_a_dataset_of_a_web_server_gives_what_a_local_one_gives(
     folders = list((tmp_path / "cache").glob("*/tars-*"))
     held = [sum(tar.stat().st_size for tar in one.glob("*.tar")) for one in folders]
     assert held and all(0 < size <= round(bound * GB) for size in held)
+    end = time.monotonic() + 10
+    while any(thread.name.startswith("fetch-") for thread in threading.enumerate()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
     def refused() -> ClipwrightError:
         cache = CacheConfig(folder=str(tmp_path / "other"))

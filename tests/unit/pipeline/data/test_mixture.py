@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import Counter
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 
+from clipwright.pipeline.data.datasets import DataConfig, Datasets, PartConfig
 from clipwright.pipeline.data.mixture import Mixture, WeightStep, slot_offsets
 from clipwright.pipeline.data.order import Order
 
@@ -158,6 +161,24 @@ def repeats(fingerprints: tuple[str, str], size: int) -> float:
 def test_a_recaptioned_copy_does_not_run_in_lockstep() -> None:
     assert repeats(("a", "b"), 64) <= 0.01
     assert repeats(("a", "a"), 256) > 5 * repeats(("a", "b"), 256)  # what the fingerprint prevents
+
+
+def test_two_datasets_of_the_same_pictures_mix_as_a_uniform_shuffle(make_dataset: Any) -> None:
+    """From the folders on: near rows of either meet no more often than by chance, and pictures hardly ever."""
+    folders = [make_dataset("one", [2000]), make_dataset("two", [2000], lambda i: [f"told again {i}"])]
+    data = Datasets(DataConfig(train=[PartConfig(path=str(folder)) for folder in folders]))
+    place = data.order(0).locate(np.arange(30 * 4000))
+    chance, got, uniform = np.random.default_rng(0), [], []
+    for number, epoch in itertools.product(range(2), range(29)):
+        mine = np.flatnonzero((place.dataset == number) & (place.epoch == epoch))
+        assert sorted(place.row[mine]) == list(range(2000))
+        for rows, met in ((place.row[mine], got), (chance.permutation(2000), uniform)):
+            batch_of = np.empty(2000, np.int64)
+            batch_of[rows] = mine // 64
+            met.append(np.mean([np.mean(batch_of[gap:] == batch_of[:-gap]) for gap in range(1, 9)]))
+    assert abs(np.mean(got) - np.mean(uniform)) < 0.03 and np.mean(uniform) < 0.03
+    batches = place.row.reshape(-1, 64).tolist()
+    assert np.mean([1 - len(set(batch)) / 64 for batch in batches]) <= 0.01
 
 
 def test_position_does_not_change_the_cost() -> None:
