@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from clipwright.pipeline.run import Parts, RunConfig
     from clipwright.pipeline.tokenizers.base import Tokenizer
 
-# Each a module of this folder, in the order they are run; the first needs no torch, those after `device` a config.
-GROUPS = ("environment", "device", "data", "model", "speed", "loss", "gradients")
+# Each a module of this folder, in the order they are run; the first needs no torch, those after `network` a config.
+GROUPS = ("environment", "device", "network", "data", "model", "speed", "loss", "gradients")
 
 Status = Literal["ok", "warn", "FAIL", "skip"]
 _COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "bold red", "skip": "dim"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data.cache import GB, bytes_needed, gb_for
 from clipwright.pipeline.data.datasets import Datasets
 from clipwright.pipeline.data.loader import Share
+from clipwright.pipeline.data.reader import OPEN_TARS
 from clipwright.pipeline.doctor.base import Context, Found, check
 from clipwright.pipeline.pixels import PixelError, decode, probe
 from clipwright.pipeline.precision import settle_precision
 from clipwright.pipeline.run import open_tokenizer
 
 SHARDS, CAPTIONS, IMAGES = 16, 20_000, 64  # looked at, spread over the dataset
+OTHER_FILES = 128  # that a process has open beside shards: libraries, sockets, its log
 CUT, ODD = 0.01, 0.05  # shares of captions and of tokens beyond which there is a warning
 ROWS = 20_000  # of each of these shards, for their keys
 KEY = re.compile(r"[0-9a-f]{32}(_[0-9]+)?")
@@ -84,6 +87,20 @@ def shards(context: Context) -> Found:
     if count < world:
         return Found("warn", found, "a shard for each rank", "prepare with smaller shards.samples")
     return Found("ok", found)
+
+
+@check("shard files", "dataset")
+def shard_files(context: Context) -> Found:
+    """Shards that a process keeps open, of each dataset, against its limit of open files."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    shards = [min(len(part.sizes), OPEN_TARS) for part in context.dataset.parts]
+    need = sum(shards) + context.config.runtime.workers + OTHER_FILES
+    found = f"{sum(shards)} shards open at once in each process"
+    if limit == resource.RLIM_INFINITY or need <= limit:
+        return Found("ok", found, f"{need} files; {'no limit' if limit == resource.RLIM_INFINITY else limit} allowed")
+    raised = most == resource.RLIM_INFINITY or need <= most
+    fix = f"ulimit -n {need}" if raised else f"have the hard limit of {most} raised, or prepare with larger shards"
+    return Found("FAIL", found, f"{need} files; {limit} allowed", fix)
 
 
 @check("shard cache", "dataset")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from clipwright.pipeline.doctor.base import Context, Found, check
+from clipwright.pipeline.doctor.environment import NVIDIA
 from clipwright.pipeline.precision import matmul_seconds
-
-NVIDIA = Path("/dev/nvidia0")
 
 
 @check("device")

@@ -18,6 +18,8 @@ from packaging.utils import canonicalize_name
 from clipwright.pipeline.doctor.base import Context, Found, check
 
 CGROUP = Path("/sys/fs/cgroup")
+SHARED, NVIDIA = Path("/dev/shm"), Path("/dev/nvidia0")
+SHARED_GB = 1
 OPEN_FILES = 1024
 DISK_GB, MEMORY_GB = 1, 2  # below which even the demo is in danger
 
@@ -81,6 +83,22 @@ def open_files(context: Context) -> Found:
     if limit == resource.RLIM_INFINITY or limit >= OPEN_FILES:
         return Found("ok", "no limit" if limit == resource.RLIM_INFINITY else str(limit), f"at least {OPEN_FILES}")
     return Found("warn", str(limit), f"at least {OPEN_FILES}", f"ulimit -n {OPEN_FILES}")
+
+
+@check("shared memory")
+def shared_memory(context: Context) -> Found:
+    """Where ranks of one machine exchange through NCCL, and containers give 64 MB by default."""
+    try:
+        size, _, free = shutil.disk_usage(SHARED)
+    except OSError:
+        return Found("ok", f"no {SHARED} here")
+    found = f"{size / 2**30:.2g} GiB at {SHARED}, {free / 2**30:.2g} GiB of it free"
+    if not NVIDIA.exists():
+        return Found("ok", found, "none: without a GPU nothing needs it")
+    need = f"{SHARED_GB} GiB free for NCCL"
+    if free < SHARED_GB * 2**30:
+        return Found("warn", found, need, "give the container more: docker run --shm-size=8g, or --ipc=host")
+    return Found("ok", found, need)
 
 
 @check("disk")

@@ -16,9 +16,34 @@ from clipwright.pipeline.losses.tiles import tile_shape
 from clipwright.pipeline.run import RunConfig
 
 RUNS = 3
+TRIED = 4  # pairs
 
 
-@check("loss", "config", "threads")
+@check("loss fit", "config")
+def fit(context: Context) -> Found:
+    """The loss against the model: vectors of its length, and parameters of its own as the engine steps and saves them.
+
+    Tried on a few random vectors, since a loss may come from a plugin.
+    """
+    config, need = context.config, "finite; own parameters float32 of shape (1,), each with a gradient"
+    made = LOSSES.build(config.loss, embed_dim=config.embed_dim).to(context.world.device)
+    own = dict(made.named_parameters())
+    told = ", ".join(own) or "none"
+    found = f"{config.loss.name} of vectors of {config.embed_dim} numbers, own parameters: {told}"
+    odd = {name: p for name, p in own.items() if (p.dtype, p.shape) != (torch.float32, (1,))}
+    wrong = [f"{name} is {p.dtype} {tuple(p.shape)}" for name, p in odd.items()]
+    features, sides = random_features(context, TRIED)
+    value = made(features)
+    grads = torch.autograd.grad(value, [*sides, *own.values()], allow_unused=True)
+    wrong += [f"{name} has no part in it" for name, grad in zip(own, grads[len(sides) :], strict=True) if grad is None]
+    if value.shape != () or not all(torch.isfinite(x).all() for x in (value, *grads) if x is not None):
+        wrong.append(f"it is {value.tolist()} for {TRIED} random pairs")
+    if wrong:
+        return Found("FAIL", f"{found}; {', '.join(wrong)}", need, "choose another loss, or mend the plugin's")
+    return Found("ok", found, need)
+
+
+@check("loss", "loss fit", "threads")
 def loss(context: Context) -> Found:
     """Seconds and bytes that a step's loss takes on each rank: forward, backward, feature gradients."""
     config, world = context.config, context.world
@@ -56,6 +81,19 @@ def predicted(context: Context, made: ContrastiveLoss, images: int, world: int) 
 
 def timed(context: Context, made: ContrastiveLoss, rows: int) -> float:
     """Seconds of forward and backward on `rows` images and their texts, the least of RUNS behind a first."""
+    features, sides = random_features(context, rows)
+    times = []
+    for _ in range(RUNS + 1):
+        synchronize(context)
+        started = time.perf_counter()
+        torch.autograd.grad(made(features), sides)
+        synchronize(context)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def random_features(context: Context, rows: int) -> tuple[Features, list[torch.Tensor]]:
+    """Unit vectors of `rows` images and their texts, all different; and the tensors that have gradients."""
     device, sizes = context.world.device, (rows, *columns(context.config, rows))
     draw = torch.Generator().manual_seed(0)
     image, text, negative = (
@@ -67,15 +105,7 @@ def timed(context: Context, made: ContrastiveLoss, rows: int) -> float:
     if len(negative):
         features.negative, features.negative_id = negative, ids[-len(negative) :]
         features.negative_present = torch.ones_like(features.negative_id, dtype=torch.bool)
-    sides = (image, text, negative) if len(negative) else (image, text)
-    times = []
-    for _ in range(RUNS + 1):
-        synchronize(context)
-        started = time.perf_counter()
-        torch.autograd.grad(made(features), sides)
-        synchronize(context)
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+    return features, [image, text, negative] if len(negative) else [image, text]
 
 
 def loss_bytes(config: RunConfig, images: int, world: int, tile: tuple[int, int]) -> int:

@@ -51,12 +51,18 @@ def towers(context: Context) -> Found:
 def weights(context: Context) -> Found:
     """Memory of weights, gradients and moments on this machine, before any picture."""
     count, world = context.predicted["parameters"]["all"], context.world
-    need = count * state_bytes(context.config.optim, context.config.runtime.zero, world.size) * world.local_size
+    each = [count * state_bytes(context.config.optim, zero, world.size) for zero in range(4)]
+    zero, here = context.config.runtime.zero, 1 if world.device.type == "cuda" else world.local_size
+    context.predicted["state_bytes"] = each[zero]
     free = free_on(context)
     found = f"{free / 2**30:.1f} GiB available"
-    wanted = f"{need / 2**30:.2f} GiB for weights, gradients, moments"
-    if need > free:
-        return Found("FAIL", found, wanted, "take a smaller tower, more ranks with runtime.zero=3, or more memory")
+    wanted = (
+        f"{each[zero] / 2**30:.2f} GiB a rank for weights, gradients, moments under ZeRO {zero}; ranks here: {here}"
+    )
+    if each[zero] * here > free:
+        enough = next((stage for stage in range(4) if each[stage] * here <= free), None)
+        fix = "take a smaller tower, more ranks with runtime.zero=3, or more memory"
+        return Found("FAIL", found, wanted, fix if enough is None else f"set runtime.zero={enough}")
     return Found("ok", found, wanted)
 
 
@@ -66,11 +72,16 @@ def checkpoints(context: Context) -> Found:
     config = context.config
     size = context.predicted["parameters"]["all"] * checkpoint_bytes(config.optim)
     context.predicted["checkpoint_bytes"] = size
-    need, free = (config.runtime.keep + 1) * size, free_disk(context)
+    runtime = config.runtime
+    more = config.schedule.steps // runtime.keep_every if runtime.keep_every else 0
+    kept = {"newest": runtime.keep, "kept for good": more, "best": int(bool(runtime.keep_best)), "being written": 1}
+    need, free = sum(kept.values()) * size, free_disk(context)
     found = f"{free / 1e9:.1f} GB free at {disk_folder(context)}"
-    wanted = f"{need / 1e9:.2f} GB: {config.runtime.keep} + 1 of {size / 1e9:.2f} GB"
+    named = " + ".join(f"{count} {name}" for name, count in kept.items() if count)
+    wanted = f"{need / 1e9:.2f} GB: {named}, each {size / 1e9:.2f} GB"
     if need > free:
-        return Found("FAIL", found, wanted, "free space, name another folder with -o, or lower runtime.keep")
+        less = "lower runtime.keep" if more <= runtime.keep else f"raise runtime.keep_every={runtime.keep_every}"
+        return Found("FAIL", found, wanted, f"free space, name another folder with -o, or {less}")
     return Found("ok", found, wanted)
 
 

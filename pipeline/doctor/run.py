@@ -7,6 +7,7 @@ import os
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.distributed import barrier, from_all, process_group
 from clipwright.pipeline.doctor.base import GROUPS, Check, Context, Found, checks, chosen, report
+from clipwright.pipeline.doctor.network import silent
 from clipwright.pipeline.place import detect
 
 _WORST = ("FAIL", "warn", "skip", "ok")
@@ -16,12 +17,17 @@ def examine(context: Context) -> None:
     """Runs the checks behind `environment` and reports; under a launcher the first rank speaks for all."""
     todo = chosen(context.only) if context.only else []
     if not context.only:
-        todo = [one for group in (GROUPS[1:] if context.asked else GROUPS[1:2]) for one in checks(group)]
+        todo = [one for group in (GROUPS[1:] if context.asked else GROUPS[1:3]) for one in checks(group)]
     context.without_data = all(one.name != "dataset" for one in todo)
     if context.asked and detect(os.environ).size > 1:
         context.load()  # a refused config waits for no peer
     with process_group() as world:
         context.world = world
+        if (nobody := silent(world)) is not None:
+            context.rows["ping"] = nobody
+            if world.first:
+                report(context)
+            return
         with Progress("doctor", len(todo), "checks", quiet=context.call.quiet or not world.first) as progress:
             for one in todo:
                 progress.rename(f"doctor: {one.name}")

@@ -11,11 +11,14 @@ import math
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import ping_ranks
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,7 +30,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import file_sha256
 from clipwright.pipeline.data.reader import Dataset
 from clipwright.pipeline.distributed import World, process_group
-from clipwright.pipeline.doctor import data, device, environment, gradients, loss, model, speed
+from clipwright.pipeline.doctor import data, device, environment, gradients, loss, model, network, speed
 from clipwright.pipeline.doctor.base import GROUPS, Context, Found, asked_for, check, checks, chosen, failure, table
 from clipwright.pipeline.run import RunConfig
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS
@@ -80,7 +83,7 @@ def test_without_a_config_the_environment_alone_is_checked(cli: Any) -> None:
     done = cli("doctor", env={"NO_COLOR": "1"})
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["check", "found", "need", "fix"] and "\x1b" not in done.stdout
-    assert [line.split()[0] for line in lines[1:9]] == ["ok"] * 8 and "faiss-cpu" in done.stdout
+    assert [line.split()[0] for line in lines[1:11]] == ["ok"] * 10 and "faiss-cpu" in done.stdout
     assert "dataset" not in done.stdout and list(cli.folder.iterdir()) == []
 
 
@@ -131,6 +134,8 @@ def test_two_ranks_speak_with_one_voice(scenes: Path, tmp_path: Path, small: Any
     done = small.cli(tmp_path)("doctor", *words, "--json", ranks=2)
     found = json.loads(done.stdout)
     assert found["samples_per_s"] > 1 and {one["status"] for one in found["checks"]} <= {"ok", "warn"}
+    [ping] = [one["found"] for one in found["checks"] if one["name"] == "ping"]
+    assert "(rank 1)" in ping and "GB/s by gloo" in ping and 0 < found["ping"]["seconds"][0] < 1
     done = small.cli(tmp_path)("doctor", *small.settings, "data.train=nowhere", ranks=2, code=1)
     assert done.stderr.count("error[E_DOCTOR]") == 1 and done.stdout.count("E_INPUT") == 1
     assert "Preempted" not in done.stderr
@@ -245,6 +250,23 @@ def test_cores_open_files_disk_and_memory(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert environment.disk(made).status == "warn"
 
 
+def test_shared_memory_where_a_gpu_needs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = Context(call())
+    small = shutil._ntuple_diskusage(64 * 2**20, 0, 64 * 2**20)  # as a container has it
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: small)
+    monkeypatch.setattr(environment, "NVIDIA", tmp_path / "nvidia0")
+    found = environment.shared_memory(made)
+    assert found.status == "ok" and "0.062 GiB at /dev/shm" in found.found and "without a GPU" in found.need
+    (tmp_path / "nvidia0").touch()
+    found = environment.shared_memory(made)
+    assert found.status == "warn" and "--shm-size" in found.fix and "1 GiB" in found.need
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**34, 0, 2**34))
+    assert environment.shared_memory(made).status == "ok"
+    monkeypatch.undo()
+    monkeypatch.setattr(environment, "SHARED", tmp_path / "none")
+    assert environment.shared_memory(made).status == "ok"
+
+
 def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, world: World) -> None:
     if torch.cuda.is_available():
         assert "bf16" in device.device(context(world)).found
@@ -311,6 +333,26 @@ def test_shards_against_ranks(words: list[str], ranks: int, fix: str, scenes: Pa
     made.world = dataclasses.replace(world, size=ranks)
     found = data.shards(made)
     assert found.status == ("warn" if fix else "ok") and fix in found.fix
+
+
+def test_shards_against_the_limit_of_open_files(
+    monkeypatch: pytest.MonkeyPatch, scenes: Path, tmp_path: Path, world: World
+) -> None:
+    """Of each dataset of a mixture, as many as its reader keeps open."""
+    shutil.copytree(scenes, tmp_path / "more")
+    paths = f"data.train=[{{path: {scenes}}}, {{path: {tmp_path / 'more'}}}]"
+    made = context(world, paths, "precision=fp32", "runtime.workers=3")
+    run(made, *DATA)
+    need = 2 * 3 + 3 + data.OTHER_FILES
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (need - 1, 4096))
+    found = data.shard_files(made)
+    assert found.status == "FAIL" and found.fix == f"ulimit -n {need}" and found.found.startswith("6 shards")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (need - 1, need - 1))
+    assert "hard limit" in data.shard_files(made).fix
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (need, need))
+    assert data.shard_files(made).status == "ok"
+    monkeypatch.setattr(data, "OPEN_TARS", 2)
+    assert data.shard_files(made).found.startswith("4 shards")
 
 
 def edited(scenes: Path, folder: Path, change: Any) -> Path:
@@ -417,7 +459,39 @@ def test_threads_memory_and_disk(monkeypatch: pytest.MonkeyPatch, scenes: Path, 
     assert found.status == "FAIL" and "GiB" in found.need and "runtime.zero=3" in found.fix
     monkeypatch.setattr(model, "free_disk", lambda made: 10_000_000)
     found = model.checkpoints(made)
-    assert found.status == "FAIL" and "2 + 1" in found.need and "-o" in found.fix
+    assert found.status == "FAIL" and "2 newest + 1 being written" in found.need and "-o" in found.fix
+    assert "lower runtime.keep" in found.fix
+
+
+def test_memory_of_a_rank_under_each_stage(monkeypatch: pytest.MonkeyPatch, scenes: Path, world: World) -> None:
+    """What one stage has no room for another may have: it is named."""
+    made = context(world, f"data.train={scenes}", "precision=fp32", "image.depth=2", "runtime.threads=1")
+    run(made, *DATA, "tokenizer", "towers")
+    count = made.predicted["parameters"]["all"]
+    made.world = dataclasses.replace(world, size=4, local_size=2)
+    # A parameter takes 16 bytes under ZeRO 0 (weight, gradient, two moments), of 4 ranks 11, 8 and 5 under 1, 2 and 3.
+    for free, fix in ((32, ""), (31, "runtime.zero=1"), (21, "runtime.zero=2"), (15, "runtime.zero=3"), (9, "smaller")):
+        monkeypatch.setattr(model, "free_on", lambda made, free=free: free * count)
+        found = model.weights(made)
+        assert found.status == ("FAIL" if fix else "ok") and fix in found.fix, (free, found)
+        assert "under ZeRO 0; ranks here: 2" in found.need
+    assert made.predicted["state_bytes"] == 16 * count
+
+
+def test_disk_for_checkpoints_that_are_kept_for_good(
+    monkeypatch: pytest.MonkeyPatch, scenes: Path, world: World, tmp_path: Path
+) -> None:
+    words = ["runtime.keep=3", "runtime.keep_every=10", "runtime.keep_best=loss", "schedule.samples=1600"]
+    made = context(world, f"data.train={scenes}", "precision=fp32", "schedule.global_batch=16", *words, out=tmp_path)
+    run(made, *DATA, "tokenizer", "towers")
+    found = model.checkpoints(made)
+    size = made.predicted["checkpoint_bytes"]
+    assert found.status == "ok" and "3 newest + 10 kept for good + 1 best + 1 being written" in found.need
+    monkeypatch.setattr(model, "free_disk", lambda made: 15 * size)
+    assert model.checkpoints(made).status == "ok"
+    monkeypatch.setattr(model, "free_disk", lambda made: 15 * size - 1)
+    found = model.checkpoints(made)
+    assert found.status == "FAIL" and "raise runtime.keep_every=10" in found.fix
 
 
 @pytest.mark.parametrize(
@@ -484,7 +558,7 @@ def test_every_tower_has_a_shallow_form() -> None:
 def test_what_the_loss_will_cost(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
     made = context(world, "schedule.global_batch=256", "embed_dim=32", "precision=fp32")
     made.without_data = True
-    found = run(made, "config", "threads", "loss")
+    found = run(made, "config", "threads", "loss fit", "loss")
     assert found.status == "ok" and "256 images × 256 texts" in found.found
     # Four times the work, and from the second rank on the texts of the others.
     assert 0 < made.predicted["loss_seconds"] < 1
@@ -493,13 +567,87 @@ def test_what_the_loss_will_cost(monkeypatch: pytest.MonkeyPatch, world: World) 
     assert 2 < sizes[0] < 3.1 + 1 < sizes[1]
     wrong = context(world, "schedule.global_batch=256", "embed_dim=32", "data.negatives=wrong", "data.negative_count=2")
     wrong.without_data = True
-    assert "256 images × 768 texts" in run(wrong, "config", "threads", "loss").found
+    assert "256 images × 768 texts" in run(wrong, "config", "threads", "loss fit", "loss").found
     more = loss.loss_bytes(wrong.config, 4096, 1, (1, 1)) / vectors
     assert more > sizes[0] + 2
-    assert wrong.predicted["loss_seconds"] > made.predicted["loss_seconds"]
     monkeypatch.setattr(loss, "free_on", lambda made: 2**20)
     found = loss.loss(made)
     assert found.status == "FAIL" and "runtime.exchange=ring" in found.fix
+
+
+def test_a_loss_that_does_not_fit_the_model(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    words = ["embed_dim=32", "precision=fp32", "schedule.global_batch=16"]
+
+    def fitted(*more: str) -> Found:
+        made = context(world, *words, *more)
+        made.without_data = True
+        return run(made, "config", "loss fit")
+
+    found = fitted("loss.name=sigmoid")
+    assert found.status == "ok" and "vectors of 32 numbers, own parameters: logit_scale, bias" in found.found
+    found = fitted("loss.matryoshka.dims=[16, 64]")
+    assert found.status == "FAIL" and "E_CONFIG_VALUE" in found.found and "take dims up to 32" in found.fix
+    real = loss.LOSSES.build
+
+    def spoiled(change: Any) -> Any:
+        def build(*given: Any, **more: Any) -> Any:
+            made = real(*given, **more)
+            change(made)
+            return made
+
+        return build
+
+    for change, words_of_it in (
+        (lambda made: setattr(made, "odd", torch.nn.Parameter(torch.tensor(1.0))), "odd is torch.float32 ()"),
+        (lambda made: made.half(), "logit_scale is torch.float16 (1,)"),
+        (lambda made: setattr(made, "spare", torch.nn.Parameter(torch.ones(1))), "spare has no part in it"),
+        (lambda made: made.logit_scale.data.fill_(math.nan), "it is nan for 4 random pairs"),
+    ):
+        monkeypatch.setattr(loss.LOSSES, "build", spoiled(change))
+        found = fitted()
+        assert found.status == "FAIL" and words_of_it in found.found and "plugin" in found.fix, found
+
+
+def test_a_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ping_ranks.__file__ or "", str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert seen[0]["trips"] == seen[1]["trips"] and len(seen[0]["trips"]) == 2 and seen[0]["rate"] > 1e6
+    assert all(0 < seconds < 1 for seconds in seen[0]["trips"])
+    said = seen[0]["said"]
+    assert said["status"] == "FAIL" and said["found"] == "no answer from rank 2 of 3 (on node 1, counted from 0)"
+    assert max(one["seconds"] for one in seen) < 20 * ping_ranks.SECONDS and "firewall" in said["fix"]
+
+
+def test_nobody_is_waited_for_once_a_rank_is_silent(tmp_path: Path, here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table, and the error, though no rank can be asked for its outcome any more."""
+    from clipwright.pipeline.doctor import run as examined
+
+    monkeypatch.setattr(examined, "silent", lambda world: Found("FAIL", "no answer from rank 3 of 4", "", "look there"))
+    monkeypatch.setattr(examined, "from_all", lambda outcome: pytest.fail("an exchange"))
+    done = here(tmp_path, "doctor", code=1)
+    assert done.error.startswith("error[E_DOCTOR]") and "ping: no answer from rank 3 of 4 — look there" in done.error
+    assert "no answer" in done.out
+
+
+def test_a_rank_far_away_is_warned_of(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    made = context(world)
+    assert network.ping(made).found == "one process"
+    made.world = dataclasses.replace(world, size=4)
+    monkeypatch.setattr(network, "sum_rate", lambda world: 2.5e9)
+    monkeypatch.setattr(network, "round_trips", lambda world: [1e-4, 2e-2, 1e-4])
+    found = network.ping(made)
+    assert found.status == "warn" and "0.1 ms there and back, at most 20 ms (rank 2)" in found.found
+    assert "2.5 GB/s" in found.found and "rank 2's machine" in found.fix
+    monkeypatch.setattr(network, "round_trips", lambda world: [1e-4, 2e-4, 1e-4])
+    assert network.ping(made).status == "ok" and made.predicted["ping"]["seconds"] == [1e-4, 2e-4, 1e-4]
 
 
 def test_steps_that_fail_are_a_row(monkeypatch: pytest.MonkeyPatch, scenes: Path, world: World, small: Any) -> None:
