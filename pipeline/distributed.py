@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal, TypeVar
 
 import torch
@@ -53,8 +54,10 @@ class World:
 
 
 @contextmanager
-def process_group() -> Iterator[World]:
+def process_group(patience: float = 1800.0) -> Iterator[World]:
     """Joins (or makes) the process group and leaves it again, on every way out.
+
+    patience: seconds after which an exchange fails that a rank does not join.
 
     A process that does not destroy its group can end in SIGABRT. After an exception the group is left without a
     barrier: a peer may be gone.
@@ -72,7 +75,7 @@ def process_group() -> Iterator[World]:
         if place is ALONE:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timedelta(seconds=patience))
         try:
             yield World(place.rank, place.size, place.local_rank, place.local_size, device, place)
         finally:

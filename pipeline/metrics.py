@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 import resource
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from clipwright.pipeline import runfolder
+from clipwright.pipeline.core.command import Call
+from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.distributed import World
+from clipwright.pipeline.engine import StepResult
 from clipwright.pipeline.run import Parts, RunConfig
 from clipwright.pipeline.runfolder import LOG, StepFile
 from clipwright.pipeline.towers.base import parameter_count
@@ -68,11 +76,67 @@ def step_line(record: dict[str, Any], steps: int, eta: float) -> str:
     minutes, seconds = divmod(round(eta), 60)
     hours, minutes = divmod(minutes, 60)
     left = f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
-    replaced = f"replaced {record['replaced']}  " if record["replaced"] else ""
+    counts = "".join(f"{name} {record[name]}  " for name in ("replaced", "skipped") if record[name])
     return (
-        f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.4f}  "
+        f"step {record['step']:>{len(str(steps))}}/{steps}  loss {_number(record['loss'], '.4f')}  "
         f"acc i2t {record['acc_image']:.2f} t2i {record['acc_text']:.2f}  "
         f"neg {record['negatives']}  scale {record.get('scale', 0):.1f}  "
-        f"lr {record['lr']:.2e}  gnorm {record['grad_norm']:.2f}  smp/s {record['samples_per_s']:.0f}  "
-        f"data {record['data_share']:.0%}  {replaced}mem {record['memory_gb']:.1f}G  eta {left}"
+        f"lr {record['lr']:.2e}  gnorm {_number(record['grad_norm'], '.2f')}  smp/s {record['samples_per_s']:.0f}  "
+        f"data {record['data_share']:.0%}  {counts}mem {record['memory_gb']:.1f}G  eta {left}"
     )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+class Meter:
+    """Speed between two logged steps, and a logged step's record."""
+
+    def __init__(self, step: int, device: torch.device) -> None:
+        self._device = device
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        self._since, self._step, self.waited = time.perf_counter(), step, 0.0
+
+    def record(self, step: int, samples: int, result: StepResult, **more: Any) -> dict[str, Any]:
+        """The record of step `step`, up to which `samples` were trained on; what is not finite stands as null."""
+        seconds, steps = max(time.perf_counter() - self._since, 1e-9), step - self._step
+        share = min(self.waited / seconds, 1.0)
+        self._begin(step)
+        numbers = dataclasses.asdict(result)
+        return {
+            "step": step,
+            "samples": samples,
+            **{name: value if value is None or math.isfinite(value) else None for name, value in numbers.items()},
+            **more,
+            "samples_per_s": samples / step * steps / seconds,
+            "data_share": share,
+            "memory_gb": peak_memory(self._device) / 2**30,
+        }
+
+
+def finish(call: Call, run: Path, config: RunConfig, world: World, steps: int) -> None:
+    """The result of a run that ended as it should."""
+    lines = runfolder.read_log(run)
+    if not lines:
+        raise ClipwrightError(
+            "E_INPUT",
+            "a finished run without its log",
+            where=run / LOG,
+            found="no line; the checkpoints are whole",
+            fix=f"export it (clipwright export {run} -o MODEL), or train again with --fresh",
+        )
+    result = {
+        "steps": steps,
+        "samples": steps * config.schedule.global_batch,
+        "samples_per_s": round(statistics.median(line["samples_per_s"] for line in lines), 1),
+        "loss_first": lines[0]["loss"],
+        "loss_last": lines[-1]["loss"],
+        "precision": config.precision,
+        "world": world.size,
+        "run": str(run),
+    }
+    losses = f"{_number(result['loss_first'], '.3f')} → {_number(result['loss_last'], '.3f')}"
+    call.finish(result, f"trained {result['samples']:,} samples: loss {losses}", f"clipwright export {run} -o MODEL")

@@ -50,6 +50,9 @@ class RuntimeConfig:
     workers: Annotated[int, Field(ge=1)] = 2
     threads: Annotated[int, Field(ge=0)] = 0  # 0: the cores of this machine divided by its local ranks
     zero: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "optimizer"] = (
+        "none"  # where moments and master weights lie under ZeRO 1-3: in host memory
+    )
     micro_batch: Annotated[int, Field(ge=0)] = 0  # samples of a rank that are in the towers at once; 0: all of them
     exchange: Literal["gather", "ring"] = "gather"  # how texts of other ranks are met: all at once, or rank by rank
     compile: bool = False  # the towers, by torch.compile
@@ -63,7 +66,18 @@ class RuntimeConfig:
     keep: Annotated[int, Field(ge=1)] = 2  # newest checkpoints
     keep_every: Annotated[int, Field(ge=0)] = 0  # steps whose checkpoints are kept for good; 0: none
     keep_best: str = ""  # a figure of the log, of whose best step one is kept: the highest, of losses the lowest
+    timeout_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0  # a rank that does not get on ends all
     stop_at: Annotated[int, Field(ge=1)] | None = None  # step to stop at, as if the run were interrupted there
+
+    def __post_init__(self) -> None:
+        if self.offload != "none" and self.zero == 0:
+            raise ClipwrightError(
+                "E_CONFIG_VALUE",
+                "a config value that is not allowed",
+                where="runtime.offload",
+                found=f"{self.offload!r} with runtime.zero=0, under which nothing is moved",
+                fix="set runtime.zero=1, 2 or 3, or runtime.offload=none",
+            )
 
     @property
     def cache(self) -> CacheConfig:

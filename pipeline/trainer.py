@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
-import statistics
-import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -16,16 +13,17 @@ import torch
 from clipwright.pipeline import checkpoint, runfolder
 from clipwright.pipeline.core.command import Call, Preempted, StopFlag
 from clipwright.pipeline.core.config import Resolved
-from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.distributed import World, any_of, on_first, process_group
 from clipwright.pipeline.engine import Engine, StepResult
+from clipwright.pipeline.health import Health, Pace, Skips
 from clipwright.pipeline.ledger import Ledger
-from clipwright.pipeline.metrics import RunLog, header, peak_memory, step_line
+from clipwright.pipeline.metrics import Meter, RunLog, finish, header, step_line
 from clipwright.pipeline.place import detect
 from clipwright.pipeline.precision import settle_precision
 from clipwright.pipeline.run import Parts, RunConfig, RuntimeConfig, build, identity, settle_text
 from clipwright.pipeline.saver import Saver
+from clipwright.pipeline.whereabouts import at
 
 
 def thread_count(runtime: RuntimeConfig, world: World) -> int:
@@ -57,46 +55,55 @@ class Trainer:
         self.engine = Engine(self.parts.towers, self.parts.loss, self.config, self.world)
         if found is not None:
             found.restore_optimizers(self.engine)
+        self.skips = Skips(run, found.manifest["skipped"] if found is not None else 0)
         self.saver = Saver(run, self.world, self.runtime, self.identity, self.step)
 
-    def train(self) -> None:
-        """Steps until the schedule's end, `stop_at`, or a signal; a checkpoint stands at every end."""
-        stop = StopFlag()
+    def train(self, health: Health) -> None:
+        """Steps until the schedule's end, `stop_at`, or a signal to any rank; a checkpoint stands at every end."""
         end = min(self.schedule.steps, self.runtime.stop_at or self.schedule.steps)
         self.parts.towers.train()
-        since, since_step, waited = time.perf_counter(), self.step, 0.0
+        pace = Pace(self.world)
         with ExitStack() as ends:
-            batches = ends.enter_context(closing(self.parts.loader.batches(self._samples())))
+            stop = health.trains(StopFlag())
+            loader = self.parts.loader.batches(self._samples(), lambda: stop.cause is not None)
+            batches = ends.enter_context(closing(loader))
             self.ledger = ends.enter_context(closing(Ledger(self.run, self.step, self.world, self.runtime.ledger)))
             log = ends.enter_context(closing(RunLog(self.run, self.step))) if self.world.first else None
             bar = ends.enter_context(self._bar(end))
+            meter = Meter(self.step, self.world.device)
             while self.step < end:
-                batch = next(batches)
-                waited += batch.waited
+                at("data", self.step)
+                batch = next(batches, None)  # none where it was told to stop while it waited
+                at("agree")
                 flags = (stop.cause is not None, self.saver.late, self.saver.pending, self.saver.failed)
                 stopping, late, pending, failed = any_of(flags, self.world.device)
                 self.saver.settle(pending, failed)
-                if stopping:
+                if stopping or batch is None:
+                    health.agrees()
                     self._save(wait=True)
                     raise (stop.cause or Preempted)()
+                meter.waited += batch.waited
                 factor = self.schedule.factor(self._samples())
                 shown = self._shown(self.step + 1, end)
                 result = self.engine.step(batch, self.step, factor, measure=shown)
                 self.step += 1
-                self._check_finite(result)
+                at("record")
                 self.ledger.add(self.step, self._samples() - self.schedule.global_batch, batch.tally)
+                self.skips.add(result)
                 bar.add(self.schedule.global_batch)
+                health.stepped()
+                lines = pace.add(self.step)
                 if shown:
-                    now = time.perf_counter()
-                    seconds = max(now - since, 1e-9)
-                    rate = (self.step - since_step) * self.schedule.global_batch / seconds
-                    record = self._record(result, factor, rate, waited / seconds)
-                    since, since_step, waited = now, self.step, 0.0
+                    record = self._record(meter, result, factor)
+                    record |= {"slow": pace.slow} if pace.slow else {}
+                    lines.append(step_line(record, self.schedule.steps, self._left() / record["samples_per_s"]))
                     self.saver.note(record)
                     if log is not None:
                         log.write(record)
-                        with bar.above():
-                            self.call.say(step_line(record, self.schedule.steps, self._left() / rate))
+                with bar.above():
+                    for line in lines if self.world.first else []:
+                        self.call.say(line)
+                self.skips.check(result, self.step, batch)
                 if self.saver.due(self.step, late):
                     self._save()
             self._save(wait=True)
@@ -118,32 +125,14 @@ class Trainer:
         return (self.schedule.steps - self.step) * self.schedule.global_batch
 
     def _save(self, *, wait: bool = False) -> None:
+        at("save")
         self.ledger.sync()
         self.saver.save(self.engine, self.step, wait=wait)
 
-    def _check_finite(self, result: StepResult) -> None:
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise ClipwrightError(
-                "E_NONFINITE",
-                "a step that is not finite",
-                where=f"{self.run} step {self.step}",
-                found=f"loss {result.loss}, gradient norm {result.grad_norm}",
-                fix="lower optim.lr or use precision=fp32, with --fresh or another -o",
-            )
-
-    def _record(self, result: StepResult, factor: float, rate: float, data_share: float) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "samples": self._samples(),
-            **dataclasses.asdict(result),
-            **self.engine.loss.report(),
-            "lr": self.config.optim.lr * factor,
-            "samples_per_s": rate,
-            "data_share": min(data_share, 1.0),
-            "replaced": self.ledger.replaced,
-            "saved": self.saver.sealed,
-            "memory_gb": peak_memory(self.world.device) / 2**30,
-        }
+    def _record(self, meter: Meter, result: StepResult, factor: float) -> dict[str, Any]:
+        more = {"lr": self.config.optim.lr * factor, "replaced": self.ledger.replaced, "skipped": self.skips.count}
+        more["saved"] = self.saver.sealed
+        return meter.record(self.step, self._samples(), result, **self.engine.loss.report(), **more)
 
 
 def train(call: Call) -> None:
@@ -151,7 +140,9 @@ def train(call: Call) -> None:
     call.writes_status = detect(os.environ).rank == 0
     run = call.output() if not call.dry_run else call.out or Path("run")
     resolved = call.load()
-    with process_group() as world:
+    patience = resolved.value.runtime.timeout_minutes * 60
+    health = Health(call, patience)
+    with process_group(2 * patience + 1800) as world, health.joins(world):
         resolved = settle_text(settle_precision(resolved, run, world, fresh=call.fresh), run, fresh=call.fresh)
         trainer = Trainer(call, resolved, world, run)
         if world.first:
@@ -159,32 +150,9 @@ def train(call: Call) -> None:
         if call.dry_run:
             return
         trainer.open(run, resolved.yaml(), call.fresh)
+        call.owned = True
         if world.first and trainer.step:
             call.say(f"resuming at step {trainer.step}")
-        trainer.train()
+        trainer.train(health)
         if world.first:
-            _finish(call, trainer, run)
-
-
-def _finish(call: Call, trainer: Trainer, run: Path) -> None:
-    lines = runfolder.read_log(run)
-    if not lines:
-        raise ClipwrightError(
-            "E_INPUT",
-            "a finished run without its log",
-            where=run / runfolder.LOG,
-            found="no line; the checkpoints are whole",
-            fix=f"export it (clipwright export {run} -o MODEL), or train again with --fresh",
-        )
-    result = {
-        "steps": trainer.step,
-        "samples": trainer.step * trainer.schedule.global_batch,
-        "samples_per_s": round(statistics.median(line["samples_per_s"] for line in lines), 1),
-        "loss_first": lines[0]["loss"],
-        "loss_last": lines[-1]["loss"],
-        "precision": trainer.config.precision,
-        "world": trainer.world.size,
-        "run": str(run),
-    }
-    text = f"trained {result['samples']:,} samples: loss {result['loss_first']:.3f} → {result['loss_last']:.3f}"
-    call.finish(result, text, then=f"clipwright export {run} -o MODEL")
+            finish(call, run, trainer.config, world, trainer.step)

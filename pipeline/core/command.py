@@ -18,7 +18,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -28,6 +28,10 @@ import typer
 from clipwright.pipeline.core.errors import ClipwrightError
 
 DONE, FAILED, INTERRUPTED, PREEMPTED = 0, 1, 130, 85
+STOPPED = {
+    INTERRUPTED: "interrupted: run the same command again to go on",
+    PREEMPTED: "stopped by a signal: run the same command again to go on",
+}
 
 
 class Preempted(BaseException):
@@ -80,6 +84,8 @@ class Call:
     fresh: bool
     writes_status: bool = True  # False on ranks other than the first
     given: tuple[str, ...] = ()  # words and overrides in the order they were written
+    owned: bool = True  # whether the output folder was this command's before it started
+    started: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
 
     def check(self) -> None:
         """E_USAGE for words nobody would read: a lost `=` must not train on the defaults."""
@@ -191,9 +197,9 @@ def command(
 
 
 def _run(call: Call, body: Callable[[Call], None]) -> int:
-    started = datetime.datetime.now(datetime.UTC)
     error: ClipwrightError | None = None
-    owned = _owns(call)
+    words = ""
+    call.owned = _owns(call)
     # Read when OpenMP loads with torch, which no command has done yet. Waiting threads that spin cost a factor of 7
     # where another process wants the cores (36 against 260 samples/s seen).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -205,14 +211,12 @@ def _run(call: Call, body: Callable[[Call], None]) -> int:
             body(call)
         finally:
             # The outcome stands: a signal now, such as a launcher's second one, has nothing left to stop.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            deafen()
         code = DONE
     except ClipwrightError as caught:
         error, code = caught, caught.exit_code
         if call.debug:
             traceback.print_exc()
-        print(caught, file=sys.stderr, flush=True)
     except BrokenPipeError:
         # Whoever read our output (`| head`) has gone: nothing to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -228,19 +232,29 @@ def _run(call: Call, body: Callable[[Call], None]) -> int:
         code = error.exit_code
         if call.debug:
             traceback.print_exc()
-        print(error, file=sys.stderr, flush=True)
     except typer.Exit as stop:
         code = stop.exit_code
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr, flush=True)
-        code = INTERRUPTED
+        code, words = INTERRUPTED, STOPPED[INTERRUPTED]
     except Preempted:
-        print("stopped by a signal: run the same command again to go on", file=sys.stderr, flush=True)
-        code = PREEMPTED
-    mine = owned or code == DONE or (code in (INTERRUPTED, PREEMPTED) and not _has_status(call))
-    if mine and call.writes_status and not call.dry_run and call.out is not None and call.out.is_dir():
-        _write_status(call, started, code, error)
+        code, words = PREEMPTED, STOPPED[PREEMPTED]
+    conclude(call, code, error, words)
     return code
+
+
+def deafen() -> None:
+    """Signals to stop are not heard any more."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def conclude(call: Call, code: int, error: ClipwrightError | None, words: str = "") -> None:
+    """A command's last words and its status file."""
+    if error is not None or words:
+        print(error or words, file=sys.stderr, flush=True)
+    mine = call.owned or code == DONE or (code in STOPPED and not _has_status(call))
+    if mine and call.writes_status and not call.dry_run and call.out is not None and call.out.is_dir():
+        _write_status(call, code, error)
 
 
 def _owns(call: Call) -> bool:
@@ -269,14 +283,14 @@ def _preempt(number: int, frame: object) -> None:
     raise Preempted(number)
 
 
-def _write_status(call: Call, started: datetime.datetime, code: int, error: ClipwrightError | None) -> None:
+def _write_status(call: Call, code: int, error: ClipwrightError | None) -> None:
     from clipwright.pipeline.core.records import STATUS, write_json  # noqa: PLC0415
 
     assert call.out is not None
     status = {
         "command": shlex.join(["clipwright", *sys.argv[1:]]),
         "verb": call.command.verb,
-        "started": started.isoformat(timespec="seconds"),
+        "started": call.started.isoformat(timespec="seconds"),
         "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "folder": str(Path.cwd()),

@@ -7,7 +7,7 @@ import hashlib
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -135,8 +135,11 @@ class Loader:
             part.open_cache(order.reach(share.world))
         self._bad: dict[tuple[int, int, int], str] = {}  # samples that are known to be bad, and why
 
-    def batches(self, position: int) -> Generator[Batch, None, None]:
-        """Endless batches from global position `position` on, AHEAD of them decoded beyond the one in use."""
+    def batches(self, position: int, stop: Callable[[], bool] = lambda: False) -> Generator[Batch, None, None]:
+        """Batches from global position `position` on, AHEAD of them decoded beyond the one in use.
+
+        Endless, but that waiting for one ends, and with it the batches, when `stop` says so.
+        """
         workers = Workers(self.workers)
         ahead: deque[Pending] = deque()
         coming: deque[tuple[int, Place]] = deque(maxlen=EXPECTED + AHEAD + 1)
@@ -147,7 +150,9 @@ class Loader:
                     ahead.append(self._start(workers, position))
                     position += self.share.global_batch
                 started = time.perf_counter()
-                batch = self._wait(workers, ahead.popleft())
+                batch = self._wait(workers, ahead.popleft(), stop)
+                if batch is None:
+                    return
                 batch.waited = time.perf_counter() - started
                 yield batch
         finally:
@@ -180,8 +185,10 @@ class Loader:
             workers.submit(lambda part=part: self._work(workers, pending, part))
         return pending
 
-    def _wait(self, workers: Workers, pending: Pending) -> Batch:
-        while not wait([pending.future], timeout=1.0).done:
+    def _wait(self, workers: Workers, pending: Pending, stop: Callable[[], bool]) -> Batch | None:
+        while not wait([pending.future], timeout=0.2).done:
+            if stop():
+                return None
             seconds, place = workers.longest()
             if seconds > STUCK:
                 assert isinstance(place, tuple)
