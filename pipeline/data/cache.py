@@ -15,7 +15,7 @@ from typing import IO, Annotated, Any
 from pydantic import Field
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import MANIFEST, atomic_write, digest
+from clipwright.pipeline.core.records import MANIFEST, atomic_write, digest, file_sha256
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.data.remote import fetch, fetch_known, fetch_shard
 
@@ -159,9 +159,13 @@ class ShardCache:
         return have
 
     def _whole(self, shard: int) -> bool:
+        """Whether a shard is all there; an image's hash is checked when it is read, a sidecar's only here."""
         entry, tar = self.shards[shard].entry, self.path(shard)
-        beside = self.shards[shard].sidecar is None or sidecar_beside(tar).is_file()
-        return beside and tar.stat().st_size == entry["tar_bytes"]
+        if tar.stat().st_size != entry["tar_bytes"]:
+            return False
+        sidecar = sidecar_beside(tar)
+        beside = sidecar.is_file() and file_sha256(sidecar) == entry["sidecar_sha256"]
+        return beside or self.shards[shard].sidecar is None
 
     def _room(self, shard: int, keep: frozenset[int]) -> bool:
         """Evicts the longest unused, but those in `keep` and in use, until a shard fits; whether it does."""

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.nearest import nearest
-from clipwright.pipeline.core.records import atomic_write, digest, file_sha256, read_manifest
+from clipwright.pipeline.core.records import digest, file_sha256, read_manifest
 from clipwright.pipeline.data.cache import CacheConfig, RemoteShard, ShardCache, dataset_folder, sidecar_beside
 from clipwright.pipeline.data.remote import fetch_known, is_remote
 
@@ -188,11 +188,7 @@ class Dataset:
             yield pa.BufferReader(fetch_known(address, sha256))
         else:
             with self.held(shard) as tar:
-                path = sidecar_beside(tar)
-                if not self._known[shard] and file_sha256(path) != sha256:  # as an earlier start left it
-                    atomic_write(path, fetch_known(address, sha256))
-                self._known[shard] = True
-                yield path
+                yield sidecar_beside(tar)
 
     def _read_rows(self, shard: int) -> Rows:
         """The shard's samples as arrays."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -210,15 +211,17 @@ def test_the_stream_is_the_local_one_and_the_cache_keeps_its_bound(
     assert tars is not None
     tars.want([])
     time.sleep(0.2)
-    tars.path(next(iter(tars._have))).rename(tars.folder / f"{tars.path(0).name}.partial")
+    coming = first.order.locate(np.arange(16 * STEPS, 16 * STEPS + 64)).shard.tolist()
+    here = [tars.path(shard) for shard in dict.fromkeys(coming) if shard in tars._have]
+    here[0].rename(tars.folder / f"{here[0].name}.partial")
+    damaged = here[1].with_suffix(".parquet")
+    damaged.write_bytes(bytes(damaged.stat().st_size))  # as a power cut does
     tars._lock.close()
     before = len(cloud.asked)
     second = loader(train, cache)
     again = second.dataset.parts[0]._cache
     assert again is not None and again.folder == tars.folder and not list(again.folder.glob("*.partial"))
-    assert again._have  # what was fetched before serves again
-    spoilt = again.path(next(iter(again._have))).with_suffix(".parquet")
-    spoilt.write_bytes(bytes(spoilt.stat().st_size))  # as a power cut leaves it
+    assert again._have and not here[0].exists() and not damaged.exists()  # what was fetched before serves again
     assert {path.stem for path in again.folder.glob("*.parquet")} == {again.path(shard).stem for shard in again._have}
     assert keys(second, 16 * STEPS, STEPS, watch.look) == whole[STEPS:]
     watch.ended = True
