@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import threading
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.data.augment import draw_colour, recolour, training_view
+from clipwright.pipeline.data.augment import View, draw_colour, recolour
 from clipwright.pipeline.data.cache import CacheConfig
 from clipwright.pipeline.data.datasets import DataConfig, Datasets
 from clipwright.pipeline.data.order import Draw, Place, caption_index, negative_index
@@ -34,6 +35,7 @@ AHEAD = 2  # batches decoded while one is in use
 EXPECTED = 32  # batches whose shards a remote dataset fetches ahead
 PART = 8  # samples a thread takes at a time
 PAUSES = (0.1, 1.0)  # seconds before each new try of a sample where the disk fails
+PLANNED = 1024  # places looked up at once
 LOOK, KNOWN = 256, 100_000  # places looked up at once for a sample that can be read; bad ones that are remembered
 STUCK = 25.0  # seconds after which a sample that is not read and decoded is an error
 
@@ -97,11 +99,16 @@ class Pending:
             column.tolist() for column in (place.dataset, place.shard, place.row, place.epoch)
         )
         self.replaced: list[Replaced] = []
-        # Planes of a colour, as torch's resize leaves them; page-locked memory goes to a GPU while it computes.
-        self.views = torch.empty((count, 3, size, size), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        # Page-locked memory goes to a GPU while it computes.
+        self.views = torch.empty((count, size, size, 3), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        self.pixels = self.views.numpy()
         self.colour = np.empty((count, 4), np.float32)
         self.future: Future[Batch] = Future()
         self._left, self._lock = -(-count // PART), threading.Lock()
+
+    def where(self, number: int) -> tuple[int, int, int]:
+        """Dataset, shard and row of a sample."""
+        return self.dataset[number], self.shard[number], self.row[number]
 
     def last(self) -> bool:
         """Counts a part as done; whether it was the last."""
@@ -141,13 +148,14 @@ class Loader:
         Endless, but that waiting for one ends, and with it the batches, when `stop` says so.
         """
         workers = Workers(self.workers)
+        places = self._places(position)
         ahead: deque[Pending] = deque()
         coming: deque[tuple[int, Place]] = deque(maxlen=EXPECTED + AHEAD + 1)
         try:
             while True:
                 while len(ahead) <= AHEAD:
                     self._expect(coming, position)
-                    ahead.append(self._start(workers, position))
+                    ahead.append(self._start(workers, *next(places)))
                     position += self.share.global_batch
                 started = time.perf_counter()
                 batch = self._wait(workers, ahead.popleft(), stop)
@@ -158,9 +166,10 @@ class Loader:
         finally:
             workers.close()
 
-    def _mine(self, position: int) -> np.ndarray:
-        """This rank's positions of the global batch at `position`."""
-        return np.arange(position + self.share.rank, position + self.share.global_batch, self.share.world)
+    def _mine(self, position: int, batches: int = 1) -> np.ndarray:
+        """This rank's positions of the global batch at `position`, and of so many that follow."""
+        end = position + batches * self.share.global_batch
+        return np.arange(position + self.share.rank, end, self.share.world)
 
     def _expect(self, coming: deque[tuple[int, Place]], position: int) -> None:
         """Tells remote datasets which shards the batch at `position` and the next ones read.
@@ -176,10 +185,23 @@ class Loader:
         for number, part in enumerate(self.dataset.parts):
             part.expect(np.concatenate([place.shard[place.dataset == number] for _, place in coming]).tolist())
 
-    def _start(self, workers: Workers, position: int) -> Pending:
-        """Sets the workers to this rank's part of the global batch at `position`."""
-        mine = self._mine(position)
-        pending = Pending(mine, self.order.locate(mine), self.image_size)
+    def _places(self, position: int) -> Iterator[tuple[np.ndarray, Place]]:
+        """This rank's positions of each global batch from `position` on, and where their samples lie.
+
+        Looked up for several batches at once, which takes hardly longer than for one.
+        """
+        size = self.share.global_batch // self.share.world
+        for start in itertools.count(position, self.share.global_batch * max(PLANNED // size, 1)):
+            mine = self._mine(start, max(PLANNED // size, 1))
+            place = self.order.locate(mine)
+            for first in range(0, len(mine), size):
+                part = slice(first, first + size)
+                columns = place.epoch, place.shard, place.row, place.dataset
+                yield mine[part], Place(*(column[part] for column in columns))
+
+    def _start(self, workers: Workers, mine: np.ndarray, place: Place) -> Pending:
+        """Sets the workers to this rank's part of a global batch."""
+        pending = Pending(mine, place, self.image_size)
         for first in range(0, len(mine), PART):
             part = range(first, min(first + PART, len(mine)))
             workers.submit(lambda part=part: self._work(workers, pending, part))
@@ -204,13 +226,40 @@ class Loader:
 
     def _work(self, workers: Workers, pending: Pending, part: range) -> None:
         try:
+            # Read all, then decode all: Python's share of a sample is done faster several times in a row, and the
+            # threads wait less for each other.
+            views: list[View | None] = []
             for number in part:
-                self._take(workers, pending, number)
+                views.append(self._sound(workers, pending, number))
+            for number, view in zip(part, views, strict=True):
+                if view is None or not self._written(workers, pending, number, view):
+                    self._take(workers, pending, number)
             if pending.last():
                 pending.future.set_result(self._collate(pending))
         except BaseException as error:
             if not pending.future.done():
                 pending.future.set_exception(error)
+
+    def _sound(self, workers: Workers, pending: Pending, number: int) -> View | None:
+        """The view of a position's own sample, not decoded yet; none where anything is wrong with it."""
+        where = pending.where(number)
+        part = self.dataset.parts[where[0]]
+        workers.rests()
+        with part.held(where[1]):
+            workers.begins(where)
+            try:
+                return None if where in self._bad else self._view(pending, number, part.image(*where[1:]))
+            except (OSError, ClipwrightError, PixelError):
+                return None
+
+    def _written(self, workers: Workers, pending: Pending, number: int, view: View) -> bool:
+        """Decodes a view into its place; whether that could be done."""
+        workers.begins(pending.where(number))
+        try:
+            view.write(pending.pixels[number])
+        except PixelError:
+            return False
+        return True
 
     def _take(self, workers: Workers, pending: Pending, number: int) -> None:
         """Decodes the sample of a position or, where it cannot be read, that of the nearest position of its stream.
@@ -250,14 +299,10 @@ class Loader:
 
         patient: whether to wait for a disk that fails.
         """
-        where = pending.dataset[number], pending.shard[number], pending.row[number]
-        part, augment, epoch = self.dataset.parts[where[0]], self.config.augment, pending.epoch[number]
-        key = part.rows(where[1]).key[where[2]].decode()
-        turn = epoch if augment.views is None else epoch % augment.views
-        draw = Draw(self.seed, part.fingerprint, turn, key, "view")
+        where = pending.where(number)
         try:
-            data = _read(part, *where[1:], PAUSES if patient else ())
-            pending.views.numpy()[number] = training_view(data, self.image_size, augment, draw)
+            data = _read(self.dataset.parts[where[0]], *where[1:], PAUSES if patient else ())
+            self._view(pending, number, data).write(pending.pixels[number])
         except OSError:
             return "E_SYSTEM"  # not for ever, perhaps
         except (ClipwrightError, PixelError) as error:
@@ -265,9 +310,17 @@ class Loader:
             if len(self._bad) < KNOWN:
                 self._bad[where] = reason
             return reason
+        return None
+
+    def _view(self, pending: Pending, number: int, data: bytes) -> View:
+        """A sample's view, and its colours in their place."""
+        dataset, shard, row = pending.where(number)
+        part, augment, epoch = self.dataset.parts[dataset], self.config.augment, pending.epoch[number]
+        key = part.rows(shard).key[row].decode()
+        turn = epoch if augment.views is None else epoch % augment.views
         if augment.colours:
             pending.colour[number] = draw_colour(augment, Draw(self.seed, part.fingerprint, turn, key, "colour"))
-        return None
+        return View(data, augment, Draw(self.seed, part.fingerprint, turn, key, "view"))
 
     def _collate(self, pending: Pending) -> Batch:
         where = list(zip(pending.dataset, pending.shard, pending.row, strict=True))
@@ -284,7 +337,7 @@ class Loader:
         known = {texts[old]: new for new, old in enumerate(short_first.tolist())}
         ids = {text: _text_id(text) for text in known}
         return Batch(
-            views=pending.views.permute(0, 2, 3, 1),
+            views=pending.views,
             tokens=torch.from_numpy(trim(tokens, self.tokenizer.eot_id, self.text.pad)[short_first]).long(),
             text_row=torch.tensor([known[text] for text in captions]),
             image_id=torch.tensor([int(key[:16], 16) - 2**63 for key in keys]),

@@ -19,7 +19,7 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._since: dict[str, tuple[float, object]] = {}
+        self._since: dict[int, tuple[float, object]] = {}
         self._closed = False
         self._threads = [
             threading.Thread(target=self._run, name=f"decode-{number}", daemon=True) for number in range(count)
@@ -32,11 +32,11 @@ class Workers:
 
     def begins(self, what: object) -> None:
         """Called by a job when it turns to something new that may take its time."""
-        self._since[threading.current_thread().name] = (time.monotonic(), what)
+        self._since[threading.get_ident()] = (time.monotonic(), what)
 
     def rests(self) -> None:
         """Called by a job before it waits for something that has time-outs of its own."""
-        self._since.pop(threading.current_thread().name, None)
+        self._since.pop(threading.get_ident(), None)
 
     def longest(self) -> tuple[float, object]:
         """Seconds that the slowest thread has been at what it last began, and what that is."""
@@ -54,7 +54,7 @@ class Workers:
             thread.join(max(end - time.monotonic(), 0.0))
 
     def _run(self) -> None:
-        name = threading.current_thread().name
+        me = threading.get_ident()
         while (job := self._jobs.get()) is not None and not self._closed:
             job()
-            self._since.pop(name, None)
+            self._since.pop(me, None)

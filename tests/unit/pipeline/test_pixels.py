@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -236,6 +237,46 @@ def test_the_fast_decoder_gives_pillows_bits(options: dict[str, Any], monkeypatc
     place = data.index(b"\xff\xdb")
     junk = data[:place] + b"junk" + data[place:]
     assert (pixels.decode(junk) == by_pillow(junk, 1)).all() and len(taken) == before
+
+
+def outcome(read: Callable[[], np.ndarray]) -> bytes | str:
+    try:
+        return read().tobytes()
+    except pixels.PixelError as error:
+        return error.args[0]
+
+
+def test_a_bare_jpegs_header_is_read_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same header and the same end, picture or refusal, as by way of Pillow, whatever the bytes."""
+    read, chance = pixels._bare_jpeg, np.random.default_rng(0)
+    noise = chance.integers(0, 256, (23, 31, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    bare: list[dict[str, Any]] = [{}, {"progressive": True}, {"subsampling": 0}, {"comment": b"words"}, {"optimize": 1}]
+    files = [saved(picture, "JPEG", **options) for picture in (noise, noise[..., 0]) for options in bare]
+    for data in files:
+        assert read(data) == pixels.probe(data) is not None
+    others = [{"exif": exif}, {"icc_profile": b"p" * 40}, {"xmp": b"<x:xmpmeta/>"}]
+    cmyk = saved(Image.fromarray(noise).convert("CMYK"), "JPEG")
+    assert not any(map(read, [cmyk, b"\xff\xd8\xff", *(saved(noise, "JPEG", **options) for options in others)]))
+    tried = 0
+    for _ in range(4000):
+        data = bytearray(files[chance.integers(len(files))])
+        end = data.index(b"\xff\xda") + 14
+        for _ in range(chance.integers(1, 3)):
+            data[chance.integers(2, end)] = chance.integers(256)
+        cut = int(chance.integers(2, end))
+        del data[cut : cut + chance.integers(3) * chance.integers(20)]
+        changed = bytes(data)
+        if read(changed) is not None:
+            tried += 1
+            mine = outcome(lambda changed=changed: pixels.decode(changed))
+            with monkeypatch.context() as patch:
+                patch.setattr(pixels, "_bare_jpeg", lambda data: None)
+                assert mine == outcome(lambda changed=changed: pixels.decode(changed)), changed.hex()
+    assert tried > 500
+    monkeypatch.setattr(pixels, "_open", None)
+    assert pixels.decode(files[0]).shape == noise.shape
 
 
 def test_tiny_pictures_are_not_shrunk_away() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ import torch
 from PIL import Image
 
 from clipwright.pipeline.data import augment
-from clipwright.pipeline.data.augment import AugmentConfig, crop_box, draw_colour, recolour, resize, training_view
+from clipwright.pipeline.data.augment import AugmentConfig, View, crop_box, draw_colour, recolour, resize
 from clipwright.pipeline.data.order import Draw
 
 
@@ -29,6 +33,12 @@ def draw(number: int) -> Draw:
     return Draw(0, "f", 0, str(number), "view")
 
 
+def training_view(data: bytes, size: int, config: AugmentConfig, draw: Draw) -> np.ndarray:
+    out = np.empty((size, size, 3), np.uint8)
+    View(data, config, draw).write(out)
+    return out
+
+
 def test_crops_stay_inside_and_follow_the_config() -> None:
     config = AugmentConfig(scale=(0.25, 0.5), ratio=(0.5, 2.0))
     areas = []
@@ -44,7 +54,7 @@ def test_resize_is_pillows_to_one_level(size: tuple[int, int]) -> None:
     picture = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     cut = picture[: max(1, size[1] - 3), size[0] // 4 :]  # a view with strides of its own, as a crop is
     wanted = np.asarray(Image.fromarray(cut).resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
-    apart = np.abs(resize(cut, 64).transpose(1, 2, 0) - wanted)
+    apart = np.abs(resize(cut, np.empty((64, 64, 3), np.uint8)) - wanted)
     assert apart.mean() < 0.5 and (apart.max() <= 1 or size == (97, 301))
 
 
@@ -57,7 +67,7 @@ def test_a_view_is_the_crop_resized_and_perhaps_mirrored(format: str) -> None:
         left, top, width, height = crop_box(300, 210, AugmentConfig(), draw(number))
         box = (left, top, left + width, top + height)
         wanted = np.asarray(Image.fromarray(picture).resize((48, 48), Image.Resampling.BICUBIC, box=box)).astype(int)
-        got = training_view(data, 48, AugmentConfig(), draw(number)).transpose(1, 2, 0)
+        got = training_view(data, 48, AugmentConfig(), draw(number))
         apart = [np.abs(got - w).mean() for w in (wanted, wanted[:, ::-1])]
         assert min(apart) < 4 < max(apart)
         mirrored += apart[1] < apart[0]
@@ -65,6 +75,37 @@ def test_a_view_is_the_crop_resized_and_perhaps_mirrored(format: str) -> None:
     assert (
         training_view(data, 48, AugmentConfig(), draw(3)) == training_view(data, 48, AugmentConfig(), draw(3))
     ).all()
+
+
+@pytest.mark.parametrize("size", [1, 31, 224, 300])
+def test_a_mirrored_view_is_the_view_mirrored(size: int) -> None:
+    data = file_of(np.random.default_rng(2).integers(0, 256, (260, 311, 3), dtype=np.uint8), "PNG")
+    one, other = (training_view(data, size, AugmentConfig(flip=flip), draw(0)) for flip in (0.0, 1.0))
+    assert (one == other[:, ::-1]).all() and (size == 1 or (one != other).any())
+
+
+def test_a_view_takes_no_team_of_threads() -> None:
+    """Torch would start one for each thread of the loader, as large as the trainer's own."""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("counts threads by /proc")
+    data = file_of(smooth(640, 480), "JPEG")
+    threads, started = torch.get_num_threads(), []
+
+    def count(work: Callable[[], object]) -> None:
+        before = len(list(Path("/proc/self/task").iterdir()))
+        work()
+        started.append(len(list(Path("/proc/self/task").iterdir())) - before)
+
+    torch.set_num_threads(3)
+    try:
+        view = partial(training_view, data, 224, AugmentConfig(flip=1.0), draw(0))
+        for work in (view, torch.ones(224, 224, 3).exp):  # the second shows that a team would be seen
+            worker = threading.Thread(target=count, args=(work,))
+            worker.start()
+            worker.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert started[0] == 0 < started[1]
 
 
 def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +163,7 @@ def test_colours_are_those_of_the_plain_steps() -> None:
         assert np.abs(made[number] - slow_colour(views[number].numpy(), colour)).max() <= 1
     assert (made[0] == views[0].numpy()).all()
     assert (made[3] == made[3][..., :1]).all()
-    planar = views.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)  # as the loader lays views out
+    planar = views.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)  # however they lie in memory
     assert (recolour(planar, torch.tensor(colours, dtype=torch.float32)).numpy() == made).all()
 
 

@@ -41,12 +41,13 @@ def take(source: Loader, position: int, count: int) -> list[Batch]:
         batches.close()
 
 
-def test_resume_workers_and_ranks_change_nothing(scenes: Path) -> None:
+def test_resume_workers_and_ranks_change_nothing(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = take(loader(scenes, Share(0, 1, 16)), 0, 14)  # two epochs of 96 and a third begun
     again = take(loader(scenes, Share(0, 1, 16), workers=5), 16 * 9, 5)
     for one, other in zip(whole[9:], again, strict=True):
         assert torch.equal(one.views, other.views)
         assert torch.equal(one.tokens, other.tokens) and torch.equal(one.text_row, other.text_row)
+    monkeypatch.setattr(data_loader, "PLANNED", 50)  # six of these batches at once, where it was all
     halves = [take(loader(scenes, Share(r, 2, 16)), 0, 14) for r in range(2)]
     for step, one in enumerate(whole):
         for r in range(2):
@@ -185,7 +186,7 @@ def test_a_stuck_thread_is_an_error_that_names_its_sample(make_dataset: Any, mon
     folder, release = make_dataset("d", [40]), threading.Event()
     monkeypatch.setattr("clipwright.pipeline.data.loader.STUCK", 0.2)
     monkeypatch.setattr("clipwright.pipeline.data.workers.STOPPING", 0.1)
-    view = data_loader.training_view
+    view = data_loader.View
 
     def stuck(data: bytes, *others: Any) -> Any:
         if data == bad:
@@ -193,7 +194,7 @@ def test_a_stuck_thread_is_an_error_that_names_its_sample(make_dataset: Any, mon
         return view(data, *others)
 
     bad = Dataset(folder).image(0, 7)
-    monkeypatch.setattr(data_loader, "training_view", stuck)
+    monkeypatch.setattr(data_loader, "View", stuck)
     started = time.monotonic()
     with pytest.raises(ClipwrightError) as caught:
         take(loader(folder, Share(0, 1, 16)), 0, 4)

@@ -94,6 +94,23 @@ def test_changed_and_cut_members_are_found(make_dataset: Any) -> None:
     assert record["key"] in refused(lambda: data.image(0, 1))
 
 
+def test_a_samples_bytes_are_checked_the_first_time(make_dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, checked = make_dataset("d", [3, 3]), []
+    matches = reader._matches
+    monkeypatch.setattr(reader, "_matches", lambda data, sha256: checked.append(data) or matches(data, sha256))
+    data = Dataset(folder)
+    first = [data.image(shard, row) for shard in (0, 1) for row in range(3)]
+    again = [data.image(shard, row) for shard in (0, 1) for row in range(3)]
+    assert first == again == checked
+    record = data.record(0, 1)
+    with data.tar_path(0).open("r+b") as file:
+        file.seek(record["offset"] + 5)
+        file.write(b"\xff")
+    fresh = Dataset(folder)
+    for _ in range(2):  # what failed once is checked again
+        assert record["key"] in refused(lambda: fresh.image(0, 1))
+
+
 def test_missing_cut_and_doubled_shards_are_found_at_the_start(make_dataset: Any) -> None:
     folder = make_dataset("d", [2, 2, 2])
     tar, whole = folder / "d-000001.tar", (folder / "d-000001.tar").read_bytes()
