@@ -164,6 +164,8 @@ class Loader:
                 batch.waited = time.perf_counter() - started
                 yield batch
         finally:
+            for part in self.dataset.parts:
+                part.expect(())
             workers.close()
 
     def _mine(self, position: int, batches: int = 1) -> np.ndarray:
@@ -225,6 +227,7 @@ class Loader:
         return pending.future.result()
 
     def _work(self, workers: Workers, pending: Pending, part: range) -> None:
+        number = part.start
         try:
             # Read all, then decode all: Python's share of a sample is done faster several times in a row, and the
             # threads wait less for each other.
@@ -238,7 +241,21 @@ class Loader:
                 pending.future.set_result(self._collate(pending))
         except BaseException as error:
             if not pending.future.done():
-                pending.future.set_exception(error)
+                told = isinstance(error, (ClipwrightError, OSError))
+                pending.future.set_exception(error if told else self._failed(pending, number, error))
+
+    def _failed(self, pending: Pending, number: int, error: BaseException) -> ClipwrightError:
+        """What nobody foresaw, by the name of the sample it met."""
+        tar = self.dataset.parts[pending.dataset[number]].tar_path(pending.shard[number])
+        made = ClipwrightError(
+            "E_WORKER",
+            "a thread that failed",
+            where=f"{tar}, row {pending.row[number]}",
+            found=f"{type(error).__name__}: {str(error)[:200]}",
+            fix="start again, the run resumes; --debug shows where it happened",
+        )
+        made.__cause__ = error
+        return made
 
     def _sound(self, workers: Workers, pending: Pending, number: int) -> View | None:
         """The view of a position's own sample, not decoded yet; none where anything is wrong with it."""

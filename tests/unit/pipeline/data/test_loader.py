@@ -203,6 +203,25 @@ def test_a_stuck_thread_is_an_error_that_names_its_sample(make_dataset: Any, mon
     release.set()
 
 
+def test_a_thread_that_fails_is_an_error_that_names_its_sample(
+    make_dataset: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, view = make_dataset("d", [40]), data_loader.View
+    bad, threads, started = Dataset(folder).image(0, 7), threading.active_count(), time.monotonic()
+
+    def failing(data: bytes, *others: Any) -> Any:
+        if data == bad:
+            raise MemoryError("no room for it")
+        return view(data, *others)
+
+    monkeypatch.setattr(data_loader, "View", failing)
+    with pytest.raises(ClipwrightError) as caught:
+        take(loader(folder, Share(0, 1, 16)), 0, 4)
+    assert caught.value.code == "E_WORKER" and f"{folder}/d-000000.tar, row 7" in str(caught.value)
+    assert "MemoryError: no room for it" in caught.value.found and isinstance(caught.value.__cause__, MemoryError)
+    assert time.monotonic() - started < 30 and threading.active_count() <= threads
+
+
 def test_nothing_is_left_behind(make_dataset: Any) -> None:
     folder = make_dataset("d", [40])
     before = threading.active_count()

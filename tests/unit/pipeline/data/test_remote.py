@@ -90,7 +90,7 @@ def start_proxy(behind: int) -> tuple[Proxy, ThreadingHTTPServer]:
                 return
             self.wfile.write(data)
 
-        def log_message(self, *words: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -209,8 +209,10 @@ def test_the_stream_is_the_local_one_and_the_cache_keeps_its_bound(
     # As a kill leaves it: the lock is free, a part of a shard is there, nobody tidied up.
     tars = first.dataset.parts[0]._cache
     assert tars is not None
-    tars.want([])
-    time.sleep(0.2)
+    end = time.monotonic() + 10
+    while any(thread.name.startswith("fetch-") for thread in threading.enumerate()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
     coming = first.order.locate(np.arange(16 * STEPS, 16 * STEPS + 64)).shard.tolist()
     here = [tars.path(shard) for shard in dict.fromkeys(coming) if shard in tars._have]
     here[0].rename(tars.folder / f"{here[0].name}.partial")
