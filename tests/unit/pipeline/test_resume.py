@@ -80,7 +80,7 @@ def test_killed_at_a_random_step(seed: int, scenes: Path, uninterrupted: Path, t
         process = start(tmp_path, [*small.settings, *words, f"runtime.workers={draw.randint(1, 3)}"])
         ledger, begun = run / "ledger.jsonl", time.monotonic()
         while process.poll() is None and not (ledger.exists() and ledger.read_bytes().count(b"\n") >= at):
-            assert time.monotonic() - begun < 120
+            assert time.monotonic() - begun < 600  # the machine may be busy
             time.sleep(0.002)
         process.kill()
         process.communicate()
