@@ -85,6 +85,9 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if config.runtime.offload == "optimizer":
+        made["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        made["zero_force_ds_cpu_optimizer"] = False  # its own AdamW is C++, compiled when it is first used
     if config.precision == "bf16":
         # fp32 parameters and autocast; `bf16.enabled` would cast every parameter.
         made["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}

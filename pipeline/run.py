@@ -50,9 +50,7 @@ class RuntimeConfig:
     workers: Annotated[int, Field(ge=1)] = 2
     threads: Annotated[int, Field(ge=0)] = 0  # 0: the cores of this machine divided by its local ranks
     zero: Literal[0, 1, 2, 3] = 0
-    offload: Literal["none", "optimizer"] = (
-        "none"  # where moments and master weights lie under ZeRO 1-3: in host memory
-    )
+    offload: Literal["none", "optimizer"] = "none"  # under ZeRO 1-3 its moments and master weights, to host memory
     micro_batch: Annotated[int, Field(ge=0)] = 0  # samples of a rank that are in the towers at once; 0: all of them
     exchange: Literal["gather", "ring"] = "gather"  # how texts of other ranks are met: all at once, or rank by rank
     compile: bool = False  # the towers, by torch.compile

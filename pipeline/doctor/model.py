@@ -51,17 +51,26 @@ def towers(context: Context) -> Found:
 def weights(context: Context) -> Found:
     """Memory of weights, gradients and moments on this machine, before any picture."""
     count, world = context.predicted["parameters"]["all"], context.world
-    each = [count * state_bytes(context.config.optim, zero, world.size) for zero in range(4)]
-    zero, here = context.config.runtime.zero, 1 if world.device.type == "cuda" else world.local_size
+    optim, zero, gpu = context.config.optim, context.config.runtime.zero, world.device.type == "cuda"
+    moved = gpu and context.config.runtime.offload == "optimizer"  # on a CPU it is the same memory
+    each = [count * state_bytes(optim, stage, world.size, offload=moved and stage > 0) for stage in range(4)]
+    here = 1 if gpu else world.local_size
     context.predicted["state_bytes"] = each[zero]
     free = free_on(context)
     found = f"{free / 2**30:.1f} GiB available"
+    if moved:
+        host = count * state_bytes(optim, zero, world.size) - each[zero]
+        found += f", {free_memory() / 2**30:.1f} GiB of host memory"
+        if host * world.local_size > free_memory():
+            need = f"{host / 2**30:.2f} GiB a rank of host memory for what is offloaded; ranks here: {world.local_size}"
+            return Found("FAIL", found, need, "set runtime.offload=none, or take more machines")
     wanted = (
         f"{each[zero] / 2**30:.2f} GiB a rank for weights, gradients, moments under ZeRO {zero}; ranks here: {here}"
     )
     if each[zero] * here > free:
         enough = next((stage for stage in range(4) if each[stage] * here <= free), None)
         fix = "take a smaller tower, more ranks with runtime.zero=3, or more memory"
+        fix += " (or runtime.offload=optimizer)" if gpu and not moved else ""
         return Found("FAIL", found, wanted, fix if enough is None else f"set runtime.zero={enough}")
     return Found("ok", found, wanted)
 
@@ -149,12 +158,13 @@ def moments(optim: OptimConfig) -> int:
     return 2 if optim.name == "adamw" else int(optim.momentum > 0)
 
 
-def state_bytes(optim: OptimConfig, zero: int, world: int) -> float:
+def state_bytes(optim: OptimConfig, zero: int, world: int, *, offload: bool = False) -> float:
     """Bytes a parameter takes on one rank: fp32 weight, gradient, moments, and from ZeRO 1 on a master weight.
 
-    ZeRO 1 shares moments and master weights among ranks, 2 gradients as well, 3 weights as well.
+    ZeRO 1 shares moments and master weights among ranks, 2 gradients as well, 3 weights as well. With `offload` what
+    is left on the device: weights and gradients.
     """
-    kept = 4 * moments(optim) + (4 if zero else 0)
+    kept = 0 if offload else 4 * moments(optim) + (4 if zero else 0)
     return 4 / (world if zero == 3 else 1) + 4 / (world if zero >= 2 else 1) + kept / (world if zero else 1)
 
 

@@ -11,16 +11,19 @@ import math
 import os
 import socket
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import clipwright.pipeline.engine  # noqa: F401  before DeepSpeed: switches its C++ off
 from clipwright.pipeline.distributed import World, from_all, process_group
+from clipwright.pipeline.optimizer_state import layout, restore, slices
 
 import deepspeed  # isort: skip
 import deepspeed.ops
@@ -350,6 +353,61 @@ def towers_called_apart_are_wrong_under_stage_3_from_the_second_step(world: Worl
                     (loss / world.size).backward()
                 optimizer.step()
             found[str(zero)].append(apart(weights(engine), {n: p.detach() for n, p in module.named_parameters()}))
+    return found
+
+
+# Offload
+
+
+@fact
+def an_offloaded_optimizer_is_exact_and_its_state_is_found_by_name(world: World) -> Any:
+    """AdamW's moments and master weights in host memory: weights, gradients and norm, and a restart from its state."""
+    found = {}
+    module = Two()
+    reference = torch.optim.AdamW(module.parameters(), lr=0.05, eps=1e-6)
+    seen: list[dict[str, Tensor]] = []
+    for number in range(4):
+        reference.zero_grad()
+        for rank in range(world.size):
+            (cost(*module(*inputs(rank, number))) / world.size).backward()
+        wanted = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+        reference.step()
+        seen.append({name: p.detach().clone() for name, p in module.named_parameters()})
+    for zero in (1, 2, 3):
+        settings = staged(zero)
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        states: list[dict[str, Tensor]] = []
+        with tempfile.TemporaryDirectory() as folder:
+            for first in (0, 2):  # two engines, the second of which goes on where the first ended
+                towers = Two()
+                if first:
+                    towers.load_state_dict(seen[1])
+                adamw = torch.optim.AdamW(towers.parameters(), lr=0.05, eps=1e-6)
+                engine = initialize(towers, adamw, zero_force_ds_cpu_optimizer=False, **settings)
+                assert engine.zero_use_cpu_optimizer(), zero
+                names = {parameter: name for name, parameter in engine.module.named_parameters()}
+                held = layout(engine.optimizer, zero, names, world.rank, world.size)
+                if first:
+                    files = [Path(place) for place in from_all(str(Path(folder) / "state.safetensors"))]
+                    restore(engine.optimizer.optimizer, held, files, 2)
+                for number in range(first, first + 2):
+                    for part in range(2):
+                        image, text = inputs(world.rank, number)
+                        rows = slice(3 * part, 3 * part + 3)
+                        engine.set_gradient_accumulation_boundary(part == 1)
+                        engine.backward(cost(*engine(image[rows], text[rows])) / 2, scale_wrt_gas=False)
+                    grads = {n: deepspeed.utils.safe_get_full_grad(p) for n, p in engine.module.named_parameters()}
+                    engine.step()
+                states.append(weights(engine))
+                state = slices(engine.optimizer.optimizer.state, held, zero, world.rank, world.size)
+                save_file(state, Path(folder) / "state.safetensors")
+                from_all(None)  # all are written
+            from_all(None)  # all are read
+        norm = float(torch.stack([g.square().sum() for g in wanted.values()]).sum().sqrt())
+        found[zero] = [
+            *(apart(states[0], seen[1]), apart(states[1], seen[3]), apart(grads, wanted)),
+            float(engine.get_global_grad_norm()) / norm - 1,
+        ]
     return found
 
 

@@ -476,6 +476,17 @@ def test_memory_of_a_rank_under_each_stage(monkeypatch: pytest.MonkeyPatch, scen
         assert found.status == ("FAIL" if fix else "ok") and fix in found.fix, (free, found)
         assert "under ZeRO 0; ranks here: 2" in found.need
     assert made.predicted["state_bytes"] == 16 * count
+    # Offloaded from a GPU, the device keeps weight and gradient; both ranks' moments and master weights go to the host.
+    words = ["runtime.zero=1", "runtime.offload=optimizer", "precision=fp32", "image.depth=2", "runtime.threads=1"]
+    made = context(world, f"data.train={scenes}", *words)
+    run(made, *DATA, "tokenizer", "towers")
+    made.world = dataclasses.replace(world, size=4, local_size=2, device=torch.device("cuda"))
+    for device_bytes, host_bytes, fix in ((8, 6, ""), (7, 6, "runtime.zero=2"), (8, 5, "runtime.offload=none")):
+        monkeypatch.setattr(model, "free_on", lambda made, free=device_bytes: free * count)
+        monkeypatch.setattr(model, "free_memory", lambda free=host_bytes: free * count)
+        found = model.weights(made)
+        assert found.status == ("FAIL" if fix else "ok") and fix in found.fix, (device_bytes, host_bytes, found)
+    assert made.predicted["state_bytes"] == 8 * count
 
 
 def test_disk_for_checkpoints_that_are_kept_for_good(

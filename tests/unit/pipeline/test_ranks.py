@@ -24,7 +24,7 @@ def reference(scenes: Path, tmp_path_factory: pytest.TempPathFactory, small: Any
 
 def test_two_ranks_equal_one(scenes: Path, reference: Path, tmp_path: Path, small: Any) -> None:
     """All of a run: loader, schedule, log, checkpoints. What a step does is tested in test_layouts.py."""
-    words = ["runtime.zero=3", "runtime.micro_batch=3", "runtime.exchange=ring"]
+    words = ["runtime.zero=3", "runtime.micro_batch=3", "runtime.exchange=ring", "runtime.offload=optimizer"]
     small(tmp_path, f"data.train={scenes}", "schedule.samples=320", *SGD, *words, "-o", "run", ranks=2)
     ours, theirs = small.losses(tmp_path / "run"), small.losses(reference)
     assert [line["step"] for line in ours] == list(range(1, 21))
