@@ -12,6 +12,7 @@ import typer
 
 from clipwright.data_prep.cli import app as data_prep_app
 from clipwright.eval.cli import app as eval_app
+from clipwright.pipeline.cli import SCORE
 from clipwright.pipeline.cli import app as pipeline_app
 from clipwright.pipeline.core.command import COMMANDS, Call, Preempted, command, load_kind
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -33,6 +34,7 @@ for part in (data_prep_app, pipeline_app, eval_app):
             app.registered_groups.append(group)
         else:  # a group of several parts
             same.typer_instance.registered_commands += group.typer_instance.registered_commands
+SCORE.append("clipwright.eval.benchmarks.retrieval:score")
 config_app = typer.Typer(no_args_is_help=True, help="Resolved configs and their JSON schema.")
 app.add_typer(config_app, name="config")
 

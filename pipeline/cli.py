@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import typer
 
-from clipwright.pipeline.core.command import Call, command
+from clipwright.pipeline.core.command import Call, command, load_name
 
 app = typer.Typer()
 data_app = typer.Typer()  # beside data preparation's verbs of this group
 app.add_typer(data_app, name="data")
+
+# MODULE:FUNCTION that scores a model on held-out data while it trains; the front door, which imports evaluation too,
+# names it.
+SCORE: list[str] = []
 
 
 @command(app, "train", kind="clipwright.pipeline.run:RunConfig")
@@ -16,7 +20,7 @@ def train(call: Call) -> None:
     """Train a two-tower model on a dataset folder; the same command resumes."""
     from clipwright.pipeline.trainer import train as run
 
-    run(call)
+    run(call, lambda: load_name(SCORE[0]))
 
 
 @command(app, "launch", kind="clipwright.pipeline.launch.plan:LaunchConfig", metavar="LAUNCHER VERB", words=100)

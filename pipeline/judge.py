@@ -25,8 +25,8 @@ class Peer:
     beat: dict[str, Any] = field(default_factory=dict)
 
     def beats(self, beat: dict[str, Any]) -> None:
-        before, self.beat = self.mark, {**beat, "mark": tuple(beat["mark"])}
-        if self.mark != before:
+        before, self.beat = (self.mark, self.beat.get("signs")), {**beat, "mark": tuple(beat["mark"])}
+        if (self.mark, beat["signs"]) != before:
             self.moved = time.monotonic()
 
     @property

@@ -35,7 +35,7 @@ class RunLog:
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(record)
-        for tag in _TAGS:
+        for tag in (*_TAGS, *(name for name in record if name.startswith("val_"))):
             if record.get(tag) is not None:
                 self._board.add_scalar(tag, record[tag], record["step"])
 
@@ -77,6 +77,8 @@ def step_line(record: dict[str, Any], steps: int, eta: float) -> str:
     hours, minutes = divmod(minutes, 60)
     left = f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
     counts = "".join(f"{name} {record[name]}  " for name in ("replaced", "skipped") if record[name])
+    if "val_i2t_r1" in record:
+        counts += f"val R@1 i2t {record['val_i2t_r1']:.3f} t2i {record['val_t2i_r1']:.3f}  "
     return (
         f"step {record['step']:>{len(str(steps))}}/{steps}  loss {_number(record['loss'], '.4f')}  "
         f"acc i2t {record['acc_image']:.2f} t2i {record['acc_text']:.2f}  "
@@ -95,16 +97,17 @@ class Meter:
 
     def __init__(self, step: int, device: torch.device) -> None:
         self._device = device
-        self._begin(step)
+        self.begin(step)
 
-    def _begin(self, step: int) -> None:
+    def begin(self, step: int) -> None:
+        """What is timed begins now, behind step `step`."""
         self._since, self._step, self.waited = time.perf_counter(), step, 0.0
 
     def record(self, step: int, samples: int, result: StepResult, **more: Any) -> dict[str, Any]:
         """The record of step `step`, up to which `samples` were trained on; what is not finite stands as null."""
         seconds, steps = max(time.perf_counter() - self._since, 1e-9), step - self._step
         share = min(self.waited / seconds, 1.0)
-        self._begin(step)
+        self.begin(step)
         numbers = dataclasses.asdict(result)
         return {
             "step": step,

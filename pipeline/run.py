@@ -65,6 +65,8 @@ class RuntimeConfig:
     keep_every: Annotated[int, Field(ge=0)] = 0  # steps whose checkpoints are kept for good; 0: none
     keep_best: str = ""  # a figure of the log, of whose best step one is kept: the highest, of losses the lowest
     timeout_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0  # a rank that does not get on ends all
+    validation: str = ""  # held-out dataset that is scored while training goes on
+    validate_every: Annotated[int, Field(ge=1)] = 1000  # steps; and at the end
     stop_at: Annotated[int, Field(ge=1)] | None = None  # step to stop at, as if the run were interrupted there
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from clipwright.pipeline.place import detect
 from clipwright.pipeline.precision import settle_precision
 from clipwright.pipeline.run import Parts, RunConfig, RuntimeConfig, build, identity, settle_text
 from clipwright.pipeline.saver import Saver
+from clipwright.pipeline.validation import Score, Validation
 from clipwright.pipeline.whereabouts import at
 
 
@@ -34,13 +36,18 @@ def thread_count(runtime: RuntimeConfig, world: World) -> int:
 class Trainer:
     """One run on one rank."""
 
-    def __init__(self, call: Call, resolved: Resolved[RunConfig], world: World, run: Path) -> None:
+    def __init__(
+        self, call: Call, resolved: Resolved[RunConfig], world: World, run: Path, score: Callable[[], Score]
+    ) -> None:
         self.call, self.world = call, world
         self.config = resolved.value
         self.runtime, self.schedule = self.config.runtime, self.config.schedule
         self.threads = thread_count(self.runtime, world)
         torch.set_num_threads(self.threads)
         self.parts: Parts = build(self.config, world, None if call.fresh else run)
+        self.validation: Validation | None = None
+        if self.runtime.validation:
+            self.validation = Validation(self.config, self.parts.tokenizer, world, score())
         self.identity = identity(resolved, self.parts.loader.dataset.fingerprint, self.parts.tokenizer.fingerprint)
 
     def open(self, run: Path, yaml: str, fresh: bool) -> None:
@@ -96,6 +103,10 @@ class Trainer:
                 if shown:
                     record = self._record(meter, result, factor)
                     record |= {"slow": pace.slow} if pace.slow else {}
+                    if self.validation is not None and self.validation.due(self.step, end):
+                        at("validate")
+                        record |= self.validation.run(self.engine, lambda: stop.cause is not None)
+                        meter.begin(self.step)
                     lines.append(step_line(record, self.schedule.steps, self._left() / record["samples_per_s"]))
                     self.saver.note(record)
                     if log is not None:
@@ -118,7 +129,8 @@ class Trainer:
         return self.step * self.schedule.global_batch
 
     def _shown(self, step: int, end: int) -> bool:
-        return step == 1 or step == end or step % self.runtime.log_every == 0
+        validating = self.validation is not None and self.validation.due(step, end)
+        return step == 1 or step == end or validating or step % self.runtime.log_every == 0
 
     def _left(self) -> int:
         """Samples still to train."""
@@ -135,7 +147,7 @@ class Trainer:
         return meter.record(self.step, self._samples(), result, **self.engine.loss.report(), **more)
 
 
-def train(call: Call) -> None:
+def train(call: Call, score: Callable[[], Score]) -> None:
     """Runs `clipwright train`, alone or as one rank of a launcher's group, which no refused config waits for."""
     call.writes_status = detect(os.environ).rank == 0
     run = call.output() if not call.dry_run else call.out or Path("run")
@@ -144,7 +156,7 @@ def train(call: Call) -> None:
     health = Health(call, patience)
     with process_group(2 * patience + 1800) as world, health.joins(world):
         resolved = settle_text(settle_precision(resolved, run, world, fresh=call.fresh), run, fresh=call.fresh)
-        trainer = Trainer(call, resolved, world, run)
+        trainer = Trainer(call, resolved, world, run, score)
         if world.first:
             call.say(header(trainer.config, trainer.parts, world, trainer.threads))
         if call.dry_run:

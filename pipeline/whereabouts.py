@@ -18,6 +18,7 @@ class Whereabouts:
         # The step and how many of its phases were begun: equal on ranks that are equally far, greater on one ahead.
         self.mark = (-1, 0)
         self.phase, self.since = "start", time.monotonic()
+        self.signs = 0  # of life within a long phase
         self.spent: defaultdict[str, float] = defaultdict(float)
         self.began, self.lasted = self.since, 0.0  # the step it is in, and the one before
 
@@ -35,7 +36,7 @@ class Whereabouts:
         waits = False
         while frame is not None and not waits:
             waits, frame = "/torch/distributed/" in frame.f_code.co_filename, frame.f_back
-        return {"mark": self.mark, "phase": self.phase, "waits": waits, "at": _line(inner)}
+        return {"mark": self.mark, "signs": self.signs, "phase": self.phase, "waits": waits, "at": _line(inner)}
 
 
 def _line(frame: FrameType | None) -> str:
@@ -50,3 +51,8 @@ HERE = Whereabouts()  # a process is one rank
 def at(phase: str, step: int | None = None) -> None:
     """Says that this process begins a phase of its step, or with `step` the first phase of that one."""
     HERE.enter(phase, step)
+
+
+def alive() -> None:
+    """Says that a phase which may take long, while other ranks wait for this one, gets on."""
+    HERE.signs += 1

@@ -146,8 +146,13 @@ class Call:
 
 def load_kind(command: Command) -> type[Any]:
     assert command.kind is not None, command.verb
-    module, _, name = command.kind.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return load_name(command.kind)
+
+
+def load_name(name: str) -> Any:
+    """What `MODULE:NAME` stands for, imported only now."""
+    module, _, inside = name.partition(":")
+    return getattr(importlib.import_module(module), inside)
 
 
 def command(
