@@ -57,7 +57,7 @@ class World:
 def process_group(patience: float = 1800.0) -> Iterator[World]:
     """Joins (or makes) the process group and leaves it again, on every way out.
 
-    patience: seconds after which an exchange fails that a rank does not join.
+    patience: seconds after which an exchange fails that a rank does not join; E_RANK where the group does not meet.
 
     A process that does not destroy its group can end in SIGABRT. After an exception the group is left without a
     barrier: a peer may be gone.
@@ -75,7 +75,7 @@ def process_group(patience: float = 1800.0) -> Iterator[World]:
         if place is ALONE:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, timeout=timedelta(seconds=patience))
+            _meet(place, backend, patience)
         try:
             yield World(place.rank, place.size, place.local_rank, place.local_size, device, place)
         finally:
@@ -87,6 +87,21 @@ def process_group(patience: float = 1800.0) -> Iterator[World]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _meet(place: Place, backend: str, patience: float) -> None:
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=patience))
+    except dist.DistError as error:
+        said = str(error).partition("\n")[0]
+        raise ClipwrightError(
+            "E_RANK",
+            "ranks that did not meet",
+            where=f"rank {place.rank} of {place.size} (from {place.source}) at {place.master}:{place.port}",
+            found=f"after {patience:g} s: {said}",
+            fix="start all ranks, with one MASTER_ADDR and MASTER_PORT that every machine reaches, and see whether one "
+            "ended before",
+        ) from None
 
 
 def gather(tensor: Tensor) -> Tensor:

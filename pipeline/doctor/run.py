@@ -10,6 +10,7 @@ from clipwright.pipeline.doctor.base import GROUPS, Check, Context, Found, check
 from clipwright.pipeline.doctor.network import silent
 from clipwright.pipeline.place import detect
 
+JOIN = 600.0  # seconds that ranks may take to meet
 _WORST = ("FAIL", "warn", "skip", "ok")
 
 
@@ -21,7 +22,7 @@ def examine(context: Context) -> None:
     context.without_data = all(one.name != "dataset" for one in todo)
     if context.asked and detect(os.environ).size > 1:
         context.load()  # a refused config waits for no peer
-    with process_group() as world:
+    with process_group(JOIN) as world:
         context.world = world
         if (nobody := silent(world)) is not None:
             context.rows["ping"] = nobody

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from accelerate.state import PartialState
+
+from clipwright.pipeline.doctor import run
 
 VERBS = {
     "train": ["train", "photos", "data.train=nowhere", "-o", "run"],
@@ -55,6 +58,21 @@ def test_no_rank_waits_for_its_peers(
     assert error.startswith(f"error[{code}]: "), error
     assert [piece for piece in pieces if piece not in error] == [], error
     assert time.monotonic() - started < 10 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_peers_that_never_come_are_an_error(rank: int, tmp_path: Path, here: Any, monkeypatch: Any) -> None:
+    """Rank 0 waits for its peers, the others for it."""
+    monkeypatch.setattr(run, "JOIN", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    for name, value in (place | {"MASTER_ADDR": "127.0.0.1"}).items():
+        monkeypatch.setenv(name, str(value))
+    error = here(tmp_path, "doctor", code=1).error
+    where = f"rank {rank} of 2 (from torchrun) at 127.0.0.1:{port}"
+    assert error.startswith(f"error[E_RANK]: ranks that did not meet — {where} — after 1 s: "), error
+    assert "imed out" in error and "start all ranks" in error
 
 
 @pytest.mark.parametrize("verb", VERBS)
