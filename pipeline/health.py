@@ -44,7 +44,7 @@ AGREE = 10.0  # seconds, and one step, until all ranks agree to stop
 SAVE = 45.0  # seconds to save, once they do
 IN_A_ROW = 3  # steps that are skipped
 WINDOW = 16  # steps over which ranks are compared: two of them, begun anywhere, are over within 48
-SLOW, SHARE = 1.6, 0.1  # times the median of the others; and at least this share of the time all take
+SLOW, SHARE = 1.6, 0.02  # times the median of the others; and at least this share of the time all take
 
 
 class Health:

@@ -1,7 +1,7 @@
 """Ranks of `clipwright train` that are signalled, stopped or spoiled, one group after another in one session.
 
-`python group_ranks.py SCENARIOS.json` forks them from a process that has loaded all libraries, plays the launcher, which
-tells the others to stop when one has failed, and writes what came of each into results.json.
+`python group_ranks.py SCENARIOS.json` forks them from a process that has loaded all libraries, plays the launcher,
+which tells the others to stop when one has failed, and writes what came of each into results.json.
 """
 
 from __future__ import annotations
@@ -197,6 +197,7 @@ def played(scenario: Scenario, seconds: float = 240.0) -> dict[str, Any]:
     status = scenario.path / "run" / "status.json"
     log = scenario.path / "run" / "log.jsonl"
     return {
+        "folder": scenario.folder,
         "codes": [group.codes[rank] for rank in range(scenario.ranks)],
         "killed": killed,
         "told": (told or left) - done,
