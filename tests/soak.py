@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "soak.json"
 STREAM, RESUME = "tests/unit/pipeline/data/test_stream.py", "tests/unit/pipeline/test_resume.py"
+HEALTH = "tests/unit/pipeline/test_health.py"
 CHECKPOINT = "tests/unit/pipeline/test_checkpoint.py"
 REMOTE = "tests/unit/pipeline/data/test_remote.py"
 # What is tried, and how often: a test of one round takes its long form.
@@ -31,6 +32,12 @@ CLASSES = {
     "shards": (f"{STREAM}::test_a_hundred_thousand_shards_are_checked_in_seconds", 1),
     "remote": (f"{REMOTE}::test_a_killed_run_on_a_bad_line_leaves_the_local_runs_ledger", 1),
     "worlds": (f"{STREAM}::test_runs_go_on_with_other_ranks_and_workers_inside_an_epoch", 1),
+    "preempt": (f"{HEALTH}::test_told_to_stop_in_any_phase_nothing_is_lost", 20),
+    "ill": (f"{HEALTH}::test_any_illness_is_named_and_the_same_command_resumes", 20),
+    "nonfinite": (f"{HEALTH}::test_a_run_of_three_bad_steps_keeps_a_finite_checkpoint", 20),
+    "slow": (f"{HEALTH}::test_a_rank_of_half_the_pace_is_flagged_within_fifty_steps", 1),
+    "goodput": (f"{RESUME}::test_killed_again_and_again_little_is_done_twice", 1),
+    "hosts": ("tests/unit/pipeline/test_hosts.py", 1),
     "kill": (f"{RESUME}::test_killed_at_a_random_step", 20),
     "save-kill": (f"{CHECKPOINT}::test_killed_inside_a_save", 160),
     "disk-full": (f"{CHECKPOINT}::test_a_full_disk_ends_all_ranks_and_the_older_checkpoint_stands", 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -29,12 +30,12 @@ def uninterrupted(scenes: Path, tmp_path_factory: pytest.TempPathFactory, small:
     return folder / "run"
 
 
-def start(folder: Path, words: list[str]) -> subprocess.Popen[str]:
+def start(folder: Path, words: list[str], stdout: Any = subprocess.PIPE) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "clipwright", "train", *words],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -79,13 +80,45 @@ def test_killed_at_a_random_step(seed: int, scenes: Path, uninterrupted: Path, t
         at = draw.randint(min(at + 1, 29), 29)
         process = start(tmp_path, [*small.settings, *words, f"runtime.workers={draw.randint(1, 3)}"])
         ledger, begun = run / "ledger.jsonl", time.monotonic()
-        while process.poll() is None and not (ledger.exists() and ledger.read_bytes().count(b"\n") >= at):
-            assert time.monotonic() - begun < 600  # the machine may be busy
-            time.sleep(0.002)
-        process.kill()
-        process.communicate()
+        try:
+            while process.poll() is None and not (ledger.exists() and ledger.read_bytes().count(b"\n") >= at):
+                assert time.monotonic() - begun < 600  # the machine may be busy
+                time.sleep(0.002)
+        finally:
+            process.kill()
+            process.communicate()
     small(tmp_path, *words)
     same(run, uninterrupted, small)
+
+
+def test_killed_again_and_again_little_is_done_twice(scenes: Path, tmp_path: Path, small: Any) -> None:
+    """Goodput: a kill after each 200 steps or so, a checkpoint each 10; in `make soak` 20 kills, else one."""
+    kills, every, draw = (20, 200, random.Random(0)) if ROUNDS else (1, 60, random.Random(0))
+    words = [*small.settings, f"data.train={scenes}", "schedule.warmup=64", "runtime.save_every=10", "-o", "run"]
+    words.append(f"schedule.samples={16 * every * (kills + 1)}")
+    said, ledger, made, waits = tmp_path / "said", tmp_path / "run" / "ledger.jsonl", 0, []
+
+    def steps() -> int:
+        return ledger.read_bytes().count(b"\n") if ledger.exists() else 0
+
+    for turn in range(kills + 1):
+        begun, last = time.monotonic(), every * (turn + 1) + draw.randint(-20, 20)
+        with said.open("w") as out:
+            process = start(tmp_path, words, stdout=out)
+        while process.poll() is None and not re.search(r"^step ", said.read_text(), re.MULTILINE):
+            time.sleep(0.01)
+        waits.append(time.monotonic() - begun)
+        while process.poll() is None and (turn == kills or steps() < last):
+            assert time.monotonic() - begun < 600
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        resumed = re.search(r"resuming at step (\d+)", said.read_text())
+        made += steps() - (int(resumed[1]) if resumed else 0)
+    share = every * (kills + 1) / made
+    print(f"goodput {share:.4f}, from start to first step {max(waits):.1f} s at most")
+    assert steps() == every * (kills + 1) and made >= steps()
+    assert share >= (0.95 if ROUNDS else 0.8) and max(waits) <= 60
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGINT, 130)])
