@@ -18,6 +18,7 @@ from clipwright.pipeline.pixels import Picture
 Chance = Annotated[float, Field(ge=0, le=1)]
 Turns = Annotated[float, Field(ge=0, le=0.5)]
 
+TRIES = 10
 _GRAIN = 2**15 - 1  # numbers that torch does not share out among threads
 _LUMA = (0.299, 0.587, 0.114)  # BT.601
 _TO_YIQ = (_LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
@@ -46,17 +47,22 @@ class AugmentConfig:
         return bool(self.grey or (self.jitter_chance and any(self.jitter)))
 
 
-def crop_box(width: int, height: int, config: AugmentConfig, draw: Draw) -> tuple[float, float, float, float]:
-    """(left, top, width, height) of a crop inside the image, in pixels.
+def crop_box(width: int, height: int, config: AugmentConfig, draw: Draw) -> tuple[int, int, int, int]:
+    """(left, top, width, height) of a crop inside the image, in pixels: the law of torchvision's RandomResizedCrop.
 
-    Area share uniform, ratio log-uniform (Szegedy et al. 2015, section 6). Where they do not fit together the crop is
-    cut to the image instead of drawn again: one draw a sample keeps the function pure.
+    Area share uniform, ratio log-uniform (Szegedy et al. 2015, section 6), drawn again where they do not fit together;
+    after TRIES the largest middle crop whose ratio is allowed. Every place it fits in is equally likely.
     """
-    area = width * height * (config.scale[0] + draw.uniform() * (config.scale[1] - config.scale[0]))
     low, high = math.log(config.ratio[0]), math.log(config.ratio[1])
-    ratio = math.exp(low + draw.uniform() * (high - low))
-    box_width, box_height = min(math.sqrt(area * ratio), width), min(math.sqrt(area / ratio), height)
-    return draw.uniform() * (width - box_width), draw.uniform() * (height - box_height), box_width, box_height
+    for _ in range(TRIES):
+        area = width * height * (config.scale[0] + draw.uniform() * (config.scale[1] - config.scale[0]))
+        ratio = math.exp(low + draw.uniform() * (high - low))
+        wide, tall = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < wide <= width and 0 < tall <= height:
+            return int(draw.uniform() * (width - wide + 1)), int(draw.uniform() * (height - tall + 1)), wide, tall
+    wide = max(min(width, round(height * config.ratio[1])), 1)
+    tall = max(min(height, round(width / config.ratio[0])), 1)
+    return (width - wide) // 2, (height - tall) // 2, wide, tall
 
 
 class View:
@@ -80,7 +86,7 @@ class View:
             resize(pixels[rows, columns], out)
 
 
-def _whole(start: float, length: float, side: int, decoded: int) -> slice:
+def _whole(start: int, length: int, side: int, decoded: int) -> slice:
     """A stretch of a side of `side` pixels, in whole pixels of the same side decoded to `decoded`."""
     first = min(round(start * decoded / side), decoded - 1)
     return slice(first, max(round((start + length) * decoded / side), first + 1))

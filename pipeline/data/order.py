@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,7 @@ import numpy as np
 from clipwright.pipeline.core.records import canonical_json
 
 _U64 = np.uint64
+_EIGHT = struct.Struct(">8Q")
 _ROUNDS = 4  # Luby and Rackoff 1988: four rounds make a strong pseudo-random permutation
 
 
@@ -144,12 +146,16 @@ class Draw:
     """Counter-based random numbers of one sample in one epoch: a pure function of (seed, dataset, epoch, key)."""
 
     def __init__(self, seed: int, fingerprint: str, epoch: int, key: str, purpose: str) -> None:
-        text = f"{seed}\0{fingerprint}\0{epoch}\0{key}\0{purpose}"
-        digest = hashlib.blake2b(text.encode(), digest_size=64).digest()
-        self._numbers = [int.from_bytes(digest[i : i + 8], "big") for i in range(0, 64, 8)]
+        self._name = f"{seed}\0{fingerprint}\0{epoch}\0{key}\0{purpose}".encode()
+        self._blocks = 0
+        self._numbers: list[int] = []
 
     def uniform(self) -> float:
-        """The next number in [0, 1); eight are there."""
+        """The next number in [0, 1)."""
+        if not self._numbers:
+            counter = b"\0%d" % self._blocks if self._blocks else b""
+            self._numbers.extend(_EIGHT.unpack(hashlib.blake2b(self._name + counter, digest_size=64).digest()))
+            self._blocks += 1
         return (self._numbers.pop() >> 11) / 2**53
 
 

@@ -171,10 +171,14 @@ def plain(data: Path) -> Callable[[int], Clock]:
 
     def transform(file: bytes, chance: random.Random) -> torch.Tensor:
         image = Image.open(io.BytesIO(file)).convert("RGB")
-        area = image.width * image.height * chance.uniform(*SCALE)
-        ratio = math.exp(chance.uniform(math.log(3 / 4), math.log(4 / 3)))
-        wide = min(round(math.sqrt(area * ratio)), image.width)
-        high = min(round(math.sqrt(area / ratio)), image.height)
+        for _ in range(10):
+            area = image.width * image.height * chance.uniform(*SCALE)
+            ratio = math.exp(chance.uniform(math.log(3 / 4), math.log(4 / 3)))
+            wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if wide <= image.width and high <= image.height:
+                break
+        else:
+            wide, high = min(image.width, round(image.height * 4 / 3)), min(image.height, round(image.width * 4 / 3))
         left, top = chance.randint(0, image.width - wide), chance.randint(0, image.height - high)
         image = image.crop((left, top, left + wide, top + high)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import random
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -39,14 +41,43 @@ def training_view(data: bytes, size: int, config: AugmentConfig, draw: Draw) -> 
     return out
 
 
-def test_crops_stay_inside_and_follow_the_config() -> None:
-    config = AugmentConfig(scale=(0.25, 0.5), ratio=(0.5, 2.0))
-    areas = []
-    for i in range(500):
-        left, top, width, height = crop_box(200, 100, config, draw(i))
-        assert 0 <= left <= left + width <= 200 + 1e-9 and 0 <= top <= top + height <= 100 + 1e-9
-        areas.append(width * height / 20000)
-    assert max(areas) <= 0.5 + 1e-9 and min(areas) < 0.3 and sum(areas) / 500 > 0.3
+Box = tuple[int, int, int, int]
+
+
+def torchvisions_crop(width: int, height: int, config: AugmentConfig, chance: random.Random) -> Box:
+    """RandomResizedCrop.get_params as torchvision documents it: ten tries, then the middle."""
+    for _ in range(10):
+        area = width * height * chance.uniform(*config.scale)
+        ratio = math.exp(chance.uniform(math.log(config.ratio[0]), math.log(config.ratio[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return chance.randint(0, width - w), chance.randint(0, height - h), w, h
+    w, h = width, height
+    if width / height < config.ratio[0]:
+        h = round(width / config.ratio[0])
+    elif width / height > config.ratio[1]:
+        w = round(height * config.ratio[1])
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+@pytest.mark.parametrize("size", [(64, 64), (500, 375), (301, 97), (7, 5)])
+@pytest.mark.parametrize("scale", [(0.7, 1.0), (0.9, 1.0), (0.08, 1.0), (1.0, 1.0)])
+def test_crops_follow_torchvisions_law(size: tuple[int, int], scale: tuple[float, float]) -> None:
+    """Area, aspect, place and distance from the edges have its means and spreads."""
+    (width, height), config, chance, count = size, AugmentConfig(scale=scale), random.Random(1), 4000
+    boxes = (
+        [crop_box(*size, config, draw(i)) for i in range(count)],
+        [torchvisions_crop(*size, config, chance) for _ in range(count)],
+    )
+    numbers = []
+    for left, top, w, h in (np.array(one, float).T for one in boxes):
+        assert min(left) >= 0 <= min(top) and max(left + w) <= width and max(top + h) <= height
+        whole = left / np.maximum(width - w, 1), top / np.maximum(height - h, 1)
+        numbers.append([w * h / (width * height), np.log(w / h), left + w / 2, top + h / 2, *whole])
+    for mine, wanted in zip(*numbers, strict=True):
+        for power in (1, 2):
+            one, other = ((x - wanted.mean()) ** power for x in (mine, wanted))
+            assert abs(one.mean() - other.mean()) < 4.5 * np.hypot(one.std(), other.std()) / math.sqrt(count) + 1e-9
 
 
 @pytest.mark.parametrize("size", [(500, 375), (97, 301), (32, 32), (5, 7), (1, 40)])

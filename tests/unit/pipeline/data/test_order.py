@@ -142,4 +142,8 @@ def test_draws_are_uniform_and_pure() -> None:
     assert numbers[:10] == [Draw(0, "f", 0, f"{i:032x}", "view").uniform() for i in range(10)]
     assert abs(np.mean(numbers) - 0.5) < 0.02
     assert abs(np.std(numbers) - 12**-0.5) < 0.02
+    one, again = Draw(0, "f", 0, "0", "view"), Draw(0, "f", 0, "0", "view")
+    many = [one.uniform() for _ in range(4000)]
+    assert many == [again.uniform() for _ in range(4000)] and len(set(many)) == 4000
+    assert np.abs(np.histogram(many, 10, (0, 1))[0] - 400).max() < 90
     assert Draw(0, "f", 1, "0", "view").uniform() != Draw(0, "f", 0, "0", "view").uniform()
