@@ -20,7 +20,7 @@ from clipwright.pipeline import runfolder
 from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.data.cache import CacheConfig
+from clipwright.pipeline.data.cache import CachedRuntime
 from clipwright.pipeline.data.datasets import DataConfig, Datasets
 from clipwright.pipeline.data.loader import Loader, Share
 from clipwright.pipeline.data.reader import Dataset
@@ -44,7 +44,7 @@ class ActivationCheckpointing:
 
 
 @configclass
-class RuntimeConfig:
+class RuntimeConfig(CachedRuntime):
     """What may change between two starts of one run without changing its result beyond rounding."""
 
     workers: Annotated[int, Field(ge=1)] = 2
@@ -56,8 +56,6 @@ class RuntimeConfig:
     compile: bool = False  # the towers, by torch.compile
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
     ledger: Literal["sums", "keys"] = "sums"  # whether each line of ledger.jsonl lists its samples too
-    cache_dir: str = ""  # where shards of a remote dataset are kept; by default in the user's cache folder
-    cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0  # of each remote dataset, in each process
     log_every: Annotated[int, Field(ge=1)] = 20  # steps
     save_every: Annotated[int, Field(ge=1)] = 1000  # steps
     save_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 15.0
@@ -78,10 +76,6 @@ class RuntimeConfig:
                 found=f"{self.offload!r} with runtime.zero=0, under which nothing is moved",
                 fix="set runtime.zero=1, 2 or 3, or runtime.offload=none",
             )
-
-    @property
-    def cache(self) -> CacheConfig:
-        return CacheConfig(folder=self.cache_dir, gb=self.cache_gb)
 
 
 @configclass

@@ -260,11 +260,14 @@ def test_a_killed_run_on_a_bad_line_leaves_the_local_runs_ledger(
             stderr=subprocess.STDOUT,
         )
         ledger, begun = run / "ledger.jsonl", time.monotonic()
-        while not (ledger.exists() and ledger.read_bytes().count(b"\n") >= lines):
-            assert process.poll() is None and time.monotonic() - begun < 240, process.communicate()
-            time.sleep(0.005)
-        process.kill()
-        process.communicate()
+        try:
+            while not (ledger.exists() and ledger.read_bytes().count(b"\n") >= lines):
+                assert process.poll() is None and time.monotonic() - begun < 600, process.poll()
+                time.sleep(0.005)
+        finally:
+            process.kill()
+            said, _ = process.communicate()
+            print(said.decode())
         assert list(root.glob("*/tars-0/*.tar"))
     done = small(tmp_path, *words, *remote_words)
     watch.ended = True
