@@ -6,7 +6,6 @@ How to score comes from the front door: evaluation is built on the pipeline, whi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,8 @@ class Validation:
         on_first(self._open)
 
     def _open(self) -> None:
-        self._data = Dataset(Path(self.config.runtime.validation))
+        runtime = self.config.runtime
+        self._data = Dataset(runtime.validation, cache=runtime.cache)
 
     def due(self, step: int, end: int) -> bool:
         return step == end or step % self.config.runtime.validate_every == 0
