@@ -96,6 +96,7 @@ class Heartbeat(threading.Thread):
         self._selector.register(self._woken, selectors.EVENT_READ, self._wakes)
         self._links: dict[int, Link] = {}
         self.peers: dict[int, Peer] = {}
+        self._living: list[int] = []  # as rank 0 said last
         self.check: Callable[[], End | None] = lambda: None  # of this rank alone, once a second
 
     # The main thread's side
@@ -146,6 +147,8 @@ class Heartbeat(threading.Thread):
             if self.end is not None:
                 self._ends(self.end)
                 break
+        for link in self._links.values():
+            link.sock.close()
         self.over.set()
 
     def _alone(self) -> bool:
@@ -260,8 +263,6 @@ class Heartbeat(threading.Thread):
             by = min((rank for rank in self._living if rank != 0), default=self.rank)
         if error is not None:
             self.end = End(by, error.exit_code, error.args)
-
-    _living: tuple[int, ...] = ()
 
     def _ends(self, end: End) -> None:
         """Tells the others, lets them leave, and leaves."""

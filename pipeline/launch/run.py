@@ -94,7 +94,10 @@ class Group:
         self.readers[-1].start()
 
     def _relay(self, part: Part, stream: IO[bytes]) -> None:
-        """Hands on what a machine says, up to the first error line, which is kept to be the last word of all."""
+        """Hands on what a machine says, up to the first error line, which is the last word of all.
+
+        It is said at once: a launcher may need half a minute to be rid of a rank that is stopped.
+        """
         for raw in stream:
             line = raw.decode(errors="backslashreplace").rstrip("\n")
             with self._lock:
@@ -104,6 +107,7 @@ class Group:
                     self.root = int(report[1])  # torchrun's report ends with the rank that failed first
                 if not self.error and re.match(r"error\[E_\w+\]: ", line):
                     self.error = line
+                    print(line, file=sys.stderr, flush=True)
                 elif self.debug or not (self.error or self.stopping):
                     print(line, file=sys.stderr, flush=True)
 
@@ -142,7 +146,8 @@ class Group:
         if all(code == DONE for code in codes):
             return  # they finished as the signal came
         if self.error:
-            print(self.error, file=sys.stderr, flush=True)
+            if self.debug:  # much was said behind it
+                print(self.error, file=sys.stderr, flush=True)
             name = self.error[len("error[") :].partition("]")[0]
             raise typer.Exit(CODES[name][0] if name in CODES else 1)
         code = self._exit_code(codes if failed is None else [codes[failed]])
