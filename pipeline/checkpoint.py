@@ -24,6 +24,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import (
     MANIFEST,
     check_files,
+    differences,
     digest,
     json_text,
     read_manifest,
@@ -36,6 +37,7 @@ from clipwright.pipeline.model import TwoTower, load_weights
 
 FOLDER, LATEST = "checkpoints", "latest"
 WEIGHTS, LOSS, OPTIMIZER = "model.safetensors", "loss.safetensors", "optimizer-{:05d}.safetensors"
+SAID = {"step", "samples", "updates", "skipped", "world", "zero", "identity", "accepted", "figures", "files"}
 MOMENTS = "optimizer."  # begins the names of the loss's own optimiser in its file
 
 
@@ -49,6 +51,24 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return self.manifest["step"]
+
+    def changes(self, identity: dict[str, Any]) -> list[str]:
+        """`key: old → new` where a run that goes on from here differs; E_RESUME for what no run may change."""
+        found = differences(self.manifest["identity"], identity)
+        if refused := [line for line in found if not runfolder.ACCEPTABLE.fullmatch(line.partition(": ")[0])]:
+            raise ClipwrightError(
+                "E_RESUME",
+                "a checkpoint of another run",
+                where=self.folder,
+                found="; ".join(refused),
+                fix="take it away, or start over with --fresh",
+            )
+        return found
+
+    def accepted(self, changes: list[str]) -> list[dict[str, Any]]:
+        """What was changed on the way here, and now, each with the step behind which it counts."""
+        now = [{"step": self.step, "changed": changes}] if changes else []
+        return self.manifest["accepted"] + now
 
     def weights(self) -> dict[str, Tensor]:
         return self._tensors(WEIGHTS)
@@ -191,8 +211,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
     text = (folder / MANIFEST).read_bytes()
     if digest(body) != manifest.get("fingerprint") or text != json_text(manifest).encode():
         found = "its fingerprint is not that of what it says"
-    elif not {WEIGHTS, LOSS} <= body["files"].keys():
-        found = f"it knows no {WEIGHTS} or no {LOSS}"
+    elif missing := sorted(SAID - body.keys()) or sorted({WEIGHTS, LOSS} - dict(body["files"]).keys()):
+        found = f"it says nothing of {missing[0]}"
     elif step_name(body["step"]) != folder.name:
         found = f"it is the one of step {body['step']}"
     else:

@@ -64,7 +64,7 @@ def export(call: Call) -> None:
             weights={**found.weights(), **loss},
             tokenizer=stored_tokenizer(run_config.tokenizer, run),
             made_from=made_from,
-            card=_card(tree, made_from),
+            card=_card(tree, made_from, found.manifest["accepted"]),
         )
         progress.add(1)
         load_model(staged, device="cpu")  # what is announced has been read back
@@ -78,14 +78,16 @@ def export(call: Call) -> None:
     )
 
 
-def _card(tree: dict[str, Any], made_from: dict[str, Any]) -> str:
+def _card(tree: dict[str, Any], made_from: dict[str, Any], accepted: list[dict[str, Any]]) -> str:
     image, text = tree["image"], tree["text"]
+    changed = "".join(f"- changed behind step {one['step']:,}: {'; '.join(one['changed'])}\n" for one in accepted)
     return (
         "# A two-tower image-text model\n\n"
         f"- image tower: {image['name']} at {image['image_size']} px\n"
         f"- text tower: {text['name']}, context {text['context']}, tokenizer {tree['tokenizer']['name']}\n"
         f"- embedding: {tree['embed_dim']} numbers, unit length\n"
-        f"- trained on {made_from['samples']:,} samples of the dataset with fingerprint {made_from['dataset']}\n\n"
+        f"- trained on {made_from['samples']:,} samples of the dataset with fingerprint {made_from['dataset']}\n"
+        f"{changed}\n"
         "Made by clipwright. Open it with `clipwright.load_model(folder)`. It knows what its training data showed it, "
         "biases included; test it on your own data before you rely on it.\n"
     )

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from clipwright.pipeline import runfolder
@@ -62,6 +62,7 @@ class RuntimeConfig(CachedRuntime):
     keep: Annotated[int, Field(ge=1)] = 2  # newest checkpoints
     keep_every: Annotated[int, Field(ge=0)] = 0  # steps whose checkpoints are kept for good; 0: none
     keep_best: str = ""  # a figure of the log, of whose best step one is kept: the highest, of losses the lowest
+    copy_to: str = ""  # a bucket's address, s3://… or gs://…, to which each checkpoint is copied
     timeout_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0  # a rank that does not get on ends all
     validation: str = ""  # held-out dataset that is scored while training goes on
     validate_every: Annotated[int, Field(ge=1)] = 1000  # steps; and at the end
@@ -78,9 +79,20 @@ class RuntimeConfig(CachedRuntime):
             )
 
 
+def acceptable(key: str) -> str:
+    """A key of `accept`."""
+    if runfolder.ACCEPTABLE.fullmatch(key) is None:
+        raise ValueError("a run may change keys of optim, loss and data.augment, and schedule.warmup, decay and final")
+    return key
+
+
 @configclass
 class RunConfig(ModelConfig):
-    """A training run."""
+    """A training run.
+
+    accept: keys in which it may from now on differ from how it was begun; what changed is kept in log, manifests and
+    model card. init_from: a run or model folder whose weights it begins with.
+    """
 
     data: DataConfig
     loss: Annotated[LossConfig, Choice(LOSSES, "softmax")]
@@ -88,6 +100,8 @@ class RunConfig(ModelConfig):
     schedule: ScheduleConfig = ScheduleConfig()
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     seed: int = 0
+    accept: tuple[Annotated[str, AfterValidator(acceptable)], ...] = ()
+    init_from: str = ""
     runtime: RuntimeConfig = RuntimeConfig()
 
 
@@ -213,11 +227,17 @@ def sample_captions(dataset: Dataset | Datasets, most: int) -> Iterator[str]:
         start += len(column)
 
 
-def identity(resolved: Resolved[RunConfig], dataset: str, tokenizer: str) -> dict[str, Any]:
-    """What decides a run's result; dataset and tokenizer enter by fingerprint, never by where they lie."""
-    tree = _inside(resolved.identity())
+def identity(
+    resolved: Resolved[RunConfig], dataset: str, tokenizer: str, begun_with: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """What decides a run's result; dataset and tokenizer enter by fingerprint, never by where they lie.
+
+    begun_with: what `init_from` names.
+    """
+    tree = {key: value for key, value in _inside(resolved.identity()).items() if key not in ("accept", "init_from")}
     return {
         **tree,
+        **({"init_from": begun_with} if begun_with else {}),
         "data": {**tree["data"], "train": dataset},
         "tokenizer": {**tree["tokenizer"], "fingerprint": tokenizer},
     }

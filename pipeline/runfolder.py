@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from clipwright.pipeline.tokenizers.base import Tokenizer
 CONFIG, IDENTITY = "config.yaml", "identity.json"
 LOG, LEDGER = "log.jsonl", "ledger.jsonl"
 TOKENIZER = "tokenizer"  # the folder of a tokenizer that was learned for this run
+# Keys of an identity that a run may change on its way, if asked to: nothing that decides which samples a step sees, or
+# what its weights are weights of.
+ACCEPTABLE = re.compile(r"(optim|loss|data\.augment)\.(?!name$)[\w.]+|schedule\.(warmup|decay|final)")
 
 
 def stored_tree(run: Path) -> dict[str, Any] | None:
@@ -42,21 +46,34 @@ def stored_identity(run: Path) -> dict[str, Any] | None:
         ) from None
 
 
-def claim(run: Path, *, yaml: str, identity: dict[str, Any], fresh: bool, learned: Tokenizer | None = None) -> None:
-    """Makes `run` this config's folder: new, or an unfinished run of equal identity. `learned`: what it is to keep.
+def claim(
+    run: Path,
+    *,
+    yaml: str,
+    identity: dict[str, Any],
+    fresh: bool,
+    accept: Collection[str] = (),
+    learned: Tokenizer | None = None,
+) -> None:
+    """Makes `run` this config's folder: new, or an unfinished run of equal identity but for the keys in `accept`.
 
-    E_OUTPUT when the folder holds something else, E_RESUME (listing the changed keys) when it is another run's.
+    `learned`: a tokenizer it is to keep. E_OUTPUT when the folder holds something else, E_RESUME (listing the changed
+    keys) when it is another run's.
     """
     if fresh and (run / IDENTITY).is_file():
         shutil.rmtree(run)
     if (stored := stored_identity(run)) is not None:
-        if changed := differences(stored, identity):
+        changed = {line.partition(": ")[0]: line for line in differences(stored, identity)}
+        if refused := [line for key, line in changed.items() if key not in accept]:
+            open_to = all(ACCEPTABLE.fullmatch(key) for key in changed)
             raise ClipwrightError(
                 "E_RESUME",
                 "the folder holds a run of another config",
                 where=run,
-                found="; ".join(changed),
-                fix="use the old values, another -o, or --fresh to start over",
+                found="; ".join(refused),
+                fix="use the old values, "
+                + (f"go on with the new ones by accept=[{','.join(changed)}], " if open_to else "")
+                + "another -o, or --fresh to start over",
             )
     elif run.exists():
         # What a start leaves that was refused or killed before it had an identity is no obstacle to the next.

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clipwright.pipeline.checkpoint import FOLDER, LATEST, LOSS, MOMENTS, OPTIMIZER, WEIGHTS, saved_steps, step_name
+from clipwright.pipeline.copies import Copies
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import (
     atomic_write,
@@ -52,9 +53,9 @@ class Saver:
     `late`, `pending` and `failed` are what this rank knows: all ranks must agree on them before they act.
     """
 
-    def __init__(self, run: Path, world: World, runtime: RuntimeConfig, identity: dict[str, Any], step: int) -> None:
-        """`step`: the checkpoint the run goes on from, 0 for none."""
-        self.run, self.world, self.runtime, self.identity = run, world, runtime, identity
+    def __init__(self, run: Path, world: World, runtime: RuntimeConfig, about: dict[str, Any], step: int) -> None:
+        """about: what all manifests say of the run; step: the checkpoint it goes on from, 0 for none."""
+        self.run, self.world, self.runtime, self.about = run, world, runtime, about
         self.begun = self.sealed = step  # newest that is on its way, newest that stands
         self._from = step
         self._own = {step}
@@ -62,6 +63,10 @@ class Saver:
         self._noted: set[str] = set()
         self._since = time.monotonic()
         self._writing: _Writing | None = None
+        self._copies = Copies(run, runtime.copy_to) if runtime.copy_to else None
+        if world.first:  # what a kill left of others
+            for left in (run / FOLDER).glob(".*.partial"):
+                shutil.rmtree(left, ignore_errors=True)
 
     @property
     def late(self) -> bool:
@@ -103,6 +108,11 @@ class Saver:
         if failed or not pending:
             self._seal()
 
+    def finish(self) -> None:
+        """Waits for what is copied elsewhere."""
+        if self._copies is not None:
+            self._copies.finish()
+
     def _begin(self, engine: Engine, step: int) -> None:
         self._since = time.monotonic()
         weights, state = engine.weights(), engine.optimizer_state()
@@ -116,7 +126,7 @@ class Saver:
             "skipped": step - engine.updates,
             "world": self.world.size,
             "zero": engine.zero,
-            "identity": self.identity,
+            **self.about,
             "figures": self._chosen(),
         }
         own = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
@@ -139,12 +149,10 @@ class Saver:
         return {name: found[name]} if name and found.get(name) is not None else {}
 
     def _stage(self, step: int, need: int, free: int) -> None:
-        """An empty folder for the files of all ranks, and what a kill left of others gone."""
+        """An empty folder for the files of all ranks."""
         if free < SPARE * need:
             raise _full(self.run, need, free)
         try:
-            for left in (self.run / FOLDER).glob(".*.partial"):
-                shutil.rmtree(left)
             staged(self.run, step).mkdir(parents=True)
         except OSError as error:
             raise _refused(error, self.run, need) from None
@@ -165,6 +173,8 @@ class Saver:
         on_first(lambda: self._publish(writing, body))
         self.sealed = self.begun
         self._own.add(self.sealed)
+        if self._copies is not None and self.world.first:
+            self._copies.start()
 
     def _publish(self, writing: _Writing, body: dict[str, Any]) -> None:
         name = step_name(body["step"])
@@ -186,7 +196,8 @@ class Saver:
         steps = saved_steps(self.run)
         # What lies behind the checkpoint this run went on from was broken.
         stray = {step for step in steps if step > self._from} - self._own - {sealed}
-        for step in steps.keys() - kept({step: steps[step] for step in steps.keys() - stray}, self.runtime):
+        going = steps.keys() - kept({step: steps[step] for step in steps.keys() - stray}, self.runtime)
+        for step in going - (self._copies.busy if self._copies is not None else set()):
             # A kill in between leaves no half of one under its name.
             shutil.rmtree(steps[step].rename(steps[step].with_name(f".{steps[step].name}.partial")))
 

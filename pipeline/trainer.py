@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from clipwright.pipeline import checkpoint, runfolder
+from clipwright.pipeline import checkpoint, runfolder, warmstart
 from clipwright.pipeline.core.command import Call, Preempted, StopFlag
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.log import Progress
@@ -48,22 +48,29 @@ class Trainer:
         self.validation: Validation | None = None
         if self.runtime.validation:
             self.validation = Validation(self.config, self.parts.tokenizer, world, score())
-        self.identity = identity(resolved, self.parts.loader.dataset.fingerprint, self.parts.tokenizer.fingerprint)
+        self.begun_with = warmstart.begun_with(self.config.init_from, run, fresh=call.fresh)
+        dataset, tokenizer = self.parts.loader.dataset.fingerprint, self.parts.tokenizer.fingerprint
+        self.identity = identity(resolved, dataset, tokenizer, self.begun_with)
 
     def open(self, run: Path, yaml: str, fresh: bool) -> None:
         """Claims the run folder, builds the engine and restores the newest checkpoint."""
         self.run = run
-        learned = self.parts.tokenizer if self.config.tokenizer.learned else None
-        on_first(lambda: runfolder.claim(run, yaml=yaml, identity=self.identity, fresh=fresh, learned=learned))
+        mine: dict[str, Any] = {"yaml": yaml, "identity": self.identity, "fresh": fresh, "accept": self.config.accept}
+        mine["learned"] = self.parts.tokenizer if self.config.tokenizer.learned else None
+        on_first(lambda: runfolder.claim(run, **mine))
         found = checkpoint.newest(run, world=self.world)
         self.step = 0 if found is None else found.step
         if found is not None:  # before DeepSpeed divides them among the ranks
             found.restore_weights(self.parts.towers, self.parts.loss)
+        elif self.begun_with is not None:
+            warmstart.begin(self.parts, self.config.init_from, self.begun_with)
         self.engine = Engine(self.parts.towers, self.parts.loss, self.config, self.world)
         if found is not None:
             found.restore_optimizers(self.engine)
         self.skips = Skips(run, found.manifest["skipped"] if found is not None else 0)
-        self.saver = Saver(run, self.world, self.runtime, self.identity, self.step)
+        self.changed = [] if found is None else found.changes(self.identity)
+        about = {"identity": self.identity, "accepted": [] if found is None else found.accepted(self.changed)}
+        self.saver = Saver(run, self.world, self.runtime, about, self.step)
 
     def train(self, health: Health) -> None:
         """Steps until the schedule's end, `stop_at`, or a signal to any rank; a checkpoint stands at every end."""
@@ -143,7 +150,8 @@ class Trainer:
 
     def _record(self, meter: Meter, result: StepResult, factor: float) -> dict[str, Any]:
         more = {"lr": self.config.optim.lr * factor, "replaced": self.ledger.replaced, "skipped": self.skips.count}
-        more["saved"] = self.saver.sealed
+        more |= {"saved": self.saver.sealed, **({"accepted": self.changed} if self.changed else {})}
+        self.changed = []  # said once, where it begins
         return meter.record(self.step, self._samples(), result, **self.engine.loss.report(), **more)
 
 
@@ -164,7 +172,8 @@ def train(call: Call, score: Callable[[], Score]) -> None:
         trainer.open(run, resolved.yaml(), call.fresh)
         call.owned = True
         if world.first and trainer.step:
-            call.say(f"resuming at step {trainer.step}")
+            call.say("; ".join([f"resuming at step {trainer.step}", *trainer.changed]))
         trainer.train(health)
         if world.first:
             finish(call, run, trainer.config, world, trainer.step)
+    trainer.saver.finish()

@@ -27,7 +27,7 @@ CODES: dict[str, tuple[int, str]] = {
     "E_DATA_HASH": (3, "a shard or sample that is not what its manifest says"),
     "E_DATA_SMALL": (3, "a dataset with fewer samples than needed"),
     "E_BAD_SAMPLES": (3, "a dataset of which too many samples cannot be read"),
-    "E_REMOTE": (3, "a remote file that cannot be fetched"),
+    "E_REMOTE": (3, "a remote file that cannot be fetched or written"),
     "E_CLASSES": (3, "classes and labels that do not fit each other"),
     "E_MODEL_HASH": (3, "a model file that is not what its manifest says"),
     "E_MODEL_SHAPE": (3, "weights that do not fit the model's config"),

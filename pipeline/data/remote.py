@@ -11,10 +11,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clipwright.pipeline.core.errors import ClipwrightError
 
+T = TypeVar("T")
 SCHEMES = ("s3", "gs", "http", "https")
 CONNECT, REQUEST = "10s", "60s"  # time-outs: to be connected, and for a request of at most PART bytes
 PART = 16 << 20
@@ -63,6 +64,26 @@ def fetch_shard(address: str, path: Path, size: int, sha256: str) -> None:
         with suppress(OSError):
             staged.unlink()
     raise _changed(address)
+
+
+def reach(address: str) -> None:
+    """E_EXTRA, E_REMOTE for an address that cannot be opened; whether it is there and ours is seen later."""
+    _store(address)
+
+
+def holds(address: str, data: bytes) -> bool:
+    """Whether a file is there and is `data`."""
+    store, name = _open(address)
+    try:
+        return bytes(_obstore().get(store, name).bytes()) == data
+    except Exception:  # missing, by as many kinds of error as there are stores: writing it will say what is wrong
+        return False
+
+
+def upload(path: Path, address: str) -> None:
+    """Writes a file, whole or not at all. Raises E_EXTRA, E_REMOTE."""
+    store, name = _open(address)
+    _patiently(lambda: _obstore().put(store, name, path), address)
 
 
 def shown(address: str) -> str:
@@ -120,7 +141,7 @@ def _range(store: Any, name: str, start: int, length: int) -> bytes:
     return data
 
 
-def _patiently(get: Callable[[], bytes], address: str) -> bytes:
+def _patiently(get: Callable[[], T], address: str) -> T:
     """What `get` gives, tried again after pauses; what is not there, or not ours to read, is not tried again."""
     for pause in (*PAUSES, None):
         try:
@@ -138,7 +159,7 @@ def _unreachable(address: str, error: Exception) -> ClipwrightError:
     said = shown((str(error).splitlines() or [type(error).__name__])[0])[:300]
     return ClipwrightError(
         "E_REMOTE",
-        "a remote file that cannot be fetched",
+        "a remote file that cannot be fetched or written",
         where=shown(address),
         found=said,
         fix="check the address, the network and the credentials in the environment, and run again",

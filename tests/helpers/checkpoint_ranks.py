@@ -57,7 +57,7 @@ def trained(run: Path, case: Case, zero: int, world: World, end: int, **runtime:
     engine = Engine(towers, loss, made, world)
     if found is not None:
         found.restore_optimizers(engine)
-    saving = Saver(run, world, made.runtime, {}, start)
+    saving = Saver(run, world, made.runtime, {"identity": {}, "accepted": []}, start)
     losses = {}
     for step in range(start, end):
         saving.settle(saving.pending, saving.failed) if world.size == 1 else None
@@ -77,7 +77,8 @@ def chains(out: Path) -> None:
 
         def work(world: World, leg: int = leg) -> None:
             for name, (case, stages) in CHAINS.items():
-                seen = trained(out / name, case, stages[leg], world, LEG * (leg + 1))
+                offload = "optimizer" if stages[leg] and name == "3012" else "none"
+                seen = trained(out / name, case, stages[leg], world, LEG * (leg + 1), offload=offload)
                 if world.first:
                     torch.save(seen, out / f"{name}-{leg}.pt")
 

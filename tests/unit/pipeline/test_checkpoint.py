@@ -88,6 +88,7 @@ def whole_steps(run: Path) -> list[int]:
     for folder in folders:
         files = json.loads((folder / "manifest.json").read_text())["files"]
         assert files.keys() == {path.name for path in folder.iterdir()} - {"manifest.json"}
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # whoever may read one may read all
         for name, entry in files.items():
             assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"]
     return [int(folder.name.removeprefix("step-")) for folder in folders]
