@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from clipwright.data_prep import output
+from clipwright.data_prep import output, plan
 from clipwright.data_prep.pack import PrepConfig
 from clipwright.data_prep.parts import PartDone, prepare_part
 from clipwright.data_prep.sources import folder as folder_source
@@ -160,6 +160,20 @@ def test_a_part_waits_for_the_plan_and_says_so(
         assert "waiting" in said and not done and not (out / "plan.parquet").exists()
     other.join(20)
     assert done[0].shards == 2 and (out / "plan.parquet").exists()
+
+
+def test_what_shares_of_the_plan_have_hashed_is_not_hashed_again(
+    tmp_path: Path, write_table: Run, picture: Run, run_part: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, hashed = table(write_table, picture), []
+    real = plan.hash_rows
+    monkeypatch.setattr(plan, "CHUNK", 3)
+    monkeypatch.setattr(plan, "hash_rows", lambda job, rows: (hashed.extend(rows), real(job, rows))[1])
+    for part in ("plan/3/3", "plan/1/3"):
+        run_part(part, tmp_path / "out", *words)
+    assert sorted(hashed) == [0, 1, 2, 3, 8, 9, 10, 11, 12]
+    run_part("plan", tmp_path / "out", *words)
+    assert sorted(hashed[9:]) == [3, 4, 5, 6, 7, 8]  # the chunks in which some were missing
 
 
 def test_a_scan_is_taken_over_by_the_parts_and_made_again_when_files_change(
