@@ -20,6 +20,7 @@ Turns = Annotated[float, Field(ge=0, le=0.5)]
 
 TRIES = 10
 _GRAIN = 2**15 - 1  # numbers that torch does not share out among threads
+_RESIZE = torch.ops.aten._upsample_bicubic2d_aa.out  # what F.interpolate calls, which has no `out`
 _LUMA = (0.299, 0.587, 0.114)  # BT.601
 _TO_YIQ = (_LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
@@ -98,9 +99,9 @@ def resize(pixels: np.ndarray, out: UInt8[np.ndarray, "s s 3"]) -> UInt8[np.ndar
     Pillow's filter, in a sixth of its time: torch keeps to integers and to three channels. Equal to one level, but
     for tall narrow crops, where Pillow takes its two passes in the other order and clips other values between them.
     """
-    # What F.interpolate calls, which has no `out`. A crop is copied by numpy: torch would take a team of threads for
+    # A crop is copied by numpy: torch would take a team of threads for
     # it from within each thread of the loader.
-    torch._C._nn._upsample_bicubic2d_aa(_planes(np.ascontiguousarray(pixels)), out.shape[:2], False, out=_planes(out))
+    _RESIZE(_planes(np.ascontiguousarray(pixels)), list(out.shape[:2]), False, out=_planes(out))
     return out
 
 
