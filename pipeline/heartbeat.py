@@ -137,11 +137,14 @@ class Heartbeat(threading.Thread):
     # The thread's side
 
     def run(self) -> None:
-        due = 0.0
+        due = time.monotonic()
         while not (self._bye and self._alone()):
             for key, _ in self._selector.select(max(0.0, due - time.monotonic())):
                 key.data()
-            if time.monotonic() >= due:
+            if (late := time.monotonic() - due) >= 0:
+                if late > BEAT:  # this process did not run, and what the others said meanwhile was not heard
+                    for peer in self.peers.values():
+                        peer.excuse(late)
                 due = time.monotonic() + BEAT
                 self._beats()
             if self.end is not None:

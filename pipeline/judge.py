@@ -29,6 +29,11 @@ class Peer:
         if (self.mark, beat["signs"]) != before:
             self.moved = time.monotonic()
 
+    def excuse(self, seconds: float) -> None:
+        """Nobody listened for so long."""
+        now = time.monotonic()
+        self.heard, self.moved = min(self.heard + seconds, now), min(self.moved + seconds, now)
+
     @property
     def mark(self) -> tuple[int, int]:
         return self.beat.get("mark", (-1, 0))

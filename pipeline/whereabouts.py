@@ -26,7 +26,7 @@ class Whereabouts:
         now = time.monotonic()
         self.spent[self.phase] += now - self.since
         if step is not None:
-            self.began, self.lasted = now, now - self.began
+            self.began, self.lasted = now, now - self.began if self.mark[0] >= 0 else 0.0
         self.mark = (self.mark[0], self.mark[1] + 1) if step is None else (step, 0)
         self.phase, self.since = phase, now
 

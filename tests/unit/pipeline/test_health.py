@@ -252,6 +252,10 @@ def test_who_is_ill_by_what_each_said() -> None:
     assert (error := judge(waiting, 20.0, 5.0)) is not None and "no rank is behind" in error.found
     waiting[2].state = "gone"
     assert (error := judge(waiting, 6.0, 5.0)) is not None and error.where == "rank 2 on node2"
+    for peer in waiting:
+        peer.state = "here"
+        peer.excuse(16.0)  # as long as nobody listened
+    assert judge(waiting, 20.0, 5.0) is None and judge(waiting, 22.0, 5.0) is not None
     for peer in waiting[1:]:
         peer.state = "left"
     waiting[0].moved = 20.0
