@@ -99,8 +99,7 @@ def resize(pixels: np.ndarray, out: UInt8[np.ndarray, "s s 3"]) -> UInt8[np.ndar
     Pillow's filter, in a sixth of its time: torch keeps to integers and to three channels. Equal to one level, but
     for tall narrow crops, where Pillow takes its two passes in the other order and clips other values between them.
     """
-    # A crop is copied by numpy: torch would take a team of threads for
-    # it from within each thread of the loader.
+    # A crop is copied by numpy: torch would take a team of threads for it from within each thread of the loader.
     _RESIZE(_planes(np.ascontiguousarray(pixels)), list(out.shape[:2]), False, out=_planes(out))
     return out
 
