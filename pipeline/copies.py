@@ -41,8 +41,9 @@ class Copies:
         """Waits until all are there, or one could not be copied."""
         if self._thread is not None:
             self._thread.join()
-            self.start()
-            self._thread.join()
+        self.start()  # what failed; what an earlier start of the run left
+        assert self._thread is not None
+        self._thread.join()
 
     def _copy(self, steps: list[int]) -> None:
         for step in steps:

@@ -109,9 +109,10 @@ class Saver:
             self._seal()
 
     def finish(self) -> None:
-        """Waits for what is copied elsewhere."""
-        if self._copies is not None:
+        """Waits for what is copied elsewhere, and removes what had to stay for that."""
+        if self._copies is not None and self.world.first:
             self._copies.finish()
+            self._retain(self.sealed)
 
     def _begin(self, engine: Engine, step: int) -> None:
         self._since = time.monotonic()

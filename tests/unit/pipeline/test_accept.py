@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from clipwright.pipeline import warmstart
+from clipwright.pipeline.checkpoint import Checkpoint
+from clipwright.pipeline.core.errors import ClipwrightError
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -82,3 +84,12 @@ def test_a_run_begins_with_the_weights_of_another(
     assert line.startswith("error[E_RESUME]") and "init_from: " in line and "accept" not in line
     made = load_file(begun / "run" / "checkpoints" / "step-00000002" / "model.safetensors")
     assert made.keys() == before.weights.keys()
+
+
+def test_a_checkpoint_of_another_run_is_none_to_go_on_from(tmp_path: Path) -> None:
+    found = Checkpoint(tmp_path, {"step": 5, "identity": {"seed": 0, "optim": {"lr": 1.0}}, "accepted": []})
+    changes = found.changes({"seed": 0, "optim": {"lr": 2.0}})
+    assert changes == ["optim.lr: 1.0 → 2.0"] and found.accepted(changes) == [{"step": 5, "changed": changes}]
+    with pytest.raises(ClipwrightError, match="E_RESUME") as error:
+        found.changes({"seed": 1, "optim": {"lr": 2.0}})
+    assert "seed: 0 → 1" in str(error.value) and "optim.lr" not in str(error.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -109,6 +110,26 @@ def test_killed_inside_a_save(number: int, seen: Path) -> None:
     assert all(loss == whole["losses"][step] for step, loss in found["losses"].items())
     assert all(torch.equal(found["weights"][name], tensor) for name, tensor in whole["weights"].items())
     assert not list((run / "checkpoints").glob(".*")) and whole_steps(run)[-1] == checkpoint_ranks.END
+
+
+def test_what_is_seen_is_on_the_disk(seen: Path) -> None:
+    """Files before the manifest, that before the name, the name before the pointer, and only then the old ones go."""
+    calls = torch.load(seen / "kill-whole.pt")["calls"]
+    starts = [at for at, call in enumerate(calls) if call.startswith("mkdir .step")]
+    starts = [at for at in starts if calls[at + 1].startswith("save_file")]
+    saves = [calls[at:end] for at, end in itertools.pairwise([*starts, len(calls)])]
+    assert len(saves) == 4
+    for save in saves:
+
+        def at(word: str, save: list[str] = save) -> int:
+            return next(number for number, call in enumerate(save) if call.startswith(word))
+
+        manifest, named, pointer = at("open .manifest"), at("rename .step"), at("open .latest")
+        assert save[:manifest].count("fsync") == sum(call.startswith("save_file") for call in save[:manifest]) == 3
+        assert "fsync" in save[manifest : at("replace .manifest")] and at("replace .manifest") < named < pointer
+        assert "fsync" in save[named:pointer] and "fsync" in save[pointer : at("replace .latest")]
+        gone = [number for number, call in enumerate(save) if call.startswith("rename step")]
+        assert all(number > at("replace .latest") for number in gone)
 
 
 def test_a_full_disk_ends_all_ranks_and_the_older_checkpoint_stands(seen: Path) -> None:
