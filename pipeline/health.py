@@ -11,7 +11,8 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -48,10 +49,10 @@ SLOW, SHARE = 1.6, 0.02  # times the median of the others; and at least this sha
 
 
 class Health:
-    """This rank's heartbeat, and the one way out for all: `with process_group() as world, health.joins(world):`.
+    """This rank's heartbeat, and the one way out for all.
 
-    Made before the group meets, so that a signal is heard while it does. `patience`: seconds without progress, or a
-    sign of life, that end the group. A process alone has no peers to watch.
+    `with health.hears(), process_group() as world, health.joins(world)`: a signal is heard while the group meets.
+    `patience`: seconds without progress, or a sign of life, that end the group. A process alone watches nobody.
     """
 
     def __init__(self, call: Call, patience: float) -> None:
@@ -65,7 +66,18 @@ class Health:
         if place.size > 1:
             self._heart = Heartbeat(place.rank, place.size, patience, self._told, self._leave)
             self._heart.check = self._late
-            self._heart.start()
+
+    @contextmanager
+    def hears(self) -> Iterator[None]:
+        """Signals are heard at once, whatever the main thread is in."""
+        if self._heart is None:
+            yield
+            return
+        self._heart.start()
+        try:
+            yield
+        finally:
+            self._heart.bye(0.0)
 
     def joins(self, world: World) -> Health:
         self.world = world

@@ -162,7 +162,7 @@ def train(call: Call, score: Callable[[], Score]) -> None:
     resolved = call.load()
     patience = resolved.value.runtime.timeout_minutes * 60
     health = Health(call, patience)
-    with process_group(2 * patience + 1800) as world, health.joins(world):
+    with health.hears(), process_group(2 * patience + 1800) as world, health.joins(world):
         resolved = settle_text(settle_precision(resolved, run, world, fresh=call.fresh), run, fresh=call.fresh)
         trainer = Trainer(call, resolved, world, run, score)
         if world.first:

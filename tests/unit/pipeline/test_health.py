@@ -22,12 +22,13 @@ from clipwright.pipeline.judge import Peer, judge
 
 pytestmark = pytest.mark.xdist_group("ranks")
 ROUNDS = int(os.environ.get("CLIPWRIGHT_SOAK", "0"))  # see tests/soak.py
-PATIENCE = 6.0
+PATIENCE = 8.0
+SHORT = [f"runtime.timeout_minutes={PATIENCE / 60}"]
 
 
 def words(small: Any, scenes: Path, *more: str) -> list[str]:
     tiny = ["image.depth=1", "text.depth=1", "embed_dim=32", "schedule.global_batch=12", "schedule.warmup=0"]
-    runtime = [f"runtime.timeout_minutes={PATIENCE / 60}", "runtime.save_every=10", "schedule.samples=48000"]
+    runtime = ["runtime.timeout_minutes=2", "runtime.save_every=10", "schedule.samples=48000"]
     return ["train", *small.settings, *tiny, *runtime, f"data.train={scenes}", *more, "-o", "run"]
 
 
@@ -85,7 +86,7 @@ def drawn(seed: int, kinds: dict[str, dict[str, Any]], ranks: int) -> dict[str, 
 def scenarios(name: str, folder: Path, line: list[str]) -> dict[str, Scenario]:
     """Those of one class; what is drawn is followed by the same command once more, without what was wrong."""
     if name == "cases":
-        more = {"told in vain": ["runtime.timeout_minutes=1"]}
+        more = {"stopped": SHORT, "hangs": SHORT}
         told = {case: {"send": "SIGTERM"} if "told" in case else {} for case in CASES}
         return {
             case: Scenario(str(folder / case.replace(" ", "_")), [*line, *more.get(case, [])], **told[case], **rest)
@@ -99,7 +100,7 @@ def scenarios(name: str, folder: Path, line: list[str]) -> dict[str, Scenario]:
     made: dict[str, Scenario] = {}
     for seed in range(ROUNDS or 1):
         at, (kinds, ranks) = str(folder / f"{name}_{seed}"), DRAWN[name]
-        made[f"{name} {seed}"] = Scenario(at, line, **drawn(seed, kinds, ranks))
+        made[f"{name} {seed}"] = Scenario(at, line + (SHORT if name == "ill" else []), **drawn(seed, kinds, ranks))
         made[f"{name} {seed} again"] = Scenario(at, [*line, "runtime.stop_at=36"], ranks)
     return made
 
