@@ -2,7 +2,8 @@
 
 blocking: seconds a save holds up the training (the copy, and the seal once all is written), against `torch.save` and
 fsync of the same state in the loop; `share` is what that is of 1,000 steps, or of 15 minutes if they come earlier, and
-`beside` by how much a step is slower while files are written. written: bytes a second from the copy until the seal.
+`beside` by how much a step is slower while files are written. written: bytes a second from the copy until the seal,
+where training waits for it.
 size: bytes on disk. restart: seconds from a built model to the end of its first step, verifying and reading included,
 against torch.load of the other. One process, as many threads as cores, wall seconds.
 """
@@ -85,15 +86,15 @@ def plain_save(engine: Engine, path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def saved(engine: Engine, saver: Saver, batch: Batch, step: int) -> tuple[float, float, list[float]]:
-    """Seconds that a save holds up the loop, until it is sealed, and of the steps beside it."""
-    begun, beside = time.perf_counter(), list[float]()
+def saved(engine: Engine, saver: Saver, batch: Batch, step: int) -> tuple[float, list[float]]:
+    """Seconds that a save holds up the loop, and those of the steps beside it."""
+    beside = list[float]()
     held = seconds(lambda: saver.save(engine, step))
     while saver.pending:
         beside.append(seconds(lambda: engine.step(batch, step, 1.0, measure=False)))
     held += seconds(lambda: saver.settle(False, saver.failed))
     assert saver.sealed == step
-    return held, time.perf_counter() - begun, beside
+    return held, beside
 
 
 def restart(made: RunConfig, world: World, batch: Batch, run: Path, path: Path) -> tuple[float, float]:
@@ -125,15 +126,17 @@ def measure(case: str, runs: int, world: World, folder: Path) -> list[dict[str, 
     saver = Saver(run, world, made.runtime, {"identity": {}, "accepted": []}, 0)
     steps = [seconds(lambda: engine.step(batch, 0, 1.0, measure=False)) for _ in range(runs + 1)][1:]
     step_seconds, turns = statistics.median(steps), []
-    for step in range(1, runs + 2):
-        turns.append((saved(engine, saver, batch, step), seconds(lambda: plain_save(engine, path))))
+    for step in range(0, 2 * runs + 2, 2):
+        held, beside = saved(engine, saver, batch, step + 1)
+        plain = seconds(lambda: plain_save(engine, path))
+        waited = seconds(lambda step=step: saver.save(engine, step + 2, wait=True))
+        turns.append((held, beside, plain, waited))
     turns = turns[1:]  # the first warms up
-    size = sum(file.stat().st_size for file in (run / "checkpoints" / checkpoint.step_name(runs + 1)).iterdir())
+    size = sum(file.stat().st_size for file in (run / "checkpoints" / checkpoint.step_name(saver.sealed)).iterdir())
     starts = [restart(made, world, batch, run, path) for _ in range(runs)]
-    plain, bytes = [theirs for _, theirs in turns], path.stat().st_size
-    held, whole = [ours[0] for ours, _ in turns], [ours[1] for ours, _ in turns]
-    beside = [one for ours, _ in turns for one in ours[2]]
-    rates = ([size / one for one in whole], [bytes / one for one in plain])
+    held, plain, bytes = [turn[0] for turn in turns], [turn[2] for turn in turns], path.stat().st_size
+    beside = [one for turn in turns for one in turn[1]]
+    rates = ([size / turn[3] for turn in turns], [bytes / one for one in plain])
     reference = "torch.save and fsync of the same state in the loop"
     more = {
         "step_seconds": round(step_seconds, 4),
@@ -142,7 +145,7 @@ def measure(case: str, runs: int, world: World, folder: Path) -> list[dict[str, 
     }
     return [
         line(case, "blocking", "s", held, plain, reference, lower=True, **more),
-        line(case, "written", "B/s", *rates, f"{reference}; ours beside the training", lower=False),
+        line(case, "written", "B/s", *rates, f"{reference}; ours is hashed and sealed too", lower=False),
         line(case, "size", "B", [size], [bytes], "the file of torch.save", lower=True),
         line(case, "restart", "s", *zip(*starts, strict=True), "torch.load, not verified", lower=True),
     ]
@@ -173,7 +176,7 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder, process_group() as world:
         for case in options.case or (["nano"] if options.quick else CASES):
-            for found in measure(case, 2 if options.quick else 5, world, Path(folder)):
+            for found in measure(case, 1 if options.quick else 5, world, Path(folder)):
                 print(json.dumps(found), flush=True)
 
 
