@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clipwright.pipeline.checkpoints.optimizer_state import Held, layout, restore, slices
 from clipwright.pipeline.core.log import quiet_libraries
 from clipwright.pipeline.data.loader import Batch
 from clipwright.pipeline.data.order import key64
@@ -37,9 +38,8 @@ from clipwright.pipeline.losses.base import ContrastiveLoss, Features
 from clipwright.pipeline.losses.tiles import compared
 from clipwright.pipeline.model import LENGTH_STEP, TwoTower
 from clipwright.pipeline.optim import OptimConfig, make_optimizer
-from clipwright.pipeline.optimizer_state import Held, layout, restore, slices
 from clipwright.pipeline.run import RunConfig
-from clipwright.pipeline.whereabouts import at
+from clipwright.pipeline.watch.whereabouts import at
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

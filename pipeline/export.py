@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from clipwright.pipeline import checkpoint, runfolder
+from clipwright.pipeline import runfolder
+from clipwright.pipeline.checkpoints import checkpoint
 from clipwright.pipeline.core.command import Call
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError

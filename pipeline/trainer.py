@@ -11,21 +11,22 @@ from typing import Any
 
 import torch
 
-from clipwright.pipeline import checkpoint, runfolder, warmstart
+from clipwright.pipeline import runfolder
+from clipwright.pipeline.checkpoints import checkpoint, warmstart
+from clipwright.pipeline.checkpoints.saver import Saver
 from clipwright.pipeline.core.command import Call, Preempted, StopFlag
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.distributed import World, any_of, on_first, process_group
 from clipwright.pipeline.engine import Engine, StepResult
-from clipwright.pipeline.health import Health, Pace, Skips
 from clipwright.pipeline.ledger import Ledger
 from clipwright.pipeline.metrics import Meter, RunLog, finish, header, step_line
 from clipwright.pipeline.place import detect
 from clipwright.pipeline.precision import settle_precision
 from clipwright.pipeline.run import Parts, RunConfig, RuntimeConfig, build, identity, settle_text
-from clipwright.pipeline.saver import Saver
 from clipwright.pipeline.validation import Score, Validation
-from clipwright.pipeline.whereabouts import at
+from clipwright.pipeline.watch.health import Health, Pace, Skips
+from clipwright.pipeline.watch.whereabouts import at
 
 
 def thread_count(runtime: RuntimeConfig, world: World) -> int:

@@ -17,7 +17,7 @@ from clipwright.pipeline.engine import Engine
 from clipwright.pipeline.model import Model, build_model
 from clipwright.pipeline.run import RunConfig
 from clipwright.pipeline.tokenizers.base import Tokenizer
-from clipwright.pipeline.whereabouts import alive
+from clipwright.pipeline.watch.whereabouts import alive
 
 # (model, data, batch=, workers=, quiet=) → {i2t, t2i: {r1, r5, r10, …}}, as eval.benchmarks.retrieval.score
 Score = Callable[..., dict[str, Any]]

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from clipwright.pipeline import checkpoint
+from clipwright.pipeline.checkpoints import checkpoint
+from clipwright.pipeline.checkpoints.saver import Saver
 from clipwright.pipeline.data.loader import Batch, DataConfig
 from clipwright.pipeline.distributed import World, process_group
 from clipwright.pipeline.engine import Engine
@@ -30,7 +31,6 @@ from clipwright.pipeline.losses.base import LOSSES
 from clipwright.pipeline.model import TwoTower
 from clipwright.pipeline.optim import ScheduleConfig
 from clipwright.pipeline.run import RunConfig
-from clipwright.pipeline.saver import Saver
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS
 
 CASES = {"nano": ("vit_nano", "text_nano", 64), "small": ("deit_small_patch16", "text_nano", 16)}

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from layouts import Case, config, model, share
 
-from clipwright.pipeline import checkpoint, saver
+from clipwright.pipeline.checkpoints import checkpoint, saver
+from clipwright.pipeline.checkpoints.saver import Saver
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.distributed import World, process_group
 from clipwright.pipeline.engine import Engine
-from clipwright.pipeline.saver import Saver
 
 ADAMW = Case(optim="adamw", clip=0.5, batch=48)
 SGD = Case(batch=48)

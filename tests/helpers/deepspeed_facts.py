@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import clipwright.pipeline.engine  # noqa: F401  before DeepSpeed: switches its C++ off
+from clipwright.pipeline.checkpoints.optimizer_state import layout, restore, slices
 from clipwright.pipeline.distributed import World, from_all, process_group
-from clipwright.pipeline.optimizer_state import layout, restore, slices
 
 import deepspeed  # isort: skip
 import deepspeed.ops

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipwright.pipeline import warmstart
-from clipwright.pipeline.checkpoint import Checkpoint
+from clipwright.pipeline.checkpoints import warmstart
+from clipwright.pipeline.checkpoints.checkpoint import Checkpoint
 from clipwright.pipeline.core.errors import ClipwrightError
 
 pytestmark = pytest.mark.xdist_group("ranks")

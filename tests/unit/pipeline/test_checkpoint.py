@@ -22,11 +22,11 @@ from checkpoint_ranks import CHAINS, INTERVAL, LEG, WORLDS
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clipwright.pipeline.checkpoint import newest, step_name
+from clipwright.pipeline.checkpoints.checkpoint import newest, step_name
+from clipwright.pipeline.checkpoints.saver import kept
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import digest, write_manifest
 from clipwright.pipeline.run import RuntimeConfig
-from clipwright.pipeline.saver import kept
 
 pytestmark = pytest.mark.xdist_group("ranks")
 

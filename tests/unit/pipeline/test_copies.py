@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from clipwright.pipeline import checkpoint
-from clipwright.pipeline.copies import Copies
+from clipwright.pipeline.checkpoints import checkpoint
+from clipwright.pipeline.checkpoints.copies import Copies
+from clipwright.pipeline.checkpoints.saver import Saver
 from clipwright.pipeline.data import remote
 from clipwright.pipeline.distributed import World, process_group
 from clipwright.pipeline.run import RuntimeConfig
-from clipwright.pipeline.saver import Saver
 
 pytestmark = pytest.mark.xdist_group("ranks")
 

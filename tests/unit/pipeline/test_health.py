@@ -17,8 +17,8 @@ import pytest
 from group_ranks import Scenario
 from safetensors.torch import load_file
 
-from clipwright.pipeline.health import slow_ranks
-from clipwright.pipeline.judge import Peer, judge
+from clipwright.pipeline.watch.health import slow_ranks
+from clipwright.pipeline.watch.judge import Peer, judge
 
 pytestmark = pytest.mark.xdist_group("ranks")
 ROUNDS = int(os.environ.get("CLIPWRIGHT_SOAK", "0"))  # see tests/soak.py

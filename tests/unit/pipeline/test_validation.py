@@ -15,11 +15,11 @@ from clipwright.eval.benchmarks.retrieval import score
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.data.reader import Dataset
 from clipwright.pipeline.distributed import process_group
-from clipwright.pipeline.judge import Peer, judge
 from clipwright.pipeline.model import Model, build_model
 from clipwright.pipeline.run import RunConfig
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 from clipwright.pipeline.validation import Validation
+from clipwright.pipeline.watch.judge import Peer, judge
 
 pytestmark = pytest.mark.xdist_group("ranks")
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.judge import Peer, judge, lost_first
-from clipwright.pipeline.whereabouts import HERE
+from clipwright.pipeline.watch.judge import Peer, judge, lost_first
+from clipwright.pipeline.watch.whereabouts import HERE
 
 BEAT = 1.0  # seconds between signs of life
 LEAVE = 3.0  # seconds that who speaks last waits for the others to have left

@@ -24,8 +24,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clipwright.pipeline.checkpoint import FOLDER, LATEST, LOSS, MOMENTS, OPTIMIZER, WEIGHTS, saved_steps, step_name
-from clipwright.pipeline.copies import Copies
+from clipwright.pipeline.checkpoints.checkpoint import (
+    FOLDER,
+    LATEST,
+    LOSS,
+    MOMENTS,
+    OPTIMIZER,
+    WEIGHTS,
+    saved_steps,
+    step_name,
+)
+from clipwright.pipeline.checkpoints.copies import Copies
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import (
     atomic_write,

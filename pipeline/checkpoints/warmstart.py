@@ -8,7 +8,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clipwright.pipeline import checkpoint, runfolder
+from clipwright.pipeline import runfolder
+from clipwright.pipeline.checkpoints import checkpoint
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import MANIFEST
 from clipwright.pipeline.model import WEIGHTS, load_model, load_weights

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 from clipwright.pipeline import runfolder
-from clipwright.pipeline.checkpoint import FOLDER, LATEST, saved_steps, step_name
+from clipwright.pipeline.checkpoints.checkpoint import FOLDER, LATEST, saved_steps, step_name
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import MANIFEST
 from clipwright.pipeline.data import remote

@@ -34,11 +34,11 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data.loader import Batch
 from clipwright.pipeline.distributed import World, barrier, from_all, from_first, gather
 from clipwright.pipeline.engine import StepResult
-from clipwright.pipeline.heartbeat import End, Heartbeat
-from clipwright.pipeline.judge import AGAIN, SHOWN
 from clipwright.pipeline.ledger import merge
 from clipwright.pipeline.place import detect
-from clipwright.pipeline.whereabouts import HERE, at
+from clipwright.pipeline.watch.heartbeat import End, Heartbeat
+from clipwright.pipeline.watch.judge import AGAIN, SHOWN
+from clipwright.pipeline.watch.whereabouts import HERE, at
 
 CAUSE = 8.0  # seconds until the cause of a lost connection is known
 AGREE = 10.0  # seconds, and one step, until all ranks agree to stop
