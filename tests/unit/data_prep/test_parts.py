@@ -20,6 +20,7 @@ from clipwright.data_prep.pack import PrepConfig
 from clipwright.data_prep.parts import PartDone, prepare_part
 from clipwright.data_prep.sources import folder as folder_source
 from clipwright.pipeline.core.config import resolve
+from clipwright.data_prep.sources.base import SOURCES
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.part import Part
 
@@ -103,8 +104,11 @@ def test_shares_are_whole_and_even() -> None:
             assert ranks == [Part("share", k, 2 * of).share(count) for k in range(1, 2 * of + 1)]
 
 
-def test_a_killed_part_is_run_again(tmp_path: Path, run_prep: Run, run_part: Run) -> None:
+def test_a_killed_part_is_run_again(
+    tmp_path: Path, run_prep: Run, run_part: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL in the middle of a shard: what was finished stays, the rest is written anew."""
+    monkeypatch.setattr(SOURCES, "_entries", SOURCES.entries)  # the plugin's go with the test
     (tmp_path / "slow.py").write_text(
         "import os, time\n"
         "from clipwright.data_prep.sources.base import SOURCES\n"
