@@ -19,8 +19,8 @@ from clipwright.data_prep import output, plan
 from clipwright.data_prep.pack import PrepConfig
 from clipwright.data_prep.parts import PartDone, prepare_part
 from clipwright.data_prep.sources import folder as folder_source
-from clipwright.pipeline.core.config import resolve
 from clipwright.data_prep.sources.base import SOURCES
+from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.part import Part
 
