@@ -102,6 +102,8 @@ class Engine:
         optim = config.optim
         optimizer = make_optimizer(towers, optim, towers.no_weight_decay())
         settings = deepspeed_config(config, world.size)
+        # Its clone of the first process group it saw, which this process may have left for another.
+        deepspeed.utils.groups._WORLD_GROUP = None  # pyright: ignore[reportPrivateImportUsage]
         made: Any = deepspeed.initialize(model=towers, optimizer=optimizer, config=settings, dist_init_required=False)
         self.engine, self.optimizer = made[0], made[1]
         self.updates = 0  # of the towers so far

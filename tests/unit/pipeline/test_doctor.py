@@ -362,7 +362,7 @@ def edited(scenes: Path, folder: Path, change: Any) -> Path:
     entry = manifest["shards"][0]
     path = folder / entry["sidecar"]
     pq.write_table(change(pq.read_table(path)), path)
-    entry["sidecar_sha256"] = file_sha256(path)
+    entry |= {"sidecar_bytes": path.stat().st_size, "sidecar_sha256": file_sha256(path)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -548,7 +548,8 @@ def test_gradients_equal_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch, 
     words = ["runtime.micro_batch=8", "image.name=clip_rn_nano", "optim.clip=0.1", "precision=fp32"]
     made = context(world, *words, "runtime.activation_checkpointing.image=all")
     made.without_data = True
-    assert run(made, "config", "gradients").status == "ok"
+    found = run(made, "config", "gradients")
+    assert found.status == "ok", found
     assert 0 < made.predicted["gradient_check"]["gradient"] <= gradients.LIMIT
     # A factor on the scale's gradient, which AdamW makes invisible in the parameter.
     monkeypatch.setattr(engine, "sum_ranks", lambda tensor: tensor.mul_(2 if tensor.shape == (1,) else 1))
