@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,17 @@ def test_auto_precision_is_chosen_once_and_kept(scenes: Path, tmp_path: Path, sm
     config = tmp_path / "run" / "config.yaml"
     chosen = "bf16" if "precision: bf16" in config.read_text() else "fp32"
     assert f"precision: {chosen}" in config.read_text()
-    # As if it had been started on a machine of the other kind: the run keeps what its first start chose.
+    # As if it had been started on a machine of the other kind, and killed before its first checkpoint: the run keeps
+    # what its first start chose.
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    for name in ("latest", "log.jsonl", "ledger.jsonl"):
+        (tmp_path / "run" / name).unlink()
     other = {"bf16": "fp32", "fp32": "bf16"}[chosen]
     for name in ("config.yaml", "identity.json"):
         path = tmp_path / "run" / name
         path.write_text(path.read_text().replace(chosen, other))
     done = small(tmp_path, *words)
-    assert "resuming at step 2" in done.stdout and f"precision {other}" in done.stdout
+    assert "resuming" not in done.stdout and f"precision {other}" in done.stdout
 
 
 def test_extra_pooled_vectors_train_alike_on_two_ranks(scenes: Path, tmp_path: Path, small: Any) -> None:
