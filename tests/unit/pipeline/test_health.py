@@ -128,7 +128,8 @@ def test_a_rank_that_is_ill_is_named_and_all_leave(name: str, seen: Any) -> None
     [[_, line]] = found["errors"]  # one rank speaks for all
     assert line.startswith("error[E_HANG]: " if name == "hangs" else "error[E_RANK]: ")
     assert f" — rank {ill} on {os.uname().nodename} — " in line and "run the same command again" in line
-    assert f"step {4 if name == 'hangs' else ''}" in line
+    # A rank says where it is once a second: killed soon after its first step, it may not have told of it.
+    assert f"step {4 if name == 'hangs' else ''}" in line or (name == "first killed" and "it was starting" in line)
     assert found["told"] <= (("killed" in name and 3) or PATIENCE + 10), found
     assert {code for rank, code in enumerate(found["codes"]) if rank != ill} == {1}, found
     assert [rank for rank in found["killed"] if rank != ill] == []
