@@ -98,7 +98,7 @@ def test_a_config_is_checked_and_its_run_predicted(scenes: Path, tmp_path: Path,
     assert set(found["checks"][0]) == {"name", "status", "found", "need", "fix"}
     assert found["samples_per_s"] > 1 and found["seconds"] == pytest.approx(320 / found["samples_per_s"])
     assert 0 <= found["data_share"] < 1 and found["bottleneck"] in found["shares"]
-    assert all(0 <= share for share in found["shares"].values()) and sum(found["shares"].values()) > 0
+    assert all(share >= 0 for share in found["shares"].values()) and sum(found["shares"].values()) > 0
     assert 0.2 < found["memory_gb"] < 4
     assert list(tmp_path.iterdir()) == [tmp_path / "run"] and not list((tmp_path / "run").iterdir())
     # What it predicts of disk and memory is what a run writes and logs.
