@@ -35,6 +35,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_rank_left() -> Iterator[None]:
+    """A file whose tests leave a rank's variables behind would make ranks of the commands of the next file."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    left = {name: os.environ.get(name) for name in names}
+    for name in names:
+        if left[name] is not None and before[name] is None:
+            del os.environ[name]
+    assert left == before
+
+
 class Cli:
     """Runs `python -m clipwright` as a user would, in a folder of its own."""
 
