@@ -88,6 +88,8 @@ class Ranks:
         place = detect(os.environ)
         if place.size > 1:
             os.environ.update(place.variables())  # accelerate knows torchrun's variables, not Slurm's or Kubernetes's
+        else:
+            os.environ.pop("LOCAL_RANK", None)  # by it alone accelerate would wait for a group
         # Told of no GPU, accelerate takes launched processes for a group (gloo); left to itself it sees loners.
         cpu = not torch.cuda.is_available()
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))

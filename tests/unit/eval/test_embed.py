@@ -44,6 +44,12 @@ def srun(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess([], max(task.returncode for task in tasks), out, errors)
 
 
+def test_one_process_waits_for_no_group_whatever_a_shell_left_set():
+    asked = [sys.executable, "-c", "from clipwright.eval.embed import Ranks; print(Ranks().world)"]
+    done = subprocess.run(asked, env=os.environ | {"LOCAL_RANK": "0"}, capture_output=True, text=True, check=False)
+    assert done.stdout == "1\n", done.stderr
+
+
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("samples", [1, 7, 1001])
 def test_one_and_two_processes_agree(cli, make_dataset, samples, model, tmp_path):

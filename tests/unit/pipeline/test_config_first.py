@@ -87,7 +87,8 @@ def test_a_good_config_does_meet(verb: str, tmp_path: Path, here: Any, monkeypat
 
     monkeypatch.setattr(dist, "init_process_group", met)
     monkeypatch.setattr(PartialState, "__init__", met)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1"}.items():
-        monkeypatch.setenv(name, value)
+    place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}  # all that embed sets, to be unset
+    for name, value in (place | {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": 9}).items():
+        monkeypatch.setenv(name, str(value))
     with pytest.raises(Met):
         here(tmp_path, *VERBS[verb])
