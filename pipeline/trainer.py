@@ -17,6 +17,7 @@ from clipwright.pipeline.checkpoints.saver import Saver
 from clipwright.pipeline.core.command import Call, Preempted, StopFlag
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.data import remote
 from clipwright.pipeline.distributed import World, any_of, on_first, process_group
 from clipwright.pipeline.engine import Engine, StepResult
 from clipwright.pipeline.ledger import Ledger
@@ -161,6 +162,8 @@ def train(call: Call, score: Callable[[], Score]) -> None:
     call.writes_status = detect(os.environ).rank == 0
     run = call.output() if not call.dry_run else call.out or Path("run")
     resolved = call.load()
+    if resolved.value.runtime.copy_to:
+        remote.reach(resolved.value.runtime.copy_to)
     patience = resolved.value.runtime.timeout_minutes * 60
     health = Health(call, patience)
     with health.hears(), process_group(2 * patience + 1800) as world, health.joins(world):

@@ -22,12 +22,11 @@ class Copies:
     """Copies checkpoints one after another, beside the training; what failed is tried again with the next."""
 
     def __init__(self, run: Path, address: str) -> None:
-        """E_EXTRA, E_REMOTE for an address that nothing can be written to."""
+        """address: one that `remote.reach` takes."""
         self.run, self.address = run, address.rstrip("/")
         self.busy: set[int] = set()  # steps whose folders must stay
         self._done: set[int] = set()
         self._thread: threading.Thread | None = None
-        remote.reach(self.address)
 
     def start(self) -> None:
         """Copies the checkpoints that are not there yet, unless it is still at those before."""

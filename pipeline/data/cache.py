@@ -110,6 +110,7 @@ class ShardCache:
         self._failed: set[int] = set()
         self._have = self._left_before()
         self._threads: list[threading.Thread] = []
+        self._begun = False
 
     def path(self, shard: int) -> Path:
         """Where a shard's tar is kept, its sidecar beside it."""
@@ -117,6 +118,9 @@ class ShardCache:
 
     def want(self, shards: Sequence[int]) -> None:
         """Says which shards are read next, in order; they are fetched as far as there is room. None: it stops."""
+        if shards and not self._begun:  # by now the other ranks have claimed theirs
+            self._begun = True
+            _empty_idle(self.folder.parent)
         with self._change:
             self._wanted = list(dict.fromkeys(shards))
             self._change.notify_all()
@@ -231,11 +235,27 @@ def _claim(folder: Path) -> tuple[Path, IO[str]]:
     for number in range(10_000):
         mine = folder / f"tars-{number}"
         mine.mkdir(parents=True, exist_ok=True)
-        lock = (mine / LOCK).open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            continue
-        return mine, lock
+        if (lock := _locked(mine)) is not None:
+            return mine, lock
     raise AssertionError(folder)
+
+
+def _empty_idle(folder: Path) -> None:
+    """Removes what processes left that run no more and that nobody took over: a run on fewer ranks."""
+    for left in folder.glob("tars-*"):
+        if (lock := _locked(left)) is not None:
+            with lock:  # the file stays: who waits for it would hold one that nobody else sees
+                for path in left.iterdir():
+                    if path.name != LOCK:
+                        path.unlink()
+
+
+def _locked(folder: Path) -> IO[str] | None:
+    """The lock of a process's folder, now held; none where its process runs."""
+    lock = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock

@@ -124,3 +124,4 @@ def test_an_address_that_is_none(scenes: Path, tmp_path: Path, small: Any, here:
     words = ["train", *small.settings, f"data.train={scenes}", "runtime.copy_to=ftp://somewhere/x", "-o", "run"]
     line = here(tmp_path, *words, code=3).error
     assert line.startswith("error[E_REMOTE]") and "ftp://somewhere" in line and "s3" in line
+    assert not (tmp_path / "run").exists()

@@ -237,6 +237,24 @@ def test_the_stream_is_the_local_one_and_the_cache_keeps_its_bound(
         assert [halves[0][step], halves[1][step]] == [whole[step][0::2], whole[step][1::2]]
 
 
+def test_a_run_on_fewer_ranks_takes_away_what_the_others_kept(
+    make_dataset: Maker, tmp_path: Path, cloud: Proxy, s3: int
+) -> None:
+    folder = make_dataset("d", [20] * 4)
+    train, cache = upload(s3, folder, "fewer"), CacheConfig(folder=str(tmp_path / "cache"))
+    ranks = [loader(train, cache, Share(rank, 3, 15)) for rank in range(3)]
+    made = [rank.dataset.parts[0]._cache for rank in ranks]
+    for rank in ranks:
+        keys(rank, 0, 2)
+    kept = [sorted(tars.folder.glob("*.tar")) for tars in made if tars is not None]
+    assert all(kept) and len({path.parent for rank in kept for path in rank}) == 3
+    for tars in made[::2]:  # the first and the last end; the second goes on, as another run on this machine would
+        assert tars is not None
+        tars._lock.close()
+    keys(loader(train, cache), 0, 2)
+    assert all(path.exists() for path in [*kept[0], *kept[1]]) and not any(path.exists() for path in kept[2])
+
+
 def test_a_killed_run_on_a_bad_line_leaves_the_local_runs_ledger(
     make_dataset: Maker, tmp_path: Path, cloud: Proxy, s3: int, small: Any
 ) -> None:
