@@ -62,6 +62,7 @@ class Trainer:
         on_first(lambda: runfolder.claim(run, **mine))
         found = checkpoint.newest(run, world=self.world)
         self.step = 0 if found is None else found.step
+        self.changed = [] if found is None else found.changes(self.identity)
         if found is not None:  # before DeepSpeed divides them among the ranks
             found.restore_weights(self.parts.towers, self.parts.loss)
         elif self.begun_with is not None:
@@ -70,7 +71,6 @@ class Trainer:
         if found is not None:
             found.restore_optimizers(self.engine)
         self.skips = Skips(run, found.manifest["skipped"] if found is not None else 0)
-        self.changed = [] if found is None else found.changes(self.identity)
         about = {"identity": self.identity, "accepted": [] if found is None else found.accepted(self.changed)}
         self.saver = Saver(run, self.world, self.runtime, about, self.step)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from clipwright.pipeline.checkpoints import warmstart
-from clipwright.pipeline.checkpoints.checkpoint import Checkpoint
-from clipwright.pipeline.core.errors import ClipwrightError
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -86,10 +85,17 @@ def test_a_run_begins_with_the_weights_of_another(
     assert made.keys() == before.weights.keys()
 
 
-def test_a_checkpoint_of_another_run_is_none_to_go_on_from(tmp_path: Path) -> None:
-    found = Checkpoint(tmp_path, {"step": 5, "identity": {"seed": 0, "optim": {"lr": 1.0}}, "accepted": []})
-    changes = found.changes({"seed": 0, "optim": {"lr": 2.0}})
-    assert changes == ["optim.lr: 1.0 → 2.0"] and found.accepted(changes) == [{"step": 5, "changed": changes}]
-    with pytest.raises(ClipwrightError, match="E_RESUME") as error:
-        found.changes({"seed": 1, "optim": {"lr": 2.0}})
-    assert "seed: 0 → 1" in str(error.value) and "optim.lr" not in str(error.value)
+def test_a_checkpoint_of_another_run_is_none_to_go_on_from(
+    scenes: Path, begun: Path, small: Any, here: Callable[..., Any]
+) -> None:
+    other = shutil.copytree(begun / "run", begun / "other")
+    identity = json.loads((other / "identity.json").read_text())
+    (other / "identity.json").write_text(json.dumps(identity | {"seed": 9}))  # of a run into which this one was copied
+    accept = "accept=[optim.lr,loss.label_smoothing]"  # the test above may have changed them
+    words = [*small.settings, f"data.train={scenes}", *STEPS, "seed=9", accept, "optim.lr=0.002"]
+    files = [other / "latest", *(path for path in other.rglob("step-*/*"))]
+    before = [path.read_bytes() for path in files]
+    line = here(begun, "train", *words, "-o", "other", code=2).error
+    assert line.startswith("error[E_RESUME]") and "seed: 0 → 9" in line and "optim.lr" not in line
+    assert "step-0000000" in line and "--fresh" in line
+    assert [path.read_bytes() for path in files] == before
