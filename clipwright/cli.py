@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -319,4 +322,10 @@ def main() -> None:
         code = line.exit_code
     except typer.Abort:
         code = 130
+    if any(thread.daemon for thread in threading.enumerate()):
+        # One that is inside torch, a checkpoint's writer say, would abort the process when Python takes it down.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # of a reader that has gone
+                stream.flush()
+        os._exit(code or 0)
     sys.exit(code)

@@ -102,3 +102,22 @@ def test_an_interrupted_command_leaves_nothing_half_written_and_can_be_run_again
     (tmp_path / "go").touch()
     cli(*words)
     assert verb == "doctor" or (tmp_path / "out" / "status.json").exists()
+
+
+def test_a_thread_that_is_still_at_work_makes_no_abort_of_an_error(tmp_path: Path) -> None:
+    """Python takes daemon threads down when it ends, and one inside torch takes the process with it (SIGABRT)."""
+    (tmp_path / "busy.py").write_text(
+        "import threading, torch\n"
+        "def busy():\n"
+        "    while True:\n"
+        "        torch.isfinite(torch.ones(64, 64)).all()\n"
+        "for _ in range(2):\n"
+        "    threading.Thread(target=busy, daemon=True).start()\n"
+    )
+    words = ["train", "plugins=[busy.py]", "data.train=nowhere", "-o", "run"]
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", "clipwright", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 3 and "terminate" not in done.stderr, done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error[E_INPUT]: ")
