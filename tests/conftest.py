@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import ForkServer
 
 sys.modules.setdefault("conftest_root", sys.modules[__name__])
 # A shell starts background jobs deaf to Ctrl-C, and so would be every command that a test interrupts.
@@ -48,8 +52,18 @@ def _no_rank_left() -> Iterator[None]:
     assert left == before
 
 
+@functools.cache
+def fork_server() -> ForkServer:
+    """The one of this session."""
+    folder = tempfile.TemporaryDirectory()
+    server = ForkServer(Path(folder.name))
+    atexit.register(folder.cleanup)
+    atexit.register(server.close)
+    return server
+
+
 class Cli:
-    """Runs `python -m clipwright` as a user would, in a folder of its own."""
+    """Runs `clipwright` as a user would, in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,18 +71,21 @@ class Cli:
     def __call__(
         self, *words: object, code: int = 0, ranks: int = 0, env: dict[str, str] | None = None, timeout: float = 240
     ) -> subprocess.CompletedProcess[str]:
-        launcher = [sys.executable, "-m"]
-        if ranks:
-            launcher += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m"]
-        done = subprocess.run(
-            [*launcher, "clipwright", *map(str, words)],
-            cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        """ranks: as by torchrun; env: what a process of its own, or torchrun itself, sees from its first import on."""
+        told, around = list(map(str, words)), {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        if env is None:
+            done = fork_server().run(told, self.folder, around, timeout, ranks)
+        else:
+            launcher = ["torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m"] if ranks else []
+            done = subprocess.run(
+                [sys.executable, "-m", *launcher, "clipwright", *told],
+                cwd=self.folder,
+                env=around,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 

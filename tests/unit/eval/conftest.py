@@ -101,10 +101,13 @@ def _write_shard(folder: Path, stem: str, numbers: range, total: DatasetFingerpr
 
 def _cli(*words: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """`clipwright WORDS` in a process of its own, or in several under torchrun."""
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
-    command = [sys.executable, "-m", *launcher, "clipwright", *map(str, words)]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    told = list(map(str, words))
+    if ranks == 1:
+        return sys.modules["conftest_root"].fork_server().run(told, Path.cwd(), dict(os.environ), 120)
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, "clipwright", *told], capture_output=True, text=True, timeout=120
+    )
 
 
 def _refused(done: subprocess.CompletedProcess[str], code: str, exit_code: int, *named: object) -> None:
