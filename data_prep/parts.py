@@ -23,7 +23,6 @@ from clipwright.data_prep.pack import (
 )
 from clipwright.data_prep.plan import Job, hash_share
 from clipwright.pipeline.core.config import Resolved
-from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.part import Part
 
 
@@ -44,14 +43,7 @@ def prepare_part(resolved: Resolved[PrepConfig], folder: Path, *, fresh: bool = 
     others wait. Raises what `prepare` does.
     """
     config, part = resolved.value, Part.read(resolved.value.runtime.part, planned=True)
-    if fresh:
-        raise ClipwrightError(
-            "E_USAGE",
-            "a part that would start all over",
-            where=f"--fresh with runtime.part={config.runtime.part}",
-            found="it would remove what other parts have written",
-            fix="give a new folder with -o",
-        )
+    part.check(fresh=fresh)
     source = open_source(config, folder=folder, quiet=quiet)
     identity = identity_of(resolved, source)
     output.finished(folder, identity)  # refuses a folder of another making before anything is written there

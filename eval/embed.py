@@ -126,14 +126,7 @@ def embed(resolved: Resolved[EmbedConfig], out: Path, ranks: Ranks, *, quiet: bo
     """
     config = resolved.value
     part = Part.read(config.runtime.part, planned=False)
-    if fresh and part.step != "all":
-        raise ClipwrightError(
-            "E_USAGE",
-            "a part that would start all over",
-            where=f"--fresh with runtime.part={config.runtime.part}",
-            found="it would remove what other parts have written",
-            fix="give a new folder with -o",
-        )
+    part.check(fresh=fresh)
     opened: list[tuple[Model, Dataset]] = []
     cache = config.runtime.cache
     ranks.together(

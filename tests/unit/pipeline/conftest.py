@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +52,24 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cli = Small().cli(tmp_path_factory.mktemp("scenes"))
     cli("prep", "scenes", "source.count=96", "source.image_size=32", "shards.samples=32", "-o", "data")
     return cli.folder / "data"
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[..., None]:
+    """`script(module, *words)`: runs a helper that makes its own ranks."""
+
+    def run(module: ModuleType, *words: object, timeout: float = 3600) -> None:
+        done = subprocess.run(
+            [sys.executable, str(module.__file__), *map(str, words)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,18 +34,10 @@ LAST = step_name(LEG * len(WORLDS))
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def seen(tmp_path_factory: pytest.TempPathFactory, script: Any) -> Path:
     """Where checkpoint_ranks.py left what it saw."""
     out = tmp_path_factory.mktemp("checkpoints")
-    done = subprocess.run(
-        [sys.executable, checkpoint_ranks.__file__, str(out), str(KILLS)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=3600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    script(checkpoint_ranks, out, KILLS)
     return out
 
 

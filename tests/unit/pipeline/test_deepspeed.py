@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,20 +24,12 @@ SAME = pytest.approx(0, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def seen(tmp_path_factory: pytest.TempPathFactory, script: Any) -> dict[str, Any]:
     """What rank 0 of two saw of each fact."""
     if torch.cuda.is_available():
         pytest.skip("facts of DeepSpeed on a CPU")
     out = tmp_path_factory.mktemp("deepspeed") / "facts.json"
-    done = subprocess.run(
-        [sys.executable, deepspeed_facts.__file__, str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    script(deepspeed_facts, out)
     return json.loads(out.read_text())
 
 

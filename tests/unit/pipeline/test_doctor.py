@@ -11,8 +11,6 @@ import math
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -620,16 +618,8 @@ def test_a_loss_that_does_not_fit_the_model(monkeypatch: pytest.MonkeyPatch, wor
         assert found.status == "FAIL" and words_of_it in found.found and "plugin" in found.fix, found
 
 
-def test_a_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, ping_ranks.__file__ or "", str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_rank_that_does_not_answer_is_named(tmp_path: Path, script: Any) -> None:
+    script(ping_ranks, tmp_path)
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert seen[0]["trips"] == seen[1]["trips"] and len(seen[0]["trips"]) == 2 and seen[0]["rate"] > 1e6
     assert all(0 < seconds < 1 for seconds in seen[0]["trips"])

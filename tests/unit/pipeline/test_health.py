@@ -6,8 +6,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,16 +30,12 @@ def words(small: Any, scenes: Path, *more: str) -> list[str]:
     return ["train", *small.settings, *tiny, *runtime, f"data.train={scenes}", *more, "-o", "run"]
 
 
-def play(folder: Path, scenarios: dict[str, Scenario]) -> dict[str, Any]:
+def play(script: Callable[..., None], folder: Path, scenarios: dict[str, Scenario]) -> dict[str, Any]:
     """Runs scenarios one after another, in one session."""
     group_ranks.write(folder / "scenarios.json", scenarios)
     for scenario in scenarios.values():
         scenario.path.mkdir(exist_ok=True)
-    line = [sys.executable, group_ranks.__file__, str(folder / "scenarios.json")]
-    done = subprocess.run(
-        line, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1800, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    script(group_ranks, folder / "scenarios.json")
     return json.loads((folder / "results.json").read_text())
 
 
@@ -106,7 +100,9 @@ def scenarios(name: str, folder: Path, line: list[str]) -> dict[str, Scenario]:
 
 
 @pytest.fixture(scope="module")
-def seen(small: Any, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+def seen(
+    small: Any, scenes: Path, tmp_path_factory: pytest.TempPathFactory, script: Callable[..., None]
+) -> Callable[..., dict[str, Any]]:
     """`seen(name)`: what came of a class; all of them are played in one session but in long runs."""
     known: dict[str, dict[str, Any]] = {}
 
@@ -115,7 +111,7 @@ def seen(small: Any, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             folder = tmp_path_factory.mktemp("groups")
             wanted = [name] if ROUNDS else ["cases", "paces", *DRAWN]
             made = {one: scenarios(one, folder, words(small, scenes)) for one in wanted}
-            found = play(folder, {key: value for those in made.values() for key, value in those.items()})
+            found = play(script, folder, {key: value for those in made.values() for key, value in those.items()})
             known.update({one: {key: found[key] for key in those} for one, those in made.items()})
         return known[name]
 

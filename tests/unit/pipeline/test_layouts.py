@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,17 +17,9 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def seen(tmp_path_factory: pytest.TempPathFactory, script: Any) -> dict[str, dict[str, Any]]:
     out = tmp_path_factory.mktemp("layouts")
-    done = subprocess.run(
-        [sys.executable, layout_ranks.__file__, str(out), "1", "2", "3", "4"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    script(layout_ranks, out, 1, 2, 3, 4)
     return {name: found for path in sorted(out.glob("*.pt")) for name, found in torch.load(path).items()}
 
 
