@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.place import ALONE, Place, detect
@@ -90,15 +90,34 @@ def process_group(patience: float = 1800.0) -> Iterator[World]:
 
 
 def _meet(place: Place, backend: str, patience: float) -> None:
+    """Joins the group once all ranks have said that they are there; E_RANK names those that have not."""
+    limit = timedelta(seconds=patience)
+    # Under torchrun its agent keeps the store, elsewhere the first rank does.
+    keeps = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    names = [f"rank {rank}" for rank in range(place.size)]
+    lacking = "rank 0 had not come"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=patience))
+        store = TCPStore(
+            place.master, place.port, place.size, keeps, timeout=limit, wait_for_workers=False, multi_tenant=True
+        )
+        store = PrefixStore(f"clipwright/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        lacking = "rank 0 left before all had come"
+        store.set(names[place.rank], "here")
+        try:
+            store.wait(names, limit)
+        except dist.DistStoreError:
+            missing = [name for name in names if not store.check([name])]
+            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            lacking = f"{', '.join(missing[:8])}{more} had not come"
+            raise
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=limit)
     except dist.DistError as error:
-        said = str(error).partition("\n")[0]
+        said = str(error).partition("\n")[0].partition(", keys: ")[0]
         raise ClipwrightError(
             "E_RANK",
             "ranks that did not meet",
             where=f"rank {place.rank} of {place.size} (from {place.source}) at {place.master}:{place.port}",
-            found=f"after {patience:g} s: {said}",
+            found=f"after {patience:g} s {lacking}: {said}",
             fix="start all ranks, with one MASTER_ADDR and MASTER_PORT that every machine reaches, and see whether one "
             "ended before",
         ) from None
