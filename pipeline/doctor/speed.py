@@ -109,7 +109,10 @@ def synchronize(context: Context) -> None:
 
 
 def measure(context: Context) -> Times:
-    """Real steps, some to warm up and then for SECONDS; all ranks take equally many."""
+    """Real steps, some to warm up and then for SECONDS; all ranks take equally many.
+
+    Beside the last that warms up lies what a save copies, so that the peak of memory is a run's.
+    """
     config, world, parts = context.config, context.world, context.parts
     size = config.schedule.global_batch
     engine = Engine(parts.towers, parts.loss, config, world)
@@ -119,7 +122,9 @@ def measure(context: Context) -> Times:
         for turn in range(WARM + min(MOST, max(LEAST, config.schedule.steps))):
             started, processor = time.perf_counter(), time.process_time()
             batch = next(batches)
+            copied = (engine.weights(), engine.optimizer_state()) if turn == WARM - 1 else ()
             engine.step(batch, turn, config.schedule.factor(turn * size), measure=False)
+            del copied
             if turn >= WARM:
                 times.steps.append(time.perf_counter() - started)
                 times.waits.append(batch.waited)

@@ -527,6 +527,33 @@ def test_a_step_without_memory_or_finite_numbers(
     assert found.status == "FAIL" and "global_batch" in found.fix
 
 
+def test_what_was_timed_becomes_a_prediction(
+    monkeypatch: pytest.MonkeyPatch, scenes: Path, world: World, small: Any
+) -> None:
+    """On a clock of our own: four seconds of work in steps of which each waits one second for data."""
+    made = context(world, f"data.train={scenes}", *small.settings, "schedule.samples=1600")
+    assert run(made, *MODEL, "step").status == "ok"
+    towers = iter([1.0, 0.5])
+    monkeypatch.setattr(speed, "tower_seconds", lambda made, encode, parts: next(towers) * parts)
+    times = speed.Times(steps=[4.0, 5.0, 3.0], waits=[1.0, 1.0, 1.0], processor=24.0)
+    monkeypatch.setattr(speed, "measure", lambda made: times)
+    found = speed.speed(made)
+    assert found.status == "ok" and "4 samples/s, 1,600 in 6 min 40 s, 3 steps timed" in found.found, found
+    shares = {"data": 0.25, "image tower": 0.25, "text tower": 0.125, "loss and optimiser": 0.375}
+    told = {"samples_per_s": 4, "processor_s_per_sample": 0.5, "data_share": 0.25, "seconds": 400, "measured_steps": 3}
+    assert made.predicted["shares"] == shares and made.predicted.items() >= told.items()
+
+
+def test_a_loss_is_predicted_from_two_sizes(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    """What grows with the square of the batch and what grows with the batch are told apart."""
+    monkeypatch.setattr(loss, "timed", lambda made, built, rows: 3e-7 * rows**2 + 5e-5 * rows)
+    made = context(world)
+    built = loss.LOSSES.build(loss.LOSSES.preset("softmax"), embed_dim=8)
+    for images, ranks in ((64, 1), (512, 1), (8192, 1), (65_536, 8)):
+        want = 3e-7 * images**2 * ranks + 5e-5 * images
+        assert loss.predicted(made, built, images, ranks) == pytest.approx(want)
+
+
 def test_waiting_for_data_and_a_tight_machine_are_warned_of(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
     made = context(world)
     made.predicted = {"shares": {"data": 0.4, "image tower": 0.5, "text tower": 0.1}, "memory_gb": 1.0}
