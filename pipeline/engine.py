@@ -31,7 +31,7 @@ from torch import Tensor
 
 from clipwright.pipeline.checkpoints.optimizer_state import Held, layout, restore, slices
 from clipwright.pipeline.core.log import quiet_libraries
-from clipwright.pipeline.data.loader import Batch
+from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.data.order import key64
 from clipwright.pipeline.distributed import EXCHANGES, World, sum_ranks
 from clipwright.pipeline.losses.base import ContrastiveLoss, Features

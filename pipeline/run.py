@@ -20,9 +20,10 @@ from clipwright.pipeline import runfolder
 from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.data.batch import Share
 from clipwright.pipeline.data.cache import CachedRuntime
 from clipwright.pipeline.data.datasets import DataConfig, Datasets
-from clipwright.pipeline.data.loader import Loader, Share
+from clipwright.pipeline.data.loader import Loader
 from clipwright.pipeline.data.reader import Dataset
 from clipwright.pipeline.distributed import World, from_first, on_first
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, LossConfig

@@ -25,8 +25,8 @@ from clipwright.pipeline.core.nearest import nearest
 
 if TYPE_CHECKING:
     from clipwright.pipeline.core.config import Resolved
+    from clipwright.pipeline.data.batch import Batch
     from clipwright.pipeline.data.datasets import Datasets
-    from clipwright.pipeline.data.loader import Batch
     from clipwright.pipeline.distributed import World
     from clipwright.pipeline.run import Parts, RunConfig
     from clipwright.pipeline.tokenizers.base import Tokenizer

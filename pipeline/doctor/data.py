@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.data.batch import Share
 from clipwright.pipeline.data.cache import GB, bytes_needed, gb_for
 from clipwright.pipeline.data.datasets import Datasets
-from clipwright.pipeline.data.loader import Share
 from clipwright.pipeline.data.reader import OPEN_TARS
 from clipwright.pipeline.doctor.base import Context, Found, check
 from clipwright.pipeline.pixels import PixelError, decode, probe

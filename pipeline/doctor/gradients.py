@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipwright.pipeline.data.loader import Batch
+from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.distributed import World
 from clipwright.pipeline.doctor.base import Context, Found, check
 from clipwright.pipeline.engine import Engine

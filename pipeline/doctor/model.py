@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from clipwright.pipeline.data.loader import Batch
+from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.doctor.base import Context, Found, check
 from clipwright.pipeline.doctor.environment import disk_folder, free_disk, free_memory, usable_cores
 from clipwright.pipeline.losses.base import Features

@@ -31,7 +31,7 @@ from clipwright.pipeline.core.command import (
     deafen,
 )
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.data.loader import Batch
+from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.distributed import World, barrier, from_all, from_first, gather
 from clipwright.pipeline.engine import StepResult
 from clipwright.pipeline.ledger import merge

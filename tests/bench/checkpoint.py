@@ -24,7 +24,8 @@ import torch
 
 from clipwright.pipeline.checkpoints import checkpoint
 from clipwright.pipeline.checkpoints.saver import Saver
-from clipwright.pipeline.data.loader import Batch, DataConfig
+from clipwright.pipeline.data.batch import Batch
+from clipwright.pipeline.data.datasets import DataConfig
 from clipwright.pipeline.distributed import World, process_group
 from clipwright.pipeline.engine import Engine
 from clipwright.pipeline.losses.base import LOSSES

@@ -100,8 +100,9 @@ def clocked(batches: Iterator[int]) -> Clock:
 
 def ours(data: Path) -> Callable[[int], Clock]:
     from clipwright.pipeline.data.augment import AugmentConfig
+    from clipwright.pipeline.data.batch import Share
     from clipwright.pipeline.data.datasets import DataConfig
-    from clipwright.pipeline.data.loader import Loader, Share
+    from clipwright.pipeline.data.loader import Loader
     from clipwright.pipeline.tokenizers.base import TOKENIZERS
     from clipwright.pipeline.towers.base import TEXT_TOWERS
 

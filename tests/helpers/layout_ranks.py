@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clipwright.pipeline import distributed
 from clipwright.pipeline import engine as engine_module
-from clipwright.pipeline.data.loader import Batch
+from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.data.order import key64
 from clipwright.pipeline.distributed import World, from_all, process_group
 from clipwright.pipeline.doctor.model import forget_peak

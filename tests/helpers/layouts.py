@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipwright.pipeline.data.loader import Batch, DataConfig
+from clipwright.pipeline.data.batch import Batch
+from clipwright.pipeline.data.datasets import DataConfig
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss
 from clipwright.pipeline.model import TwoTower
 from clipwright.pipeline.optim import OptimConfig, ScheduleConfig

@@ -15,8 +15,9 @@ import pytest
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data import loader as data_loader
 from clipwright.pipeline.data import tally as data_tally
+from clipwright.pipeline.data.batch import Batch, Share
 from clipwright.pipeline.data.datasets import DataConfig
-from clipwright.pipeline.data.loader import Batch, Loader, Share
+from clipwright.pipeline.data.loader import Loader
 from clipwright.pipeline.data.order import caption_index
 from clipwright.pipeline.data.reader import Dataset
 from clipwright.pipeline.data.tally import Replaced, Watch, key_sum

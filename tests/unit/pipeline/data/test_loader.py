@@ -14,8 +14,9 @@ import torch
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data import loader as data_loader
 from clipwright.pipeline.data.augment import AugmentConfig, recolour
+from clipwright.pipeline.data.batch import Batch, Share
 from clipwright.pipeline.data.datasets import DataConfig, Datasets, PartConfig, WeightsConfig
-from clipwright.pipeline.data.loader import Batch, Loader, Share
+from clipwright.pipeline.data.loader import Loader
 from clipwright.pipeline.data.reader import Dataset
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 from clipwright.pipeline.towers.base import TEXT_TOWERS

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clipwright.pipeline.core.config import resolve
-from clipwright.pipeline.data.loader import Batch
+from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.distributed import process_group
 from clipwright.pipeline.engine import Engine, micro_batches
 from clipwright.pipeline.run import Parts, RunConfig, assemble, stored_tokenizer

@@ -26,9 +26,10 @@ import pytest
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data import remote
+from clipwright.pipeline.data.batch import Share
 from clipwright.pipeline.data.cache import GB, CacheConfig
 from clipwright.pipeline.data.datasets import DataConfig, Datasets
-from clipwright.pipeline.data.loader import Loader, Share
+from clipwright.pipeline.data.loader import Loader
 from clipwright.pipeline.data.reader import Dataset
 from clipwright.pipeline.doctor.data import shard_cache
 from clipwright.pipeline.ledger import line

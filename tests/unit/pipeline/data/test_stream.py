@@ -24,8 +24,9 @@ import pytest
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.records import write_manifest
+from clipwright.pipeline.data.batch import Batch, Share
 from clipwright.pipeline.data.datasets import DataConfig, Datasets, PartConfig
-from clipwright.pipeline.data.loader import Batch, Loader, Share
+from clipwright.pipeline.data.loader import Loader
 from clipwright.pipeline.ledger import line, merge
 from clipwright.pipeline.runfolder import StepFile
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
