@@ -1,4 +1,4 @@
-"""What the ranks of the roll-call in doctor's tests do: `python ping_ranks.py OUT` forks three; the last falls silent."""
+"""The ranks of the roll-call in doctor's tests: `python ping_ranks.py OUT` forks three; the last falls silent."""
 
 from __future__ import annotations
 
