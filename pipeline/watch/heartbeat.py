@@ -88,7 +88,8 @@ class Heartbeat(threading.Thread):
         self.end: End | None = None  # decided
         self.over = threading.Event()  # nothing is to be heard any more
         self._wish: End | None = None  # this rank's, as long as nothing is decided
-        self._stopping = self._bye = False
+        self._stopping = False
+        self._done = self._bye = False  # the main thread wants no more; the others were told so
         self._selector = selectors.DefaultSelector()
         self._woken, self._wake = socket.socketpair()
         for one in (self._woken, self._wake):
@@ -130,7 +131,7 @@ class Heartbeat(threading.Thread):
     def bye(self, seconds: float) -> None:
         """This rank is done. Waits until the others know; rank 0 until they are, too."""
         signal.set_wakeup_fd(-1)
-        self._bye = True
+        self._done = True
         self._wake.send(b"\0")
         self.over.wait(seconds)
 
@@ -166,7 +167,8 @@ class Heartbeat(threading.Thread):
                 self._stops(number, ours=True)
         if self._wish is not None:
             self._decide(self._wish)
-        if self._bye:
+        if self._done:
+            self._bye = True
             for link in self._links.values():
                 link.send(bye=True)
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from group_ranks import Scenario
 from safetensors.torch import load_file
 
 from clipwright.pipeline.watch.health import slow_ranks
+from clipwright.pipeline.watch.heartbeat import Heartbeat, Link
 from clipwright.pipeline.watch.judge import Peer, judge
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -158,6 +160,16 @@ def test_a_save_that_the_ranks_do_not_come_to_is_given_up(seen: Any) -> None:
     [[_, line]] = found["errors"]
     assert line.startswith("error[E_UNSAVED]: ") and "did not come to agree" in line and "run the same command" in line
     assert found["codes"] == [1, 1] and found["left"] < 25 and found["status"]["exit_code"] == 1
+
+
+def test_a_rank_that_is_done_says_so_though_the_first_has_left_before() -> None:
+    """Its thread may look around between the main thread's last word and the news of it."""
+    first, mine = socket.socketpair()
+    heart = Heartbeat(1, 2, 60.0, lambda number: None, lambda end: None)
+    heart.peers, heart._links[0] = {0: Peer(0, state="left")}, Link(mine)
+    heart.bye(0.0)
+    heart.run()
+    assert heart.over.is_set() and b'{"bye": true}' in first.recv(4096)
 
 
 def pair(found: dict[str, Any], seed: int) -> list[dict[str, Any]]:
