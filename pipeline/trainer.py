@@ -123,7 +123,10 @@ class Trainer:
                 with bar.above():
                     for line in lines if self.world.first else []:
                         self.call.say(line)
-                self.skips.check(result, self.step, batch)
+                if self.skips.too_many:
+                    at("save")
+                    self.saver.seal()  # what is being written is as good as the weights still are
+                    raise self.skips.error(result, self.step, batch)
                 if self.saver.due(self.step, late):
                     self._save()
             self._save(wait=True)

@@ -104,10 +104,10 @@ class Saver:
         Raises what an earlier one failed with.
         """
         if step != self.begun:
-            self._seal()
+            self.seal()
             self._begin(engine, step)
         if wait:
-            self._seal()
+            self.seal()
 
     def settle(self, pending: bool, failed: bool) -> None:
         """Seals the checkpoint that all ranks have written, if there is one; raises on all what failed on one.
@@ -115,7 +115,7 @@ class Saver:
         pending, failed: whether any rank's is.
         """
         if failed or not pending:
-            self._seal()
+            self.seal()
 
     def finish(self) -> None:
         """Waits for what is copied elsewhere, and removes what had to stay for that."""
@@ -167,8 +167,8 @@ class Saver:
         except OSError as error:
             raise _refused(error, self.run, need) from None
 
-    def _seal(self) -> None:
-        """Waits for this rank's files, then seals the checkpoint if those of all are there."""
+    def seal(self) -> None:
+        """Waits for this rank's files, then seals the checkpoint if those of all are there; every rank must call."""
         writing, self._writing = self._writing, None
         if writing is None:
             return

@@ -198,14 +198,17 @@ class Skips:
         self._row = self._row + 1 if result.skipped else 0
         self.count += result.skipped
 
-    def check(self, result: StepResult, step: int, batch: Batch) -> None:
-        """E_NONFINITE on all ranks alike behind step `step`, whose part on this rank was `batch`."""
-        if self._row < IN_A_ROW:
-            return
+    @property
+    def too_many(self) -> bool:
+        """Whether the run ends, on all ranks alike."""
+        return self._row >= IN_A_ROW
+
+    def error(self, result: StepResult, step: int, batch: Batch) -> ClipwrightError:
+        """E_NONFINITE behind step `step`, whose part on this rank was `batch`; every rank must call."""
         keys = merge(from_all(batch.tally)).keys
         latest = self.run / "latest"
         stands = latest.read_text(encoding="utf-8").strip() if latest.exists() else "no checkpoint"
-        raise ClipwrightError(
+        return ClipwrightError(
             "E_NONFINITE",
             f"{IN_A_ROW} steps in a row that are not finite",
             where=f"{self.run} step {step}: {', '.join(keys[:SHOWN])}, …",
