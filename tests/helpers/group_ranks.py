@@ -169,7 +169,10 @@ class Group:
         return [(rank, line) for rank, line in self.lines() if line.startswith("error[")]
 
 
-def played(scenario: Scenario, seconds: float = 600.0) -> dict[str, Any]:
+LONG = "CLIPWRIGHT_SOAK" in os.environ  # see tests/soak.py
+
+
+def played(scenario: Scenario, seconds: float = 600.0 if LONG else 240.0) -> dict[str, Any]:
     """What came of it: exit codes, error lines, seconds from the signal or fault until they stood and all had left."""
     group = Group(scenario)
     begun = time.monotonic()

@@ -56,9 +56,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def script() -> Callable[..., None]:
-    """`script(module, *words)`: runs a helper that makes its own ranks."""
+    """`script(module, *words, timeout=SECONDS)`: runs a helper that makes its own ranks."""
 
-    def run(module: ModuleType, *words: object, timeout: float = 3600) -> None:
+    def run(module: ModuleType, *words: object, timeout: float) -> None:
         done = subprocess.run(
             [sys.executable, str(module.__file__), *map(str, words)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -37,7 +37,7 @@ LAST = step_name(LEG * len(WORLDS))
 def seen(tmp_path_factory: pytest.TempPathFactory, script: Any) -> Path:
     """Where checkpoint_ranks.py left what it saw."""
     out = tmp_path_factory.mktemp("checkpoints")
-    script(checkpoint_ranks, out, KILLS)
+    script(checkpoint_ranks, out, KILLS, timeout=3600)
     return out
 
 

@@ -29,7 +29,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, script: Any) -> dict[str, Any
     if torch.cuda.is_available():
         pytest.skip("facts of DeepSpeed on a CPU")
     out = tmp_path_factory.mktemp("deepspeed") / "facts.json"
-    script(deepspeed_facts, out)
+    script(deepspeed_facts, out, timeout=600)
     return json.loads(out.read_text())
 
 

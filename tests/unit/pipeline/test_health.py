@@ -37,7 +37,7 @@ def play(script: Callable[..., None], folder: Path, scenarios: dict[str, Scenari
     group_ranks.write(folder / "scenarios.json", scenarios)
     for scenario in scenarios.values():
         scenario.path.mkdir(exist_ok=True)
-    script(group_ranks, folder / "scenarios.json")
+    script(group_ranks, folder / "scenarios.json", timeout=1800)
     return json.loads((folder / "results.json").read_text())
 
 

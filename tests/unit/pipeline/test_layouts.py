@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory, script: Any) -> dict[str, dict[str, Any]]:
     out = tmp_path_factory.mktemp("layouts")
-    script(layout_ranks, out, 1, 2, 3, 4)
+    script(layout_ranks, out, 1, 2, 3, 4, timeout=600)
     return {name: found for path in sorted(out.glob("*.pt")) for name, found in torch.load(path).items()}
 
 

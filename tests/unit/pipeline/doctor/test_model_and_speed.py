@@ -225,7 +225,7 @@ def test_a_loss_that_does_not_fit_the_model(monkeypatch: pytest.MonkeyPatch, wor
 
 
 def test_a_rank_that_does_not_answer_is_named(tmp_path: Path, script: Any) -> None:
-    script(ping_ranks, tmp_path)
+    script(ping_ranks, tmp_path, timeout=120)
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert seen[0]["trips"] == seen[1]["trips"] and len(seen[0]["trips"]) == 2 and seen[0]["rate"] > 1e6
     assert all(0 < seconds < 1 for seconds in seen[0]["trips"])
