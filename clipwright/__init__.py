@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clipwright.eval.search.query import open_index
     from clipwright.pipeline.core.errors import ClipwrightError
-    from clipwright.pipeline.data.reader import Dataset as open_dataset
-    from clipwright.pipeline.model import load_model
+    from clipwright.pipeline.folders.dataset import Dataset as open_dataset
+    from clipwright.pipeline.model.folder import load_model
 
 __all__ = ["ClipwrightError", "load_model", "open_dataset", "open_index"]
 
 _PLACES = {
     "ClipwrightError": ("clipwright.pipeline.core.errors", "ClipwrightError"),
-    "load_model": ("clipwright.pipeline.model", "load_model"),
-    "open_dataset": ("clipwright.pipeline.data.reader", "Dataset"),
+    "load_model": ("clipwright.pipeline.model.folder", "load_model"),
+    "open_dataset": ("clipwright.pipeline.folders.dataset", "Dataset"),
     "open_index": ("clipwright.eval.search.query", "open_index"),
 }
 

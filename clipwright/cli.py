@@ -64,7 +64,7 @@ def demo(call: Call) -> None:
     import time
 
     from clipwright.pipeline.core.config import read_yaml
-    from clipwright.pipeline.core.records import atomic_write, write_json
+    from clipwright.pipeline.core.files import atomic_write, write_json
 
     out = call.out = call.out or Path("demo")
     resolved = call.load(base=read_yaml(Path(__file__).parent / "configs" / "demo.yaml"))

@@ -11,19 +11,19 @@ from clipwright.pipeline.core.command import Call, command
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from clipwright.data_prep.pack import Prepared
+    from clipwright.data_prep.build.pack import Prepared
 
 app = typer.Typer()
 data_app = typer.Typer(help="Check and look at dataset folders.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
-@command(app, "prep", kind="clipwright.data_prep.pack:PrepConfig")
+@command(app, "prep", kind="clipwright.data_prep.build.pack:PrepConfig")
 def prep(call: Call) -> None:
     """Turn image-text pairs into a dataset folder of shards; run again to go on."""
     import time
 
-    from clipwright.data_prep.pack import prepare
+    from clipwright.data_prep.build.pack import prepare
 
     started = time.monotonic()
     resolved = call.load()
@@ -47,7 +47,7 @@ def prep(call: Call) -> None:
 def _prep_part(call: Call, resolved: Any, folder: Path) -> None:
     from dataclasses import asdict
 
-    from clipwright.data_prep.parts import prepare_part
+    from clipwright.data_prep.build.parts import prepare_part
 
     call.writes_status = False  # the folder's tells of the whole run
     part = resolved.value.runtime.part
@@ -74,7 +74,7 @@ def _summary(result: dict[str, Any], done: Prepared) -> str:
 
 
 def _dry_run(call: Call, resolved: Any) -> None:
-    from clipwright.data_prep.pack import open_source
+    from clipwright.data_prep.build.pack import open_source
 
     source = open_source(resolved.value, quiet=call.quiet)
     most = -(-source.count // resolved.value.shards.samples)
@@ -83,12 +83,18 @@ def _dry_run(call: Call, resolved: Any) -> None:
     call.finish(result, f"prep: would read {source.count} rows and write at most {most} shards; columns {names}")
 
 
-@command(data_app, "data verify", kind="clipwright.data_prep.datasets:DataConfig", subject="data", metavar="DATASET")
+@command(
+    data_app,
+    "data verify",
+    kind="clipwright.data_prep.inspect.dataset_files:DataConfig",
+    subject="data",
+    metavar="DATASET",
+)
 def data_verify(call: Call) -> None:
     """Read every byte of a dataset folder against its manifest."""
     from pathlib import Path
 
-    from clipwright.data_prep.verify import refuse, verify
+    from clipwright.data_prep.inspect.verify import refuse, verify
 
     result = verify(Path(call.load().value.data), quiet=call.quiet)
     _report(call, result)
@@ -101,12 +107,18 @@ def data_verify(call: Call) -> None:
     refuse(result)
 
 
-@command(data_app, "data stats", kind="clipwright.data_prep.datasets:DataConfig", subject="data", metavar="DATASET")
+@command(
+    data_app,
+    "data stats",
+    kind="clipwright.data_prep.inspect.dataset_files:DataConfig",
+    subject="data",
+    metavar="DATASET",
+)
 def data_stats(call: Call) -> None:
     """Sizes, caption lengths, scripts, duplicates and reject reasons of a dataset folder."""
     from pathlib import Path
 
-    from clipwright.data_prep.stats import stats, table
+    from clipwright.data_prep.inspect.stats import stats, table
 
     result = stats(Path(call.load().value.data), quiet=call.quiet)
     _report(call, result)
@@ -116,7 +128,7 @@ def data_stats(call: Call) -> None:
 @command(
     data_app,
     "data index",
-    kind="clipwright.data_prep.index_tars:IndexConfig",
+    kind="clipwright.data_prep.foreign.index:IndexConfig",
     subject="data",
     metavar="FOLDER",
     output=False,
@@ -125,7 +137,7 @@ def data_index(call: Call) -> None:
     """Write sidecars and a manifest beside tars that others made, which stay untouched; run again to go on."""
     from pathlib import Path
 
-    from clipwright.data_prep.index_tars import find_tars, index
+    from clipwright.data_prep.foreign.index import find_tars, index
 
     config = call.load().value
     folder = Path(config.data)
@@ -148,10 +160,10 @@ def data_index(call: Call) -> None:
     call.finish(result, "\n".join(lines), then=f"clipwright data verify {folder}")
 
 
-@command(data_app, "data view", kind="clipwright.data_prep.view:ViewConfig", subject="data", metavar="DATASET")
+@command(data_app, "data view", kind="clipwright.data_prep.inspect.view:ViewConfig", subject="data", metavar="DATASET")
 def data_view(call: Call) -> None:
     """Write a static page of kept pairs and of rejected pairs with their reasons: `data view DATASET -o PAGES`."""
-    from clipwright.data_prep.view import view
+    from clipwright.data_prep.inspect.view import view
 
     config, out = call.load().value, call.output()
     if call.dry_run:
@@ -164,8 +176,8 @@ def data_view(call: Call) -> None:
 
 def _report(call: Call, result: dict[str, Any]) -> None:
     """With -o, the result as report.json."""
-    from clipwright.data_prep.datasets import REPORT, claim_report
-    from clipwright.pipeline.core.records import write_json
+    from clipwright.data_prep.inspect.dataset_files import REPORT, claim_report
+    from clipwright.pipeline.core.files import write_json
 
     if call.out is not None and not call.dry_run:
         claim_report(call.out)

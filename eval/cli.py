@@ -20,7 +20,7 @@ def embed(call: Call) -> None:
     from clipwright.eval.embed import Ranks
     from clipwright.eval.embed import embed as run
     from clipwright.pipeline.core.errors import ClipwrightError
-    from clipwright.pipeline.place import detect
+    from clipwright.pipeline.distributed.launcher_env import detect
 
     # Before processes meet: a refused config waits for no peer.
     call.writes_status = first = detect(os.environ).rank == 0
@@ -51,10 +51,10 @@ def embed(call: Call) -> None:
             call.finish(manifest, text, then=f"clipwright index build flat embeddings={out} -o INDEX")
 
 
-@command(index_app, "index build", kind="clipwright.eval.search.index:IndexConfig")
+@command(index_app, "index build", kind="clipwright.eval.search.versions:IndexConfig")
 def index_build(call: Call) -> None:
     """Embedding folder to index folder."""
-    from clipwright.eval.search.index import build
+    from clipwright.eval.search.versions import build
 
     resolved = call.load()
     out = call.output()
@@ -103,8 +103,8 @@ def report(call: Call) -> None:
     """The page of a finished demo: every figure of its steps in one file, FOLDER/report.html."""
     from pathlib import Path
 
-    from clipwright.eval.demo import Demo
-    from clipwright.eval.report import write
+    from clipwright.eval.demo.page import write
+    from clipwright.eval.demo.results import Demo
 
     folder = Path(call.config or "demo")
     if call.dry_run:

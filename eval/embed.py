@@ -22,24 +22,15 @@ from clipwright.eval.encode import encode_images, encode_texts, pictures, pieces
 from clipwright.eval.folders import CONFIG, claim, write_origin
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.files import atomic_write, digest, fsync_folder, write_json
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.part import Part
-from clipwright.pipeline.core.records import (
-    MANIFEST,
-    atomic_write,
-    check_files,
-    digest,
-    file_entries,
-    fsync_folder,
-    read_manifest,
-    write_json,
-    write_manifest,
-)
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.data.cache import CachedRuntime
-from clipwright.pipeline.data.reader import Dataset
-from clipwright.pipeline.model import Model, load_model
-from clipwright.pipeline.place import detect
+from clipwright.pipeline.distributed.launcher_env import detect
+from clipwright.pipeline.folders.cache import CachedRuntime
+from clipwright.pipeline.folders.dataset import Dataset
+from clipwright.pipeline.folders.records import MANIFEST, check_files, file_entries, read_manifest, write_manifest
+from clipwright.pipeline.model.folder import Model, load_model
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.data.reader import Dataset
+from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.pixels import PixelError
 
 AHEAD = 4  # shards of a remote dataset that are fetched before they are read

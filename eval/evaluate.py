@@ -12,8 +12,9 @@ from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context
 from clipwright.eval.folders import CONFIG, claim
 from clipwright.pipeline.core.config import Choice, Resolved, read_yaml
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import VERSION, atomic_write, write_json
+from clipwright.pipeline.core.files import atomic_write, write_json
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.folders.records import VERSION
 
 REPORT = "report.json"
 

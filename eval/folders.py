@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import STATUS, write_json
-from clipwright.pipeline.data.remote import is_remote
+from clipwright.pipeline.core.files import STATUS, write_json
+from clipwright.pipeline.folders.remote import is_remote
 
 CONFIG, ORIGIN = "config.yaml", "origin.json"
 

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 
 from clipwright.eval.encode import Picture, pictures
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.files import digest, file_sha256
 from clipwright.pipeline.core.nearest import nearest
-from clipwright.pipeline.core.records import digest, file_sha256
-from clipwright.pipeline.data.cache import CacheConfig
-from clipwright.pipeline.data.reader import Dataset
-from clipwright.pipeline.data.remote import is_remote
+from clipwright.pipeline.folders.cache import CacheConfig
+from clipwright.pipeline.folders.dataset import Dataset
+from clipwright.pipeline.folders.remote import is_remote
 from clipwright.pipeline.pixels import bytes_key
 
 IMAGE = "image"  # the column of a table that holds the files, as bytes or as a struct with bytes

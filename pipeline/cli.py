@@ -15,10 +15,10 @@ app.add_typer(data_app, name="data")
 SCORE: list[str] = []
 
 
-@command(app, "train", kind="clipwright.pipeline.run:RunConfig")
+@command(app, "train", kind="clipwright.pipeline.train.config:RunConfig")
 def train(call: Call) -> None:
     """Train a two-tower model on a dataset folder; the same command resumes."""
-    from clipwright.pipeline.trainer import train as run
+    from clipwright.pipeline.train.trainer import train as run
 
     run(call, lambda: load_name(SCORE[0]))
 
@@ -31,7 +31,7 @@ def launch(call: Call) -> None:
     run(call)
 
 
-@command(app, "doctor", kind="clipwright.pipeline.run:RunConfig", configs="train")
+@command(app, "doctor", kind="clipwright.pipeline.train.config:RunConfig", configs="train")
 def doctor(call: Call) -> None:
     """Check this machine; with a training config also its data, model, speed and gradients; check=NAME: one check."""
     import time
@@ -50,26 +50,31 @@ def doctor(call: Call) -> None:
     else:
         examine(context)
     if (error := failure(context)) is not None:
-        if not context.first:
+        if not context.is_rank0:
             time.sleep(2)  # launchers stop all ranks when one ends: the first must have said what was wrong by then
             raise typer.Exit(error.exit_code)
         raise error
 
 
 @command(
-    data_app, "data ledger", kind="clipwright.pipeline.ledger:LedgerConfig", subject="run", metavar="RUN", output=False
+    data_app,
+    "data ledger",
+    kind="clipwright.pipeline.train.sample_log:LedgerConfig",
+    subject="run",
+    metavar="RUN",
+    output=False,
 )
 def data_ledger(call: Call) -> None:
     """List the samples that a step of a run trained on: `data ledger RUN step=NUMBER`; without a step, count them."""
-    from clipwright.pipeline.ledger import show
+    from clipwright.pipeline.train.sample_log import show
 
     show(call)
 
 
-@command(app, "export", kind="clipwright.pipeline.export:ExportConfig", subject="run", metavar="RUN")
+@command(app, "export", kind="clipwright.pipeline.train.export:ExportConfig", subject="run", metavar="RUN")
 def export(call: Call) -> None:
     """Write a run's newest checkpoint as a model folder."""
-    from clipwright.pipeline.export import export as run
+    from clipwright.pipeline.train.export import export as run
 
     run(call)
 

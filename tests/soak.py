@@ -19,10 +19,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "soak.json"
-STREAM, RESUME = "tests/unit/pipeline/data/test_stream.py", "tests/unit/pipeline/test_resume.py"
-HEALTH = "tests/unit/pipeline/test_health.py"
-CHECKPOINT = "tests/unit/pipeline/test_checkpoint.py"
-REMOTE = "tests/unit/pipeline/data/test_remote.py"
+STREAM, RESUME = "tests/unit/pipeline/data/test_stream.py", "tests/unit/pipeline/train/test_resume.py"
+HEALTH = "tests/unit/pipeline/train/test_supervision.py"
+CHECKPOINT = "tests/unit/pipeline/train/test_checkpoint.py"
+REMOTE = "tests/unit/pipeline/folders/test_remote.py"
 # What is tried, and how often: a test of one round takes its long form.
 CLASSES = {
     "stream": (f"{STREAM}::test_killed_at_random_steps_nothing_is_lost_or_repeated", 200),
@@ -37,7 +37,7 @@ CLASSES = {
     "nonfinite": (f"{HEALTH}::test_a_run_of_three_bad_steps_keeps_a_finite_checkpoint", 20),
     "slow": (f"{HEALTH}::test_a_rank_of_half_the_pace_is_flagged_within_fifty_steps", 1),
     "goodput": (f"{RESUME}::test_killed_again_and_again_little_is_done_twice", 1),
-    "hosts": ("tests/unit/pipeline/test_hosts.py", 1),
+    "hosts": ("tests/unit/pipeline/launch/test_hosts.py", 1),
     "kill": (f"{RESUME}::test_killed_at_a_random_step", 20),
     "save-kill": (f"{CHECKPOINT}::test_killed_inside_a_save", 160),
     "disk-full": (f"{CHECKPOINT}::test_a_full_disk_ends_all_ranks_and_the_older_checkpoint_stands", 1),

@@ -35,10 +35,10 @@ TRAIN = [
 COMMANDS = {
     "prep": (
         ["prep", "scenes", "source.count=40", "source.image_size=32", "runtime.workers=1"],
-        ("clipwright.data_prep.pack", "module", "write_shard"),
+        ("clipwright.data_prep.build.pack", "module", "write_shard"),
         ["manifest.json", "*.tar", "*.parquet"],
     ),
-    "train": (["train", *TRAIN], ("clipwright.pipeline.trainer", "module.Engine", "step"), []),
+    "train": (["train", *TRAIN], ("clipwright.pipeline.train.trainer", "module.Engine", "step"), []),
     "doctor": (["doctor", *TRAIN], ("clipwright.pipeline.doctor.speed", "module.Engine", "step"), ["*"]),
     "embed": (
         ["embed", "model=model", "data=data"],
@@ -47,12 +47,12 @@ COMMANDS = {
     ),
     "index": (
         ["index", "build", "flat", "embeddings=embeddings"],
-        ("clipwright.eval.search.index", "module", "_unit"),
+        ("clipwright.eval.search.versions", "module", "_unit"),
         ["current", "versions/0*"],
     ),
     "eval": (
         ["eval", "retrieval", "model=model", "data=data"],
-        ("clipwright.pipeline.model", "module.Model", "embed_images"),
+        ("clipwright.pipeline.model.folder", "module.Model", "embed_images"),
         ["report.json", "*.parquet"],
     ),
 }

@@ -27,8 +27,8 @@ from clipwright.data_prep.sources.base import (
     read_inside,
 )
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.files import canonical_json
 from clipwright.pipeline.core.log import Progress
-from clipwright.pipeline.core.records import canonical_json
 from clipwright.pipeline.core.registry import configclass
 
 # The formats that pixels.py decodes, then those it does not: such a file is a row too, so that its refusal is told.
@@ -146,7 +146,7 @@ class FolderSource(Source):
         """A row's captions, or why there are none, and what its JSON holds beside them."""
         found: list[Caption] = []
         about: dict[str, Any] = {}
-        trouble: list[Caption] = []
+        problem: list[Caption] = []
         for name in self._files(row):
             try:
                 if name.lower().endswith(".json"):
@@ -155,12 +155,12 @@ class FolderSource(Source):
                 else:
                     found = [line for line in _lines(self._text(name)) if line.strip()]
             except _Unreadable as error:
-                trouble.append(error.args)
-        if not found and not trouble:
+                problem.append(error.args)
+        if not found and not problem:
             stem = PurePosixPath(_plain(self._images[row])).stem
             looked = "no words in it" if self._beside[row] else "no such file"
-            trouble.append(("E_CAP_EMPTY", f"{stem}.txt or {stem}.json beside the image: {looked}"))
-        return [*found, *trouble], about  # what is amiss beside good captions is counted
+            problem.append(("E_CAP_EMPTY", f"{stem}.txt or {stem}.json beside the image: {looked}"))
+        return [*found, *problem], about  # what is amiss beside good captions is counted
 
     def _told(self, about: dict[str, Any], name: str) -> list[Caption]:
         value = about.get(self.caption, about.get("captions"))

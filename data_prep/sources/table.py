@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipwright.data_prep.sources.base import SOURCES, Record, Source, SourceConfig, read_image
-from clipwright.data_prep.tables import TableFile, find_files, open_file
+from clipwright.data_prep.sources.table_files import TableFile, find_files, open_file
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.registry import configclass
@@ -123,7 +123,7 @@ class TableSource(Source):
 
 
 def _open_all(config: TableConfig) -> list[TableFile]:
-    # Text columns of csv are read as bytes: a caption that is not UTF-8 is that row's trouble, not the file's.
+    # Text columns of csv are read as bytes: a caption that is not UTF-8 is that row's problem, not the file's.
     as_bytes = () if "{" in config.caption else (config.caption,)
     files = [open_file(path, as_text=(config.image,), as_bytes=as_bytes) for path in find_files(config.path)]
     first = files[0]

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import Registry, configclass
-from clipwright.pipeline.data.cache import CachedRuntime
+from clipwright.pipeline.folders.cache import CachedRuntime
 
 
 @configclass

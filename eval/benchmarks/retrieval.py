@@ -9,14 +9,14 @@ import pyarrow as pa
 import torch
 
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, Outcome
-from clipwright.eval.columns import aligned
 from clipwright.eval.encode import Encoder, encode_images, encode_texts, pictures, pieces
 from clipwright.eval.metrics import Found, Retrieved, best, retrieval
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.data.reader import Dataset
-from clipwright.pipeline.model import load_model
+from clipwright.pipeline.core.tables import aligned
+from clipwright.pipeline.folders.dataset import Dataset
+from clipwright.pipeline.model.folder import load_model
 
 
 @configclass

@@ -12,12 +12,12 @@ import pyarrow as pa
 from pydantic import Field
 
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, Outcome
-from clipwright.eval.columns import aligned
 from clipwright.eval.search.query import Searcher, open_index
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.core.tables import aligned
 
 
 @configclass

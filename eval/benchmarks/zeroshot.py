@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, Outcome
-from clipwright.eval.columns import aligned
 from clipwright.eval.labelled import open_labelled
 from clipwright.eval.prompting import load_classes, load_templates
 from clipwright.eval.zeroshot import answer, ask
-from clipwright.pipeline.core.records import digest
+from clipwright.pipeline.core.files import digest
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.model import load_model
+from clipwright.pipeline.core.tables import aligned
+from clipwright.pipeline.model.folder import load_model
 
 WORST = 10
 

@@ -9,11 +9,11 @@ import numpy as np
 from pydantic import Field
 
 from clipwright.eval.folders import read_origin
-from clipwright.eval.search.index import Index, open_version
+from clipwright.eval.search.versions import Index, open_version
 from clipwright.pipeline.core.captions import CaptionError, normalise
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.model import Model, load_model
+from clipwright.pipeline.model.folder import Model, load_model
 from clipwright.pipeline.pixels import PixelError
 
 

@@ -289,7 +289,7 @@ def _preempt(number: int, frame: object) -> None:
 
 
 def _write_status(call: Call, code: int, error: ClipwrightError | None) -> None:
-    from clipwright.pipeline.core.records import STATUS, write_json  # noqa: PLC0415
+    from clipwright.pipeline.core.files import STATUS, write_json  # noqa: PLC0415
 
     assert call.out is not None
     status = {

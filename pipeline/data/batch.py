@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data.augment import recolour
-from clipwright.pipeline.data.tally import Tally
+from clipwright.pipeline.data.batch_samples import BatchSamples
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Batch:
     and caption_id (b, K): equal numbers mean equal image bytes, equal captions. colour: brightness, contrast,
     saturation and hue (`augment.recolour`), if colours change. negative_row, negative_id (b·H): the same for an
     image's wrong captions, row −1 where it has fewer than H. lengths: tokens of each caption, ascending, where a
-    text tower takes captions that are trimmed. tally: which samples these are. waited: seconds the step waited.
+    text tower takes captions that are trimmed. batch_samples: which samples these are. waited: seconds the step waited.
     """
 
     views: UInt8[Tensor, "b s s 3"]
@@ -34,7 +34,7 @@ class Batch:
     negative_row: Int[Tensor, " h"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     negative_id: Int[Tensor, " h"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     lengths: Int[Tensor, " u"] | None = None
-    tally: Tally = field(default_factory=Tally)
+    batch_samples: BatchSamples = field(default_factory=BatchSamples)
     waited: float = 0.0
 
     def images(self, device: torch.device) -> UInt8[Tensor, "b s s 3"]:

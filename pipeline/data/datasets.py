@@ -10,13 +10,13 @@ import pyarrow as pa
 from pydantic import Field
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import digest
+from clipwright.pipeline.core.files import digest
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.data.augment import AugmentConfig
-from clipwright.pipeline.data.cache import CacheConfig
 from clipwright.pipeline.data.mixture import Mixture, WeightStep
 from clipwright.pipeline.data.order import Order
-from clipwright.pipeline.data.reader import Dataset
+from clipwright.pipeline.folders.cache import CacheConfig
+from clipwright.pipeline.folders.dataset import Dataset
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 

@@ -18,15 +18,14 @@ import torch
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data.augment import View, draw_colour
 from clipwright.pipeline.data.batch import Batch, Share
-from clipwright.pipeline.data.cache import CacheConfig
+from clipwright.pipeline.data.batch_samples import WINDOW, BatchSamples, Replaced, key_sum, too_many
 from clipwright.pipeline.data.datasets import DataConfig, Datasets
 from clipwright.pipeline.data.order import Draw, Place, caption_index, negative_index
-from clipwright.pipeline.data.reader import Dataset, Rows
-from clipwright.pipeline.data.tally import WINDOW, Replaced, Tally, key_sum, too_many
 from clipwright.pipeline.data.workers import Workers
-from clipwright.pipeline.model import trim
+from clipwright.pipeline.folders.cache import CacheConfig
+from clipwright.pipeline.folders.dataset import Dataset, Rows
 from clipwright.pipeline.pixels import PixelError
-from clipwright.pipeline.tokenizers.base import Tokenizer
+from clipwright.pipeline.tokenizers.base import Tokenizer, trim
 from clipwright.pipeline.towers.base import TextTowerConfig
 
 AHEAD = 2  # batches decoded while one is in use
@@ -312,7 +311,7 @@ class Loader:
             negative_row=torch.tensor([-1 if text is None else known[text] for text in negatives], dtype=torch.int64),
             negative_id=torch.tensor([0 if text is None else ids[text] for text in negatives], dtype=torch.int64),
             lengths=torch.from_numpy(lengths[short_first]) if self.text.pad == "longest" else None,
-            tally=Tally(names, sorted(pending.replaced, key=lambda one: one.at), key_sum(names)),
+            batch_samples=BatchSamples(names, sorted(pending.replaced, key=lambda one: one.at), key_sum(names)),
         )
 
     def _captions(self, rows: list[Rows], pending: Pending, keys: list[str]) -> list[str]:

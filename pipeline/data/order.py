@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from clipwright.pipeline.core.records import canonical_json
+from clipwright.pipeline.core.files import canonical_json
 
 _U64 = np.uint64
 _EIGHT = struct.Struct(">8Q")

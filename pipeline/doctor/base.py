@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from clipwright.pipeline.core.config import Resolved
     from clipwright.pipeline.data.batch import Batch
     from clipwright.pipeline.data.datasets import Datasets
-    from clipwright.pipeline.distributed import World
-    from clipwright.pipeline.run import Parts, RunConfig
+    from clipwright.pipeline.distributed.group import World
     from clipwright.pipeline.tokenizers.base import Tokenizer
+    from clipwright.pipeline.train.config import Parts, RunConfig
 
 # Each a module of this folder, in the order they are run; the first needs no torch, those after `network` a config.
 GROUPS = ("environment", "device", "network", "data", "model", "speed", "loss", "gradients")
@@ -74,9 +74,9 @@ class Context:
         return self.call.load({"data": {"train": "none"}} if self.without_data else None)
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this process is the one that speaks."""
-        return not hasattr(self, "world") or self.world.first
+        return not hasattr(self, "world") or self.world.is_rank0
 
     @property
     def asked(self) -> bool:

@@ -11,13 +11,13 @@ import numpy as np
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data.batch import Share
-from clipwright.pipeline.data.cache import GB, bytes_needed, gb_for
 from clipwright.pipeline.data.datasets import Datasets
-from clipwright.pipeline.data.reader import OPEN_TARS
 from clipwright.pipeline.doctor.base import Context, Found, check
+from clipwright.pipeline.folders.cache import GB, bytes_needed, gb_for
+from clipwright.pipeline.folders.dataset import OPEN_TARS
 from clipwright.pipeline.pixels import PixelError, decode, probe
-from clipwright.pipeline.precision import settle_precision
-from clipwright.pipeline.run import open_tokenizer
+from clipwright.pipeline.train.config import open_tokenizer
+from clipwright.pipeline.train.precision import resolve_precision
 
 SHARDS, CAPTIONS, IMAGES = 16, 20_000, 64  # looked at, spread over the dataset
 OTHER_FILES = 128  # that a process has open beside shards: libraries, sockets, its log
@@ -30,7 +30,7 @@ KEY = re.compile(r"[0-9a-f]{32}(_[0-9]+)?")
 def config(context: Context) -> Found:
     call = context.call
     run = call.out or Path("run")
-    context.resolved = settle_precision(context.load(), run, context.world, fresh=call.fresh or call.out is None)
+    context.resolved = resolve_precision(context.load(), run, context.world, fresh=call.fresh or call.out is None)
     made = context.config
     return Found(
         "ok",

@@ -6,7 +6,7 @@ import torch
 
 from clipwright.pipeline.doctor.base import Context, Found, check
 from clipwright.pipeline.doctor.environment import NVIDIA
-from clipwright.pipeline.precision import matmul_seconds
+from clipwright.pipeline.train.precision import matmul_seconds
 
 
 @check("device")

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from clipwright.pipeline.data.batch import Batch
-from clipwright.pipeline.distributed import World
+from clipwright.pipeline.distributed.group import World
 from clipwright.pipeline.doctor.base import Context, Found, check
-from clipwright.pipeline.engine import Engine
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, Features
-from clipwright.pipeline.model import TwoTower
-from clipwright.pipeline.optim import OptimConfig
-from clipwright.pipeline.run import ActivationCheckpointing, RunConfig, prepare_towers
+from clipwright.pipeline.model.two_tower import TwoTower
 from clipwright.pipeline.towers.checkpointing import Blocks
+from clipwright.pipeline.train.config import ActivationCheckpointing, RunConfig, prepare_towers
+from clipwright.pipeline.train.engine import Engine
+from clipwright.pipeline.train.optim import OptimConfig
 
 STEPS = 3  # an error of accumulation may show from the second step on only
 # Sums of float32 in another order come to 1e-5 of the largest gradient (a ResNet, on some processors); a factor, a rank
@@ -42,7 +42,7 @@ def gradients(context: Context) -> Found:
     loss = LOSSES.build(config.loss, embed_dim=config.embed_dim).to(world.device)
     for tower in (towers.image, towers.text):
         tower.eval()
-    plain = Plain(*copy.deepcopy((towers, loss)), config.optim) if world.first else None
+    plain = Plain(*copy.deepcopy((towers, loss)), config.optim) if world.is_rank0 else None
     prepare_towers(towers, config.runtime)
     engine = Engine(towers, loss, config, world)
     worst = {"loss": 0.0, "gradient": 0.0, "parameter": 0.0}
@@ -93,10 +93,10 @@ class Plain:
         largest = max(float(grad.abs().max()) for name, grad in own.items() if not name.startswith("loss."))
         apart = {name: _apart(grads[name], grad) for name, grad in own.items()}
         gradient = max(far / (1 if name.startswith("loss.") else largest) for name, far in apart.items())
-        nn.utils.clip_grad_norm_(self.towers.parameters(), self.optim.clip or math.inf)
+        nn.utils.clip_grad_norm_(self.towers.parameters(), self.optim.grad_clip_norm or math.inf)
         for optimizer in (self.optimizer, self.loss_optimizer):
             optimizer.step()
-        self.loss.constrain()
+        self.loss.clamp()
         parameter = max(_apart(weights[name], p) for name, p in self._named())
         return {"loss": abs(float(loss.detach()) - value), "gradient": gradient, "parameter": parameter}
 
@@ -120,7 +120,7 @@ def small(config: RunConfig, world: World) -> RunConfig:
         config,
         image=shallow(config.image),
         text=shallow(config.text),
-        optim=OptimConfig(name="sgd", lr=0.01, weight_decay=0.0, clip=config.optim.clip),
+        optim=OptimConfig(name="sgd", lr=0.01, weight_decay=0.0, grad_clip_norm=config.optim.grad_clip_norm),
         schedule=dataclasses.replace(config.schedule, global_batch=2 * FEW * world.size),
         precision="fp32",
         runtime=dataclasses.replace(

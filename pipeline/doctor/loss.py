@@ -13,7 +13,7 @@ from clipwright.pipeline.doctor.model import free_on
 from clipwright.pipeline.doctor.speed import synchronize
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, Features
 from clipwright.pipeline.losses.tiles import tile_shape
-from clipwright.pipeline.run import RunConfig
+from clipwright.pipeline.train.config import RunConfig
 
 RUNS = 3
 TRIED = 4  # pairs

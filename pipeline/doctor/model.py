@@ -14,12 +14,12 @@ from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.doctor.base import Context, Found, check
 from clipwright.pipeline.doctor.environment import disk_folder, free_disk, free_memory, usable_cores
 from clipwright.pipeline.losses.base import Features
-from clipwright.pipeline.metrics import peak_memory
-from clipwright.pipeline.model import build_model
-from clipwright.pipeline.optim import OptimConfig
-from clipwright.pipeline.run import assemble
+from clipwright.pipeline.model.two_tower import build_model
 from clipwright.pipeline.towers.base import parameter_count
-from clipwright.pipeline.trainer import thread_count
+from clipwright.pipeline.train.config import assemble
+from clipwright.pipeline.train.logging import peak_memory
+from clipwright.pipeline.train.optim import OptimConfig
+from clipwright.pipeline.train.trainer import thread_count
 
 FEW = 16  # samples of the first step
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clipwright.pipeline.distributed import World, from_first
+from clipwright.pipeline.distributed.group import World, broadcast_object
 from clipwright.pipeline.doctor.base import Context, Found, check
 
 ANSWER = 60.0  # seconds that a rank has to answer at all
@@ -70,7 +70,7 @@ def round_trips(world: World) -> list[float]:
         took = []
         for _ in range(ROUNDS + 1):  # the first one opens the way
             started = time.perf_counter()
-            if world.first:
+            if world.is_rank0:
                 dist.send(word, other)
                 dist.recv(word, other)
                 _settled(word)
@@ -79,7 +79,7 @@ def round_trips(world: World) -> list[float]:
                 dist.send(word, 0)
             took.append(time.perf_counter() - started)
         times.append(statistics.median(took[1:]))
-    told = from_first(times)
+    told = broadcast_object(times)
     assert isinstance(told, list)
     return told
 
@@ -92,7 +92,7 @@ def sum_rate(world: World) -> float:
         dist.all_reduce(numbers)
         _settled(numbers)
         took.append(time.perf_counter() - started)
-    told = from_first(NUMBERS * 4 / min(took[1:]))
+    told = broadcast_object(NUMBERS * 4 / min(took[1:]))
     assert isinstance(told, float)
     return told
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 from clipwright.pipeline.core.log import Progress
-from clipwright.pipeline.distributed import barrier, from_all, process_group
+from clipwright.pipeline.distributed.group import all_gather_object, barrier, process_group
+from clipwright.pipeline.distributed.launcher_env import detect
 from clipwright.pipeline.doctor.base import GROUPS, Check, Context, Found, checks, chosen, report
 from clipwright.pipeline.doctor.network import silent
-from clipwright.pipeline.place import detect
 
 JOIN = 600.0  # seconds that ranks may take to meet
 _WORST = ("FAIL", "warn", "skip", "ok")
@@ -26,19 +26,19 @@ def examine(context: Context) -> None:
         context.world = world
         if (nobody := silent(world)) is not None:
             context.rows["ping"] = nobody
-            if world.first:
+            if world.is_rank0:
                 report(context)
             return
-        with Progress("doctor", len(todo), "checks", quiet=context.call.quiet or not world.first) as progress:
+        with Progress("doctor", len(todo), "checks", quiet=context.call.quiet or not world.is_rank0) as progress:
             for one in todo:
                 progress.rename(f"doctor: {one.name}")
                 context.rows[one.name] = agreed(one, context)
                 progress.add(1, failed=int(context.rows[one.name].status == "FAIL"))
-        if world.first:
+        if world.is_rank0:
             report(context)
         barrier()  # the others wait: a launcher stops all when one ends
 
 
 def agreed(one: Check, context: Context) -> Found:
     """The worst of what the ranks found, so that all of them go on alike."""
-    return min(from_all(one.outcome(context)), key=lambda found: _WORST.index(found.status))
+    return min(all_gather_object(one.outcome(context)), key=lambda found: _WORST.index(found.status))

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from clipwright.pipeline.distributed import any_rank
+from clipwright.pipeline.distributed.group import any_rank
 from clipwright.pipeline.doctor.base import Context, Found, check
 from clipwright.pipeline.doctor.model import autocast, forget_peak, free_on
-from clipwright.pipeline.engine import Engine, micro_batches
-from clipwright.pipeline.metrics import peak_memory
+from clipwright.pipeline.train.engine import Engine, micro_batches
+from clipwright.pipeline.train.logging import peak_memory
 
 WARM, LEAST, MOST, SECONDS = 3, 3, 64, 8.0  # steps before, and steps or seconds of the measurement
 SHARE = 0.2  # of its time that a step may wait for data

@@ -9,15 +9,17 @@ from typing import Any
 from clipwright.pipeline.core.command import Call
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.files import write_json
 from clipwright.pipeline.core.log import Progress, quiet_libraries
-from clipwright.pipeline.core.records import MANIFEST, file_entries, write_json
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.folders.records import MANIFEST, file_entries
 from clipwright.pipeline.interop import towers
 from clipwright.pipeline.interop.parity import compare
 from clipwright.pipeline.interop.preprocessing import preprocessing_fields
 from clipwright.pipeline.interop.source import KINDS, Source, open_source, read_tensors
 from clipwright.pipeline.interop.tokenizer import open_theirs, take_tokenizer
-from clipwright.pipeline.model import ModelConfig, check_output, load_model, publish, save_model
+from clipwright.pipeline.model.folder import check_output, load_model, publish, save_model
+from clipwright.pipeline.model.two_tower import ModelConfig
 from clipwright.pipeline.tokenizers.base import Tokenizer
 
 PARITY = "parity.json"

@@ -14,7 +14,7 @@ from clipwright.pipeline import pixels
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import quiet_transformers
 from clipwright.pipeline.interop.source import KINDS, Source, refused
-from clipwright.pipeline.model import Model
+from clipwright.pipeline.model.folder import Model
 
 LIMIT = 1e-4  # of a number of a unit vector, and of a logit; float32
 TEXTS = (

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.files import digest, file_sha256
 from clipwright.pipeline.core.log import quiet_transformers
 from clipwright.pipeline.core.nearest import nearest
-from clipwright.pipeline.core.records import digest, file_sha256
 from clipwright.pipeline.tokenizers.base import read_bounded
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

@@ -86,9 +86,9 @@ def _siglip(source: Source, theirs: Any) -> tuple[dict[str, Any], Tokenizer]:
 def _learned(config: TokenizerConfig) -> tuple[dict[str, Any], Tokenizer]:
     """The config without its folder, and the tokenizer, whose files are copied from there."""
     with tempfile.TemporaryDirectory() as name:
-        config.learn([], Path(name))
+        config.train([], Path(name))
         tokenizer = TOKENIZERS.build(config, folder=Path(name))
-    tree = {key: value for key, value in dataclasses.asdict(config).items() if key not in config.outside}
+    tree = {key: value for key, value in dataclasses.asdict(config).items() if key not in config.external_fields}
     return tree, tokenizer
 
 

@@ -18,7 +18,7 @@ import typer
 
 from clipwright.pipeline.core.command import DONE, INTERRUPTED, PREEMPTED, Call, Preempted
 from clipwright.pipeline.core.errors import CODES, ClipwrightError
-from clipwright.pipeline.core.records import STATUS
+from clipwright.pipeline.core.files import STATUS
 from clipwright.pipeline.launch import files
 from clipwright.pipeline.launch.plan import LaunchConfig, Part, check, parts, split
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import Registry, configclass
-from clipwright.pipeline.distributed import Columns
+from clipwright.pipeline.distributed.exchange import Columns
 
 MAX_LOG_SCALE = math.log(100.0)
 
@@ -83,7 +83,7 @@ class Features:
         known = {"caption": self.negative_id, "present": self.negative_present.long()}
         return self.exchange({"text": self.negative.detach(), **known})
 
-    def beginnings(self, dim: int) -> Features:
+    def truncate(self, dim: int) -> Features:
         """The first `dim` numbers of all vectors, made unit vectors again."""
         if dim == self.image.shape[1]:
             return self
@@ -123,15 +123,15 @@ class ContrastiveLoss(nn.Module):
 
     def forward(self, features: Features) -> Float[Tensor, ""]:
         if not self.nested:
-            return self.share(features)
-        return torch.stack([weight * self.share(features.beginnings(dim)) for dim, weight in self.nested]).sum()
+            return self.local_loss(features)
+        return torch.stack([weight * self.local_loss(features.truncate(dim)) for dim, weight in self.nested]).sum()
 
-    def share(self, features: Features) -> Float[Tensor, ""]:
+    def local_loss(self, features: Features) -> Float[Tensor, ""]:
         """L_r of one set of vectors."""
-        raise AssertionError("a loss defines share")
+        raise AssertionError("a loss defines local_loss")
 
     @torch.no_grad()
-    def constrain(self) -> None:
+    def clamp(self) -> None:
         """Puts t back into [0, ln 100] after a step: the parameter, not the used value, whose gradient would die."""
         self.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.distributed import Block, Op
+from clipwright.pipeline.distributed.exchange import Block, Op
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, Features, LossConfig
 from clipwright.pipeline.losses.tiles import Grid, Tile, known_gradients, wants_gradients
 
@@ -38,7 +38,7 @@ class SigmoidLoss(ContrastiveLoss):
         super().__init__(config, embed_dim=embed_dim)
         self.bias = nn.Parameter(torch.tensor([config.init_bias]))
 
-    def share(self, features: Features) -> Float[Tensor, ""]:
+    def local_loss(self, features: Features) -> Float[Tensor, ""]:
         inputs = features.image, features.text, self.logit_scale, self.bias, features.negative
         with_gradients = wants_gradients(inputs)
         with torch.no_grad():

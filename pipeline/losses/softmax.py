@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.distributed import Block
+from clipwright.pipeline.distributed.exchange import Block
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, Features, LossConfig
 from clipwright.pipeline.losses.tiles import Grid, LogSumExp, Tile, known_gradients, wants_gradients
 
@@ -40,7 +40,7 @@ class SoftmaxLoss(ContrastiveLoss):
         super().__init__(config, embed_dim=embed_dim)
         self.label_smoothing = config.label_smoothing
 
-    def share(self, features: Features) -> Float[Tensor, ""]:
+    def local_loss(self, features: Features) -> Float[Tensor, ""]:
         inputs = features.image, features.text, self.logit_scale, features.negative
         with_gradients = wants_gradients(inputs)
         with torch.no_grad():

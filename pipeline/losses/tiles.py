@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clipwright.pipeline.distributed import Block, Op
+from clipwright.pipeline.distributed.exchange import Block, Op
 from clipwright.pipeline.losses.base import Features, Repeats
 
 # Rows and columns. 512 × 2,048 was the fastest of five shapes of at most 4 MB on a Zen 4 with 1 MB of second-level
@@ -213,7 +213,7 @@ def wants_gradients(inputs: Sequence[Tensor | None]) -> bool:
 
 
 @torch.no_grad()
-def compared(features: Features) -> tuple[Tensor, Tensor, int]:
+def batch_accuracy(features: Features) -> tuple[Tensor, Tensor, int]:
     """How many of this rank's images and texts rank one of their positives first, and among how many columns.
 
     Positives are equal image bytes or equal captions, so that class-name captions count as they should.

@@ -17,19 +17,19 @@ from clipwright.pipeline.core.unsafe import kind_of, unsafe
 class TokenizerConfig:
     """Fields every tokenizer has.
 
-    `learned` names the main file that `learn` writes, where a tokenizer is learned from the captions it is trained on
-    or copied. `outside`: fields that point outside a run, to what `learn` brings in; neither a run's identity nor a
-    model folder has them.
+    `trained_file`: the main file that `train` writes, for tokenizers that are trained on the captions or copied.
+    `external_fields`: fields that point outside the run, to what `train` reads; neither a run's identity nor a model
+    folder contains them.
     """
 
-    learned: ClassVar[str | None] = None
-    outside: ClassVar[tuple[str, ...]] = ()
+    trained_file: ClassVar[str | None] = None
+    external_fields: ClassVar[tuple[str, ...]] = ()
 
     name: str
 
-    def learn(self, captions: Iterable[str], folder: Path) -> None:
-        """Writes `learned`, and what else there is, into `folder`; `build(config, folder=folder)` then reads it."""
-        raise AssertionError("a tokenizer that is learned defines learn")
+    def train(self, captions: Iterable[str], folder: Path) -> None:
+        """Writes `trained_file` and any other files into `folder`, for `build(config, folder=folder)` to read."""
+        raise AssertionError("a trained tokenizer defines train")
 
 
 class Tokenizer(Protocol):
@@ -73,3 +73,14 @@ def read_bounded(path: Path, most: int, unreadable: Callable[[Path, str], Clipwr
 
 
 TOKENIZERS: Registry[Tokenizer] = Registry("tokenizer", "clipwright.pipeline.tokenizers")
+
+
+LENGTH_STEP = 8  # trimmed captions are rounded up to a multiple of this
+
+
+def trim(tokens: np.ndarray, eot_id: int, pad: str) -> np.ndarray:
+    """Cuts token ids (B, context) to the longest caption, rounded up to 8, where the text tower allows it."""
+    if pad != "longest":
+        return tokens
+    longest = int((tokens == eot_id).argmax(1).max()) + 1
+    return tokens[:, : min(-(-longest // LENGTH_STEP) * LENGTH_STEP, tokens.shape[1])]

@@ -20,7 +20,7 @@ import regex
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import atomic_write, canonical_json
+from clipwright.pipeline.core.files import atomic_write, canonical_json
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig
 

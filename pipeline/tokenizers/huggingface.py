@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import atomic_write, digest
+from clipwright.pipeline.core.files import atomic_write, digest
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.unsafe import unsafe
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig, read_bounded
@@ -26,12 +26,12 @@ NO_START = -1
 class HuggingFaceTokenizerConfig(TokenizerConfig):
     """The tokenizer in `folder`, as its authors saved it. A run and its models keep their own copy."""
 
-    learned: ClassVar[str | None] = TOKENIZER
-    outside: ClassVar[tuple[str, ...]] = ("folder",)
+    trained_file: ClassVar[str | None] = TOKENIZER
+    external_fields: ClassVar[tuple[str, ...]] = ("folder",)
 
     folder: str | None = None
 
-    def learn(self, captions: Iterable[str], folder: Path) -> None:
+    def train(self, captions: Iterable[str], folder: Path) -> None:
         """Copies what is in the config's folder; nothing is learned. E_CONFIG_VALUE without one, E_INPUT for a bad one.
 
         E_UNSAFE for one with code of its own.

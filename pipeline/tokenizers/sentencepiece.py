@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from clipwright.pipeline.core.captions import MAX_BYTES
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import atomic_write
+from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig, read_bounded
 
@@ -37,12 +37,12 @@ class SentencePieceConfig(TokenizerConfig):
     with (`nmt_nfkc_cf`) or without case folding.
     """
 
-    learned: ClassVar[str | None] = MODEL
+    trained_file: ClassVar[str | None] = MODEL
 
     vocab_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8000
     normalization: Literal["nmt_nfkc_cf", "nmt_nfkc"] = "nmt_nfkc_cf"
 
-    def learn(self, captions: Iterable[str], folder: Path) -> None:
+    def train(self, captions: Iterable[str], folder: Path) -> None:
         """Writes the vocabulary of `captions`; equal captions give equal bytes.
 
         E_CONFIG_VALUE where they allow none of this size, E_INPUT where they allow none at all.

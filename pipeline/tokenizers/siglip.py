@@ -13,7 +13,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import atomic_write, digest
+from clipwright.pipeline.core.files import atomic_write, digest
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig, read_bounded
 
@@ -30,8 +30,8 @@ class SigLIPTokenizerConfig(TokenizerConfig):
     Text that spells `end`, `unknown` or `pad` gives its id; `strip`: it takes the white space beside it along.
     """
 
-    learned: ClassVar[str | None] = MODEL
-    outside: ClassVar[tuple[str, ...]] = ("folder",)
+    trained_file: ClassVar[str | None] = MODEL
+    external_fields: ClassVar[tuple[str, ...]] = ("folder",)
 
     folder: str | None = None
     lower_case: bool = True
@@ -40,7 +40,7 @@ class SigLIPTokenizerConfig(TokenizerConfig):
     pad: str = "</s>"
     strip: bool = True
 
-    def learn(self, captions: Iterable[str], folder: Path) -> None:
+    def train(self, captions: Iterable[str], folder: Path) -> None:
         """Copies the model that is in the config's folder; nothing is learned. E_CONFIG_VALUE without one."""
         if self.folder is None:
             raise ClipwrightError(

@@ -47,19 +47,19 @@ class ImageTowerConfig:
 class TextTowerConfig:
     """Fields every text tower has; `context` is the longest token sequence, SOT and EOT included.
 
-    `outside`: fields that point outside a run, to what its start brings in; neither a run's identity nor a model folder
-    has them.
+    `external_fields`: fields that point outside the run, to what is read when it starts; neither a run's identity nor
+    a model folder contains them.
     """
 
-    outside: ClassVar[tuple[str, ...]] = ()
+    external_fields: ClassVar[tuple[str, ...]] = ()
 
     name: str
     context: int = 77
     pad: Literal["longest", "fixed"] = "longest"
     projection: Literal["linear", "none"] = "linear"
 
-    def written_down(self, stored: dict[str, Any]) -> dict[str, Any]:
-        """What the fields in `outside` bring in, as further fields; `stored`: those that the run began with."""
+    def resolved_fields(self, stored: dict[str, Any]) -> dict[str, Any]:
+        """What the fields in `external_fields` bring in, as further fields; `stored`: those that the run began with."""
         return {}
 
 

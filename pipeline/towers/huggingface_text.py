@@ -13,8 +13,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.files import file_sha256
 from clipwright.pipeline.core.log import quiet_transformers
-from clipwright.pipeline.core.records import file_sha256
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.towers.base import TEXT_TOWERS, TextTower, TextTowerConfig, TowerOutput
 
@@ -34,7 +34,7 @@ class HuggingFaceTextConfig(TextTowerConfig):
     other. With `pretrained` the folder must stay until the run is done.
     """
 
-    outside: ClassVar[tuple[str, ...]] = ("folder", "pretrained")
+    external_fields: ClassVar[tuple[str, ...]] = ("folder", "pretrained")
 
     folder: str | None = None
     pretrained: bool = False
@@ -42,7 +42,7 @@ class HuggingFaceTextConfig(TextTowerConfig):
     architecture: dict[str, Any] | None = None
     weights: str | None = None
 
-    def written_down(self, stored: dict[str, Any]) -> dict[str, Any]:
+    def resolved_fields(self, stored: dict[str, Any]) -> dict[str, Any]:
         gone = self.folder is not None and not (Path(self.folder) / CONFIG).is_file()
         if gone and not self.pretrained and stored.get("architecture"):
             return {"architecture": stored["architecture"], "weights": None}

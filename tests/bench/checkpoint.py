@@ -22,17 +22,17 @@ from typing import Any
 
 import torch
 
-from clipwright.pipeline.checkpoints import checkpoint
-from clipwright.pipeline.checkpoints.saver import Saver
 from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.data.datasets import DataConfig
-from clipwright.pipeline.distributed import World, process_group
-from clipwright.pipeline.engine import Engine
+from clipwright.pipeline.distributed.group import World, process_group
 from clipwright.pipeline.losses.base import LOSSES
-from clipwright.pipeline.model import TwoTower
-from clipwright.pipeline.optim import ScheduleConfig
-from clipwright.pipeline.run import RunConfig
+from clipwright.pipeline.model.two_tower import TwoTower
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS
+from clipwright.pipeline.train.checkpoints import checkpoint
+from clipwright.pipeline.train.checkpoints.saver import Saver
+from clipwright.pipeline.train.config import RunConfig
+from clipwright.pipeline.train.engine import Engine
+from clipwright.pipeline.train.optim import ScheduleConfig
 
 CASES = {"nano": ("vit_nano", "text_nano", 64), "small": ("deit_small_patch16", "text_nano", 16)}
 VOCABULARY, STEPS, MINUTES = 49_408, 1000, 15

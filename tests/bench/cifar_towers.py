@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from clipwright.pipeline.core.config import resolve
-from clipwright.pipeline.run import RunConfig
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, ImageTowerConfig, parameter_count
 from clipwright.pipeline.towers.count import multiply_adds
+from clipwright.pipeline.train.config import RunConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs/train/towers"
 HEAD = ("config", "image tower, parameters", "GMACs", "images/CPU-s", "zero-shot top-1 (95 %)")

@@ -130,7 +130,7 @@ def kernel(data: Path) -> Callable[[int], Clock]:
     """Decode, crop and resize alone, of bytes in memory, on one thread."""
     from clipwright.pipeline.data.augment import AugmentConfig, View
     from clipwright.pipeline.data.order import Draw
-    from clipwright.pipeline.data.reader import Dataset
+    from clipwright.pipeline.folders.dataset import Dataset
 
     dataset, config = Dataset(data), AugmentConfig(scale=SCALE, flip=0.0)
     out = np.empty((SIZE, SIZE, 3), np.uint8)

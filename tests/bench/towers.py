@@ -22,8 +22,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from clipwright.pipeline.model import trim
-from clipwright.pipeline.tokenizers.base import TOKENIZERS
+from clipwright.pipeline.tokenizers.base import TOKENIZERS, trim
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS
 
 PAIRS = Path(__file__).resolve().parents[3] / "shared" / "data" / "pairs" / "flickr8k-val.parquet"

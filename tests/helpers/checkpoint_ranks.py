@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from layouts import Case, config, model, share
 
-from clipwright.pipeline.checkpoints import checkpoint, saver
-from clipwright.pipeline.checkpoints.saver import Saver
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.distributed import World, process_group
-from clipwright.pipeline.engine import Engine
+from clipwright.pipeline.distributed.group import World, process_group
+from clipwright.pipeline.train.checkpoints import checkpoint, saver
+from clipwright.pipeline.train.checkpoints.saver import Saver
+from clipwright.pipeline.train.engine import Engine
 
 ADAMW = Case(optim="adamw", clip=0.5, batch=48)
 SGD = Case(batch=48)
@@ -79,7 +79,7 @@ def chains(out: Path) -> None:
             for name, (case, stages) in CHAINS.items():
                 offload = "optimizer" if stages[leg] and name == "3012" else "none"
                 seen = trained(out / name, case, stages[leg], world, LEG * (leg + 1), offload=offload)
-                if world.first:
+                if world.is_rank0:
                     torch.save(seen, out / f"{name}-{leg}.pt")
 
         ranks(size, work)

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import clipwright.pipeline.engine  # noqa: F401  before DeepSpeed: switches its C++ off
-from clipwright.pipeline.checkpoints.optimizer_state import layout, restore, slices
-from clipwright.pipeline.distributed import World, from_all, process_group
+import clipwright.pipeline.train.engine  # noqa: F401  before DeepSpeed: switches its C++ off
+from clipwright.pipeline.distributed.group import World, all_gather_object, process_group
+from clipwright.pipeline.train.optimizer_state import layout, restore, slices
 
 import deepspeed  # isort: skip
 import deepspeed.ops
@@ -273,7 +273,7 @@ def running_statistics_differ_between_ranks(world: World) -> Any:
     pair = engine.module.extra(image), text
     engine.backward(cost(*engine(*pair)))
     engine.step()
-    first, second = from_all(engine.module.extra.running_mean.tolist())
+    first, second = all_gather_object(engine.module.extra.running_mean.tolist())
     return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
@@ -388,7 +388,7 @@ def an_offloaded_optimizer_is_exact_and_its_state_is_found_by_name(world: World)
                 names = {parameter: name for name, parameter in engine.module.named_parameters()}
                 held = layout(engine.optimizer, zero, names, world.rank, world.size)
                 if first:
-                    files = [Path(place) for place in from_all(str(Path(folder) / "state.safetensors"))]
+                    files = [Path(place) for place in all_gather_object(str(Path(folder) / "state.safetensors"))]
                     restore(engine.optimizer.optimizer, held, files, 2)
                 for number in range(first, first + 2):
                     for part in range(2):
@@ -401,8 +401,8 @@ def an_offloaded_optimizer_is_exact_and_its_state_is_found_by_name(world: World)
                 states.append(weights(engine))
                 state = slices(engine.optimizer.optimizer.state, held, zero, world.rank, world.size)
                 save_file(state, Path(folder) / "state.safetensors")
-                from_all(None)  # all are written
-            from_all(None)  # all are read
+                all_gather_object(None)  # all are written
+            all_gather_object(None)  # all are read
         norm = float(torch.stack([g.square().sum() for g in wanted.values()]).sum().sqrt())
         found[zero] = [
             *(apart(states[0], seen[1]), apart(states[1], seen[3]), apart(grads, wanted)),
@@ -449,7 +449,7 @@ def main(out: Path) -> None:
             with process_group() as world:
                 torch.set_num_threads(1)
                 seen = {work.__name__: work(world) for work in FACTS}
-                if world.first:
+                if world.is_rank0:
                     out.write_text(json.dumps(seen))
             os._exit(0)
         children.append(child)

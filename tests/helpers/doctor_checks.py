@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clipwright.pipeline.core.command import COMMANDS, Call
-from clipwright.pipeline.distributed import World
+from clipwright.pipeline.distributed.group import World
 from clipwright.pipeline.doctor.base import GROUPS, Context, Found, checks
 
 

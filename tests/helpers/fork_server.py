@@ -16,8 +16,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ["torch._dynamo", "torch.utils.tensorboard", "deepspeed", "webdataset", "clipwright.pipeline.trainer"]
-LIBRARIES += ["clipwright.cli", "clipwright.pipeline.export", "clipwright.data_prep.pack", "clipwright.eval.embed"]
+LIBRARIES = ["torch._dynamo", "torch.utils.tensorboard", "deepspeed", "webdataset", "clipwright.pipeline.train.trainer"]
+LIBRARIES += [
+    "clipwright.cli",
+    "clipwright.pipeline.train.export",
+    "clipwright.data_prep.build.pack",
+    "clipwright.eval.embed",
+]
 
 
 class ForkServer:

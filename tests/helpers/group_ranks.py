@@ -219,7 +219,7 @@ def played(scenario: Scenario, seconds: float = 600.0 if LONG else 240.0) -> dic
 
 def main(path: Path) -> None:
     import clipwright.cli
-    import clipwright.pipeline.trainer  # noqa: F401
+    import clipwright.pipeline.train.trainer  # noqa: F401
 
     scenarios = json.loads(path.read_text())
     results = {name: played(Scenario(**scenario)) for name, scenario in scenarios.items()}

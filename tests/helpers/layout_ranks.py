@@ -17,15 +17,15 @@ import torch
 from layouts import IMAGE, LAYOUTS, STEPS, Case, Layout, config, formula, model, named, share
 from torch import Tensor
 
-from clipwright.pipeline import distributed
-from clipwright.pipeline import engine as engine_module
 from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.data.order import key64
-from clipwright.pipeline.distributed import World, from_all, process_group
+from clipwright.pipeline.distributed import exchange
+from clipwright.pipeline.distributed.group import World, all_gather_object, process_group
 from clipwright.pipeline.doctor.model import forget_peak
-from clipwright.pipeline.engine import Engine, micro_batches
-from clipwright.pipeline.metrics import peak_memory
 from clipwright.pipeline.towers.base import IMAGE_TOWERS
+from clipwright.pipeline.train import engine as engine_module
+from clipwright.pipeline.train.engine import Engine, micro_batches
+from clipwright.pipeline.train.logging import peak_memory
 
 
 def trained(layout: Layout, world: World, spoil: Callable[[Engine], Any] | None = None) -> dict[str, Any]:
@@ -51,8 +51,8 @@ def trained(layout: Layout, world: World, spoil: Callable[[Engine], Any] | None 
 
 def wide(engine: Engine) -> None:
     """The loss's own parameters get a gradient too large by the number of ranks."""
-    real = engine_module.sum_ranks
-    engine_module.sum_ranks = lambda tensor: real(tensor).mul_(engine.world.size if tensor.shape == (1,) else 1)
+    real = engine_module.all_reduce_sum
+    engine_module.all_reduce_sum = lambda tensor: real(tensor).mul_(engine.world.size if tensor.shape == (1,) else 1)
 
 
 def alone(engine: Engine) -> None:
@@ -62,24 +62,24 @@ def alone(engine: Engine) -> None:
 
 def unsummed(engine: Engine) -> None:
     """Feature gradients stay on the rank that found them."""
-    distributed.scatter_sum = lambda tensor: tensor.chunk(engine.world.size)[engine.world.rank].contiguous()
+    exchange.reduce_scatter_sum = lambda tensor: tensor.chunk(engine.world.size)[engine.world.rank].contiguous()
 
 
 def unmerged(engine: Engine) -> None:
     """The texts' log-sum-exps are those of this rank's images alone."""
-    real = distributed._merge_own
+    real = exchange._merge_own
 
     def merge(part: Tensor, op: str) -> Tensor:
         if op == "sum":
             return real(part, op)
         return part.chunk(engine.world.size)[engine.world.rank].contiguous()
 
-    distributed._merge_own = merge
+    exchange._merge_own = merge
 
 
 def unmerged_ring(engine: Engine) -> None:
     """What the last rank found of a block takes the place of what the others did."""
-    distributed._MERGE["logaddexp"] = lambda first, second, out: out.copy_(second)
+    exchange._MERGE["logaddexp"] = lambda first, second, out: out.copy_(second)
 
 
 def past_deepspeed(engine: Engine) -> None:
@@ -105,12 +105,12 @@ def apart(engine: Engine) -> None:
         features = engine._features(*leaves, batch)
         loss = engine.loss(features)
         engine.loss.logit_scale.grad, *grads = torch.autograd.grad(loss, [engine.loss.logit_scale, *leaves])
-        distributed.sum_ranks(engine.loss.logit_scale.grad)
+        exchange.all_reduce_sum(engine.loss.logit_scale.grad)
         for side, inputs in enumerate((batch.views, batch.tokens)):
             deepspeed_engine.set_gradient_accumulation_boundary(side == 1)
             surrogate = (deepspeed_engine(side, inputs) * grads[side]).sum() * engine.world.size
             deepspeed_engine.backward(surrogate, scale_wrt_gas=False)
-        return float(distributed.sum_ranks(loss.detach().clone())), features
+        return float(exchange.all_reduce_sum(loss.detach().clone())), features
 
     engine.backward = backward
 
@@ -128,14 +128,14 @@ MUTATIONS: dict[Callable[[Engine], None], Layout] = {
 
 
 def mutated(spoil: Callable[[Engine], None], layout: Layout, world: World) -> dict[str, Any]:
-    kept = [(module, dict(vars(module))) for module in (distributed, engine_module)]
-    merge = dict(distributed._MERGE)
+    kept = [(module, dict(vars(module))) for module in (exchange, engine_module)]
+    merge = dict(exchange._MERGE)
     try:
         return trained(layout, world, spoil)
     finally:
         for module, before in kept:
             vars(module).update(before)
-        distributed._MERGE.update(merge)
+        exchange._MERGE.update(merge)
 
 
 def dropped(world: World) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def skipped(world: World, zero: int, make_ill: Callable[[Engine], None] | None, 
             make_ill(engine)
         if step != 1 or make_ill is not None:
             result = engine.step(share(case, step, world.rank, world.size), step, 1.0, measure=False)
-            found["told"].append(from_all(result.skipped))
+            found["told"].append(all_gather_object(result.skipped))
         vars(engine).pop("_embed", None)
         vars(engine.engine).pop("backward", None)
         engine.loss.logit_scale._backward_hooks = None
@@ -242,7 +242,7 @@ def _held(engine: Engine) -> dict[str, Tensor]:
 def exchanged(world: World) -> dict[str, int]:
     """Bytes by which a rank grows while gradients of its columns, 16 MiB, go through each exchange."""
     found = {}
-    for name, kind in distributed.EXCHANGES.items():
+    for name, kind in exchange.EXCHANGES.items():
         own = torch.zeros(8192, 512)
         forget_peak(world.device)
         before = peak_memory(world.device)
@@ -270,7 +270,7 @@ def rank(number: int, size: int, port: int, out: Path) -> None:
             seen |= {spoil.__name__: mutated(spoil, layout, world) for spoil, layout in MUTATIONS.items()}
         if size == 4:
             seen["exchanged"] = exchanged(world)
-        if world.first:
+        if world.is_rank0:
             torch.save(seen, out / f"{size}.pt")
 
 

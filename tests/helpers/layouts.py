@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.data.datasets import DataConfig
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss
-from clipwright.pipeline.model import TwoTower
-from clipwright.pipeline.optim import OptimConfig, ScheduleConfig
-from clipwright.pipeline.run import RunConfig, RuntimeConfig
+from clipwright.pipeline.model.two_tower import TwoTower
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS
+from clipwright.pipeline.train.config import RunConfig, RuntimeConfig
+from clipwright.pipeline.train.optim import OptimConfig, ScheduleConfig
 
 STEPS, VOCABULARY, CONTEXT, IMAGE = 5, 40, 8, 8
 OPTIM = {
-    "sgd": OptimConfig(name="sgd", lr=0.01, weight_decay=0.0, clip=0.0),
-    "adamw": OptimConfig(name="adamw", lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, clip=0.0),
+    "sgd": OptimConfig(name="sgd", lr=0.01, weight_decay=0.0, grad_clip_norm=0.0),
+    "adamw": OptimConfig(name="adamw", lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, grad_clip_norm=0.0),
 }
 
 
@@ -99,7 +99,7 @@ def config(case: Case, **runtime: Any) -> RunConfig:
         embed_dim=16,
         data=DataConfig(train="none"),
         loss=LOSSES.preset(case.loss, **({"init_scale": case.scale} if case.scale else {})),
-        optim=dataclasses.replace(OPTIM[case.optim], clip=case.clip),
+        optim=dataclasses.replace(OPTIM[case.optim], grad_clip_norm=case.clip),
         schedule=ScheduleConfig(global_batch=case.batch),
         precision="fp32",
         runtime=RuntimeConfig(**runtime),

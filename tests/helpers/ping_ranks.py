@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from clipwright.pipeline.distributed import barrier, process_group
+from clipwright.pipeline.distributed.group import barrier, process_group
 from clipwright.pipeline.doctor import network
 
 SECONDS = 1.0

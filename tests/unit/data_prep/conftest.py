@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from clipwright.data_prep.pack import Prepared, PrepConfig, prepare
+from clipwright.data_prep.build.pack import Prepared, PrepConfig, prepare
 from clipwright.pipeline.core.config import resolve
 
 

@@ -150,6 +150,6 @@ def test_output_is_asked_for_and_dry_run_writes_nothing(tmp_path: Path, cli: Any
 def test_help_and_config_need_no_torch() -> None:
     code = (
         "import sys, clipwright.data_prep.cli; assert 'pyarrow' not in sys.modules; "
-        "import clipwright.data_prep.pack; sys.exit('torch' in sys.modules)"
+        "import clipwright.data_prep.build.pack; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,8 +19,10 @@ import torch
 from PIL import Image
 
 from clipwright.pipeline.core.config import resolve
-from clipwright.pipeline.core.records import DatasetFingerprint, file_sha256, write_manifest
-from clipwright.pipeline.model import ModelConfig, build_model, save_model
+from clipwright.pipeline.core.files import file_sha256
+from clipwright.pipeline.folders.records import DatasetFingerprint, write_manifest
+from clipwright.pipeline.model.folder import save_model
+from clipwright.pipeline.model.two_tower import ModelConfig, build_model
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}

@@ -10,9 +10,9 @@ import torch
 
 from clipwright.eval.benchmarks import retrieval, search
 from clipwright.eval.benchmarks.base import BENCHMARKS, Context, EvalRuntime
-from clipwright.eval.search.index import open_version
 from clipwright.eval.search.query import Searcher
-from clipwright.pipeline.data.reader import Dataset
+from clipwright.eval.search.versions import open_version
+from clipwright.pipeline.folders.dataset import Dataset
 
 
 class Knowing:

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from clipwright.pipeline.core.records import file_sha256
-from clipwright.pipeline.data.reader import Dataset
+from clipwright.pipeline.core.files import file_sha256
+from clipwright.pipeline.folders.dataset import Dataset
 
 
 def read(folder: Path) -> tuple[np.ndarray, list[dict]]:

@@ -26,10 +26,10 @@ from clipwright.eval.benchmarks.base import BENCHMARKS, Context, EvalRuntime
 from clipwright.eval.encode import encode_images, pictures
 from clipwright.eval.labelled import open_labelled
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.data import remote
-from clipwright.pipeline.data.cache import GB, CacheConfig
-from clipwright.pipeline.data.reader import Dataset
-from clipwright.pipeline.model import load_model
+from clipwright.pipeline.folders import remote
+from clipwright.pipeline.folders.cache import GB, CacheConfig
+from clipwright.pipeline.folders.dataset import Dataset
+from clipwright.pipeline.model.folder import load_model
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

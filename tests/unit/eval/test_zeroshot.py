@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from clipwright.eval import zeroshot
-from clipwright.eval.columns import aligned, width
 from clipwright.eval.encode import Picture
 from clipwright.eval.labelled import open_labelled
 from clipwright.eval.metrics import TIE
 from clipwright.eval.prompting import listing, load_classes, load_templates, shipped_sets
+from clipwright.pipeline.core.tables import aligned, width
 
 COLOURS, SHAPES = ("red", "blue", "green", "분홍색"), ("star", "heart", "cross")
 

@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from dataset_maker import make_dataset as make_dataset  # the fixture
 
 # Two blocks and 32 pixels: seconds, not minutes, and every mechanism of a large run.
 SMALL = [

@@ -23,14 +23,16 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from clipwright.data_prep.index_tars import IndexConfig, index
+from clipwright.data_prep.foreign.index import IndexConfig, index
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import digest, file_entries, write_manifest
+from clipwright.pipeline.core.files import digest
 from clipwright.pipeline.core.unsafe import kind_of, refuse_code
-from clipwright.pipeline.model import ModelConfig, build_model, save_model
-from clipwright.pipeline.run import RunConfig
+from clipwright.pipeline.folders.records import file_entries, write_manifest
+from clipwright.pipeline.model.folder import save_model
+from clipwright.pipeline.model.two_tower import ModelConfig, build_model
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
+from clipwright.pipeline.train.config import RunConfig
 
 Payload = Callable[[], bytes]
 

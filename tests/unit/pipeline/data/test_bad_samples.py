@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.data import batch_samples as data_tally
 from clipwright.pipeline.data import loader as data_loader
-from clipwright.pipeline.data import tally as data_tally
 from clipwright.pipeline.data.batch import Batch, Share
+from clipwright.pipeline.data.batch_samples import BadSampleLimit, Replaced, key_sum
 from clipwright.pipeline.data.datasets import DataConfig
 from clipwright.pipeline.data.loader import Loader
 from clipwright.pipeline.data.order import caption_index
-from clipwright.pipeline.data.reader import Dataset
-from clipwright.pipeline.data.tally import Replaced, Watch, key_sum
-from clipwright.pipeline.ledger import merge
+from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 from clipwright.pipeline.towers.base import TEXT_TOWERS
+from clipwright.pipeline.train.sample_log import merge
 
 SIZES, STREAMS, WINDOW = [70, 30, 1, 99], 8, 16
 
@@ -97,26 +97,26 @@ def test_the_nearest_of_its_stream_stands_in(whole_shard: bool, make_dataset: An
         owner[record["key"]] = (shard, row, record["captions"])
     replaced = 0
     for step, batch in enumerate(whole):
-        together = merge([part[step].tally for part in parts])
-        assert (together.keys, together.replaced) == (batch.tally.keys, batch.tally.replaced)
-        assert together.sum == batch.tally.sum == key_sum(batch.tally.keys)
-        told = {one.at: one for one in batch.tally.replaced}
+        together = merge([part[step].batch_samples for part in parts])
+        assert (together.keys, together.replaced) == (batch.batch_samples.keys, batch.batch_samples.replaced)
+        assert together.sum == batch.batch_samples.sum == key_sum(batch.batch_samples.keys)
+        told = {one.at: one for one in batch.batch_samples.replaced}
         for i, position in enumerate(range(step * 20, step * 20 + 20)):
             by = stand_in(source.order, bad, position)
             place = source.order.locate(np.array([position, by]))
             own, taken = ((int(s), int(r)) for s, r in zip(place.shard, place.row, strict=True))
-            assert owner[batch.tally.keys[i]][:2] == taken
+            assert owner[batch.batch_samples.keys[i]][:2] == taken
             caption = source.tokenizer.decode(batch.tokens[batch.text_row[i]].tolist()).replace(" ", "")
             # What stands in does so with the caption it has at its own position.
-            chosen = caption_index(np.array([2]), seed=5, epochs=place.epoch[1:], keys=[batch.tally.keys[i]])
-            assert caption == owner[batch.tally.keys[i]][2][chosen[0]].replace(" ", "")
+            chosen = caption_index(np.array([2]), seed=5, epochs=place.epoch[1:], keys=[batch.batch_samples.keys[i]])
+            assert caption == owner[batch.batch_samples.keys[i]][2][chosen[0]].replace(" ", "")
             assert (position in told) == (own in bad)
             if own in bad:
                 replaced += 1
                 assert owner[told[position].key][:2] == own and told[position].by == by
                 assert (told[position].shard, told[position].reason) == (f"d/d-{own[0]:06d}.tar", "E_DATA_HASH")
     assert replaced == 3 * len(bad)
-    assert [batch.tally for batch in later] == [batch.tally for batch in whole[17:22]]
+    assert [batch.batch_samples for batch in later] == [batch.batch_samples for batch in whole[17:22]]
 
 
 def test_what_cannot_be_decoded_or_read_is_replaced_with_its_reason(
@@ -136,7 +136,7 @@ def test_what_cannot_be_decoded_or_read_is_replaced_with_its_reason(
         return image(self, shard, row)
 
     monkeypatch.setattr(Dataset, "image", broken)
-    found = [one for batch in take(loader(folder), 0, 2) for one in batch.tally.replaced]
+    found = [one for batch in take(loader(folder), 0, 2) for one in batch.batch_samples.replaced]
     assert {(one.key, one.reason) for one in found} == {(keys[7], "E_IMG_TRUNCATED"), (keys[8], "E_SYSTEM")}
     assert len(tries) >= 3  # and then it was there
 
@@ -167,7 +167,7 @@ def test_nothing_that_reads_is_an_error_that_names_the_shard(
 def test_the_rule_that_stops_a_run(positions: Sequence[int], stops: int | None) -> None:
     replaced = [Replaced(at, at - 8, "k", f"d/{at % 7}.tar", "E_DATA_HASH") for at in positions]
     for batch in (1, 7, 64, 30_000):  # whatever the batch, the same position breaks it
-        watch, stopped = Watch(), None
+        watch, stopped = BadSampleLimit(), None
         for first in range(0, positions[-1] + 1, batch):
             part = [one for one in replaced if first <= one.at < first + batch]
             try:
@@ -182,7 +182,7 @@ def test_the_rule_that_stops_a_run(positions: Sequence[int], stops: int | None) 
 def test_the_rule_names_the_three_worst_shards() -> None:
     shards = [*["a"] * 30, *["b"] * 9, *["c"] * 40, *["d"] * 21]
     with pytest.raises(ClipwrightError) as caught:
-        Watch().add([Replaced(at, 0, "k", shard, "E_IMG_TRUNCATED") for at, shard in enumerate(shards)])
+        BadSampleLimit().add([Replaced(at, 0, "k", shard, "E_IMG_TRUNCATED") for at, shard in enumerate(shards)])
     assert caught.value.where == "c 40, a 30, d 21" and caught.value.found.endswith("E_IMG_TRUNCATED 100")
     assert data_tally.IN_A_ROW == 100
 
@@ -195,16 +195,16 @@ def test_a_share_of_corrupt_members(share: float, make_dataset: Any) -> None:
     every = [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
     bad = random.Random(3).sample(every, round(share * 4000))
     spoil(folder, bad)
-    source, watch, done = loader(folder, batch=50, streams=16, window=64), Watch(), 0
+    source, watch, done = loader(folder, batch=50, streams=16, window=64), BadSampleLimit(), 0
     found: list[Replaced] = []
     order = source.order.locate(np.arange(8000))
     hit = [p for p, at in enumerate(zip(order.shard.tolist(), order.row.tolist(), strict=True)) if at in set(bad)]
     batches = source.batches(0)
     try:
         for batch in itertools.islice(batches, 160):
-            found += batch.tally.replaced
+            found += batch.batch_samples.replaced
             done += 1
-            watch.add(batch.tally.replaced)
+            watch.add(batch.batch_samples.replaced)
     except ClipwrightError as error:
         assert share == 0.05 and error.code == "E_BAD_SAMPLES"
         assert done == hit[200] // 50 + 1

@@ -17,7 +17,7 @@ from clipwright.pipeline.data.augment import AugmentConfig, recolour
 from clipwright.pipeline.data.batch import Batch, Share
 from clipwright.pipeline.data.datasets import DataConfig, Datasets, PartConfig, WeightsConfig
 from clipwright.pipeline.data.loader import Loader
-from clipwright.pipeline.data.reader import Dataset
+from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 from clipwright.pipeline.towers.base import TEXT_TOWERS
 

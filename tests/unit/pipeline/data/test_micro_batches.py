@@ -11,9 +11,9 @@ import torch
 
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.data.batch import Batch
-from clipwright.pipeline.distributed import process_group
-from clipwright.pipeline.engine import Engine, micro_batches
-from clipwright.pipeline.run import Parts, RunConfig, assemble, stored_tokenizer
+from clipwright.pipeline.distributed.group import process_group
+from clipwright.pipeline.train.config import Parts, RunConfig, assemble, stored_tokenizer
+from clipwright.pipeline.train.engine import Engine, micro_batches
 
 pytestmark = pytest.mark.xdist_group("ranks")
 

@@ -23,14 +23,14 @@ import psutil
 import pytest
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import write_manifest
 from clipwright.pipeline.data.batch import Batch, Share
 from clipwright.pipeline.data.datasets import DataConfig, Datasets, PartConfig
 from clipwright.pipeline.data.loader import Loader
-from clipwright.pipeline.ledger import line, merge
-from clipwright.pipeline.runfolder import StepFile
+from clipwright.pipeline.folders.records import write_manifest
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 from clipwright.pipeline.towers.base import TEXT_TOWERS
+from clipwright.pipeline.train.run_folder import StepFile
+from clipwright.pipeline.train.sample_log import line, merge
 
 ROUNDS = int(os.environ.get("CLIPWRIGHT_SOAK", "0"))
 RAGGED = [13, 5, 1, 11, 30, 7]  # 67 samples
@@ -74,9 +74,9 @@ def run(path: Path, train: Any, world: int, workers: int, batch: int, first: int
     file = StepFile(path, first)
     with ranks(train, world, workers, batch, first, **config) as steps:
         for step, parts in zip(range(first + 1, last + 1), steps, strict=False):
-            tally = merge([part.tally for part in parts])
+            batch_samples = merge([part.batch_samples for part in parts])
             assert len({len(part.views) for part in parts}) == 1
-            file.write(line(step, (step - 1) * batch, batch, tally, keys=True))
+            file.write(line(step, (step - 1) * batch, batch, batch_samples, keys=True))
     file.close()
 
 
@@ -146,13 +146,13 @@ def test_no_layout_hangs(make_dataset: Any) -> None:
         steps = -(-2 * total // 24)
         try:
             with ranks(folder, world, workers, 24, 0, streams=4, window=5) as batches:
-                seen = [merge([part.tally for part in parts]) for parts in itertools.islice(batches, steps)]
+                seen = [merge([part.batch_samples for part in parts]) for parts in itertools.islice(batches, steps)]
         except ClipwrightError as error:
             assert error.code == "E_DATA_SMALL" and total < 24 and time.monotonic() - started < 10
             refused += 1
             continue
         assert total >= 24
-        keys = [key for tally in seen for key in tally.keys]
+        keys = [key for batch_samples in seen for key in batch_samples.keys]
         assert len(set(keys[:total])) == len(set(keys[total : 2 * total])) == total
     assert number == 29 and 4 <= refused <= 12 and threading.active_count() == threads
     with pytest.raises(ClipwrightError) as caught:

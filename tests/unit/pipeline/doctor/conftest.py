@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from clipwright.pipeline.distributed import World, process_group
+from clipwright.pipeline.distributed.group import World, process_group
 
 
 @pytest.fixture

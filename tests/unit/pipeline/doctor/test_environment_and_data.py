@@ -17,11 +17,11 @@ import pytest
 import torch
 from doctor_checks import DATA, call, context, run
 
-from clipwright.pipeline.core.records import file_sha256
-from clipwright.pipeline.data.reader import Dataset
-from clipwright.pipeline.distributed import World
+from clipwright.pipeline.core.files import file_sha256
+from clipwright.pipeline.distributed.group import World
 from clipwright.pipeline.doctor import data, device, environment
 from clipwright.pipeline.doctor.base import Context, checks
+from clipwright.pipeline.folders.dataset import Dataset
 
 pytestmark = pytest.mark.xdist_group("ranks")
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from doctor_checks import DATA, MODEL, context, run
 
-from clipwright.pipeline import engine
-from clipwright.pipeline.distributed import World
+from clipwright.pipeline.distributed.group import World
 from clipwright.pipeline.doctor import gradients, loss, model, network, speed
 from clipwright.pipeline.doctor.base import Found
-from clipwright.pipeline.run import RunConfig
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS
+from clipwright.pipeline.train import engine
+from clipwright.pipeline.train.config import RunConfig
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -149,14 +149,14 @@ def test_waiting_for_data_and_a_tight_machine_are_warned_of(monkeypatch: pytest.
 
 
 def test_gradients_equal_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
-    words = ["runtime.micro_batch=8", "image.name=clip_rn_nano", "optim.clip=0.1", "precision=fp32"]
+    words = ["runtime.micro_batch=8", "image.name=clip_rn_nano", "optim.grad_clip_norm=0.1", "precision=fp32"]
     made = context(world, *words, "runtime.activation_checkpointing.image=all")
     made.without_data = True
     found = run(made, "config", "gradients")
     assert found.status == "ok", found
     assert 0 < made.predicted["gradient_check"]["gradient"] <= gradients.LIMIT
     # A factor on the scale's gradient, which AdamW makes invisible in the parameter.
-    monkeypatch.setattr(engine, "sum_ranks", lambda tensor: tensor.mul_(2 if tensor.shape == (1,) else 1))
+    monkeypatch.setattr(engine, "all_reduce_sum", lambda tensor: tensor.mul_(2 if tensor.shape == (1,) else 1))
     found = run(made, "gradients")
     assert found.status == "FAIL" and "gradient" in found.found and "runtime.zero=0" in found.fix
 
@@ -239,7 +239,7 @@ def test_nobody_is_waited_for_once_a_rank_is_silent(tmp_path: Path, here: Any, m
     from clipwright.pipeline.doctor import run as examined
 
     monkeypatch.setattr(examined, "silent", lambda world: Found("FAIL", "no answer from rank 3 of 4", "", "look there"))
-    monkeypatch.setattr(examined, "from_all", lambda outcome: pytest.fail("an exchange"))
+    monkeypatch.setattr(examined, "all_gather_object", lambda outcome: pytest.fail("an exchange"))
     done = here(tmp_path, "doctor", code=1)
     assert done.error.startswith("error[E_DOCTOR]") and "ping: no answer from rank 3 of 4 — look there" in done.error
     assert "no answer" in done.out

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from clipwright.pipeline.core.records import check_files, read_manifest
+from clipwright.pipeline.folders.records import check_files, read_manifest
 from clipwright.pipeline.interop import parity, preprocessing, towers
 from clipwright.pipeline.interop.source import open_source
-from clipwright.pipeline.model import Model, load_model
+from clipwright.pipeline.model.folder import Model, load_model
 from clipwright.pipeline.pixels import encode
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 from clipwright.pipeline.tokenizers.siglip import SigLIPTokenizer

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipwright.pipeline.distributed import Columns
+from clipwright.pipeline.distributed.exchange import Columns
 from clipwright.pipeline.losses import tiles
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, Features
 

@@ -7,7 +7,7 @@ import torch
 
 from clipwright.pipeline.losses import tiles
 from clipwright.pipeline.losses.base import Features
-from clipwright.pipeline.losses.tiles import compared
+from clipwright.pipeline.losses.tiles import batch_accuracy
 
 
 def slow_compared(features: Features) -> tuple[int, int]:
@@ -37,7 +37,7 @@ def test_accuracy_counts_the_positives_of_the_loss(tile: tuple[int, int], monkey
         image_id = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0])
         image, text = torch.randn(8, 5), torch.randn(8 * per_image, 5)
         features = Features(image, text, image_id, caption_id)
-        *correct, columns = compared(features)
+        *correct, columns = batch_accuracy(features)
         found = tuple(int(number) for number in correct)
         assert found == slow_compared(features) and columns == 8 * per_image
         seen.add(found)

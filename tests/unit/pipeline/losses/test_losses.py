@@ -208,7 +208,7 @@ def test_the_parameter_is_clamped_not_the_used_value(name: str, plainly: Any) ->
     for value, want in ((9.0, MAX_LOG_SCALE), (-1.0, 0.0), (2.0, 2.0)):
         with torch.no_grad():
             loss.logit_scale.fill_(value)
-        loss.constrain()
+        loss.clamp()
         assert loss.logit_scale.item() == pytest.approx(want)
 
 
@@ -217,7 +217,7 @@ def test_the_start_and_the_report_are_what_the_papers_say() -> None:
     assert one.report() == {"scale": pytest.approx(1 / 0.07)}
     assert other.report() == {"scale": pytest.approx(10.0), "bias": -10.0}
     other.bias.data.fill_(1000.0)
-    other.constrain()
+    other.clamp()
     assert other.bias.item() == 1000.0
 
 

@@ -14,7 +14,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import file_entries, write_json
+from clipwright.pipeline.core.files import write_json
+from clipwright.pipeline.folders.records import file_entries
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 from clipwright.pipeline.tokenizers.huggingface import SPECIAL, TOKENIZER, HuggingFaceTokenizer
 
@@ -118,7 +119,7 @@ def write(folder: Path, made: Tokenizer, special: dict[str, str]) -> Path:
 def opened(source: Path, copy: Path) -> HuggingFaceTokenizer:
     config = TOKENIZERS.preset("huggingface", folder=str(source))
     copy.mkdir(parents=True, exist_ok=True)
-    config.learn(iter(()), copy)
+    config.train(iter(()), copy)
     tokenizer = TOKENIZERS.build(config, folder=copy)
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     return tokenizer
@@ -274,7 +275,7 @@ def test_a_folder_that_holds_no_tokenizer_is_refused(damage: str, tmp_path: Path
 
 def test_a_folder_must_be_named(tmp_path: Path) -> None:
     with pytest.raises(ClipwrightError) as caught:
-        TOKENIZERS.preset("huggingface").learn([], tmp_path)
+        TOKENIZERS.preset("huggingface").train([], tmp_path)
     assert caught.value.code == "E_CONFIG_VALUE" and "tokenizer.folder=DIR" in caught.value.fix
 
 

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.records import file_entries, write_json
-from clipwright.pipeline.data.reader import Dataset
-from clipwright.pipeline.run import sample_captions
+from clipwright.pipeline.core.files import write_json
+from clipwright.pipeline.folders.dataset import Dataset
+from clipwright.pipeline.folders.records import file_entries
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, Tokenizer
 from clipwright.pipeline.tokenizers.sentencepiece import MODEL
+from clipwright.pipeline.train.config import sample_captions
 
 ranks = pytest.mark.xdist_group("ranks")
 
@@ -46,7 +47,7 @@ SMALL = ["tokenizer.name=sentencepiece", "tokenizer.vocab_size=400"]
 def learn(folder: Path, **fields: Any) -> Tokenizer:
     config = TOKENIZERS.preset("sentencepiece", **{"vocab_size": 400, **fields})
     folder.mkdir(exist_ok=True)
-    config.learn(CAPTIONS, folder)
+    config.train(CAPTIONS, folder)
     return TOKENIZERS.build(config, folder=folder)
 
 
@@ -61,7 +62,7 @@ def test_equal_captions_give_equal_bytes_in_any_process(tokenizer: Tokenizer, tm
         "import json, sys\nfrom pathlib import Path\n"
         "from clipwright.pipeline.tokenizers.base import TOKENIZERS\n"
         "config = TOKENIZERS.preset('sentencepiece', vocab_size=400)\n"
-        "config.learn(json.load(sys.stdin), Path(sys.argv[1]))\n"
+        "config.train(json.load(sys.stdin), Path(sys.argv[1]))\n"
     )
     (tmp_path / "b").mkdir()
     done = subprocess.run(
@@ -168,7 +169,7 @@ def test_a_vocabulary_too_small_for_the_bytes_and_characters(tmp_path: Path) -> 
 
 def test_captions_without_a_usable_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ClipwrightError) as caught:
-        TOKENIZERS.preset("sentencepiece").learn(["▅", "▅▅"], tmp_path)  # a mark SentencePiece keeps for itself
+        TOKENIZERS.preset("sentencepiece").train(["▅", "▅▅"], tmp_path)  # a mark SentencePiece keeps for itself
     assert caught.value.code == "E_INPUT" and "another tokenizer" in str(caught.value)
     assert not list(tmp_path.iterdir())
 

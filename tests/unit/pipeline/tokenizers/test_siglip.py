@@ -93,7 +93,7 @@ def test_ids_are_those_of_transformers(folder: Path, fields: dict[str, Any]) -> 
 
 def test_it_travels(folder: Path, tmp_path: Path) -> None:
     config = TOKENIZERS.preset("siglip", folder=str(folder))
-    config.learn([], tmp_path)
+    config.train([], tmp_path)
     ours = TOKENIZERS.build(config, folder=tmp_path)
     (saved := tmp_path / "saved").mkdir()
     assert [path.name for path in ours.save(saved)] == ["spiece.model"]
@@ -109,7 +109,7 @@ def test_it_travels(folder: Path, tmp_path: Path) -> None:
 def test_bad_models_are_refused(folder: Path, tmp_path: Path) -> None:
     def code(fields: dict[str, Any], *words: str) -> str:
         with pytest.raises(ClipwrightError) as caught:
-            TOKENIZERS.preset("siglip", **fields).learn([], tmp_path)
+            TOKENIZERS.preset("siglip", **fields).train([], tmp_path)
         assert all(word in str(caught.value) for word in words), caught.value
         return caught.value.code
 

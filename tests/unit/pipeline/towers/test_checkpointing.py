@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.run import ActivationCheckpointing, RunConfig, RuntimeConfig, assemble, prepare_towers
 from clipwright.pipeline.towers import checkpointing
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS
 from clipwright.pipeline.towers.checkpointing import Blocks, checkpoint_activations
+from clipwright.pipeline.train.config import ActivationCheckpointing, RunConfig, RuntimeConfig, assemble, prepare_towers
 
 IMAGES, TEXTS = ([n for n in registry.entries if n.endswith("_nano")] for registry in (IMAGE_TOWERS, TEXT_TOWERS))
 

@@ -9,7 +9,7 @@ import torch
 
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.model import ModelConfig, TwoTower
+from clipwright.pipeline.model.two_tower import ModelConfig, TwoTower
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS, ImageTower, TextTower, parameter_count
 
 VOCAB, EOT = 100, 99
@@ -92,7 +92,9 @@ def test_image_preset_has_its_shapes(name):
     assert all(vector.shape == out.pooled.shape for vector in out.extra.values())
 
 
-@pytest.mark.parametrize("name", [name for name, entry in TEXT_TOWERS.entries.items() if not entry.config.outside])
+@pytest.mark.parametrize(
+    "name", [name for name, entry in TEXT_TOWERS.entries.items() if not entry.config.external_fields]
+)
 def test_text_preset_has_its_shapes(name):
     with torch.device("meta"):
         tower = text_tower(name, 49408, 49407).eval()

@@ -139,19 +139,19 @@ def test_its_layers_recompute(kind: str, folders: dict[str, Path]) -> None:
 def test_what_is_written_down_replaces_the_folder(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     source = shutil.copytree(folders[kind], tmp_path / "source")
     config = TEXT_TOWERS.preset("huggingface", folder=str(source), pretrained=True)
-    fields = json.loads(json.dumps(config.written_down({})))
+    fields = json.loads(json.dumps(config.resolved_fields({})))
     assert str(tmp_path) not in json.dumps(fields) and len(fields["weights"]) == 64
     here, there = build(source, pretrained=True), build(None, **fields)
     there.load_state_dict(here.state_dict(), strict=True)
     ids = sentences([4, 9])
     assert torch.equal(here(ids).pooled, there(ids).pooled)
     plain = TEXT_TOWERS.preset("huggingface", folder=str(source))
-    first = plain.written_down({})
+    first = plain.resolved_fields({})
     assert first == {"architecture": fields["architecture"], "weights": None}
     shutil.rmtree(source)
-    assert plain.written_down(first) == first  # a run goes on without the folder, but not without its weights
+    assert plain.resolved_fields(first) == first  # a run goes on without the folder, but not without its weights
     with pytest.raises(ClipwrightError):
-        config.written_down(fields)
+        config.resolved_fields(fields)
 
 
 def test_defaults_are_written_out_and_names_of_code_are_not(folders: dict[str, Path], tmp_path: Path) -> None:

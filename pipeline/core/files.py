@@ -1,0 +1,59 @@
+"""Canonical JSON, hashes and atomic writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+STATUS = "status.json"  # how a folder was made; `core.command` writes it
+
+
+def canonical_json(value: Any) -> str:
+    """UTF-8 JSON with sorted keys, separators `,` `:`, no NaN, floats by repr: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Writes a whole file under its final name or leaves what was there: temporary file, fsync, rename."""
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with staged.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+        fsync_folder(path.parent)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def json_text(value: Any) -> str:
+    """JSON for people and machines: indented, sorted; equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A file of `json_text`, atomic."""
+    atomic_write(path, json_text(value))

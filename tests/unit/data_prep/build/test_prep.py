@@ -1,0 +1,262 @@
+"""Preparation end to end: bytes, offsets, foreign readers, duplicates, conservation."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from clipwright.pipeline import pixels
+from clipwright.pipeline.folders.records import DatasetFingerprint
+
+Picture, Write, Run = Callable[..., bytes], Callable[..., Path], Callable[..., Any]
+
+
+def table_words(path: Path, *more: str) -> list[str]:
+    return ["source.name=table", f"source.path={path}", "source.caption=captions", *more]
+
+
+def sidecar(out: Path) -> list[dict[str, Any]]:
+    manifest = json.loads((out / "manifest.json").read_text())
+    return [row for shard in manifest["shards"] for row in pq.read_table(out / shard["sidecar"]).to_pylist()]
+
+
+def rejects(out: Path) -> list[dict[str, Any]]:
+    return pq.read_table(out / "rejects.parquet").to_pylist()
+
+
+def files(out: Path) -> dict[str, str]:
+    keep = ("status.json", "config.yaml")
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir()) if p.name not in keep}
+
+
+@pytest.fixture
+def mixed(write_table: Write, picture: Picture) -> Path:
+    """30 rows: good ones of several formats, one twin pair, one truncated, one without caption."""
+    formats = ["JPEG", "PNG", "WEBP", "TIFF", "GIF"]
+    images = [picture(i, format=formats[i % 5]) for i in range(30)]
+    images[20] = images[3]
+    images[9] = images[9][:200]
+    captions: list[Any] = [[f"caption {i}", f"another of {i}"] for i in range(30)]
+    captions[15] = ["  ", ""]
+    return write_table(images, captions, label=pa.array(range(30), pa.int16()), width=pa.array([1.5] * 30))
+
+
+def test_workers_and_row_groups_change_no_byte(mixed: Path, tmp_path: Path, run_prep: Run) -> None:
+    words = table_words(mixed, "images.resize=longest", "images.size=32", "shards.samples=4")
+    for workers in (1, 2, 3):
+        run_prep(tmp_path / f"out{workers}", *words, f"runtime.workers={workers}")
+    assert files(tmp_path / "out1") == files(tmp_path / "out2") == files(tmp_path / "out3")
+    assert not [p.name for p in (tmp_path / "out2").rglob("*") if p.name.endswith(".partial") or ".prep" in str(p)]
+
+
+def test_tar_members_lie_where_the_sidecar_says(mixed: Path, tmp_path: Path, run_prep: Run) -> None:
+    manifest = run_prep(tmp_path / "out", *table_words(mixed, "shards.samples=8")).manifest
+    assert (manifest["rows_in"], manifest["written"], manifest["merged"], manifest["rejected"]) == (30, 27, 1, 2)
+    assert manifest["rejects"] == {"E_CAP_EMPTY": 1, "E_IMG_TRUNCATED": 1}
+    fingerprint = DatasetFingerprint()
+    for shard in manifest["shards"]:
+        tar_path, side_path = tmp_path / "out" / shard["tar"], tmp_path / "out" / shard["sidecar"]
+        assert hashlib.sha256(tar_path.read_bytes()).hexdigest() == shard["tar_sha256"]
+        assert hashlib.sha256(side_path.read_bytes()).hexdigest() == shard["sidecar_sha256"]
+        assert tar_path.stat().st_size == shard["tar_bytes"]
+        rows = pq.read_table(side_path).to_pylist()
+        assert len(rows) == shard["samples"]
+        with tarfile.open(tar_path) as tar:
+            members = {m.name: m for m in tar}
+            assert len(members) == 3 * len(rows)
+            assert all((m.mtime, m.uname, m.uid, m.pax_headers) == (0, "", 0, {}) for m in members.values())
+            for row in rows:
+                (image,) = [
+                    m for m in members.values() if m.name.startswith(row["key"]) and m.offset_data == row["offset"]
+                ]
+                assert image.size == row["size"] and image.name.rpartition(".")[2] in ("jpg", "png", "webp")
+                data = tar_path.read_bytes()[row["offset"] : row["offset"] + row["size"]]
+                assert hashlib.sha256(data).hexdigest() == row["sha256"]
+                shown = pixels.decode(data)
+                assert shown.shape[:2] == (row["height"], row["width"])
+                read = {x: tar.extractfile(f"{row['key']}.{x}") for x in ("txt", "json")}
+                assert read["txt"] is not None and read["txt"].read().decode() == row["captions"][0]
+                assert read["json"] is not None
+                about = json.load(read["json"])
+                assert about["captions"] == row["captions"] and about["columns"]["label"] == row["label"]
+                fingerprint.sample(row["key"], row["sha256"], row["captions"])
+        fingerprint.shard(len(rows))
+    assert fingerprint.hexdigest() == manifest["fingerprint"]
+
+
+def test_user_columns_stay_typed_and_beside_ours(mixed: Path, tmp_path: Path, run_prep: Run) -> None:
+    manifest = run_prep(tmp_path / "out", *table_words(mixed)).manifest
+    schema = pq.read_schema(tmp_path / "out" / manifest["shards"][0]["sidecar"])
+    assert schema.field("label").type == pa.int16() and schema.field("input_width").type == pa.float64()
+    assert schema.field("width").type == pa.int32() and "image" not in schema.names
+    assert sidecar(tmp_path / "out")[0]["source"] == "pairs.parquet#0"
+
+
+def test_webdataset_reads_the_same(mixed: Path, tmp_path: Path, run_prep: Run) -> None:
+    import webdataset
+
+    out = tmp_path / "out"
+    manifest = run_prep(out, *table_words(mixed, "shards.samples=10")).manifest
+    tars = [str(out / shard["tar"]) for shard in manifest["shards"]]
+    rows = sidecar(out)
+    seen = list(webdataset.WebDataset(tars, shardshuffle=False).decode("pil"))  # pyright: ignore
+    assert [sample["__key__"] for sample in seen] == [row["key"] for row in rows]
+    for sample, row in zip(seen, rows, strict=True):
+        assert sample["json"]["captions"] == row["captions"] and sample["txt"] == row["captions"][0]
+        shown = next(sample[x] for x in ("jpg", "png", "webp") if x in sample)
+        with Path(sample["__url__"]).open("rb") as file:
+            file.seek(row["offset"])
+            assert (np.asarray(shown) == pixels.decode(file.read(row["size"]))).all()
+
+
+def test_small_files_pass_byte_for_byte_and_others_are_encoded(
+    write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    gps = Image.Exif()
+    gps.get_ifd(0x8825)[1] = "N"
+    images = [picture(1), picture(2, format="PNG"), picture(3, 200, 100), picture(4, exif=exif), picture(5, exif=gps)]
+    out = tmp_path / "out"
+    words = table_words(write_table(images, [["x"]] * 5), "images.resize=longest", "images.size=64")
+    run_prep(out, *words)
+    rows = sidecar(out)
+    assert [row["key"] for row in rows] == [hashlib.sha256(data).hexdigest()[:32] for data in images]
+    assert [row["sha256"] == hashlib.sha256(d).hexdigest() for row, d in zip(rows, images, strict=True)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert [(row["width"], row["height"]) for row in rows] == [(48, 36), (48, 36), (64, 32), (36, 48), (48, 36)]
+    tar = (out / "data-000000.tar").read_bytes()
+    for row in rows[2:]:
+        stored = Image.open(io.BytesIO(tar[row["offset"] : row["offset"] + row["size"]]))
+        assert stored.format == "JPEG" and not dict(stored.getexif())
+
+
+TWINS = [(0, ["b", "a"]), (1, ["c"]), (0, ["a", "d"]), (2, ["e"]), (0, ["f"]), (2, ["e"])]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_merge_takes_all_captions(
+    write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run, workers: int
+) -> None:
+    path = write_table([picture(i) for i, _ in TWINS], [c for _, c in TWINS], label=pa.array(range(6)))
+    words = table_words(path, "shards.samples=2", f"runtime.workers={workers}")
+    manifest = run_prep(tmp_path / "out", *words).manifest
+    assert (manifest["written"], manifest["merged"], manifest["rejected"], manifest["rejects"]) == (3, 3, 0, {})
+    rows = sidecar(tmp_path / "out")
+    assert [(r["row"], r["captions"], r["label"]) for r in rows] == [
+        (0, ["b", "a", "d", "f"], 0),
+        (1, ["c"], 1),
+        (3, ["e"], 3),
+    ]
+    lost = rejects(tmp_path / "out")
+    assert [(r["row"], r["reason"], r["kept_row"]) for r in lost] == [
+        (2, "merged", 0),
+        (4, "merged", 0),
+        (5, "merged", 3),
+    ]
+    assert lost[0]["kept_key"] == rows[0]["key"]
+    assert json.loads(lost[0]["record"]) == {"captions": ["a", "d"], "source_key": None, "columns": {"label": 2}}
+
+
+def test_first_keeps_its_own_captions(write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run) -> None:
+    path = write_table([picture(i) for i, _ in TWINS], [c for _, c in TWINS])
+    manifest = run_prep(tmp_path / "out", *table_words(path, "duplicates=first")).manifest
+    assert (manifest["written"], manifest["merged"], manifest["rejected"]) == (3, 0, 3)
+    assert manifest["rejects"] == {"duplicate": 3}
+    assert [r["captions"] for r in sidecar(tmp_path / "out")] == [["b", "a"], ["c"], ["e"]]
+
+
+def test_keep_numbers_the_copies(write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run) -> None:
+    path = write_table([picture(i) for i, _ in TWINS], [c for _, c in TWINS])
+    manifest = run_prep(tmp_path / "out", *table_words(path, "duplicates=keep", "shards.samples=4")).manifest
+    assert (manifest["written"], manifest["rejected"]) == (6, 0)
+    keys = [r["key"] for r in sidecar(tmp_path / "out")]
+    assert [key[32:] for key in keys] == ["", "", "_1", "", "_2", "_1"]
+    assert keys[0] == keys[2][:32] == keys[4][:32]
+
+
+def test_twins_of_a_refused_sample_are_refused_alike(
+    write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run
+) -> None:
+    broken, bare, rescued = picture(0)[:150], picture(1), picture(2)
+    images = [broken, bare, broken, bare, rescued, rescued, picture(3), b"", b""]
+    captions = [["a"], [""], ["b"], ["   "], [""], ["late"], ["good"], ["x"], ["y"]]
+    run_prep(tmp_path / "merge", *table_words(write_table(images, captions)))
+    reasons = {r["row"]: r["reason"] for r in rejects(tmp_path / "merge")}
+    assert reasons == {
+        0: "E_IMG_TRUNCATED",
+        1: "E_CAP_EMPTY",
+        2: "E_IMG_TRUNCATED",
+        3: "E_CAP_EMPTY",
+        5: "merged",
+        7: "E_IMG_EMPTY",
+        8: "E_IMG_EMPTY",
+    }
+    assert [(r["row"], r["captions"]) for r in sidecar(tmp_path / "merge")] == [(4, ["late"]), (6, ["good"])]
+    run_prep(tmp_path / "first", *table_words(write_table(images, captions), "duplicates=first"))
+    reasons = {r["row"]: r["reason"] for r in rejects(tmp_path / "first")}
+    assert reasons[4] == reasons[5] == "E_CAP_EMPTY" and reasons[2] == "E_IMG_TRUNCATED"
+
+
+def test_bad_captions_are_dropped_and_the_row_kept(
+    write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run
+) -> None:
+    texts = ["  two\n words ", "", "two words", "cafe\u0301", "x" * 9000, "a\x00b\u202e c", None]
+    manifest = run_prep(tmp_path / "out", *table_words(write_table([picture(0)], [texts]))).manifest
+    (row,) = sidecar(tmp_path / "out")
+    assert row["captions"] == ["two words", "caf\u00e9", "a b c"]
+    assert (manifest["captions"], manifest["captions_dropped"]) == (3, 3)
+
+
+def test_random_tables_conserve_rows(write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run) -> None:
+    """Every plan row stands once; counts add up; keys are unique; a slow reference agree_to_stop on what is written."""
+    bad = [b"", b"<html>", picture(0)[:99]]
+    for seed in range(12):
+        draw = np.random.default_rng(seed)
+        count = int(draw.integers(1, 40))
+        pool = [picture(100 + i) for i in range(int(draw.integers(1, 12)))] + bad
+        images = [picture(100)] + [pool[draw.integers(len(pool))] for _ in range(count)]
+        words = ["", " ", "a", "b", "a  b", "c"]
+        captions = [["first"], *([words[draw.integers(6)] for _ in range(draw.integers(0, 4))] for _ in range(count))]
+        mode = ("merge", "first", "keep")[seed % 3]
+        path = write_table(images, captions, f"{seed}.parquet")
+        out = tmp_path / f"out{seed}"
+        run_prep(out, *table_words(path, f"duplicates={mode}", f"shards.samples={draw.integers(1, 9)}"))
+        manifest = json.loads((out / "manifest.json").read_text())
+        written, lost = sidecar(out), rejects(out)
+        assert sorted([r["row"] for r in written] + [r["row"] for r in lost]) == list(range(count + 1))
+        assert manifest["rows_in"] == manifest["written"] + manifest["merged"] + manifest["rejected"] == count + 1
+        assert len({r["key"] for r in written}) == len(written) == manifest["written"]
+        assert Counter(r["reason"] for r in lost if r["reason"] != "merged") == manifest["rejects"]
+        assert {r["row"]: r["captions"] for r in written} == reference(images, captions, mode, bad), seed
+
+
+def reference(images: list[bytes], captions: list[list[str]], mode: str, bad: list[bytes]) -> dict[int, list[str]]:
+    groups: dict[object, list[int]] = {}
+    for row, image in enumerate(images):
+        groups.setdefault(row if mode == "keep" else image, []).append(row)
+    found: dict[int, list[str]] = {}
+    for rows in groups.values():
+        taken = rows if mode == "merge" else rows[:1]
+        texts = [" ".join(text.split()) for row in taken for text in captions[row]]
+        texts = list(dict.fromkeys(text for text in texts if text))
+        if texts and images[rows[0]] not in bad:
+            found[rows[0]] = texts
+    return found

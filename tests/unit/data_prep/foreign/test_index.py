@@ -1,0 +1,447 @@
+"""`data index`: foreign tars become a dataset beside themselves; every malformed group is told, none is written."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import pickle
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clipwright.data_prep.build.pack import RuntimeConfig
+from clipwright.data_prep.build.shards import SIDECAR
+from clipwright.data_prep.foreign import groups
+from clipwright.data_prep.foreign.index import IndexConfig, index
+from clipwright.data_prep.foreign.tars import HashingReader, TarError, members
+from clipwright.data_prep.inspect.stats import stats
+from clipwright.data_prep.inspect.verify import verify
+from clipwright.data_prep.inspect.view import ViewConfig, view
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.files import file_sha256
+from clipwright.pipeline.folders.dataset import Dataset
+from clipwright.pipeline.folders.records import DatasetFingerprint, write_manifest
+
+Picture = Callable[..., bytes]
+
+
+def info(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "") -> tuple[tarfile.TarInfo, bytes]:
+    made = tarfile.TarInfo(name)
+    made.size, made.type, made.linkname = len(data), kind, link
+    return made, data
+
+
+def write_tar(path: Path, entries: list[Any], format: int = tarfile.PAX_FORMAT) -> Path:
+    """`entries`: (name, bytes), or (TarInfo, bytes)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in entries:
+            made = info(name, data)[0] if isinstance(name, str) else name
+            tar.addfile(made, io.BytesIO(data))
+    return path
+
+
+def pair(key: str, image: bytes, caption: str) -> list[tuple[str, bytes]]:
+    return [(f"{key}.jpg", image), (f"{key}.txt", caption.encode())]
+
+
+def sidecar_rows(folder: Path) -> list[dict[str, Any]]:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return [row for shard in manifest["shards"] for row in pq.read_table(folder / shard["sidecar"]).to_pylist()]
+
+
+def rejects(folder: Path) -> list[dict[str, Any]]:
+    return pq.read_table(folder / "rejects.parquet").to_pylist()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "status.json"}
+
+
+def run(folder: Path, **options: Any) -> dict[str, Any]:
+    return index(IndexConfig(data=str(folder), **options), quiet=True).manifest
+
+
+def check_conservation(folder: Path) -> None:
+    manifest, rows = json.loads((folder / "manifest.json").read_text()), sidecar_rows(folder)
+    assert manifest["rows_in"] == manifest["written"] + manifest["merged"] + manifest["rejected"]
+    assert sorted(row["row"] for row in [*rows, *rejects(folder)]) == list(range(manifest["rows_in"]))
+    assert verify(folder, quiet=True)["faults"] == []
+
+
+class Bomb:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.canary,)
+
+
+@pytest.fixture
+def tars(tmp_path: Path, picture: Picture) -> Path:
+    """Two tars of 5 and 4 samples as img2dataset leaves them; the caption names the picture."""
+    folder, number = tmp_path / "tars", 0
+    for name, count in (("00000", 5), ("00001", 4)):
+        entries: list[tuple[str, bytes]] = []
+        for _ in range(count):
+            about = {"url": f"https://x.test/{number}", "caption": f"picture {number}", "similarity": 0.3}
+            image = picture(number)
+            entries += [
+                *pair(f"{number:09d}", image, f"picture {number}"),
+                (f"{number:09d}.json", json.dumps(about).encode()),
+            ]
+            number += 1
+        write_tar(folder / f"{name}.tar", entries)
+        (folder / f"{name}.parquet").write_bytes(b"img2dataset's own table")
+        (folder / f"{name}_stats.json").write_text("{}")
+    return folder
+
+
+def test_tars_of_img2dataset_become_a_dataset(tars: Path, tmp_path: Path, cli: Any, picture: Picture) -> None:
+    before = content(tars)
+    result = cli.json("data", "index", "tars")
+    assert (result["rows_in"], result["written"], result["rejected"], result["ignored"]) == (9, 9, 0, 0)
+    after = content(tars)
+    assert before.items() <= after.items()
+    assert after.keys() - before.keys() == {
+        "manifest.json",
+        "rejects.parquet",
+        "00000.sidecar.parquet",
+        "00001.sidecar.parquet",
+    }
+    assert json.loads((tars / "status.json").read_text())["verb"] == "data index"
+    for number, row in enumerate(sidecar_rows(tars)):
+        image = picture(number)
+        assert row["key"] == hashlib.sha256(image).hexdigest()[:32] and row["source_key"] == f"{number:09d}"
+        assert row["captions"] == [f"picture {number}"] and (row["width"], row["height"]) == (48, 36)
+        assert (row["url"], row["similarity"]) == (f"https://x.test/{number}", 0.3) and "caption" not in row
+        tar = (tars / row["source"]).read_bytes()
+        assert tar[row["offset"] : row["offset"] + row["size"]] == image
+    check_conservation(tars)
+    # The commands that look at datasets, and the loader's reader, take the folder.
+    assert stats(tars, quiet=True)["samples"] == 9
+    shown = view(ViewConfig(data=str(tars)), tmp_path / "page", quiet=True)
+    assert shown["kept"] == 9
+    data = Dataset(tars)
+    assert data.samples == 9 and data.image(1, 3) == picture(8)
+    # The same again does nothing; elsewhere, under other workers, it gives the same bytes.
+    assert index(IndexConfig(data=str(tars)), quiet=True).already
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    for tar in tars.glob("*.tar"):
+        shutil.copy(tar, other)
+    run(other, runtime=RuntimeConfig(workers=2))
+    assert content(other).items() <= after.items()
+
+
+def test_json_members_become_typed_columns(tmp_path: Path, picture: Picture) -> None:
+    deep = {"b": [1, {"c": None}], "a": "\ud800"}
+    about: list[Any] = [
+        {"id": 1, "score": 1, "tags": ["x", "é"], "key": "k0", "mixed": 1, "deep": deep, "flag": True, "wide": 2**60},
+        {"id": 2, "score": 0.5, "tags": [], "mixed": "x", "deep": [[1]], "none": None, "wide": 7, "row": 1.5},
+        None,
+        {"id": 3, "score": float("nan"), "tags": None, "mixed": [1], "huge": 2**63, "caption": "mine", "ids": [1, 2.5]},
+        [1, 2],
+        {"id": 2**53 + 2, "more": "only here", "part": 2**53 + 1, "row": -1},
+        {"part": 0.5, "dates": ["2026", None, 7]},
+    ]
+    entries = [pair(str(n), picture(n), f"picture {n}") for n in range(len(about))]
+    for n, one in enumerate(about):
+        entries[n] += [] if one is None else [(f"{n}.json", json.dumps(one).encode())]
+    write_tar(tmp_path / "t" / "a.tar", [*itertools.chain(*entries[:3])])
+    write_tar(tmp_path / "t" / "b.tar", [*itertools.chain(*entries[3:])])
+    run(tmp_path / "t", runtime=RuntimeConfig(workers=2))
+    check_conservation(tmp_path / "t")
+    schemas = [pq.read_schema(tmp_path / "t" / f"{name}.sidecar.parquet") for name in "ab"]
+    assert schemas[0].equals(schemas[1])
+    types = {field.name: str(field.type) for field in schemas[0] if field.name not in SIDECAR.names}
+    columns = {
+        "id": ("int64", [1, 2, None, 3, None, 2**53 + 2, None]),
+        "score": ("double", [1.0, 0.5, None, None, None, None, None]),
+        "tags": ("list<element: string>", [["x", "é"], [], None, None, None, None, None]),
+        "input_key": ("string", ["k0", None, None, None, None, None, None]),
+        "mixed": ("string", ["1", "x", None, "[1]", None, None, None]),
+        "deep": ("string", ['{"a":"?","b":[1,{"c":null}]}', "[[1]]", None, None, None, None, None]),
+        "flag": ("bool", [True, None, None, None, None, None, None]),
+        "wide": ("int64", [2**60, 7, None, None, None, None, None]),
+        "none": ("string", [None] * 7),
+        "input_row": ("double", [None, 1.5, None, None, None, -1.0, None]),
+        "huge": ("string", [None, None, None, str(2**63), None, None, None]),
+        "ids": ("list<element: double>", [None, None, None, [1.0, 2.5], None, None, None]),
+        "more": ("string", [None, None, None, None, None, "only here", None]),
+        "part": ("string", [None, None, None, None, None, str(2**53 + 1), "0.5"]),  # no float64 holds both
+        "dates": ("list<element: string>", [None, None, None, None, None, None, ["2026", None, "7"]]),
+    }
+    assert types == {name: kind for name, (kind, _) in columns.items()}
+    rows = sidecar_rows(tmp_path / "t")
+    for name, (_, values) in columns.items():
+        assert [row[name] for row in rows] == values, name
+    assert [row["captions"] for row in rows] == [[f"picture {n}"] for n in range(7)]
+    assert Dataset(tmp_path / "t", negatives="tags").rows(0).negatives is not None
+    # A name for each sample: no table of so many columns.
+    many = [[*pair(str(n), picture(n), "x"), (f"{n}.json", json.dumps({f"id{n}": n}).encode())] for n in range(300)]
+    write_tar(tmp_path / "u" / "a.tar", [*itertools.chain(*many)])
+    run(tmp_path / "u")
+    rows = sidecar_rows(tmp_path / "u")
+    assert set(rows[0]) - {*SIDECAR.names} == {"json"} and rows[7]["json"] == '{"id7":7}'
+
+
+def test_a_cut_over_foreign_tars(tars: Path, tmp_path: Path) -> None:
+    """Sidecars of chosen rows in a folder of their own; the pixels stay where they are."""
+    whole, cut = run(tars), tmp_path / "cut"
+    cut.mkdir()
+    fingerprint, kept = DatasetFingerprint(), 0
+    for shard in whole["shards"]:
+        table = pq.read_table(tars / shard["sidecar"])
+        table = table.filter(pa.array([row % 2 == 0 for row in table["row"].to_pylist()]))
+        pq.write_table(table, cut / shard["sidecar"])
+        for row in table.to_pylist():
+            fingerprint.sample(row["key"], row["sha256"], row["captions"])
+        fingerprint.shard(table.num_rows)
+        shard["sidecar_bytes"] = (cut / shard["sidecar"]).stat().st_size
+        shard |= {"sidecar_sha256": file_sha256(cut / shard["sidecar"]), "samples": table.num_rows}
+        shard["tar"] = f"../tars/{shard['tar']}"
+        kept += table.num_rows
+    write_manifest(cut, "dataset", fingerprint.hexdigest(), {"shards": whole["shards"]})
+    data, original = Dataset(cut), Dataset(tars)
+    images = [data.image(shard, row) for shard, size in enumerate(data.sizes) for row in range(size)]
+    every = [original.image(shard, row) for shard, size in enumerate(original.sizes) for row in range(size)]
+    assert images == every[::2] and data.samples == kept == 5 and data.fingerprint != original.fingerprint
+    assert data.sidecar(1)["url"].to_pylist() == ["https://x.test/6", "https://x.test/8"]
+    (tars / "00001.tar").unlink()
+    with pytest.raises(ClipwrightError) as caught:
+        Dataset(cut)
+    assert caught.value.code == "E_DATA_HASH" and "../tars/00001.tar" in str(caught.value)
+
+
+def bad_groups(picture: Picture, canary: Path) -> dict[str, tuple[list[Any], str]]:
+    """Malformed groups and the reason each must be rejected for."""
+    image, text = picture(1000), b"a caption"
+    return {
+        "noimage": ([("noimage.txt", text)], "E_PAIR_IMAGE"),
+        "nocaption": ([("nocaption.jpg", image)], "E_CAP_EMPTY"),
+        "blank": ([("blank.jpg", image), ("blank.txt", b" \n")], "E_CAP_EMPTY"),
+        "latin": ([("latin.jpg", image), ("latin.txt", b"caf\xe9")], "E_CAP_ENCODING"),
+        "torn": ([("torn.jpg", image), ("torn.json", b"{")], "E_CAP_FILE"),
+        "deep": ([("deep.jpg", image), ("deep.json", b"[" * 100_000)], "E_CAP_FILE"),
+        "number": ([("number.jpg", image), ("number.json", b'{"caption": {"a": 1}}')], "E_CAP_FILE"),
+        "twoimages": ([("twoimages.jpg", image), ("twoimages.png", image), ("twoimages.txt", text)], "E_PAIR_IMAGE"),
+        "twice": ([("twice.jpg", image), ("twice.txt", text), ("twice.jpg", picture(1001))], "E_PAIR_DUPLICATE"),
+        "dots": ([("dots.b.jpg", image), ("dots.b.txt", text)], "E_PAIR_KEY"),
+        "dots2": ([*pair("dots2", image, "x"), *pair("dots2.b", picture(1002), "y")], "E_PAIR_KEY"),
+        "cut": ([("broken.jpg", image[:300]), ("broken.txt", text)], "E_IMG_TRUNCATED"),
+        "html": ([("html.jpg", b"<html>"), ("html.txt", text)], "E_IMG_FORMAT"),
+        "empty": ([("empty.jpg", b""), ("empty.txt", text)], "E_IMG_EMPTY"),
+        "pickle": ([("pickle.pkl", pickle.dumps(Bomb(canary))), ("pickle.txt", text)], "E_PAIR_IMAGE"),
+        "up": ([("../up.jpg", image), ("../up.txt", text)], "E_TAR_MEMBER"),
+        "root": ([("/root.jpg", image), ("/root.txt", text)], "E_TAR_MEMBER"),
+        "bell": ([("be\all.jpg", image), ("be\all.txt", text)], "E_TAR_MEMBER"),
+        "link": ([info("link.jpg", kind=tarfile.SYMTYPE, link="/etc/passwd"), ("link.txt", text)], "E_TAR_MEMBER"),
+        "hard": ([info("hard.jpg", kind=tarfile.LNKTYPE, link="good0.jpg"), ("hard.txt", text)], "E_TAR_MEMBER"),
+        "device": ([info("device.jpg", kind=tarfile.CHRTYPE), ("device.txt", text)], "E_TAR_MEMBER"),
+        "pipe": ([info("pipe.jpg", kind=tarfile.FIFOTYPE), ("pipe.txt", text)], "E_TAR_MEMBER"),
+        "bare": ([info("bare", kind=tarfile.SYMTYPE, link="/")], "E_TAR_MEMBER"),
+        "longcut": ([("k" * 120, image)], "E_PAIR_KEY"),
+        "overlong": ([(f"{'k' * 1100}.jpg", image), (f"{'k' * 1100}.txt", text)], "E_TAR_MEMBER"),
+    }
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_malformed_groups_are_rejected_by_reason_and_emit_nothing(
+    tmp_path: Path, picture: Picture, format: int
+) -> None:
+    canary = tmp_path / "canary"
+    bad = bad_groups(picture, canary)
+    entries: list[Any] = []
+    for number, (members_of_it, _) in enumerate(bad.values()):
+        entries += [*pair(f"good{number}", picture(number), f"good {number}"), *members_of_it]
+    write_tar(tmp_path / "t" / "a.tar", entries, format)
+    manifest = run(tmp_path / "t")
+    reasons = [reason for _, reason in bad.values()]
+    assert [row["reason"] for row in rejects(tmp_path / "t")] == reasons
+    assert [row["row"] for row in rejects(tmp_path / "t")] == list(range(1, 2 * len(bad), 2))
+    assert all(row["source"] == "a.tar" and "offset" in row["detail"] for row in rejects(tmp_path / "t"))
+    assert manifest["written"] == len(bad)
+    assert [row["captions"] for row in sidecar_rows(tmp_path / "t")] == [[f"good {n}"] for n in range(len(bad))]
+    check_conservation(tmp_path / "t")
+    assert not canary.exists() and not (tmp_path / "up.jpg").exists()
+
+
+def test_members_that_stand_apart_or_a_key_used_again(tmp_path: Path, picture: Picture) -> None:
+    one, two, three, four = (picture(n) for n in range(4))
+    entries = [
+        *[("a.jpg", one), ("b.jpg", two), ("a.txt", b"of a"), ("b.txt", b"of b")],
+        *pair("c", three, "fine"),
+        *[*pair("d", three, "first d"), *pair("e", four, "fine too"), *pair("d", one, "second d")],
+    ]
+    write_tar(tmp_path / "t" / "a.tar", entries)
+    run(tmp_path / "t")
+    assert [row["captions"] for row in sidecar_rows(tmp_path / "t")] == [["fine"], ["fine too"]]
+    assert [row["reason"] for row in rejects(tmp_path / "t")] == ["E_PAIR_DUPLICATE"] * 6
+    check_conservation(tmp_path / "t")
+    # In two tars the same key means two samples.
+    write_tar(tmp_path / "u" / "a.tar", pair("0", one, "one"))
+    write_tar(tmp_path / "u" / "b.tar", pair("0", two, "two"))
+    assert run(tmp_path / "u")["written"] == 2
+
+
+def test_what_is_well_formed_though_unusual(tmp_path: Path, picture: Picture) -> None:
+    long = f"folder/{'n' * 150}/{'k' * 120}"
+    entries = [
+        info("nested", kind=tarfile.DIRTYPE),
+        ("README", b"read me"),
+        ("nested/._x.jpg", b"resource fork"),
+        *pair("./nested/deep/x", picture(0), "nested"),
+        *[("mask.mask.png", picture(5, format="PNG")), *pair("mask", picture(1), "with a mask")],
+        *[*pair(long, picture(2), "long"), (f"{long}.cls", b"3")],
+        *[("UP.JPG", picture(3)), ("UP.TXT", "빨간 원".encode())],
+        *[("j.json", b'{"captions": ["one", "two", "one"], "caption": "three"}'), ("j.png", picture(4, format="PNG"))],
+        *[("l.jpg", picture(6)), ("l.json", b'{"caption": ["four", "five"]}')],
+    ]
+    for name, format in (("pax", tarfile.PAX_FORMAT), ("gnu", tarfile.GNU_FORMAT)):
+        write_tar(tmp_path / name / "a.tar", entries, format)
+        done = index(IndexConfig(data=str(tmp_path / name)), quiet=True)
+        rows = sidecar_rows(tmp_path / name)
+        assert done.ignored == 2 and not rejects(tmp_path / name)
+        assert [row["source_key"] for row in rows] == ["nested/deep/x", "mask", long, "UP", "j", "l"]
+        assert [row["captions"] for row in rows[2:]] == [["long"], ["빨간 원"], ["one", "two"], ["four", "five"]]
+        check_conservation(tmp_path / name)
+
+
+def test_tars_that_are_cut_off_or_no_tars(tars: Path, tmp_path: Path, picture: Picture, cli: Any) -> None:
+    whole = (tars / "00000.tar").read_bytes()
+    third = whole.index(b"000000002.txt")
+    end = -(-len(whole.rstrip(b"\0")) // 512) * 512  # of the last member
+    cases = {
+        "1-cut": (whole[: third + 520], "E_TAR_TRUNCATED", 2),
+        "2-header": (whole[: third + 100], "E_TAR_TRUNCATED", 2),
+        "3-garbage": (whole[:third] + b"\xff" * 5000, "E_TAR", 2),
+        "4-empty": (b"", None, 0),
+        "5-zip": (b"PK\x03\x04" * 500, "E_TAR", 0),
+        "6-two": (whole + whole, "E_TAR", 5),
+        "7-noend": (whole[:end], None, 5),
+    }
+    for name, (data, reason, good) in cases.items():
+        folder = tmp_path / name
+        write_tar(folder / "z.tar", pair("z", picture(100), "z"))
+        (folder / "a.tar").write_bytes(data)
+        assert run(folder)["written"] == good + 1, name
+        assert [row["reason"] for row in rejects(folder)] == ([reason] if reason else []), name
+        check_conservation(folder)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.tar").write_bytes(b"PK\x03\x04" * 500)
+    error = cli.error("data", "index", "none", code=3)
+    assert "E_PREP_EMPTY" in error and "E_TAR 1" in error and "a.tar" in error and "clipwright prep" in error
+    assert [path.name for path in (tmp_path / "none").iterdir()] == ["a.tar"]
+
+
+def test_hostile_headers_end_at_once_in_bounded_memory(tmp_path: Path) -> None:
+    def read(data: bytes) -> TarError:
+        with pytest.raises(TarError) as caught:
+            list(members(HashingReader(io.BytesIO(data), len(data))))
+        return caught.value
+
+    def header(kind: bytes, size: int) -> bytes:
+        made = tarfile.TarInfo("a.jpg")
+        made.type, made.size = kind, size
+        return made.tobuf(tarfile.GNU_FORMAT)
+
+    assert "extended header of" in read(header(tarfile.XHDTYPE, 5 << 30)).args[1]
+    assert "extended header of" in read(header(tarfile.GNUTYPE_LONGNAME, 5 << 30)).args[1]
+    assert read(header(tarfile.REGTYPE, 5 << 30)).args[0] == "E_TAR_TRUNCATED"
+    assert "negative" in read(header(tarfile.REGTYPE, -5)).args[1]
+    for record in (b"-9 size=-512\n", b"999 path=x\n", b"13 size=-512\n", b"0 =\n", b"path\n"):
+        assert read(header(tarfile.XHDTYPE, len(record)) + record.ljust(512, b"\0")).args[0] == "E_TAR", record
+    sparse = b"22 GNU.sparse.major=1\n"
+    data = header(tarfile.XHDTYPE, len(sparse)) + sparse.ljust(512, b"\0") + header(tarfile.REGTYPE, 0)
+    (found,) = [member for member, _ in members(HashingReader(io.BytesIO(data), len(data)))]
+    assert found.refused == "a sparse file"
+
+
+@pytest.mark.parametrize("duplicates", ["merge", "first", "keep"])
+def test_equal_images(tmp_path: Path, picture: Picture, duplicates: str) -> None:
+    same = picture(0)
+    write_tar(tmp_path / "t" / "a.tar", [*pair("a", same, "one"), *pair("b", picture(1), "other")])
+    write_tar(tmp_path / "t" / "b.tar", [*pair("c", same, "two"), ("c.json", b'{"n": 3}'), *pair("d", same, "one")])
+    manifest = run(tmp_path / "t", duplicates=duplicates)
+    rows, left = sidecar_rows(tmp_path / "t"), rejects(tmp_path / "t")
+    captions = [row["captions"] for row in rows]
+    if duplicates == "keep":
+        assert captions == [["one"], ["other"], ["two"], ["one"]] and not left
+        assert [row["key"][32:] for row in rows] == ["", "", "_1", "_2"]
+    else:
+        assert captions == [["one", "two"] if duplicates == "merge" else ["one"], ["other"]]
+        assert [row["reason"] for row in left] == ["merged" if duplicates == "merge" else "duplicate"] * 2
+        assert [(row["row"], row["kept_row"], row["kept_key"]) for row in left] == [
+            (2, 0, rows[0]["key"]),
+            (3, 0, rows[0]["key"]),
+        ]
+        assert json.loads(left[0]["record"]) == {"captions": ["two"], "source_key": "c", "columns": {"n": 3}}
+        assert len(manifest["shards"]) == 1 and rows[0]["n"] is None
+    check_conservation(tmp_path / "t")
+
+
+def test_interrupted_it_leaves_nothing_under_a_final_name_and_goes_on(
+    tars: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(tars, tmp_path / "clean")
+    run(tmp_path / "clean")
+    before, real, read = content(tars), groups._Scan.read, []
+
+    def stop(self: Any, reader: Any) -> None:
+        if self.tar == "00001.tar" and len(read) == 1:
+            read.append("interrupted")
+            raise KeyboardInterrupt
+        read.append(self.tar)
+        real(self, reader)
+
+    monkeypatch.setattr(groups._Scan, "read", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tars, runtime=RuntimeConfig(workers=1))
+    assert content(tars) == before
+    run(tars)
+    assert read == ["00000.tar", "interrupted", "00001.tar"]
+    assert content(tars) == content(tmp_path / "clean") and not (tars / ".prep").exists()
+
+
+def test_folders_that_are_refused(tars: Path, tmp_path: Path, cli: Any, dataset: Path) -> None:
+    def refused(folder: Path, **options: Any) -> str:
+        with pytest.raises(ClipwrightError) as caught:
+            run(folder, **options)
+        return str(caught.value)
+
+    assert "E_INPUT" in refused(tmp_path / "absent")
+    (tmp_path / "bare").mkdir()
+    assert "E_PREP_EMPTY" in refused(tmp_path / "bare") and "no *.tar" in refused(tmp_path / "bare")
+    assert "E_OUTPUT" in (line := refused(dataset)) and "clipwright prep" in line
+    (tars / "rejects.parquet").write_bytes(b"mine")
+    assert "E_OUTPUT" in (line := refused(tars)) and "rejects.parquet" in line
+    (tars / "rejects.parquet").unlink()
+    run(tars)
+    assert "E_RESUME" in refused(tars, duplicates="first")
+    shutil.copy(tars / "00001.tar", tars / "00002.tar")
+    assert "E_RESUME" in (line := refused(tars)) and "--fresh" in line
+    index(IndexConfig(data=str(tars), duplicates="first"), fresh=True, quiet=True)
+    assert [row["reason"] for row in rejects(tars)] == ["duplicate"] * 4
+    (tars / "00001.tar").write_bytes(b"")
+    assert "E_DATA_HASH" in refused(tars, duplicates="first")
+
+
+def test_verify_names_a_changed_image_and_a_wrong_key(tars: Path) -> None:
+    run(tars)
+    row = sidecar_rows(tars)[6]
+    tar = bytearray((tars / "00001.tar").read_bytes())
+    tar[row["offset"] + 40] ^= 1
+    (tars / "00001.tar").write_bytes(tar)
+    (fault,) = verify(tars, quiet=True)["faults"]
+    assert (fault["file"], fault["key"], fault["offset"]) == ("00001.tar", row["key"], row["offset"])

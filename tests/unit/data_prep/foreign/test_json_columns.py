@@ -1,0 +1,62 @@
+"""JSON objects as typed columns: whatever they hold, nothing of it is lost or changed."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pyarrow as pa
+
+from clipwright.data_prep.foreign import json_columns
+
+EDGES = [0, 1, -1, 2**53, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 0.5, 1e300, -0.0, 3.0]
+TEXTS = ["", "x", "é", "\0", "1", "null", "[1]"]
+NAMES = ["a", "b", "key", "row", "input_key", "", "x.y", "json"]
+
+
+def value(draw: random.Random, depth: int = 0) -> Any:
+    kind = draw.randrange(4 if depth == 3 else 6)
+    if kind == 4:
+        return [value(draw, depth + 1) for _ in range(draw.randrange(4))]
+    if kind == 5:
+        return {draw.choice(NAMES): value(draw, depth + 1) for _ in range(draw.randrange(3))}
+    return draw.choice([[None], [True, False], EDGES, TEXTS][kind])
+
+
+def held(cell: Any, value: Any, kind: str) -> bool:
+    """Whether a column's cell says what the JSON said."""
+    if value is None:
+        return cell is None
+    if kind.startswith("list:"):
+        return len(cell) == len(value) and all(map(held, cell, value, [kind[5:]] * len(cell)))
+    if kind == "text":
+        return cell == value if isinstance(value, str) else json.loads(cell) == value
+    return cell == value and isinstance(cell, bool) == isinstance(value, bool)
+
+
+def test_no_value_is_lost() -> None:
+    seen: set[str] = set()
+    for seed in range(1500):
+        draw = random.Random(seed)
+        parts = [
+            [{draw.choice(NAMES): value(draw) for _ in range(draw.randrange(5))} for _ in range(draw.randrange(4))]
+            for _ in range(draw.randint(1, 3))
+        ]
+        texts = [[json_columns.text_of(one) for one in part] for part in parts]
+        kinds, flat = json_columns.together(map(json_columns.kinds_of, texts)), sum(texts, [])  # noqa: RUF017
+        assert kinds is not None and kinds == json_columns.kinds_of(flat)
+        seen |= set(kinds.values())
+        schema, rows = json_columns.schema_of(kinds), [json_columns.row_of(text, kinds) for text in flat]
+        cells = pa.Table.from_pylist(rows, schema=schema).to_pylist() if len(schema) else rows
+        for text, row in zip(flat, cells, strict=True):
+            for name, said in (json.loads(text) if text else {}).items():
+                assert held(row[name], said, kinds[name]), (seed, name, said, row[name])
+    one = {"", "bool", "int", "big", "float", "text"}
+    assert seen == one | {f"list:{kind}" for kind in one}
+
+
+def test_numbers_that_json_does_not_know_are_null() -> None:
+    about = json_columns.parse(b'{"a": NaN, "b": -Infinity, "c": 1e999, "d": [1.5, Infinity], "caption": "x"}')
+    assert json_columns.text_of(about) == '{"a":null,"b":null,"c":null,"d":[1.5,null]}'
+    assert json_columns.text_of({"captions": ["x"]}) == ""

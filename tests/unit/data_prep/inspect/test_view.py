@@ -1,0 +1,119 @@
+"""`data view`: what the page shows, that captions stay text, and what happens when the source has gone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from clipwright.data_prep.inspect.view import ViewConfig, view
+
+Picture = Callable[..., bytes]
+
+
+def page(dataset: Path, out: Path, **fields: Any) -> tuple[str, dict[str, Any]]:
+    result = view(ViewConfig(data=str(dataset), **fields), out, quiet=True)
+    return (out / "view.html").read_text(encoding="utf-8"), result
+
+
+def rejects(dataset: Path) -> dict[str, str]:
+    return {row["reason"]: row["detail"] for row in pq.read_table(dataset / "rejects.parquet").to_pylist()}
+
+
+def pictures(text: str) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(base64.b64decode(d))) for d in re.findall(r"data:image/jpeg;base64,([^\"]+)", text)]
+
+
+def test_the_page_shows_rows_kept_and_rejected_pairs(dataset: Path, tmp_path: Path) -> None:
+    text, result = page(dataset, tmp_path / "pages")
+    assert (result["kept"], result["rejected"], result["problem"]) == (10, 2, "")
+    for number, words in ((13, "rows in"), (10, "written"), (1, "merged"), (2, "rejected")):
+        assert f"<b>{number}</b> {words}" in text
+    assert "E_<wbr>IMG_<wbr>TRUNCATED" in text and "it does not decode" in text
+    assert rejects(dataset)["E_IMG_TRUNCATED"] in text and rejects(dataset)["E_CAP_EMPTY"] in text
+    assert "빨간 원" in text and "猫とねこ" in text and "W" * 200 in text and "W" * 300 not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;b&gt;bold&lt;/b&gt;" in text and "<script" not in text
+    # Ten kept ones and the one that was rejected for its caption, all small.
+    assert len(pictures(text)) == 11 and all(max(image.size) <= 160 for image in pictures(text))
+    assert [path.name for path in (tmp_path / "pages").iterdir()] == ["view.html"]
+
+
+def test_the_draw_is_spread_and_seeded(dataset: Path, tmp_path: Path) -> None:
+    drawn = [page(dataset, tmp_path / f"{i}", kept=3, rejected=1, seed=seed)[0] for i, seed in enumerate((1, 1, 2))]
+    assert drawn[0] == drawn[1] != drawn[2]
+    sources = [int(n) for n in re.findall(r"pairs.parquet#(\d+) · [0-9a-f]{12}", drawn[0])]
+    assert len(sources) == 3 and sources[0] < 4 <= sources[1] < 9 <= sources[2]
+    none, result = page(dataset, tmp_path / "none", kept=0, rejected=0)
+    assert (result["kept"], result["rejected"]) == (0, 0) and not pictures(none)
+
+
+def test_a_source_that_moved_or_changed_is_said_and_nothing_stops(
+    dataset: Path, tmp_path: Path, write_table: Callable[..., Path], picture: Picture
+) -> None:
+    write_table([picture(i) for i in range(100, 112)], [["other"]] * 12, n=list(range(12)))
+    text, result = page(dataset, tmp_path / "changed")
+    assert result["problem"] == "" and "the source has changed" in text and len(pictures(text)) == 10
+    (tmp_path / "pairs.parquet").unlink()
+    text, result = page(dataset, tmp_path / "moved")
+    assert "The source cannot be read again" in text and "no input file" in result["problem"]
+    assert "E_<wbr>CAP_<wbr>EMPTY" in text and "nothing but white space" in text and len(pictures(text)) == 10
+    (dataset / "config.yaml").unlink()
+    assert "cannot be read again" in page(dataset, tmp_path / "bare")[1]["problem"]
+
+
+def test_a_plugin_that_a_dataset_names_is_not_run(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = dataset / "config.yaml"
+    config.write_text(config.read_text() + f"plugins: [{tmp_path / 'evil.py'}]\n")
+    assert "plugin" in page(dataset, tmp_path / "pages")[1]["problem"] and not (tmp_path / "ran").exists()
+
+
+def test_a_changed_picture_is_not_shown(dataset: Path, tmp_path: Path) -> None:
+    tar = dataset / "data-000002.tar"
+    tar.write_bytes(tar.read_bytes()[:600])
+    text, _ = page(dataset, tmp_path / "pages")
+    assert text.count("have changed: run clipwright data verify") == 3 and len(pictures(text)) == 8
+    tar.unlink()
+    assert "No such file" in page(dataset, tmp_path / "pages")[0]
+
+
+def test_the_command_finds_the_source_from_where_it_was_prepared(
+    dataset: Path, tmp_path: Path, cli: Any, picture: Picture
+) -> None:
+    (tmp_path / "images").mkdir()
+    for i in range(6):
+        (tmp_path / "images" / f"{i}.jpg").write_bytes(picture(i))
+        (tmp_path / "images" / f"{i}.txt").write_bytes("빨간 원".encode("cp949" if i == 3 else "utf-8"))
+    cli("prep", "folder", "source.path=images", "-o", "made")
+    result = cli.json("data", "view", tmp_path / "made", "-o", tmp_path / "pages", "rejected=5")
+    assert (result["kept"], result["rejected"], result["problem"]) == (5, 1, "")
+    (tmp_path / "elsewhere").mkdir()
+    cli.folder = tmp_path / "elsewhere"
+    assert cli.json("data", "view", "../made", "-o", "pages")["problem"] == ""
+    text = (tmp_path / "elsewhere" / "pages" / "view.html").read_text(encoding="utf-8")
+    assert len(pictures(text)) == 6 and "3.txt is not utf-8" in text and "source.encoding=" in text
+
+
+def test_a_folder_of_something_else_is_left_alone(dataset: Path, cli: Any) -> None:
+    before = {path.name: path.read_bytes() for path in dataset.iterdir()}
+    error = cli.error("data", "view", "data", "-o", "data", code=2)
+    assert error.startswith("error[E_OUTPUT]") and "data" in error and "name a new folder" in error
+    assert {path.name: path.read_bytes() for path in dataset.iterdir()} == before
+    assert json.loads(cli("data", "view", "data", "-o", "pages", "--dry-run", "--json").stdout) == {"data": "data"}
+    assert cli.error("data", "view", "data", code=2).startswith("error[E_USAGE]")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_in_a_browser(dataset: Path, tmp_path: Path, look: Any, width: int) -> None:
+    page(dataset, tmp_path / "pages")
+    seen = look(tmp_path / "pages" / "view.html", width)
+    assert (seen.errors, seen.requests, seen.overflow) == ([], [], 0)
+    assert "<script>alert(1)</script>" in seen.text and "빨간 원" in seen.text and "E_IMG_TRUNCATED" in seen.text

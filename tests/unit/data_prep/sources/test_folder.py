@@ -1,0 +1,262 @@
+"""The folder source: which files make a row, what their captions and columns are, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clipwright.data_prep.sources.base import SOURCES, Source
+from clipwright.pipeline import pixels
+from clipwright.pipeline.core.errors import ClipwrightError
+
+Picture, Write, Run = Callable[..., bytes], Callable[..., Path], Callable[..., Any]
+KOREAN = "빨간 원"
+
+
+def build(folder: Path, **fields: Any) -> Source:
+    return SOURCES.build(SOURCES.preset("folder", path=str(folder), **fields))
+
+
+@pytest.fixture
+def images(tmp_path: Path, picture: Picture) -> Path:
+    """A folder with every kind of caption file, awkward names, links and files that are no pair."""
+    folder = tmp_path / "images"
+    (folder / "b" / "deep").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    for i, name in enumerate(
+        ("a.jpg", "b/c.PNG", "b/deep/d.e.jpeg", "b/f.jpg", ".hidden/x.jpg", ".y.jpg", "z.jpg.partial")
+    ):
+        (folder / name).write_bytes(picture(i, format="PNG" if "PNG" in name else "JPEG"))
+    (folder / "a.txt").write_bytes(b"\xef\xbb\xbf" + f"first\r\n\n  \n{KOREAN}\n".encode())
+    (folder / "a.json").write_text(json.dumps({"caption": "not taken", "n": 1, "width": 7, "tags": ["x"]}))
+    (folder / "b" / "c.json").write_text(json.dumps({"caption": ["one", "two"], "n": 2.5, "ok": True, "odd": "text"}))
+    (folder / "b" / "deep" / "d.e.TXT").write_text("dots")
+    (folder / "b" / "f.json").write_text(json.dumps({"captions": ["under captions"], "n": None, "odd": 3}))
+    (folder / "lone.txt").write_text("no image")
+    (folder / ".hidden" / "x.txt").write_text("hidden")
+    (folder / "link").symlink_to("b")
+    return folder
+
+
+def test_pairs_captions_and_columns(images: Path) -> None:
+    source = build(images)
+    source.scan(quiet=True)
+    rows = list(source.read(range(source.count)))
+    assert [(row.source, row.source_key) for row in rows] == [
+        ("a.jpg", "a"),
+        ("b/c.PNG", "c"),
+        ("b/deep/d.e.jpeg", "d.e"),
+        ("b/f.jpg", "f"),
+    ]
+    assert [row.captions for row in rows] == [["first", KOREAN], ["one", "two"], ["dots"], ["under captions"]]
+    assert dict(zip(source.columns.names, source.columns.types, strict=True)) == {
+        "n": pa.float64(),
+        "width": pa.int64(),
+        "ok": pa.bool_(),
+    }
+    assert [row.columns.to_pylist()[0]["n"] for row in rows] == [1.0, 2.5, None, None]
+    assert any("tags, odd" in note for note in source.notes)
+    assert "caption files without an image: 1, the first lone.txt" in source.notes
+    assert "linked folders that were not followed: 1, the first link" in source.notes
+
+
+def test_another_key_and_another_encoding(tmp_path: Path, picture: Picture) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "a.txt").write_bytes(KOREAN.encode("cp949"))
+    (tmp_path / "b.jpg").write_bytes(picture(1))
+    (tmp_path / "b.json").write_bytes(json.dumps({"alt": KOREAN, "caption": "x"}, ensure_ascii=False).encode("cp949"))
+    rows = list(build(tmp_path, encoding="cp949", caption="alt").read([0, 1]))
+    assert [row.captions for row in rows] == [[KOREAN], [KOREAN]]
+
+
+def test_identity_is_names_and_content_and_not_the_place(images: Path, tmp_path: Path) -> None:
+    before = build(images).identity()
+    moved = images.rename(tmp_path / "elsewhere")
+    assert build(moved).identity() == before
+    (moved / "lone.txt").write_text("of no image")
+    assert build(moved).identity() == before
+    for change in (
+        lambda: (moved / "a.txt").write_text("other words"),
+        lambda: (moved / "a.jpg").write_bytes((moved / "b" / "f.jpg").read_bytes()),
+        lambda: (moved / "a.jpg").rename(moved / "aa.jpg"),
+    ):
+        change()
+        after = build(moved).identity()
+        assert after != before
+        before = after
+
+
+def test_a_folder_gives_the_keys_of_the_table_it_came_from(
+    tmp_path: Path, write_table: Write, picture: Picture, run_prep: Run
+) -> None:
+    pictures = [picture(i) for i in range(12)]
+    pictures[7] = pictures[2]
+    table = write_table(pictures, [[f"caption {i}", KOREAN] for i in range(12)])
+    (tmp_path / "images").mkdir()
+    for i, data in enumerate(pictures):
+        (tmp_path / "images" / f"{i:02d}.jpg").write_bytes(data)
+        (tmp_path / "images" / f"{i:02d}.txt").write_text(f"caption {i}\n{KOREAN}\n", encoding="utf-8")
+    run_prep(tmp_path / "table", "source.name=table", f"source.path={table}", "source.caption=captions")
+    shards = ("images.resize=longest", "images.size=32", "shards.samples=3")
+    for workers in (1, 2):
+        words = ("source.name=folder", f"source.path={tmp_path / 'images'}", *shards, f"runtime.workers={workers}")
+        run_prep(tmp_path / f"folder{workers}", *words)
+    rows = {
+        name: [
+            (row["key"], row["captions"])
+            for path in sorted((tmp_path / name).glob("data-*.parquet"))
+            for row in pq.read_table(path).to_pylist()
+        ]
+        for name in ("table", "folder1")
+    }
+    assert rows["table"] == rows["folder1"] and len(rows["table"]) == 11
+    assert rows["table"][2] == (pixels.bytes_key(pictures[2]), ["caption 2", KOREAN, "caption 7"])
+    assert content(tmp_path / "folder1") == content(tmp_path / "folder2")
+
+
+def content(out: Path) -> dict[str, str]:
+    keep = ("status.json", "config.yaml")
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir()) if p.name not in keep}
+
+
+def test_a_run_goes_on_after_a_stop(images: Path, tmp_path: Path, run_prep: Run, monkeypatch: Any) -> None:
+    from clipwright.data_prep.build import shards
+
+    words = ("source.name=folder", f"source.path={images}", "shards.samples=1")
+    run_prep(tmp_path / "clean", *words)
+    write = shards.write_json
+    monkeypatch.setattr(shards, "write_json", lambda path, told: 1 / 0 if told["shard"] == 2 else write(path, told))
+    with pytest.raises(ZeroDivisionError):
+        run_prep(tmp_path / "out", *words)
+    monkeypatch.undo()
+    assert (tmp_path / "out" / "plan.parquet").is_file() and not (tmp_path / "out" / "manifest.json").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("data-00000[01].tar")}
+    run_prep(tmp_path / "out", *words)
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in before} == before and len(before) == 2
+    assert content(tmp_path / "out") == content(tmp_path / "clean")
+
+
+def test_bad_rows_say_which_file_and_what_to_do(images: Path, tmp_path: Path, cli: Any, picture: Picture) -> None:
+    os.mkfifo(images / "pipe.jpg")
+    (tmp_path / "secret.jpg").write_bytes(picture(90))
+    (tmp_path / "secret.txt").write_text("secret words")
+    (images / "out.jpg").symlink_to(tmp_path / "secret.jpg")
+    cases: dict[str, tuple[Any, str, list[str]]] = {
+        "bare": (None, "E_CAP_EMPTY", ["bare.txt or bare.json", "no such file"]),
+        "blank": (b" \n\n", "E_CAP_EMPTY", ["blank.txt", "no words"]),
+        "korean": (
+            KOREAN.encode("cp949"),
+            "E_CAP_ENCODING",
+            ["korean.txt is not utf-8", "0xbb at 0", "set source."],
+        ),
+        "wide": (KOREAN.encode("utf-16"), "E_CAP_ENCODING", ["0xff at 0", "source.encoding=utf-16"]),
+        "unmarked": (b"w\0o\0r\0d\0", "E_CAP_ENCODING", ["unmarked.txt", "source.encoding=utf-16-le"]),
+        "led": (tmp_path / "secret.txt", "E_CAP_FILE", ["led.txt", "leaves the root"]),
+    }
+    for i, (stem, (captions, _, _)) in enumerate(cases.items()):
+        (images / f"{stem}.jpg").write_bytes(picture(20 + i))
+        if isinstance(captions, bytes):
+            (images / f"{stem}.txt").write_bytes(captions)
+        elif captions is not None:
+            (images / f"{stem}.txt").symlink_to(captions)
+    for stem, text in (("cut", '{"caption": "x"'), ("list", '["x"]'), ("object", '{"caption": {"en": "x"}}')):
+        (images / f"{stem}.jpg").write_bytes(picture(40 + len(stem)))
+        (images / f"{stem}.json").write_text(text)
+    (images / "new.avif").write_bytes(b"\0\0\0\x20ftypavif")
+    (images / "new.txt").write_text("a format that is not read")
+    result = cli.json("prep", "folder", "source.path=images", "-o", "out")
+    rejects = {Path(r["source"]).stem: r for r in pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()}
+    for stem, (_, code, words) in cases.items():
+        assert rejects[stem]["reason"] == code, stem
+        assert all(word in rejects[stem]["detail"] for word in words), rejects[stem]["detail"]
+    wanted = {
+        "cut": "E_CAP_FILE",
+        "list": "E_CAP_FILE",
+        "object": "E_CAP_FILE",
+        "new": "E_IMG_FORMAT",
+        "pipe": "E_IMG_PATH",
+        "out": "E_IMG_PATH",
+    }
+    assert {stem: rejects[stem]["reason"] for stem in wanted} == wanted and len(rejects) == len(cases) + len(wanted)
+    assert (result["rows_in"], result["written"], result["rejected"]) == (16, 4, 12)
+    assert any("lone.txt" in note for note in result["notes"])
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != "status.json")
+    assert b"secret words" not in everything and str(tmp_path).encode() not in everything
+
+
+def test_a_text_file_that_cannot_be_read_is_counted_beside_json(
+    tmp_path: Path, picture: Picture, run_prep: Run
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "images" / "a.txt").write_bytes(KOREAN.encode("cp949"))
+    (tmp_path / "images" / "a.json").write_text(json.dumps({"caption": "red circle"}))
+    manifest = run_prep(tmp_path / "out", "source.name=folder", f"source.path={tmp_path / 'images'}").manifest
+    assert (manifest["written"], manifest["captions"], manifest["captions_dropped"]) == (1, 1, 1)
+
+
+def test_names_do_not_reach_the_terminal_as_control_characters(tmp_path: Path, picture: Picture) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "new\nline\x1b[2J.txt").write_text("of no image")
+    assert build(tmp_path).notes == ["caption files without an image: 1, the first new\\nline\\x1b[2J.txt"]
+
+
+def test_a_twin_brings_the_caption_that_the_first_lacks(tmp_path: Path, picture: Picture, run_prep: Run) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "images" / f"{name}.jpg").write_bytes(picture(0))
+    (tmp_path / "images" / "b.txt").write_text("words of b")
+    manifest = run_prep(tmp_path / "out", "source.name=folder", f"source.path={tmp_path / 'images'}").manifest
+    assert (manifest["written"], manifest["merged"], manifest["rejected"]) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "exit_code", "culprit", "remedy"),
+    [
+        (["source.path=nowhere"], "E_INPUT", 3, "nowhere", "check the path"),
+        (["source.path=file.csv"], "E_INPUT", 3, "file.csv", "prep table"),
+        (["source.path=empty"], "E_PREP_EMPTY", 3, "empty", "source.path"),
+        (["source.path=bare"], "E_PREP_EMPTY", 3, "bare", "beside a.jpg"),
+        (["source.path=bare", "source.encoding=klingon"], "E_CONFIG_VALUE", 2, "klingon", "cp949"),
+        (["source.path=bare", "source.encoding=hex"], "E_CONFIG_VALUE", 2, "hex", "utf-8"),
+    ],
+)
+def test_refused_folders(
+    tmp_path: Path, picture: Picture, cli: Any, words: list[str], code: str, exit_code: int, culprit: str, remedy: str
+) -> None:
+    (tmp_path / "file.csv").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").write_text("words")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "bare" / "other.txt").write_text("words of another stem")
+    error = cli.error("prep", "folder", *words, "-o", "out", code=exit_code)
+    assert error.startswith(f"error[{code}]") and culprit in error and remedy in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_changes_during_a_run_stops_it(
+    images: Path, tmp_path: Path, run_prep: Run, picture: Picture
+) -> None:
+    from clipwright.data_prep.sources import folder
+
+    scan = folder.FolderSource.scan
+    with pytest.MonkeyPatch.context() as patch:
+
+        def change(self: Any, *, quiet: bool = False) -> None:
+            scan(self, quiet=quiet)
+            (images / "a.jpg").write_bytes(picture(77))
+
+        patch.setattr(folder.FolderSource, "scan", change)
+        with pytest.raises(ClipwrightError) as caught:
+            run_prep(tmp_path / "out", "source.name=folder", f"source.path={images}")
+    assert caught.value.code == "E_INPUT" and "a.jpg" in str(caught.value)

@@ -1,0 +1,127 @@
+"""The sources: every one in the registry keeps the contract; table's formats."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clipwright.data_prep.sources.base import SOURCES, Record, Source
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.files import canonical_json
+
+Picture, Write = Callable[..., bytes], Callable[..., Path]
+
+
+def build(name: str, **fields: Any) -> Source:
+    return SOURCES.build(SOURCES.preset(name, **fields))
+
+
+def told(record: Record) -> tuple[Any, ...]:
+    image = record.image.tobytes() if isinstance(record.image, np.ndarray) else record.image
+    rest = (record.columns.to_pylist(), record.source, record.source_key, record.reject)
+    return record.row, image, record.captions, *rest
+
+
+@pytest.fixture
+def sources(tmp_path: Path, write_table: Write, picture: Picture) -> dict[str, Source]:
+    """A small instance of every source of the registry: a new source adds its own line here."""
+    paths = [
+        write_table([picture(i) for i in range(k, k + 20)], [[f"{i}"] for i in range(20)], f"{k}.parquet")
+        for k in (0, 20)
+    ]
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    for i in range(40):
+        stem = tmp_path / "images" / ("sub" if i % 3 else "") / f"{i:02d}"
+        stem.with_suffix(".jpg").write_bytes(picture(i))
+        stem.with_suffix(".json").write_text(json.dumps({"caption": f"words {i}", "n": i, "x": None if i % 2 else 0.5}))
+    made = {
+        "folder": build("folder", path=str(tmp_path / "images")),
+        "table": build("table", path=[str(path) for path in paths], caption="captions"),
+        "scenes": build("scenes", count=70, image_size=24),
+    }
+    assert set(made) == set(SOURCES.entries)
+    return made
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES.entries))
+def test_rows_are_the_same_in_any_order_and_any_process(sources: dict[str, Source], name: str) -> None:
+    source = sources[name]
+    everything = [told(record) for record in source.read(range(source.count))]
+    assert [row[0] for row in everything] == list(range(source.count))
+    again = pickle.loads(pickle.dumps(source))
+    for rows in ([0], [3, 17, 18, 39], list(range(1, source.count, 7)), [source.count - 1], []):
+        assert [told(record) for record in again.read(rows)] == [everything[row] for row in rows]
+    assert canonical_json(source.identity()) == canonical_json(again.identity())
+    assert next(iter(source.read([0]))).columns.schema == source.columns
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_table_formats_say_the_same(tmp_path: Path, picture: Picture, suffix: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    rows = [
+        {"file": "a.jpg", "text": 'say "hi", twice', "n": 1, "split": "train"},
+        {"file": "a.jpg", "text": "second", "n": 2, "split": "test"},
+        {"file": "a.jpg", "text": "third é", "n": 3, "split": "train"},
+    ]
+    path = tmp_path / f"t.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        mark = "," if suffix == "csv" else "\t"
+        cells = [
+            [str(v) if '"' not in str(v) else '"' + str(v).replace('"', '""') + '"' for v in r.values()] for r in rows
+        ]
+        path.write_text("\n".join(mark.join(line) for line in [list(rows[0]), *cells]) + "\n")
+    source = build("table", path=str(path), image="file", caption="text", where={"split": "train"})
+    found = list(source.read(range(source.count)))
+    texts = [[t.decode() if isinstance(t, bytes) else t for t in record.captions] for record in found]
+    assert texts == [['say "hi", twice'], ["third é"]]
+    assert [record.columns.to_pylist() for record in found] == [
+        [{"n": 1, "split": "train"}],
+        [{"n": 3, "split": "train"}],
+    ]
+    assert source.columns.field("n").type == pa.int64()
+    assert [record.source for record in found] == [f"t.{suffix}#0", f"t.{suffix}#2"]
+    assert found[0].image == picture(0) and found[0].source_key == "a.jpg"
+
+
+def test_templates_lists_structs_and_where(tmp_path: Path, picture: Picture) -> None:
+    table = pa.table(
+        {
+            "image": pa.array([{"bytes": picture(i), "path": f"{i}.jpg"} for i in range(4)]),
+            "class_name": ["cat", "ox", None, "owl"],
+            "n": pa.array([1, 2, 3, 4], pa.int8()),
+            "when": pa.array([10**9 + i for i in range(4)], pa.timestamp("ns")),
+        }
+    )
+    path = tmp_path / "labelled.parquet"
+    pq.write_table(table, path)
+    source = build("table", path=str(path), caption="a photo of {class_name} {{no {n}}}", where={"n": [1, 3, 4]})
+    found = list(source.read(range(source.count)))
+    assert [r.captions for r in found] == [["a photo of cat {no 1}"], [None], ["a photo of owl {no 4}"]]
+    assert [r.source_key for r in found] == ["0.jpg", "2.jpg", "3.jpg"] and found[2].image == picture(3)
+    assert source.columns.names == ["class_name", "n", "when"]
+    with pytest.raises(ClipwrightError) as caught:
+        build("table", path=str(path), caption="class_name", where={"n": "many"})
+    assert caught.value.code == "E_CONFIG_VALUE" and "source.where.n" in str(caught.value)
+
+
+def test_identity_names_content_not_place(tmp_path: Path, write_table: Write, picture: Picture) -> None:
+    path = write_table([picture(0)], [["x"]])
+    first = build("table", path=str(path), caption="captions").identity()
+    (tmp_path / "elsewhere").mkdir()
+    moved = path.rename(tmp_path / "elsewhere" / path.name)
+    assert build("table", path=str(moved), caption="captions").identity() == first
+    assert str(tmp_path) not in canonical_json(first)
+    write_table([picture(1)], [["x"]])
+    assert build("table", path=str(path), caption="captions").identity() != first

@@ -1,0 +1,106 @@
+"""Folder formats: canonical JSON, fingerprints, atomic writes, manifests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from clipwright.pipeline.core.captions import MAX_BYTES, CaptionError, normalise
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.folders import records
+
+
+def test_canonical_json_is_one_text_for_equal_values() -> None:
+    assert records.canonical_json({"b": 1.5, "a": ["é", None]}) == '{"a":["é",null],"b":1.5}'
+    with pytest.raises(ValueError, match="Out of range"):
+        records.canonical_json(float("nan"))
+
+
+def test_dataset_fingerprint_is_the_documented_hash() -> None:
+    made = records.DatasetFingerprint()
+    made.sample("k1", "s1", ["a", "b"])
+    made.shard(1)
+    texts = hashlib.sha256(b'["a","b"]').hexdigest()
+    assert made.hexdigest() == hashlib.sha256(f"k1\ts1\t{texts}\n#1\n".encode()).hexdigest()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    records.atomic_write(path, "old")
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        records.atomic_write(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_manifest_of_another_kind_version_or_none_is_refused(tmp_path: Path) -> None:
+    for body, found in (
+        (None, "no manifest.json"),
+        ("{", "Expecting"),
+        (json.dumps({"format": "model", "version": 1}), "'model'"),
+        (json.dumps({"format": "dataset", "version": 9}), "version 9"),
+    ):
+        if body is not None:
+            (tmp_path / "manifest.json").write_text(body)
+        with pytest.raises(ClipwrightError) as caught:
+            records.read_manifest(tmp_path, "dataset")
+        assert caught.value.code == "E_MANIFEST" and found in str(caught.value)
+    with pytest.raises(ClipwrightError) as caught:
+        records.read_manifest(tmp_path / "absent", "dataset")
+    assert caught.value.code == "E_INPUT" and "no such folder" in str(caught.value)
+    with pytest.raises(ClipwrightError, match="it is a file"):
+        records.read_manifest(tmp_path / "manifest.json", "dataset")
+
+
+def test_check_files_sees_a_flipped_bit_a_cut_and_a_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"abcdef")
+    entries = records.file_entries(tmp_path, ["f"])
+    records.check_files(tmp_path, entries, "E_MODEL_HASH")
+    for data in (b"abcdeg", b"abcde", None):
+        path.unlink(missing_ok=True)
+        if data is not None:
+            path.write_bytes(data)
+        with pytest.raises(ClipwrightError) as caught:
+            records.check_files(tmp_path, entries, "E_MODEL_HASH")
+        assert caught.value.code == "E_MODEL_HASH" and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("  a\tdog \n", "a dog"),
+        ("cafe\u0301", "café"),
+        ("a\x00b", "a b"),
+        ("\u202eabc", "abc"),
+        ("\u1112\u1161\u11ab", "\ud55c"),
+        ("👩‍🚀", "👩‍🚀"),
+    ],
+)
+def test_captions_have_one_normal_form(text: str, want: str) -> None:
+    assert normalise(text) == want
+    assert normalise(want) == want
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("", "E_CAP_EMPTY"),
+        (" \n\x00", "E_CAP_EMPTY"),
+        ("x" * (MAX_BYTES + 1), "E_CAP_LONG"),
+        ("\ud800", "E_CAP_ENCODING"),
+    ],
+)
+def test_captions_that_cannot_be_kept_say_why(text: str, code: str) -> None:
+    with pytest.raises(CaptionError) as caught:
+        normalise(text)
+    assert caught.value.args[0] == code

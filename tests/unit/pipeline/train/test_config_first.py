@@ -1,0 +1,95 @@
+"""A config that is refused is refused at once, by every rank, before any of them waits for the others."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import PartialState
+
+from clipwright.pipeline.distributed import group
+from clipwright.pipeline.doctor import run
+
+VERBS = {
+    "train": ["train", "photos", "data.train=nowhere", "-o", "run"],
+    "doctor": ["doctor", "photos", "data.train=nowhere"],
+    "embed": ["embed", "model=nowhere", "data=nowhere", "-o", "run"],
+}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("verb", "word", "code", "pieces"),
+    [
+        ("train", "optim.learnin_rate=1", "E_CONFIG_KEY", ["optim.learnin_rate", "optim has the keys"]),
+        ("train", "runtime.zer=2", "E_CONFIG_KEY", ["runtime.zer", "did you mean 'zero'?"]),
+        ("train", "image.name=vit_nanno", "E_CONFIG_CHOICE", ["vit_nanno", "did you mean 'vit_nano'?"]),
+        ("train", "schedule.global_batch=0", "E_CONFIG_VALUE", ["schedule.global_batch", "greater than"]),
+        ("train", "runtime.zero=4", "E_CONFIG_VALUE", ["runtime.zero", "0, 1, 2 or 3"]),
+        ("train", "runtime.offload=optimizer", "E_CONFIG_VALUE", ["runtime.offload", "runtime.zero=0", "zero=1"]),
+        ("doctor", "loss.name=softmx", "E_CONFIG_CHOICE", ["softmx", "did you mean 'softmax'?"]),
+        ("embed", "runtime.bach=8", "E_CONFIG_KEY", ["runtime.bach", "did you mean 'batch'?"]),
+        ("embed", "runtime.batch=0", "E_CONFIG_VALUE", ["runtime.batch", "greater than"]),
+    ],
+)
+def test_no_rank_waits_for_its_peers(
+    rank: int,
+    verb: str,
+    word: str,
+    code: str,
+    pieces: list[str],
+    tmp_path: Path,
+    here: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def met(*words: object, **more: object) -> None:
+        raise AssertionError("the group was asked to meet")
+
+    monkeypatch.setattr(group, "TCPStore", met)
+    monkeypatch.setattr(PartialState, "__init__", met)
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+    for name, value in (place | {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": 9}).items():  # where nobody answers
+        monkeypatch.setenv(name, str(value))
+    started = time.monotonic()
+    error = here(tmp_path, *VERBS[verb], word, code=2).error
+    assert error.startswith(f"error[{code}]: "), error
+    assert [piece for piece in pieces if piece not in error] == [], error
+    assert time.monotonic() - started < 10 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_peers_that_never_come_are_an_error(rank: int, tmp_path: Path, here: Any, monkeypatch: Any) -> None:
+    """Rank 0 waits for its peers, the others for it."""
+    monkeypatch.setattr(run, "JOIN", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    for name, value in (place | {"MASTER_ADDR": "127.0.0.1"}).items():
+        monkeypatch.setenv(name, str(value))
+    error = here(tmp_path, "doctor", code=1).error
+    where = f"rank {rank} of 2 (from torchrun) at 127.0.0.1:{port}"
+    told = f"after 1 s rank {1 - rank} had not come"
+    assert error.startswith(f"error[E_RANK]: ranks that did not meet — {where} — {told}: "), error
+    assert "start all ranks" in error
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_good_config_does_meet(verb: str, tmp_path: Path, here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the test above would say nothing."""
+
+    class Met(Exception):
+        pass
+
+    def met(*words: object, **more: object) -> None:
+        raise Met
+
+    monkeypatch.setattr(group, "TCPStore", met)
+    monkeypatch.setattr(PartialState, "__init__", met)
+    place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}  # all that embed sets, to be unset
+    for name, value in (place | {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": 9}).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(Met):
+        here(tmp_path, *VERBS[verb])

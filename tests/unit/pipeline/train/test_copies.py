@@ -1,0 +1,127 @@
+"""Checkpoints in a bucket: a run that lost its disk goes on from there."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import obstore
+import pytest
+import torch
+from torch import nn
+
+from clipwright.pipeline.distributed.group import World, process_group
+from clipwright.pipeline.folders import remote
+from clipwright.pipeline.train.checkpoints import checkpoint
+from clipwright.pipeline.train.checkpoints.copies import Copies
+from clipwright.pipeline.train.checkpoints.saver import Saver
+from clipwright.pipeline.train.config import RuntimeConfig
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    yield f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Makes a bucket; the environment is set as for S3."""
+    names = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
+    for name, value in {**names, "AWS_ENDPOINT_URL": endpoint}.items():
+        monkeypatch.setenv(name, value)
+    remote._store.cache_clear()
+
+    def make(name: str) -> str:
+        words = "Credential=x/20200101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=x"
+        headers = {"Authorization": f"AWS4-HMAC-SHA256 {words}"}
+        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", headers=headers, method="PUT")).close()
+        return f"s3://{name}/runs/one"
+
+    return make
+
+
+def names(address: str) -> set[str]:
+    """What lies at an address."""
+    return {entry["path"] for page in obstore.list(remote._store(address)) for entry in page}
+
+
+def trained(run: Path, world: World, address: str) -> None:
+    """Four saves, as the trainer makes them; of two numbers, without DeepSpeed."""
+    (run / "tokenizer").mkdir(parents=True)
+    for name in ("config.yaml", "identity.json", "log.jsonl", "ledger.jsonl", "tokenizer/vocabulary"):
+        (run / name).write_text(name)
+    loss = nn.Linear(1, 1)
+    engine: Any = SimpleNamespace(
+        weights=lambda: {"weight": torch.ones(2)},
+        optimizer_state=lambda: {"exp_avg/weight@0": torch.ones(2)},
+        loss=loss,
+        loss_optimizer=torch.optim.AdamW(loss.parameters()),
+        config=SimpleNamespace(schedule=SimpleNamespace(global_batch=16)),
+        updates=0,
+        zero=0,
+    )
+    runtime = RuntimeConfig(keep=1, save_every=1, copy_to=address)
+    saver = Saver(run, world, runtime, {"identity": {}, "accepted": []}, 0)
+    for step in range(1, 5):
+        saver.save(engine, step)
+    saver.save(engine, 4, wait=True)
+    saver.finish()
+
+
+def test_a_run_is_copied_and_goes_on_from_the_copy(
+    tmp_path: Path, bucket: Callable[[str], str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    address = bucket("kept")
+    run, back = tmp_path / "run", tmp_path / "back"
+    with process_group() as world:
+        trained(run, world, address)
+    assert "warning" not in capfd.readouterr().err
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    own = {"latest", "config.yaml", "identity.json", "log.jsonl", "ledger.jsonl", "tokenizer/vocabulary"}
+    last = {f"checkpoints/step-00000004/{path.name}" for path in (run / "checkpoints" / "step-00000004").iterdir()}
+    assert len(last) == 4 and last | own <= names(address)
+    for name in names(address):
+        (back / name).parent.mkdir(parents=True, exist_ok=True)
+        (back / name).write_bytes(remote.fetch(f"{address}/{name}"))
+    found = checkpoint.newest(back)
+    assert found is not None and found.step == 4 and not capfd.readouterr().err
+    assert all((back / name).read_bytes() == (run / name).read_bytes() for name in own)
+
+    before = names(address)
+    copies = Copies(run, address)  # another start of the run finds all there
+    shutil.move(run / "latest", run / "hidden")
+    copies.start()
+    copies.finish()
+    assert names(address) == before and "warning" not in capfd.readouterr().err
+    shutil.move(run / "hidden", run / "latest")
+
+    copies = Copies(run, address.replace("kept", "later"))
+    copies.start()
+    copies.finish()
+    said = capfd.readouterr().err
+    assert said.count("warning: step-00000004 is not copied to s3://later/runs/one") == 2, said
+    bucket("later")
+    copies.start()
+    copies.finish()
+    assert names(address.replace("kept", "later")) == last | own
+    assert "warning" not in capfd.readouterr().err
+
+
+def test_an_address_that_is_none(scenes: Path, tmp_path: Path, small: Any, here: Callable[..., Any]) -> None:
+    words = ["train", *small.settings, f"data.train={scenes}", "runtime.copy_to=ftp://somewhere/x", "-o", "run"]
+    line = here(tmp_path, *words, code=3).error
+    assert line.startswith("error[E_REMOTE]") and "ftp://somewhere" in line and "s3" in line
+    assert not (tmp_path / "run").exists()
