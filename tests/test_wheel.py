@@ -31,7 +31,7 @@ def test_the_wheel_holds_the_package_its_data_and_its_licences(wheel: Path) -> N
     for part in (
         "clipwright/cli.py",
         "clipwright/pipeline/towers/vit.py",
-        "clipwright/data_prep/pack.py",
+        "clipwright/data_prep/build/pack.py",
         "clipwright/eval/search/query.py",
         "clipwright/configs/demo.yaml",
         "clipwright/configs/train/photos.yaml",

@@ -74,13 +74,13 @@ class Registry(Generic[C]):
             self._entries[name] = entry
 
     def discover(self) -> None:
-        """Imports every module of the package once, so that each registers what it holds."""
+        """Imports every module of the package and its sub-packages once, so that each registers its entries."""
         if self._discovered:
             return
         self._discovered = True
         package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self.package}.{module.name}")
+        for module in pkgutil.walk_packages(package.__path__, f"{self.package}."):
+            importlib.import_module(module.name)
 
     @property
     def entries(self) -> dict[str, Entry]:

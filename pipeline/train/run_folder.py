@@ -58,8 +58,8 @@ def claim(
 ) -> None:
     """Makes `run` this config's folder: new, or an unfinished run of equal identity but for the keys in `accept`.
 
-    `learned`: a trained tokenizer to store in it. E_OUTPUT when the folder holds something else, E_RESUME (listing the changed
-    keys) when it is another run's.
+    `learned`: a trained tokenizer to store in it. E_OUTPUT when the folder holds something else, E_RESUME (listing the
+    changed keys) when it is another run's.
     """
     if fresh and (run / IDENTITY).is_file():
         shutil.rmtree(run)

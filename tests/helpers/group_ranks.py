@@ -25,10 +25,10 @@ FAULT = """
 import os, time
 from pathlib import Path
 import torch
-from clipwright.pipeline import trainer
+from clipwright.pipeline.train import trainer
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data.loader import Loader
-from clipwright.pipeline.engine import Engine
+from clipwright.pipeline.train.engine import Engine
 
 rank, rule = int(os.environ.get("RANK", "0")), Path("fault").read_text()
 embed, wait, save = Engine._embed, Loader._wait, trainer.Trainer._save

@@ -251,7 +251,7 @@ def test_a_tokenizer_folder_with_code_of_its_own(tmp_path: Path, source: str, ca
         for file in ("tokenizer_config.json", "config.json"):
             (folder / file).write_text(json.dumps(named))
             with pytest.raises(ClipwrightError) as caught:
-                TOKENIZERS.preset("huggingface", folder=str(folder)).learn([], tmp_path)
+                TOKENIZERS.preset("huggingface", folder=str(folder)).train([], tmp_path)
             assert caught.value.code == "E_UNSAFE" and "auto_map" in caught.value.where
             assert "tokenization_evil.T" in caught.value.found
             (folder / file).unlink()

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from clipwright.pipeline.core import files
 from clipwright.pipeline.core.captions import MAX_BYTES, CaptionError, normalise
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.folders import records
 
 
 def test_canonical_json_is_one_text_for_equal_values() -> None:
-    assert records.canonical_json({"b": 1.5, "a": ["é", None]}) == '{"a":["é",null],"b":1.5}'
+    assert files.canonical_json({"b": 1.5, "a": ["é", None]}) == '{"a":["é",null],"b":1.5}'
     with pytest.raises(ValueError, match="Out of range"):
-        records.canonical_json(float("nan"))
+        files.canonical_json(float("nan"))
 
 
 def test_dataset_fingerprint_is_the_documented_hash() -> None:
@@ -30,14 +31,14 @@ def test_dataset_fingerprint_is_the_documented_hash() -> None:
 
 def test_a_failed_write_leaves_the_old_file_and_no_partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.json"
-    records.atomic_write(path, "old")
+    files.atomic_write(path, "old")
 
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        records.atomic_write(path, "new")
+        files.atomic_write(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 

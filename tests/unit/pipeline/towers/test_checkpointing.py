@@ -129,10 +129,10 @@ ENGINES = """
 import json, torch, deepspeed
 from torch import nn
 from clipwright.pipeline.core.config import resolve
-from clipwright.pipeline.distributed import process_group
-from clipwright.pipeline.engine import deepspeed_config
-from clipwright.pipeline.model import TwoTower
-from clipwright.pipeline.run import RunConfig, prepare_towers
+from clipwright.pipeline.distributed.group import process_group
+from clipwright.pipeline.train.engine import deepspeed_config
+from clipwright.pipeline.model.two_tower import TwoTower
+from clipwright.pipeline.train.config import RunConfig, prepare_towers
 
 compile = nn.Module.compile
 nn.Module.compile = lambda module: compile(module, backend="aot_eager")
