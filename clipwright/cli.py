@@ -47,6 +47,7 @@ REGISTRIES = {
     "tokenizers": "clipwright.pipeline.tokenizers.base:TOKENIZERS",
     "sources": "clipwright.data_prep.sources.base:SOURCES",
     "benchmarks": "clipwright.eval.benchmarks.base:BENCHMARKS",
+    "recipes": "clipwright.eval.search.recipes.base:RECIPES",
 }
 
 

@@ -51,7 +51,7 @@ def embed(call: Call) -> None:
             call.finish(manifest, text, then=f"clipwright index build flat embeddings={out} -o INDEX")
 
 
-@command(index_app, "index build", kind="clipwright.eval.search.versions:IndexConfig")
+@command(index_app, "index build", kind="clipwright.eval.search.versions:IndexBuildConfig")
 def index_build(call: Call) -> None:
     """Embedding folder to index folder."""
     from clipwright.eval.search.versions import build
@@ -60,7 +60,7 @@ def index_build(call: Call) -> None:
     out = call.output()
     if call.dry_run:
         call.finish(
-            resolved.tree, f"would build a {resolved.value.recipe} index of {resolved.value.embeddings} in {out}"
+            resolved.tree, f"would build a {resolved.value.recipe.name} index of {resolved.value.embeddings} in {out}"
         )
         return
     version = build(resolved, out, fresh=call.fresh, quiet=call.quiet)

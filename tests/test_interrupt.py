@@ -47,7 +47,7 @@ COMMANDS = {
     ),
     "index": (
         ["index", "build", "flat", "embeddings=embeddings"],
-        ("clipwright.eval.search.versions", "module", "_unit"),
+        ("clipwright.eval.search.versions", "module", "_renormalized"),
         ["current", "versions/0*"],
     ),
     "eval": (

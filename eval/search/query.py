@@ -72,7 +72,7 @@ class Searcher:
         """The hits of each float32 unit row of `queries` (Q, E); equal scores stand in order of id."""
         if k < 1:
             raise ClipwrightError("E_CONFIG_VALUE", "no hits asked for", where="k", found=str(k), fix="k=1 or more")
-        scores, ids = self.index.faiss.search(queries, min(k, self.index.faiss.ntotal))
+        scores, ids = self.index.search(queries, k)
         return [self._hits(s, i) for s, i in zip(scores, ids, strict=True)]
 
     def _hits(self, scores: np.ndarray, ids: np.ndarray) -> list[dict[str, Any]]:

@@ -1,12 +1,13 @@
-"""Index folders: a FAISS index with its ids inside, the rows they mean, and a manifest that binds the two."""
+"""Index folders: numbered versions, each a FAISS index, its rows, and a manifest that binds the two."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import faiss
 import numpy as np
@@ -14,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipwright.eval.folders import CONFIG, claim, read_origin, write_origin
-from clipwright.pipeline.core.config import Resolved
+from clipwright.eval.search.recipes.base import RECIPES, IndexInput, Recipe, RecipeConfig
+from clipwright.eval.search.rows import ROWS, read_rows, write_rows
+from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, digest, fsync_folder
 from clipwright.pipeline.core.log import Progress
@@ -22,35 +25,44 @@ from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.unsafe import refuse_code, unsafe
 from clipwright.pipeline.folders.records import check_files, file_entries, read_manifest, write_manifest
 
-CURRENT, VERSIONS, FAISS, ROWS = "current", "versions", "index.faiss", "rows-00000.parquet"
+CURRENT, VERSIONS, FAISS = "current", "versions", "index.faiss"
 CANARIES = 16
-_CHUNK = 1 << 16  # rows added at a time
+_BLOCK_ROWS = 1 << 16  # embeddings that are held as float32 at a time
 
 
 @configclass
-class IndexConfig:
-    """What is indexed and how. `flat` compares a query with every row: exact."""
+class IndexBuildConfig:
+    """An embedding folder and the recipe that turns it into an index."""
 
     embeddings: str
-    recipe: Literal["flat"] = "flat"
+    """Embedding folder to index."""
+    recipe: Annotated[RecipeConfig, Choice(RECIPES, "flat")]
+    """Kind of index; `clipwright list recipes` shows all."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """One version of an index folder, opened and checked: `rows[i]` is what `ids[i]` means; ids ascend."""
+    """One version of an index folder, opened and checked. `rows[i]` is the row of `ids[i]`; ids ascend."""
 
     folder: Path
     manifest: dict[str, Any]
     faiss: Any
+    recipe: Recipe
     rows: pa.Table
     ids: np.ndarray
 
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the cosines (Q, k) and ids (Q, k) of the nearest rows to float32 unit rows (Q, E)."""
+        return self.faiss.search(queries, min(k, self.faiss.ntotal), params=self.recipe.search_parameters())
 
-def build(resolved: Resolved[IndexConfig], out: Path, *, fresh: bool, quiet: bool = False) -> dict[str, Any]:
-    """Builds the next version in `out` and makes it the current one; returns its manifest, `name` and `made`.
 
-    If the current version is whole and made from the same embeddings by the same recipe, nothing is done. Ids are
-    never used twice in an index folder: a new version goes on counting where the last one ended.
+def build(resolved: Resolved[IndexBuildConfig], out: Path, *, fresh: bool, quiet: bool = False) -> dict[str, Any]:
+    """Builds the next version in `out` and makes it the current version.
+
+    If the current version is valid and was made from the same embeddings by the same recipe, nothing is built. Ids
+    are never reused within an index folder: a new version continues after the last id of all versions.
+
+    Returns the version's manifest, its `name`, and `made`: whether it was built now.
     """
     config = resolved.value
     embeddings = Path(config.embeddings)
@@ -58,15 +70,16 @@ def build(resolved: Resolved[IndexConfig], out: Path, *, fresh: bool, quiet: boo
     check_files(embeddings, source["files"], "E_EMBED_HASH")
     refuse_code(embeddings, "an embedding folder")
     claim(out, (CURRENT, VERSIONS))
-    if not fresh and (whole := _whole(out, source["fingerprint"], config.recipe)) is not None:
-        return {**whole, "made": False}
+    current = None if fresh else _reusable_version(out, source["fingerprint"], config.recipe)
+    if current is not None:
+        return {**current, "made": False}
     versions = out / VERSIONS
     versions.mkdir(exist_ok=True)
     staged = versions / ".version.partial"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     try:
-        with Progress("index", source["rows"], "vectors", quiet=quiet) as progress:
+        with Progress("index", source["rows"], "embeddings", quiet=quiet) as progress:
             manifest = _write_version(staged, embeddings, source, config.recipe, _next_id(versions), progress)
         atomic_write(staged / CONFIG, resolved.yaml())
         name = f"{1 + max((int(p.name) for p in versions.glob('[0-9]*')), default=0):06d}"
@@ -79,11 +92,31 @@ def build(resolved: Resolved[IndexConfig], out: Path, *, fresh: bool, quiet: boo
     return {**manifest, "name": name, "made": True}
 
 
-def _whole(out: Path, embeddings: str, recipe: str) -> dict[str, Any] | None:
-    """Manifest and `name` of the current version if it is of these embeddings and recipe and undamaged."""
+def open_version(folder: Path) -> Index:
+    """Opens the current version of an index folder.
+
+    FAISS readers trust their input, so the manifest and the size and SHA-256 of every file are checked first. Raises
+    E_INPUT, E_MANIFEST, E_INDEX_HASH, E_UNSAFE, and E_INDEX_ROWS if embeddings and rows do not match.
+    """
+    name, manifest = _current_version(folder)
+    version = folder / VERSIONS / name
+    check_files(version, manifest["files"], "E_INDEX_HASH")
+    refuse_code(version, "an index folder")
+    recipe = _recorded_recipe(version, manifest)
+    index = faiss.read_index(str(version / FAISS))
+    rows, ids = read_rows(version)
+    mismatch = _find_mismatch(index, ids, manifest)
+    if mismatch is not None:
+        raise _rows_error(version, mismatch, "build the index again with --fresh")
+    return Index(version, manifest, index, recipe, rows, ids)
+
+
+def _reusable_version(out: Path, embeddings: str, recipe: RecipeConfig) -> dict[str, Any] | None:
+    """Returns the current version's manifest and `name` if it is valid and of these embeddings and this recipe."""
+    wanted = {"embeddings": embeddings, **_recipe_entries(recipe)}
     try:
-        name, manifest = _current(out)
-        if (manifest["embeddings"], manifest["recipe"]) != (embeddings, recipe):
+        name, manifest = _current_version(out)
+        if any(manifest.get(key) != value for key, value in wanted.items()):
             return None
         check_files(out / VERSIONS / name, manifest["files"], "E_INDEX_HASH")
     except ClipwrightError:
@@ -91,35 +124,51 @@ def _whole(out: Path, embeddings: str, recipe: str) -> dict[str, Any] | None:
     return {**manifest, "name": name}
 
 
+def _recipe_entries(recipe: RecipeConfig) -> dict[str, Any]:
+    """Returns what the manifest records of a recipe: its name, and its parameters if it has any."""
+    parameters = {key: value for key, value in dataclasses.asdict(recipe).items() if key != "name"}
+    if not parameters:
+        return {"recipe": recipe.name}
+    return {"recipe": recipe.name, "recipe_parameters": parameters}
+
+
+def _recorded_recipe(version: Path, manifest: dict[str, Any]) -> Recipe:
+    name = manifest["recipe"]
+    if name not in RECIPES.entries:
+        raise ClipwrightError(
+            "E_MANIFEST",
+            "the index was built with an unknown recipe",
+            where=version,
+            found=f"recipe {name!r} (known: {', '.join(RECIPES.entries)})",
+            fix="load the plugin that defines the recipe, or build the index again",
+        )
+    return RECIPES.build(RECIPES.preset(name, **manifest.get("recipe_parameters", {})))
+
+
 def _next_id(versions: Path) -> int:
-    """The first id that no version has used."""
+    """Returns the first id that no version has used."""
     return max((read_manifest(p.parent, "index")["next_id"] for p in versions.glob("[0-9]*/manifest.json")), default=0)
 
 
 def _write_version(
-    folder: Path, embeddings: Path, source: dict[str, Any], recipe: str, first: int, progress: Progress
+    folder: Path, embeddings: Path, source: dict[str, Any], recipe: RecipeConfig, first_id: int, progress: Progress
 ) -> dict[str, Any]:
-    index = faiss.IndexIDMap2(faiss.IndexFlatIP(source["dimension"]))
-    schema: pa.Schema | None = None
-    writer: pq.ParquetWriter | None = None
-    following = first
-    try:
-        for unit, rows in _parts(embeddings, source):
-            ids = np.arange(following, following + len(unit), dtype=np.int64)
-            for start in range(0, len(unit), _CHUNK):
-                some = slice(start, start + _CHUNK)
-                index.add_with_ids(_unit(unit[some]), ids[some])
-                progress.add(len(ids[some]))
-            table = rows.add_column(0, "id", pa.array(ids))
-            schema = schema or table.schema
-            writer = writer or pq.ParquetWriter(folder / ROWS, schema)
-            writer.write_table(table.cast(schema))
-            following += len(unit)
-    finally:
-        if writer is not None:
-            writer.close()
-    if writer is None:
-        raise _disagree(embeddings, "no rows", "embed a dataset that has samples")
+    parts = [_open_part(embeddings / name, source) for name in sorted(source["files"]) if name.endswith(".npy")]
+    if not parts:
+        raise _rows_error(embeddings, "the embedding folder has no rows", "embed a dataset that has samples")
+    next_id = write_rows(folder, [rows for _, rows in parts], first_id)
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        block_id = first_id
+        for embeddings, _ in parts:
+            for start in range(0, len(embeddings), _BLOCK_ROWS):
+                block = _renormalized(embeddings[start : start + _BLOCK_ROWS])
+                yield block, np.arange(block_id, block_id + len(block), dtype=np.int64)
+                block_id += len(block)
+                progress.add(len(block))
+
+    rows = next_id - first_id
+    index = RECIPES.build(recipe).build(IndexInput(rows, source["dimension"], blocks))
     faiss.write_index(index, str(folder / FAISS))
     files = file_entries(folder, [FAISS, ROWS])
     body = {
@@ -129,62 +178,83 @@ def _write_version(
         "what": source["what"],
         "dimension": source["dimension"],
         "metric": "inner_product",
-        "recipe": recipe,
-        "rows": following - first,
-        "next_id": following,
+        **_recipe_entries(recipe),
+        "rows": rows,
+        "next_id": next_id,
         "files": files,
-        "canaries": _canaries(index, np.arange(first, following)),
+        "canaries": _make_canaries(index, np.arange(first_id, next_id)),
     }
     fingerprint = digest({"model": body["model"], "files": {name: entry["sha256"] for name, entry in files.items()}})
     return write_manifest(folder, "index", fingerprint, body)
 
 
-def _parts(embeddings: Path, source: dict[str, Any]) -> Iterator[tuple[np.ndarray, pa.Table]]:
-    """Vectors (float16, mapped) and rows of each part, in order."""
-    for name in sorted(name for name in source["files"] if name.endswith(".npy")):
-        unit = _vectors(embeddings / name)
-        rows = pq.read_table((embeddings / name).with_suffix(".parquet"))
-        if unit.shape != (rows.num_rows, source["dimension"]):
-            found = f"vectors {unit.shape}, rows {rows.num_rows}, dimension {source['dimension']}"
-            raise _disagree(embeddings / name, found, "run `clipwright embed` again with --fresh")
-        yield unit, rows
+def _open_part(path: Path, source: dict[str, Any]) -> tuple[np.ndarray, Path]:
+    """Returns the float16 embeddings (n, E) of one part, memory-mapped, and the path of its row table."""
+    rows_path = path.with_suffix(".parquet")
+    embeddings = _map_array(path)
+    rows, dimension = pq.read_metadata(rows_path).num_rows, source["dimension"]
+    if embeddings.shape != (rows, dimension):
+        found = f"embeddings {embeddings.shape}, {rows} rows, dimension {dimension} in the manifest"
+        raise _rows_error(path, found, "run `clipwright embed` again with --fresh")
+    return embeddings, rows_path
 
 
-def _vectors(path: Path) -> np.ndarray:
-    """An npy file, mapped. E_UNSAFE for one of Python objects, which is a pickle."""
+def _map_array(path: Path) -> np.ndarray:
+    """Memory-maps an npy file. Raises E_UNSAFE for an array of Python objects, which is a pickle."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        if "object" in str(error).lower():  # as a dtype
+        if "object" in str(error).lower():  # NumPy names the dtype in its message
             raise unsafe(path, "a part of an embedding folder", str(error)) from None
-        raise _disagree(path, str(error), "run `clipwright embed` again with --fresh") from None
+        raise _rows_error(path, str(error), "run `clipwright embed` again with --fresh") from None
 
 
-def _unit(half: np.ndarray) -> np.ndarray:
-    """float16 rows as float32 rows of length one again: rounding moved them by up to 5e-4."""
+def _renormalized(half: np.ndarray) -> np.ndarray:
+    """Returns float16 rows as float32 unit rows: rounding to float16 changed their length by up to 5e-4."""
     rows = half.astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def _canaries(index: Any, ids: np.ndarray) -> list[dict[str, int]]:
-    """A few ids, spread over the index, with the id that their own vector finds first (a copy's may be lower)."""
+def _make_canaries(index: Any, ids: np.ndarray) -> list[dict[str, int]]:
+    """Returns a few ids, spread over the index, each with the top-1 id of its own embedding.
+
+    The two differ where an earlier row has an equal embedding.
+    """
     chosen = ids[np.unique(np.linspace(0, len(ids) - 1, CANARIES).astype(np.int64))]
     return [{"id": int(i), "top1": int(top)} for i, top in zip(chosen, _top1(index, chosen), strict=True)]
 
 
 def _top1(index: Any, ids: np.ndarray) -> np.ndarray:
-    """The lowest id among those that tie with the best hit of each row's own vector."""
-    vectors = np.stack([index.reconstruct(int(i)) for i in ids])
-    scores, found = index.search(vectors, min(8, index.ntotal))
-    found = np.where(scores >= scores[:, :1] - 1e-6, found, np.iinfo(np.int64).max)
-    return found.min(1)
+    """Searches for the embedding of each id; returns the lowest of the ids that tie for the first place."""
+    queries = np.stack([index.reconstruct(int(i)) for i in ids])
+    scores, hits = index.search(queries, min(8, index.ntotal))
+    hits = np.where(scores >= scores[:, :1] - 1e-6, hits, np.iinfo(np.int64).max)
+    return hits.min(1)
 
 
-def _current(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Name and manifest of the version that `current` names."""
+def _find_mismatch(index: Any, ids: np.ndarray, manifest: dict[str, Any]) -> str | None:
+    """Returns why embeddings, rows and manifest do not belong together; None if they do."""
+    if (index.ntotal, index.d) != (manifest["rows"], manifest["dimension"]):
+        recorded = f"{manifest['rows']} × {manifest['dimension']}"
+        return f"the index holds {index.ntotal} × {index.d} numbers, the manifest states {recorded}"
+    if len(ids) != index.ntotal:
+        return f"{index.ntotal} embeddings and {len(ids)} rows"
+    index_ids = faiss.vector_to_array(index.id_map) if isinstance(index, faiss.IndexIDMap2) else np.empty(0)
+    if not np.array_equal(ids, np.sort(index_ids)):
+        return "the ids of the embeddings are not the ids of the rows"
+    canaries = manifest["canaries"]
+    found = _top1(index, np.array([canary["id"] for canary in canaries]))
+    for canary, top in zip(canaries, found, strict=True):
+        if top != canary["top1"]:
+            return f"the top-1 hit of id {canary['id']} is {top}; when the index was built it was {canary['top1']}"
+    return None
+
+
+def _current_version(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Returns the name and the manifest of the version that the file `current` names."""
     if not folder.is_dir():
         raise ClipwrightError(
-            "E_INPUT", "no index folder", where=folder, found="there is no such folder", fix="check the path"
+            "E_INPUT", "the index folder does not exist", where=folder, found="no such folder", fix="check the path"
         )
     try:
         name = (folder / CURRENT).read_text(encoding="utf-8").strip()
@@ -193,50 +263,13 @@ def _current(folder: Path) -> tuple[str, dict[str, Any]]:
     if not name.isdigit():
         raise ClipwrightError(
             "E_MANIFEST",
-            "an index folder without a current version",
+            "the index folder has no current version",
             where=folder,
             found=f"`{CURRENT}` is missing or names no version: `clipwright index build` did not finish",
-            fix="run that command again",
+            fix="run `clipwright index build` again",
         )
     return name, read_manifest(folder / VERSIONS / name, "index")
 
 
-def open_version(folder: Path) -> Index:
-    """Opens the current version of an index folder.
-
-    The manifest first, then size and SHA-256 of every file, and only then does FAISS read anything: its readers
-    trust their input. Raises E_INPUT, E_MANIFEST, E_INDEX_HASH, E_UNSAFE, and E_INDEX_ROWS if vectors and rows
-    disagree.
-    """
-    name, manifest = _current(folder)
-    version = folder / VERSIONS / name
-    check_files(version, manifest["files"], "E_INDEX_HASH")
-    refuse_code(version, "an index folder")
-    index = faiss.read_index(str(version / FAISS))
-    rows = pq.read_table(version / ROWS)
-    ids = np.asarray(rows["id"])
-    inside = np.sort(faiss.vector_to_array(index.id_map)) if isinstance(index, faiss.IndexIDMap2) else np.empty(0)
-    found = None
-    if (index.ntotal, index.d) != (manifest["rows"], manifest["dimension"]):
-        found = f"vectors {index.ntotal} × {index.d}, the manifest says {manifest['rows']} × {manifest['dimension']}"
-    elif len(ids) != index.ntotal:
-        found = f"{index.ntotal} vectors and {len(ids)} rows"
-    elif not np.array_equal(ids, inside):
-        found = "the ids beside the vectors are not the ids of the rows"
-    else:
-        found = _canary(index, manifest["canaries"])
-    if found is not None:
-        raise _disagree(version, found, "build the index again with --fresh")
-    return Index(version, manifest, index, rows, ids)
-
-
-def _canary(index: Any, canaries: list[dict[str, int]]) -> str | None:
-    found = _top1(index, np.array([canary["id"] for canary in canaries]))
-    for canary, top in zip(canaries, found, strict=True):
-        if top != canary["top1"]:
-            return f"the vector of id {canary['id']} finds {top} first, it found {canary['top1']} when it was built"
-    return None
-
-
-def _disagree(where: Path, found: str, fix: str) -> ClipwrightError:
-    return ClipwrightError("E_INDEX_ROWS", "vectors and rows that disagree", where=where, found=found, fix=fix)
+def _rows_error(where: Path, found: str, fix: str) -> ClipwrightError:
+    return ClipwrightError("E_INDEX_ROWS", "embeddings and rows do not match", where=where, found=found, fix=fix)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipwright.eval.search.versions import IndexConfig, build, open_version
+from clipwright.eval.search.versions import IndexBuildConfig, build, open_version
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.folders.records import file_entries, write_manifest
@@ -34,7 +34,7 @@ def make_embeddings(folder: Path, sizes: list[int], dim: int = 24, seed: int = 0
 
 
 def make_index(embeddings: Path, out: Path, *, fresh: bool = False) -> dict:
-    return build(resolve(IndexConfig, base={"embeddings": str(embeddings)}), out, fresh=fresh)
+    return build(resolve(IndexBuildConfig, base={"embeddings": str(embeddings)}), out, fresh=fresh)
 
 
 def rewrite_manifest(version: Path, **changes) -> None:
@@ -165,7 +165,7 @@ def test_commands_name_what_is_wrong(quick_cli, refused, embedded, indexed, tmp_
     pq.write_table(pq.read_table(version / "rows-00000.parquet").slice(1), version / "rows-00000.parquet")
     refused(quick_cli("search", index, "text=a"), "E_INDEX_HASH", 3, "rows-00000.parquet")
     rewrite_manifest(version)
-    refused(quick_cli("search", index, "text=a"), "E_INDEX_ROWS", 3, "7 vectors and 6 rows", "--fresh")
+    refused(quick_cli("search", index, "text=a"), "E_INDEX_ROWS", 3, "7 embeddings and 6 rows", "--fresh")
     (index / "current").unlink()
     refused(quick_cli("search", index, "text=a"), "E_MANIFEST", 3, index, "index build")
     refused(quick_cli("search", tmp_path / "nowhere", "text=a"), "E_INPUT", 3, tmp_path / "nowhere")
