@@ -196,8 +196,7 @@ def _entries(kind: str, image_size: int | None) -> list[dict[str, Any]]:
     for name in names.split(","):
         registry = getattr(importlib.import_module(module), name)
         for preset, entry in registry.entries.items():
-            family = getattr(entry.config, "family", entry.config.__module__.rpartition(".")[2])
-            row = {"name": preset, "family": family}
+            row = {"name": preset, "family": entry.family}
             row |= _tower_size(registry, preset, image_size) if kind == "towers" else {"kind": registry.kind}
             error = row.pop("error", None)
             rows.append({**row, "source": entry.source, **({"error": error} if error else {})})

@@ -180,7 +180,7 @@ def write_shards(
     todo = plan.tasks(size, [number for number in numbers if number not in receipts])
     begun = sum(map(_rows, receipts.values()))
     rows = round(job.source.count * len(numbers) / max(plan.shards(size), 1))  # of a part, about
-    with Progress("prep", rows, "rows", quiet=quiet, begun=begun) as progress:
+    with Progress("prep", rows, "rows", quiet=quiet, already_done=begun) as progress:
         for receipt in engine.run(write_shard, todo):
             receipts[receipt["shard"]] = receipt
             progress.add(_rows(receipt), sum(receipt["rejects"].values()) - receipt["merged"])

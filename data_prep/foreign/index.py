@@ -146,7 +146,7 @@ def _scan_all(folder: Path, names: list[str], config: IndexConfig, quiet: bool) 
     todo = [(number, name) for number, name in enumerate(names) if number not in receipts]
     with (
         Engine(workers_for(config.runtime.workers, len(todo)), folder) as engine,
-        Progress("index", len(names), "tars", quiet=quiet, begun=len(receipts)) as progress,
+        Progress("index", len(names), "tars", quiet=quiet, already_done=len(receipts)) as progress,
     ):
         for receipt in engine.run(scan_tar, todo):
             receipts[receipt["number"]] = receipt

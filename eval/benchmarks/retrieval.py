@@ -14,7 +14,7 @@ from clipwright.eval.metrics import Found, Retrieved, best, retrieval
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.core.tables import aligned
+from clipwright.pipeline.core.tables import align
 from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.model.folder import load_model
 
@@ -112,7 +112,7 @@ def table(numbers: dict[str, Any]) -> str:
     for way, label in (("i2t", "image → text"), ("t2i", "text → image")):
         cells = [f"{numbers[way][f'r{k}']:.1%} ({numbers[way][f'chance_r{k}']:.1%})" for k in (1, 5, 10)]
         rows.append([label, *cells, str(numbers[way]["n"])])
-    return aligned(rows)
+    return align(rows)
 
 
 BENCHMARKS.add(

@@ -17,7 +17,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.core.tables import aligned
+from clipwright.pipeline.core.tables import align
 
 
 @configclass
@@ -130,7 +130,7 @@ def table(numbers: dict[str, Any]) -> str:
     rows = [[q["query"], str(q["hits_right"]), str(q["relevant"])] for q in numbers["queries"]]
     mean, chance = numbers[f"mean_precision_at_{k}"], numbers["chance"]
     return (
-        aligned([["query", f"right of {k}", "in index"], *rows])
+        align([["query", f"right of {k}", "in index"], *rows])
         + f"\nmean precision@{k} {mean:.3f} over {numbers['n']} queries (chance {chance:.3f})"
     )
 

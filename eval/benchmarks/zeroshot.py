@@ -11,7 +11,7 @@ from clipwright.eval.prompting import load_classes, load_templates
 from clipwright.eval.zeroshot import answer, ask
 from clipwright.pipeline.core.files import digest
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.core.tables import aligned
+from clipwright.pipeline.core.tables import align
 from clipwright.pipeline.model.folder import load_model
 
 WORST = 10
@@ -67,15 +67,15 @@ def table(numbers: dict[str, Any]) -> str:
     rows = [head, ["all", top1, *shares, *(str(z[name]) for name in ("n", "classes", "templates"))]]
     for name in (name.removesuffix("_top1") for name in z if name.endswith("_top1")):
         rows.append([name, f"{z[f'{name}_top1']:.1%}", "", "", f"{z[f'{name}_chance']:.1%}", "", "", ""])
-    parts = [aligned(rows)]
+    parts = [align(rows)]
     if z["merged"]:
         parts.append(f"{z['merged']} of the classes given have the name of another and are one with it")
     shown = sorted((c for c in z["per_class"] if c["n"]), key=lambda c: c["top1"])[:WORST]
     worst = [["worst classes", "top-1", "images"], *([c["name"], f"{c['top1']:.1%}", str(c["n"])] for c in shown)]
-    parts.append(aligned(worst))
+    parts.append(align(worst))
     if z["confused"]:
         commonest = [[c["label"], c["predicted"], str(c["n"])] for c in z["confused"]]
-        parts.append(aligned([["commonest confusions", "taken for", "images"], *commonest], left=2))
+        parts.append(align([["commonest confusions", "taken for", "images"], *commonest], left=2))
     return "\n\n".join(parts)
 
 

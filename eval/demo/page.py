@@ -15,6 +15,7 @@ from clipwright.eval import plots
 from clipwright.eval.demo.results import Demo
 from clipwright.pipeline import pixels
 from clipwright.pipeline.core.files import atomic_write
+from clipwright.pipeline.core.log import format_duration
 from clipwright.pipeline.core.page import render
 
 PAGE = "report.html"
@@ -52,11 +53,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.{0 if 0.1 <= share <= 0.99 or share in (0, 1) else 1}f}\N{NO-BREAK SPACE}%"
 
 
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s".removeprefix("0 min ").replace(" ", "\N{NO-BREAK SPACE}")
-
-
 def _values(demo: Demo) -> dict[str, Any]:
     """What the template shows."""
     ends = [datetime.datetime.fromisoformat(status["ended"]) for status in demo.status.values()]
@@ -72,9 +68,9 @@ def _values(demo: Demo) -> dict[str, Any]:
             "Version": f"clipwright {importlib.metadata.version('clipwright')}, Python {train['versions']['python']}, "
             f"torch {train['versions'].get('torch', '?')}",
             "Machine": train["host"],
-            "Training": duration(trained),
+            "Training": format_duration(trained),
             # Steps that were found finished say when they were looked at again, not how long they took.
-            **({"Whole demo": duration(wall)} if wall >= trained else {}),
+            **({"Whole demo": format_duration(wall)} if wall >= trained else {}),
         },
         "verdict": _verdict(demo),
         "commands": {name: status["command"].removesuffix(" --json") for name, status in demo.status.items()},
@@ -190,7 +186,8 @@ def _training(demo: Demo, seconds: float) -> dict[str, Any]:
         f"the end, and {percent(text[-1])} of the captions their picture; guessing finds {percent(1 / batch)}.",
         "rate": f"{statistics.median(rate):.0f} samples a second in the middle; "
         f"{percent(statistics.median([line['data_share'] for line in log]))} of the time was spent waiting for data, "
-        f"{max(line['memory_gb'] for line in log):.1f} GB of memory was used. Training took {duration(seconds)}.",
+        f"{max(line['memory_gb'] for line in log):.1f} GB of memory was used. "
+        f"Training took {format_duration(seconds)}.",
     }
     level = (chance, f"guessing: {chance:.2f}")
     figures = [

@@ -1,4 +1,4 @@
-"""What a person reads while a command runs: words, progress, and no noise from libraries."""
+"""What a person reads while a command runs: progress, durations, and no noise from libraries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def quiet_libraries() -> None:
-    """Silences notices that ask nothing of the user; a warning that is shown means: act."""
+    """Silences notices that ask nothing of the user: a warning that is shown needs action."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("deepspeed", "DeepSpeed", "accelerate", "transformers", "torch.distributed", "webdataset"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -24,24 +24,34 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' warnings and bars: what matters is an error of ours."""
-    from transformers.utils import logging as theirs  # noqa: PLC0415
+    """Silences the warnings and progress bars of transformers; what matters is raised as a ClipwrightError."""
+    from transformers.utils import logging as transformers_logging  # noqa: PLC0415
 
-    level = theirs.get_verbosity()
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        theirs.set_verbosity(level)
+        transformers_logging.set_verbosity(level)
+
+
+def format_duration(seconds: float) -> str:
+    """`42s`, `2m28s`, `25h16m`, rounded to the last unit shown."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    return f"{total // 3600}h{total % 3600 // 60:02d}m"
 
 
 class Progress:
-    """Done/total, rate, time left and failures, on stderr: a bar on a terminal, elsewhere a plain line per interval.
+    """Done/total, rate, time left and failures on stderr: a bar on a terminal, elsewhere one plain line per interval.
 
-    Used as `with Progress("prep", total, "rows", quiet=call.quiet) as progress: … progress.add(10)`. The bar leaves
-    nothing behind; the command's own summary says what was done. NO_COLOR is honoured. `begun`: what an earlier start
-    had done already, which counts as done but not for the rate.
+    Used as `with Progress("prep", total, "rows", quiet=call.quiet) as progress: … progress.add(10)`. The bar is removed
+    at the end; the command's summary reports the result. NO_COLOR is honored. `already_done`: the amount that an
+    earlier start had done, which counts as done but not toward the rate.
     """
 
     def __init__(
@@ -52,11 +62,17 @@ class Progress:
         *,
         quiet: bool = False,
         interval: float = 10.0,
-        begun: int = 0,
+        already_done: int = 0,
     ) -> None:
-        self.what, self.total, self.unit, self.quiet, self.interval = what, total, unit, quiet, interval
-        self.started = self.last = time.monotonic()
-        self.done = self.begun = begun
+        self.what = what
+        self.total = total
+        self.unit = unit
+        self.quiet = quiet
+        self.interval = interval
+        self.started = time.monotonic()
+        self.last_line = self.started
+        self.already_done = already_done
+        self.done = already_done
         self.failed = 0
         self._bar: Any = None
 
@@ -68,7 +84,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Takes the bar away; the cursor is back, whatever ended the work.
+        # Removes the bar and restores the cursor, however the work ended.
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -77,21 +93,21 @@ class Progress:
         self.done += done
         self.failed += failed
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, left=self._left())
-        elif not self.quiet and time.monotonic() - self.last >= self.interval:
-            self.last = time.monotonic()
+            self._bar.update(self._task, completed=self.done, details=self._details())
+        elif not self.quiet and time.monotonic() - self.last_line >= self.interval:
+            self.last_line = time.monotonic()
             of = f"/{self.total}" if self.total is not None else ""
-            print(f"{self.what} {self.done}{of} {self.unit}  {self._left()}", file=sys.stderr, flush=True)
+            print(f"{self.what} {self.done}{of} {self.unit}  {self._details()}", file=sys.stderr, flush=True)
 
     def rename(self, what: str) -> None:
-        """Says what is being done now."""
+        """Changes the description of the work in progress."""
         self.what = what
         if self._bar is not None:
             self._bar.update(self._task, description=self._description())
 
     @contextmanager
     def above(self) -> Iterator[None]:
-        """What is printed meanwhile, on stdout or stderr, stands above the bar where there is one."""
+        """Lines printed inside this context, on stdout or stderr, appear above the bar if there is one."""
         if self._bar is not None:
             self._bar.stop()
         try:
@@ -100,36 +116,36 @@ class Progress:
             if self._bar is not None:
                 self._bar.start()
 
-    def _left(self) -> str:
+    def _details(self) -> str:
         """Rate, time left, failures."""
-        rate = (self.done - self.begun) / max(time.monotonic() - self.started, 1e-9)
+        rate = (self.done - self.already_done) / max(time.monotonic() - self.started, 1e-9)
         text = f"{rate:.0f}/s" if rate >= 10 else f"{rate:.1f}/s"
         if self.total is not None and rate > 0:
-            minutes, seconds = divmod(round(max(self.total - self.done, 0) / rate), 60)
-            hours, minutes = divmod(minutes, 60)
-            text += f"  eta {hours}h{minutes:02d}m" if hours else f"  eta {minutes}m{seconds:02d}s"
-        return text + (f"  failed {self.failed}" if self.failed else "")
+            text += f"  eta {format_duration(max(self.total - self.done, 0) / rate)}"
+        if self.failed:
+            text += f"  failed {self.failed}"
+        return text
 
     def _description(self) -> str:
         return f"{self.what} ({self.unit})"
 
     def _start_bar(self) -> None:
-        # Imported where there is a terminal to draw on: rich costs 60 ms that a job's log need not pay.
+        # Imported only if there is a terminal to draw on: rich costs 60 ms.
         from rich.console import Console  # noqa: PLC0415
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn  # noqa: PLC0415
         from rich.progress import Progress as Bar  # noqa: PLC0415
 
         count = MofNCompleteColumn() if self.total is not None else TextColumn("{task.completed}")
-        columns = (TextColumn("{task.description}"), BarColumn(), count, TextColumn("{task.fields[left]}"))
-        # transient: a bar that is done says nothing that the summary does not say. stdout is not rich's: it would
-        # send what a command prints into a file to the terminal.
+        columns = (TextColumn("{task.description}"), BarColumn(), count, TextColumn("{task.fields[details]}"))
+        # transient: the summary replaces a finished bar. redirect_stdout=False: rich would send to the terminal what a
+        # command prints into a file.
         console = Console(stderr=True)
         self._bar = Bar(*columns, console=console, transient=True, refresh_per_second=4, redirect_stdout=False)
-        self._task = self._bar.add_task(self._description(), total=self.total, completed=self.done, left="")
+        self._task = self._bar.add_task(self._description(), total=self.total, completed=self.done, details="")
         try:
             self._bar.start()
-        except BaseException:  # Ctrl-C just now: where __enter__ did not end, nobody calls __exit__
-            with suppress(Exception):  # it may be half begun
+        except BaseException:  # Ctrl-C at this moment: __exit__ is not called if __enter__ does not return
+            with suppress(Exception):  # the bar may be half started
                 self._bar.stop()
             console.show_cursor()
             raise

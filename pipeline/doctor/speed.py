@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from clipwright.pipeline.core.log import format_duration
 from clipwright.pipeline.distributed.group import any_rank
 from clipwright.pipeline.doctor.base import Context, Found, check
 from clipwright.pipeline.doctor.model import autocast, forget_peak, free_on
@@ -53,8 +54,7 @@ def speed(context: Context) -> Found:
         "measured_steps": len(times.steps),
         "shares": shares,
     }
-    hours, rest = divmod(round(context.predicted["seconds"]), 3600)
-    took = f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+    took = format_duration(context.predicted["seconds"])
     return Found(
         "ok", f"{size / each:.0f} samples/s, {config.schedule.samples:,} in {took}, {len(times.steps)} steps timed"
     )

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from clipwright.pipeline.core.command import Call
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.log import format_duration
 from clipwright.pipeline.distributed.group import World
 from clipwright.pipeline.towers.base import parameter_count
 from clipwright.pipeline.train import run_folder
@@ -73,9 +74,6 @@ def peak_memory(device: torch.device) -> int:
 
 def step_line(record: dict[str, Any], steps: int, eta: float) -> str:
     """One fixed-field line of a step, for people and grep."""
-    minutes, seconds = divmod(round(eta), 60)
-    hours, minutes = divmod(minutes, 60)
-    left = f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
     counts = "".join(f"{name} {record[name]}  " for name in ("replaced", "skipped") if record[name])
     if "val_i2t_r1" in record:
         counts += f"val R@1 i2t {record['val_i2t_r1']:.3f} t2i {record['val_t2i_r1']:.3f}  "
@@ -84,7 +82,7 @@ def step_line(record: dict[str, Any], steps: int, eta: float) -> str:
         f"acc i2t {record['acc_image']:.2f} t2i {record['acc_text']:.2f}  "
         f"neg {record['negatives']}  scale {record.get('scale', 0):.1f}  "
         f"lr {record['lr']:.2e}  gnorm {_number(record['grad_norm'], '.2f')}  smp/s {record['samples_per_s']:.0f}  "
-        f"data {record['data_share']:.0%}  {counts}mem {record['memory_gb']:.1f}G  eta {left}"
+        f"data {record['data_share']:.0%}  {counts}mem {record['memory_gb']:.1f}G  eta {format_duration(eta)}"
     )
 
 

@@ -135,7 +135,7 @@ class Trainer:
     def _bar(self, end: int) -> Progress:
         """On a terminal; elsewhere the step lines are the progress."""
         total, quiet = end * self.schedule.global_batch, self.call.quiet or not self.world.is_rank0
-        return Progress("train", total, "samples", quiet=quiet, interval=math.inf, begun=self._samples())
+        return Progress("train", total, "samples", quiet=quiet, interval=math.inf, already_done=self._samples())
 
     def _samples(self) -> int:
         """Samples trained on so far."""

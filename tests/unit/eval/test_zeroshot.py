@@ -21,7 +21,7 @@ from clipwright.eval.encode import Picture
 from clipwright.eval.labelled import open_labelled
 from clipwright.eval.metrics import TIE
 from clipwright.eval.prompting import listing, load_classes, load_templates, shipped_sets
-from clipwright.pipeline.core.tables import aligned, width
+from clipwright.pipeline.core.tables import align, display_width
 
 COLOURS, SHAPES = ("red", "blue", "green", "분홍색"), ("star", "heart", "cross")
 
@@ -236,9 +236,9 @@ def test_prompts_from_files(tmp_path: Path) -> None:
 
 
 def test_wide_letters_take_two_cells() -> None:
-    assert [width(text) for text in ("ab", "분홍색", "e\u0301", "")] == [2, 6, 1, 0]
-    lines = aligned([["class", "n"], ["분홍색 별", "7"], ["red star", "12"]]).splitlines()
-    assert len({width(line) for line in lines}) == 1 and lines[1].endswith(" 7")
+    assert [display_width(text) for text in ("ab", "분홍색", "e\u0301", "")] == [2, 6, 1, 0]
+    lines = align([["class", "n"], ["분홍색 별", "7"], ["red star", "12"]]).splitlines()
+    assert len({display_width(line) for line in lines}) == 1 and lines[1].endswith(" 7")
 
 
 def jpeg(i: int, colour: tuple[int, int, int] = (200, 40, 40)) -> bytes:

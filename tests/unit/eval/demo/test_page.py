@@ -154,7 +154,7 @@ def test_the_page_says_what_the_numbers_say(cli: Any, demo: Path) -> None:
     assert "Easiest: 1, 100 % right. Hardest: 2, 67 %." in page  # by count
     assert "8 × 빨간 star taken for 빨간 $heart$" in page
     assert "The loss goes from 3.00 to 0.03; a model that only guesses stays at 2.08" in page
-    assert "Training took 18 s." in page  # 720 samples at 40 a second
+    assert "Training took 18s." in page  # 720 samples at 40 per second
     assert "each picture 20.0 times on average" in page
     assert "The model learned what colours and shapes are, not pictures by heart." in page
     assert "but left out 6 pairs of the two, such as “R&amp;B $heart$”; of 48 pictures of what it left out," in page

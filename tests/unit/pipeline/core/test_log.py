@@ -74,7 +74,7 @@ class Terminal:
 def test_a_terminal_gets_a_bar_that_is_gone_at_the_end(tmp_path: Path) -> None:
     text = Terminal(tmp_path).read()
     assert HIDE in text and text.rindex(SHOW) > text.rindex(HIDE)
-    assert COLOUR.search(text) and "count (things)" in text and "eta 0m" in text and "failed 1" in text
+    assert COLOUR.search(text) and "count (things)" in text and re.search(r"eta \d+s", text) and "failed 1" in text
     assert re.search(r"[1-5]/5", text)
     last = text[text.rindex(SHOW) :]
     assert "done" in last and "count" not in last
@@ -153,7 +153,7 @@ def test_what_an_earlier_start_did_counts_as_done_but_not_for_the_rate(
 ) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with Progress("prep", 100_000, "rows", begun=9000) as progress:
+    with Progress("prep", 100_000, "rows", already_done=9000) as progress:
         clock[0] += 10
         progress.add(10)
     with Progress("prep", 100_000, "rows", quiet=True) as progress:

@@ -117,7 +117,7 @@ def test_what_was_timed_becomes_a_prediction(
     times = speed.Times(steps=[4.0, 5.0, 3.0], waits=[1.0, 1.0, 1.0], processor=24.0)
     monkeypatch.setattr(speed, "measure", lambda made: times)
     found = speed.speed(made)
-    assert found.status == "ok" and "4 samples/s, 1,600 in 6 min 40 s, 3 steps timed" in found.found, found
+    assert found.status == "ok" and "4 samples/s, 1,600 in 6m40s, 3 steps timed" in found.found, found
     shares = {"data": 0.25, "image tower": 0.25, "text tower": 0.125, "loss and optimiser": 0.375}
     told = {"samples_per_s": 4, "processor_s_per_sample": 0.5, "data_share": 0.25, "seconds": 400, "measured_steps": 3}
     assert made.predicted["shares"] == shares and made.predicted.items() >= told.items()

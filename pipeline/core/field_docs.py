@@ -1,0 +1,95 @@
+"""What each field of a config means: the string literal directly below the field, read from the source.
+
+    lr: float = 1e-3
+    \"\"\"Peak learning rate.\"\"\"
+
+Python drops these literals at run time, so they are parsed from the file that defines the class.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+def field_docs(config: type[Any]) -> dict[str, str]:
+    """Field name → description, for the documented fields of a config class and of its bases."""
+    docs: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        file = getattr(sys.modules.get(base.__module__), "__file__", None)
+        if file is not None and base.__module__ not in sys.stdlib_module_names:
+            docs.update(_own_docs(Path(file), base.__name__))
+    return docs
+
+
+def unimported_docs(name: str) -> dict[str, str]:
+    """Field name → description (empty where there is none) of the config class `MODULE:CLASS`, without importing it.
+
+    For `--help`, which must not wait for torch. Bases are followed through `from MODULE import CLASS`.
+    """
+    module, _, class_name = name.partition(":")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, name
+    file = Path(spec.origin)
+    docs: dict[str, str] = {}
+    for base in _class(file, class_name).bases:
+        if isinstance(base, ast.Name) and base.id in _imports(file):
+            docs.update(unimported_docs(f"{_imports(file)[base.id]}:{base.id}"))
+        elif isinstance(base, ast.Name):
+            docs.update(unimported_docs(f"{module}:{base.id}"))
+    return {**docs, **_fields(_class(file, class_name))}
+
+
+def _own_docs(file: Path, class_name: str) -> dict[str, str]:
+    if class_name not in _classes(file):
+        return {}
+    return {field: text for field, text in _fields(_class(file, class_name)).items() if text}
+
+
+def _class(file: Path, name: str) -> ast.ClassDef:
+    return _classes(file)[name]
+
+
+@cache
+def _module(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@cache
+def _classes(file: Path) -> dict[str, ast.ClassDef]:
+    """All classes of a file by name, nested ones included."""
+    return {node.name: node for node in ast.walk(_module(file)) if isinstance(node, ast.ClassDef)}
+
+
+@cache
+def _imports(file: Path) -> dict[str, str]:
+    """Imported name → module, of the `from MODULE import NAME` at the top of a file."""
+    return {
+        alias.name: node.module
+        for node in _module(file).body
+        if isinstance(node, ast.ImportFrom) and node.module is not None
+        for alias in node.names
+    }
+
+
+def _fields(node: ast.ClassDef) -> dict[str, str]:
+    """Annotated fields of a class body in order, each with the literal that follows it; ClassVars are left out."""
+    docs: dict[str, str] = {}
+    previous: str | None = None
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            is_field = "ClassVar" not in ast.unparse(statement.annotation)
+            previous = statement.target.id if is_field else None
+            if previous is not None:
+                docs[previous] = ""
+        elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and previous is not None:
+            docs[previous] = inspect.cleandoc(str(statement.value.value))
+            previous = None
+        else:
+            previous = None
+    return docs
