@@ -17,32 +17,32 @@ def embed(call: Call) -> None:
     import os
     import time
 
-    from clipwright.eval.embed import Ranks
+    from clipwright.eval.embed import COLLECTIVE_SECONDS, RENDEZVOUS_SECONDS
     from clipwright.eval.embed import embed as run
     from clipwright.pipeline.core.errors import ClipwrightError
-    from clipwright.pipeline.distributed.launcher_env import detect
+    from clipwright.pipeline.distributed.group import process_group
+    from clipwright.pipeline.distributed.launcher_env import read_launcher_env
 
-    # Before processes meet: a refused config waits for no peer.
-    call.writes_status = first = detect(os.environ).rank == 0
+    # Before the rendezvous: a refused config waits for no other rank.
+    is_rank0 = read_launcher_env(os.environ).rank == 0
+    call.writes_status = is_rank0
     resolved, out = call.load(), call.output()
     share = "/" in resolved.value.runtime.part
-    call.writes_status = first and not share  # the folder's tells of the whole run
+    call.writes_status = is_rank0 and not share  # the folder's status is that of the complete run
     if call.dry_run:
-        if first:
+        if is_rank0:
             call.finish(resolved.tree, f"would embed every {resolved.value.what} of {resolved.value.data} into {out}")
         return
-    ranks = Ranks()
-    try:
-        manifest = run(resolved, out, ranks, quiet=call.quiet, fresh=call.fresh)
-    except ClipwrightError as error:
-        if ranks.rank == 0:
-            raise
-        # Launchers stop all ranks when one ends: the first must have said what was wrong by then.
-        time.sleep(2)
-        raise typer.Exit(error.exit_code) from None
-    finally:
-        ranks.close()
-    if ranks.rank == 0:
+    with process_group(COLLECTIVE_SECONDS, RENDEZVOUS_SECONDS) as world:
+        try:
+            manifest = run(resolved, out, world, quiet=call.quiet, fresh=call.fresh)
+        except ClipwrightError as error:
+            if is_rank0:
+                raise
+            # A launcher stops all ranks as soon as one exits: rank 0 needs time to print the error.
+            time.sleep(2)
+            raise typer.Exit(error.exit_code) from None
+    if is_rank0:
         did = "embedded" if manifest["made"] else "already embedded:"
         text = f"{did} {manifest['rows']} {manifest['what']}s, {manifest['dimension']} numbers each, in {out}"
         if share and "files" not in manifest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 from collections import Counter
@@ -26,13 +25,15 @@ from clipwright.pipeline.core.files import atomic_write, digest, fsync_folder, w
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.part import Part
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.distributed.launcher_env import detect
+from clipwright.pipeline.distributed.group import World
 from clipwright.pipeline.folders.cache import CachedRuntime
 from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.folders.records import MANIFEST, check_files, file_entries, read_manifest, write_manifest
 from clipwright.pipeline.model.folder import Model, load_model
 
 T = TypeVar("T")
+RENDEZVOUS_SECONDS = 1800.0
+COLLECTIVE_SECONDS = 7 * 86400.0  # ranks that are done wait for the slowest one
 
 # What a sidecar says about a sample; every other column is the user's own and goes into `metadata`.
 SIDECAR = (
@@ -69,44 +70,30 @@ class EmbedConfig:
     runtime: EmbedRuntime = EmbedRuntime()
 
 
-class Ranks:
-    """The processes of one embedding run, by accelerate: one, or what a launcher or `accelerate launch` started.
-
-    `accelerate launch` starts several on GPUs only; on a CPU (accelerate 1.15) it starts one, torchrun as many as told.
-    """
-
-    def __init__(self) -> None:
-        place = detect(os.environ)
-        if place.size > 1:
-            os.environ.update(place.variables())  # accelerate knows torchrun's variables, not Slurm's or Kubernetes's
-        else:
-            os.environ.pop("LOCAL_RANK", None)  # by it alone accelerate would wait for a group
-        # Told of no GPU, accelerate takes launched processes for a group (gloo); left to itself it sees loners.
-        cpu = not torch.cuda.is_available()
-        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-        # Ranks wait for the slowest one at the end; the default limit of minutes is no sign of failure here.
-        self._state = PartialState(cpu=cpu, timeout=datetime.timedelta(days=7))
-        self.rank, self.world = self._state.process_index, self._state.num_processes
-        self.device = str(self._state.device)
-
-    def together(self, work: Callable[[], T]) -> list[T]:
-        """Runs `work` on every rank; its results in rank order, or the first failing rank's error on all of them."""
-        try:
-            outcome: Any = (work(), None)
-        except ClipwrightError as error:
-            outcome = (None, error.args)  # the error itself has keyword arguments, which pickle does not restore
-        outcomes = gather_object([outcome])
-        for _, failed in outcomes:
-            if failed is not None:
-                code, what, where, found, fix = failed
-                raise ClipwrightError(code, what, where=where, found=found, fix=fix)
-        return [result for result, _ in outcomes]
-
-    def close(self) -> None:
-        self._state.destroy_process_group()
+def _accelerate_state() -> PartialState:
+    """Returns accelerate's view of the running process group: this rank's device, and whom `gather_object` asks."""
+    # Without OMP_NUM_THREADS, accelerate sets the number of threads itself, and warns.
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    # Without a GPU it takes launched processes for a group only if `cpu` is set.
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
-def embed(resolved: Resolved[EmbedConfig], out: Path, ranks: Ranks, *, quiet: bool, fresh: bool) -> dict[str, Any]:
+def _on_all_ranks(work: Callable[[], T]) -> list[T]:
+    """Runs `work` on every rank; returns the results in rank order or raises the first failing rank's error on all."""
+    result: T | None = None
+    failure: ClipwrightError | None = None
+    try:
+        result = work()
+    except ClipwrightError as error:
+        failure = error
+    outcomes: Any = gather_object([(result, failure)])
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in outcomes]
+
+
+def embed(resolved: Resolved[EmbedConfig], out: Path, world: World, *, quiet: bool, fresh: bool) -> dict[str, Any]:
     """Writes the embedding folder `out` and returns its manifest with `made`: whether there was anything to do.
 
     Rank r embeds the r-th of equal contiguous ranges into part r, so parts in order are the dataset in order. Parts
@@ -118,32 +105,31 @@ def embed(resolved: Resolved[EmbedConfig], out: Path, ranks: Ranks, *, quiet: bo
     config = resolved.value
     part = Part.read(config.runtime.part, planned=False)
     part.check(fresh=fresh)
+    device = str(_accelerate_state().device)
     opened: list[tuple[Model, Dataset]] = []
     cache = config.runtime.cache
-    ranks.together(
-        lambda: opened.append((load_model(Path(config.model), ranks.device), Dataset(config.data, cache=cache)))
-    )
+    _on_all_ranks(lambda: opened.append((load_model(Path(config.model), device), Dataset(config.data, cache=cache))))
     [(model, data)] = opened
     body = {"model": model.fingerprint, "data": data.fingerprint, "what": config.what, "dimension": model.embed_dim}
-    done = ranks.together(lambda: _finished(out, body, fresh) if ranks.rank == 0 else None)[0]
+    done = _on_all_ranks(lambda: _finished(out, body, fresh) if world.is_rank0 else None)[0]
     if done is not None:
         return {**done, "made": False}
     if part.step == "finish":
-        manifest = ranks.together(lambda: _join(out, resolved, body) if ranks.rank == 0 else None)[0]
+        manifest = _on_all_ranks(lambda: _join(out, resolved, body) if world.is_rank0 else None)[0]
         assert manifest is not None
         return {**manifest, "made": True}
-    rows = part.share(data.samples, ranks.rank, ranks.world)
-    own = _Part(out, (part.number - 1) * ranks.world + ranks.rank)
-    quiet = quiet or ranks.rank > 0
+    rows = part.share(data.samples, world.rank, world.size)
+    own = _Part(out, (part.number - 1) * world.size + world.rank)
+    quiet = quiet or world.rank > 0
     try:
         if part.step == "share":
-            told = {**body, "of": part.of * ranks.world, "ranks": ranks.world}
-            receipts = ranks.together(lambda: own.once(told, lambda: own.write(model, data, rows, config, quiet)))
+            told = {**body, "of": part.of * world.size, "ranks": world.size}
+            receipts = _on_all_ranks(lambda: own.once(told, lambda: own.write(model, data, rows, config, quiet)))
             made = any(made for _, made in receipts)
             return {**body, "rows": sum(receipt["rows"] for receipt, _ in receipts), "made": made}
-        ranks.together(lambda: _discard(out) if ranks.rank == 0 else None)
-        parts = ranks.together(lambda: own.write(model, data, rows, config, quiet))
-        manifest = ranks.together(lambda: _finish(out, resolved, body, parts) if ranks.rank == 0 else None)[0]
+        _on_all_ranks(lambda: _discard(out) if world.is_rank0 else None)
+        parts = _on_all_ranks(lambda: own.write(model, data, rows, config, quiet))
+        manifest = _on_all_ranks(lambda: _finish(out, resolved, body, parts) if world.is_rank0 else None)[0]
     finally:
         if part.step == "all":
             own.discard()

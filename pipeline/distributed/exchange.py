@@ -1,4 +1,4 @@
-"""How the columns of all ranks are exchanged: gathered at once, or passed around a ring."""
+"""How a loss sees the columns (texts) of all ranks: all-gathered at once, or passed around a ring of ranks."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipwright.pipeline.distributed.group import all_reduce_sum, gather, reduce_scatter_sum
+from clipwright.pipeline.distributed.group import all_gather, all_reduce_sum, reduce_scatter_sum
 
 Op = Literal["sum", "max", "logaddexp"]
 
 
-Block = dict[str, Tensor]  # columns by the names of what is known of them, each (t, …)
+Block = dict[str, Tensor]  # columns: tensors by name, each (t, …), with equal t
 
 
 class Columns:
-    """Columns (texts, say) that are visited block by block; those of this process alone.
+    """The columns of one process, visited block by block.
 
-    own: what is known of this rank's columns, each (t, …); laid out alike on all ranks.
+    own: tensors of this rank's columns, each (t, …); equal names, shapes and dtypes on all ranks.
     """
 
     ranks, rank = 1, 0
@@ -29,49 +29,50 @@ class Columns:
         self.own = own
 
     def reduce(
-        self, work: Callable[[Block], Sequence[Tensor]], ops: Sequence[Op], more: Block | None = None
+        self, work: Callable[[Block], Sequence[Tensor]], ops: Sequence[Op], extra: Block | None = None
     ) -> Sequence[Tensor]:
-        """What `work` says of each column of a block, merged over ranks by `ops`: (t, …) for this rank's columns.
+        """Calls `work` on blocks and merges its results over ranks by `ops`: (t, …) for each of this rank's columns.
 
-        `work` is called on blocks that together hold every column of every rank once; what it gives is used up. more:
-        what is known of this rank's columns by now, shown to `work` beside what `own` held.
+        The blocks together hold every column of every rank once. The results of `work` may be overwritten. extra:
+        further tensors of this rank's columns, added to those in `own`.
         """
-        return work(self.own | (more or {}))
+        return work(self.own | (extra or {}))
 
 
 class GatheredColumns(Columns):
-    """The columns of all ranks, gathered: one block on each rank."""
+    """The columns of all ranks, all-gathered: one block on each rank."""
 
     def __init__(self, own: Block) -> None:
-        super().__init__({name: gather(tensor) for name, tensor in own.items()})
+        super().__init__({name: all_gather(tensor) for name, tensor in own.items()})
         self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
 
     def reduce(
-        self, work: Callable[[Block], Sequence[Tensor]], ops: Sequence[Op], more: Block | None = None
+        self, work: Callable[[Block], Sequence[Tensor]], ops: Sequence[Op], extra: Block | None = None
     ) -> Sequence[Tensor]:
-        parts = work(self.own | {name: gather(tensor) for name, tensor in (more or {}).items()})
-        return [_merge_own(part, op) for part, op in zip(parts, ops, strict=True)]
+        gathered = {name: all_gather(tensor) for name, tensor in (extra or {}).items()}
+        results = work(self.own | gathered)
+        return [_reduce_scatter(result, op) for result, op in zip(results, ops, strict=True)]
 
 
-def _merge_own(part: Tensor, op: Op) -> Tensor:
-    """Every rank's view of all columns, merged; this rank's columns of it."""
+def _reduce_scatter(values: Tensor, op: Op) -> Tensor:
+    """Merges `values` (world · t, …) over ranks by `op` and returns this rank's t rows."""
     if op == "sum":
-        return reduce_scatter_sum(part)
+        return reduce_scatter_sum(values)
     if dist.get_world_size() == 1:
-        return part
-    most = part.clone()
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return values
+    merged = values.clone()
+    dist.all_reduce(merged, op=dist.ReduceOp.MAX)
     if op == "logaddexp":
-        most += all_reduce_sum((part - most).exp()).log()
-    return most.chunk(dist.get_world_size())[dist.get_rank()].contiguous()
+        merged += all_reduce_sum((values - merged).exp()).log()
+    return merged.chunk(dist.get_world_size())[dist.get_rank()].contiguous()
 
 
 class RingColumns(Columns):
-    """The columns of all ranks, a rank's at a time: blocks travel from rank to rank, for what is too large to gather.
+    """The columns of all ranks, one rank's block at a time: blocks travel around a ring, if too large to gather.
 
-    While a rank works on one block the next arrives, and what the ranks before it found of that one. After as many
-    hops as there are ranks a block's results are at home. At most two blocks and three sets of results are held, on
-    any number of ranks.
+    While a rank works on one block, the next one arrives together with the previous ranks' results for it. After as
+    many hops as there are ranks, the results of a block are back on its own rank. A rank holds at most two blocks and
+    three sets of results, whatever the world size.
     """
 
     def __init__(self, own: Block) -> None:
@@ -79,22 +80,26 @@ class RingColumns(Columns):
         self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
 
     def reduce(
-        self, work: Callable[[Block], Sequence[Tensor]], ops: Sequence[Op], more: Block | None = None
+        self, work: Callable[[Block], Sequence[Tensor]], ops: Sequence[Op], extra: Block | None = None
     ) -> Sequence[Tensor]:
         if self.ranks == 1:
-            return super().reduce(work, ops, more)
-        block = self.own | (more or {})
-        names, results = list(block), None
+            return super().reduce(work, ops, extra)
+        block = self.own | (extra or {})
+        names = list(block)
+        results: _Hop | None = None
         for hop in range(self.ranks):
-            last = hop == self.ranks - 1
-            arriving = None if last else _Hop(list(block.values()))
-            found = work(block)
-            if results is not None:  # sent before this block was worked on, needed behind it
-                found = [_MERGE[op](*pair, out=pair[0]) for op, *pair in zip(ops, results.wait(), found, strict=True)]
-            results = _Hop(found)
-            del found
-            if arriving is not None:
-                block = dict(zip(names, arriving.wait(), strict=True))
+            is_last = hop == self.ranks - 1
+            next_block = None if is_last else _Hop(list(block.values()))
+            merged = list(work(block))
+            if results is not None:  # sent before this block was worked on, needed only now
+                merged = [
+                    _MERGE[op](earlier, current, out=earlier)
+                    for op, earlier, current in zip(ops, results.wait(), merged, strict=True)
+                ]
+            results = _Hop(merged)
+            del merged
+            if next_block is not None:
+                block = dict(zip(names, next_block.wait(), strict=True))
         assert results is not None
         return results.wait()
 
@@ -103,21 +108,22 @@ _MERGE = {"sum": torch.add, "max": torch.maximum, "logaddexp": torch.logaddexp}
 
 
 class _Hop:
-    """Tensors on their way to the next rank while their like come from the one before."""
+    """Tensors on their way to the next rank, while those of the previous rank arrive."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        rank, size = dist.get_rank(), dist.get_world_size()
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        next_rank, previous_rank = (rank + 1) % world_size, (rank - 1) % world_size
         self.sent = [tensor.contiguous() for tensor in tensors]
         self.arriving = [torch.empty_like(tensor) for tensor in self.sent]
-        moves = [dist.P2POp(dist.isend, tensor, (rank + 1) % size) for tensor in self.sent]
-        moves += [dist.P2POp(dist.irecv, tensor, (rank - 1) % size) for tensor in self.arriving]
-        self.moves = dist.batch_isend_irecv(moves) if moves else []
+        operations = [dist.P2POp(dist.isend, tensor, next_rank) for tensor in self.sent]
+        operations += [dist.P2POp(dist.irecv, tensor, previous_rank) for tensor in self.arriving]
+        self.requests = dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> list[Tensor]:
-        """What came, once it is here and what was sent is gone."""
-        for move in self.moves:
-            move.wait()
-        self.sent, self.moves = [], []  # a finished move still holds what it sent
+        """Returns the received tensors, once they are complete and the sent ones may be overwritten."""
+        for request in self.requests:
+            request.wait()
+        self.sent, self.requests = [], []  # a finished request still holds what it sent
         return self.arriving
 
 

@@ -1,7 +1,7 @@
-"""The process group: who are we, what do we exchange, and what do we agree on.
+"""The process group of a run: this rank, its device, and the collectives that the package uses.
 
-A process started by torchrun, Slurm, MPI or Kubernetes joins its group; a process started alone makes a group of
-one, so that everything behind it has one path.
+A process that torchrun, DeepSpeed, Slurm, MPI or Kubernetes started joins its group; a process started alone makes a
+group of one, so that all code after it has a single path.
 """
 
 from __future__ import annotations
@@ -19,166 +19,190 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.distributed.launcher_env import ALONE, Place, detect
+from clipwright.pipeline.distributed.launcher_env import SINGLE_PROCESS, VARIABLES, LauncherEnv, read_launcher_env
 
 T = TypeVar("T")
+MAX_LISTED_RANKS = 8  # missing ranks that an error lists by number
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among its peers."""
+    """This process's rank, the size of its group and the device it works on."""
 
     rank: int
     size: int
     local_rank: int
-    local_size: int  # ranks on this machine
+    local_size: int  # ranks on this node
     device: torch.device
-    place: Place = ALONE
+    launcher: LauncherEnv = SINGLE_PROCESS
 
     @property
     def is_rank0(self) -> bool:
         return self.rank == 0
 
     def __str__(self) -> str:
-        """`world 32 = 4 nodes × 8 (from SLURM), master node1:29512, backend nccl`."""
+        """Returns `world size 32 = 4 nodes × 8 (from Slurm), master node1:29512, backend nccl`."""
         if self.size == 1:
-            return "world 1"
-        place, backend = self.place, "nccl" if self.device.type == "cuda" else "gloo"
-        nodes = f"{place.nodes} node{'s' if place.nodes > 1 else ''}"
-        spread = f"= {nodes} × {self.local_size}" if self.size == place.nodes * self.local_size else f"on {nodes}"
-        return (
-            f"world {self.size} {spread} (from {place.source}), master {place.master}:{place.port}, backend {backend}"
-        )
+            return "world size 1"
+        launcher = self.launcher
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        nodes = f"{launcher.nodes} node{'s' if launcher.nodes > 1 else ''}"
+        if self.size == launcher.nodes * self.local_size:
+            layout = f"= {nodes} × {self.local_size}"
+        else:
+            layout = f"on {nodes}"
+        master = f"{launcher.master_addr}:{launcher.master_port}"
+        return f"world size {self.size} {layout} (from {launcher.source}), master {master}, backend {backend}"
 
 
 @contextmanager
-def process_group(timeout_seconds: float = 1800.0) -> Iterator[World]:
-    """Joins (or makes) the process group and leaves it again, on every way out.
+def process_group(timeout_seconds: float = 1800.0, rendezvous_seconds: float | None = None) -> Iterator[World]:
+    """Joins (or makes) the process group, and destroys it on exit, also after an exception.
 
-    timeout_seconds: after this time a collective that a rank does not join fails. E_RANK if the rendezvous fails.
+    timeout_seconds: limit of a collective that some rank does not join. rendezvous_seconds: limit of the rendezvous,
+    `timeout_seconds` by default. Raises E_RANK if the rendezvous fails.
 
-    A process that does not destroy its group can end in SIGABRT. After an exception the group is left without a
-    barrier: a peer may be gone.
+    A process that does not destroy its group can end in SIGABRT. There is no barrier before that: after an exception
+    another rank may be gone.
     """
-    place = detect(os.environ)
+    launcher = read_launcher_env(os.environ)
     use_cuda = torch.cuda.is_available()
     if use_cuda:
-        torch.cuda.set_device(place.local_rank)
-    device = torch.device("cuda", place.local_rank) if use_cuda else torch.device("cpu")
+        torch.cuda.set_device(launcher.local_rank)
+    device = torch.device("cuda", launcher.local_rank) if use_cuda else torch.device("cpu")
     backend = "nccl" if use_cuda else "gloo"
-    names = place.variables()  # DeepSpeed asks for mpi4py when they are missing
-    outside = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
+    saved_env = {name: os.environ.get(name) for name in VARIABLES}
+    os.environ.update(launcher.variables())  # DeepSpeed asks for mpi4py if they are missing
     try:
-        if place is ALONE:
+        if launcher is SINGLE_PROCESS:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
-            _meet(place, backend, timeout_seconds)
+            _rendezvous(launcher, backend, timeout_seconds, rendezvous_seconds or timeout_seconds)
         try:
-            yield World(place.rank, place.size, place.local_rank, place.local_size, device, place)
+            yield World(
+                rank=launcher.rank,
+                size=launcher.world_size,
+                local_rank=launcher.local_rank,
+                local_size=launcher.local_world_size,
+                device=device,
+                launcher=launcher,
+            )
         finally:
             dist.destroy_process_group()
     finally:
-        # A process that goes on, or starts others, is no rank any more.
-        for name, value in outside.items():
+        # After the group, this process and those it starts must not take themselves for ranks.
+        for name, value in saved_env.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 
 
-def _meet(place: Place, backend: str, timeout_seconds: float) -> None:
-    """Joins the group once all ranks have said that they are there; E_RANK names those that have not."""
-    limit = timedelta(seconds=timeout_seconds)
-    # Under torchrun its agent keeps the store, elsewhere the first rank does.
-    keeps = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    names = [f"rank {rank}" for rank in range(place.size)]
-    lacking = "rank 0 had not come"
+def _rendezvous(launcher: LauncherEnv, backend: str, timeout_seconds: float, rendezvous_seconds: float) -> None:
+    """Initializes the group once every rank has registered in the store. E_RANK names the ranks that have not."""
+    limit = timedelta(seconds=rendezvous_seconds)
+    # Under torchrun, its agent hosts the store; under other launchers, rank 0 does.
+    hosts_store = launcher.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    keys = [f"rank {rank}" for rank in range(launcher.world_size)]
+    problem = "rank 0 did not join"
     try:
         store = TCPStore(
-            place.master, place.port, place.size, keeps, timeout=limit, wait_for_workers=False, multi_tenant=True
+            launcher.master_addr,
+            launcher.master_port,
+            launcher.world_size,
+            hosts_store,
+            timeout=limit,
+            wait_for_workers=False,
+            multi_tenant=True,
         )
         store = PrefixStore(f"clipwright/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        lacking = "rank 0 left before all had come"
-        store.set(names[place.rank], "here")
+        problem = "rank 0 exited before all ranks had joined"
+        store.set(keys[launcher.rank], "joined")
         try:
-            store.wait(names, limit)
+            store.wait(keys, limit)
         except dist.DistStoreError:
-            missing = [name for name in names if not store.check([name])]
-            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-            lacking = f"{', '.join(missing[:8])}{more} had not come"
+            missing = [key for key in keys if not store.check([key])]
+            unlisted = len(missing) - MAX_LISTED_RANKS
+            more = f" and {unlisted} more" if unlisted > 0 else ""
+            problem = f"{', '.join(missing[:MAX_LISTED_RANKS])}{more} did not join"
             raise
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=limit)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=launcher.rank,
+            world_size=launcher.world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
     except dist.DistError as error:
-        said = str(error).partition("\n")[0].partition(", keys: ")[0]
+        reason = str(error).partition("\n")[0].partition(", keys: ")[0]
+        master = f"{launcher.master_addr}:{launcher.master_port}"
         raise ClipwrightError(
             "E_RANK",
-            "ranks that did not meet",
-            where=f"rank {place.rank} of {place.size} (from {place.source}) at {place.master}:{place.port}",
-            found=f"after {timeout_seconds:g} s {lacking}: {said}",
-            fix="start all ranks, with one MASTER_ADDR and MASTER_PORT that every machine reaches, and see whether one "
-            "ended before",
+            f"the rendezvous failed: {problem}",
+            where=f"rank {launcher.rank} of {launcher.world_size} (from {launcher.source}) at {master}",
+            found=f"{reason} (limit {rendezvous_seconds:g} s)",
+            fix="start all ranks with the same MASTER_ADDR and MASTER_PORT, reachable from every node, and check "
+            "whether one of them exited early",
         ) from None
 
 
-def gather(tensor: Tensor) -> Tensor:
-    """Every rank's `tensor` (equal shapes), concatenated along the first axis in rank order. No gradient."""
-    size = dist.get_world_size()
-    if size == 1:
+def all_gather(tensor: Tensor) -> Tensor:
+    """Returns every rank's `tensor` (equal shapes), concatenated along the first axis in rank order. No gradient."""
+    world_size = dist.get_world_size()
+    if world_size == 1:
         return tensor
-    out = torch.empty(size * tensor.shape[0], *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    out = torch.empty(world_size * tensor.shape[0], *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
     dist.all_gather_into_tensor(out, tensor.contiguous())
     return out
 
 
 def reduce_scatter_sum(tensor: Tensor) -> Tensor:
-    """Sum over ranks of `tensor` (W·b, …), of which each rank gets its own b rows: the adjoint of `gather`.
+    """Returns this rank's b rows of the sum over ranks of `tensor` (world · b, …): the adjoint of `all_gather`.
 
-    `tensor` is used up.
+    May overwrite `tensor`.
     """
-    size = dist.get_world_size()
-    if size == 1:
+    world_size = dist.get_world_size()
+    if world_size == 1:
         return tensor
     tensor = tensor.contiguous()
-    if dist.get_backend() == "gloo":  # it has no reduce-scatter; a sum for each rank in turn needs no second copy
-        for rank, part in enumerate(tensor.chunk(size)):
-            dist.reduce(part, dst=rank)
-        return tensor.chunk(size)[dist.get_rank()].clone()
-    out = torch.empty(tensor.shape[0] // size, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    if dist.get_backend() == "gloo":  # gloo has no reduce-scatter; one reduce per rank needs no second copy
+        for rank, chunk in enumerate(tensor.chunk(world_size)):
+            dist.reduce(chunk, dst=rank)
+        return tensor.chunk(world_size)[dist.get_rank()].clone()
+    out = torch.empty(tensor.shape[0] // world_size, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
     dist.reduce_scatter_tensor(out, tensor)
     return out
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over ranks, in place."""
+    """Sums `tensor` over ranks, in place, and returns it."""
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether any rank says yes; all ranks get the same answer."""
+    """Returns, on every rank, whether `flag` is set on any rank."""
     return any_rank_flags((flag,), device)[0]
 
 
 def any_rank_flags(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """Which of the flags any rank raises, by one exchange; all ranks get the same answer."""
-    return [
-        bool(votes) for votes in all_reduce_sum(torch.tensor([int(flag) for flag in flags], device=device)).tolist()
-    ]
+    """Returns, on every rank, which of the flags are set on any rank; one all-reduce for all of them."""
+    counts = all_reduce_sum(torch.tensor([int(flag) for flag in flags], device=device))
+    return [count > 0 for count in counts.tolist()]
 
 
 def broadcast_object(value: object) -> object:
-    """Rank 0's `value` on every rank."""
+    """Returns rank 0's `value` on every rank."""
     if dist.get_world_size() == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def all_gather_object(value: T) -> list[T]:
-    """Every rank's `value`, in rank order."""
+    """Returns every rank's `value`, in rank order."""
     if dist.get_world_size() == 1:
         return [value]
     values: list[T] = [value] * dist.get_world_size()
@@ -187,17 +211,16 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def run_on_rank0(work: Callable[[], None]) -> None:
-    """Runs `work` on rank 0 while the others wait; its ClipwrightError is raised on all of them."""
+    """Runs `work` on rank 0 while the other ranks wait; a ClipwrightError of it is raised on every rank."""
     failure: object = None
     if dist.get_rank() == 0:
         try:
             work()
         except ClipwrightError as error:
-            failure = error.args
-    if (failure := broadcast_object(failure)) is not None:
-        assert isinstance(failure, tuple)
-        code, what, where, found, fix = failure
-        raise ClipwrightError(code, what, where=where, found=found, fix=fix)
+            failure = error
+    failure = broadcast_object(failure)
+    if isinstance(failure, ClipwrightError):
+        raise failure
 
 
 def barrier() -> None:

@@ -6,7 +6,7 @@ import os
 
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.distributed.group import all_gather_object, barrier, process_group
-from clipwright.pipeline.distributed.launcher_env import detect
+from clipwright.pipeline.distributed.launcher_env import read_launcher_env
 from clipwright.pipeline.doctor.base import GROUPS, Check, Context, Found, checks, chosen, report
 from clipwright.pipeline.doctor.network import silent
 
@@ -20,7 +20,7 @@ def examine(context: Context) -> None:
     if not context.only:
         todo = [one for group in (GROUPS[1:] if context.asked else GROUPS[1:3]) for one in checks(group)]
     context.without_data = all(one.name != "dataset" for one in todo)
-    if context.asked and detect(os.environ).size > 1:
+    if context.asked and read_launcher_env(os.environ).world_size > 1:
         context.load()  # a refused config waits for no peer
     with process_group(JOIN) as world:
         context.world = world

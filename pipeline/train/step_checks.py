@@ -12,7 +12,7 @@ import torch
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data.batch import Batch
-from clipwright.pipeline.distributed.group import World, all_gather_object, gather
+from clipwright.pipeline.distributed.group import World, all_gather, all_gather_object
 from clipwright.pipeline.train.engine import StepResult
 from clipwright.pipeline.train.sample_log import merge
 from clipwright.pipeline.train.supervision.failures import SHOWN
@@ -74,7 +74,7 @@ class StepPace:
         before, self._before = self._before, now
         if before is None:
             return []
-        took = gather((now - before).to(self.world.device)).cpu()
+        took = all_gather((now - before).to(self.world.device)).cpu()
         own, data, wall = (took[:, 0] + took[:, 1]).tolist(), took[:, 0].tolist(), float(took[:, 2].mean())
         suspects = slow_ranks(own, wall)
         known, self.slow = self.slow, sorted(suspects & self._suspects)

@@ -15,7 +15,7 @@ from clipwright.pipeline.core.command import Call, Preempted, StopFlag
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.distributed.group import World, any_rank_flags, process_group, run_on_rank0
-from clipwright.pipeline.distributed.launcher_env import detect
+from clipwright.pipeline.distributed.launcher_env import read_launcher_env
 from clipwright.pipeline.folders import remote
 from clipwright.pipeline.train import run_folder, warm_start
 from clipwright.pipeline.train.checkpoints import checkpoint
@@ -163,7 +163,7 @@ class Trainer:
 
 def train(call: Call, score: Callable[[], Score]) -> None:
     """Runs `clipwright train`, alone or as one rank of a launcher's group, which no refused config waits for."""
-    call.writes_status = detect(os.environ).rank == 0
+    call.writes_status = read_launcher_env(os.environ).rank == 0
     run = call.output() if not call.dry_run else call.out or Path("run")
     resolved = call.load()
     if resolved.value.runtime.copy_to:

@@ -29,7 +29,7 @@ from clipwright.pipeline.core.command import (
 )
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.distributed.group import World, barrier, broadcast_object
-from clipwright.pipeline.distributed.launcher_env import detect
+from clipwright.pipeline.distributed.launcher_env import read_launcher_env
 from clipwright.pipeline.train.supervision.failures import AGAIN
 from clipwright.pipeline.train.supervision.heartbeat import End, Heartbeat
 from clipwright.pipeline.train.supervision.progress import PROGRESS, enter_phase
@@ -47,15 +47,15 @@ class Health:
     """
 
     def __init__(self, call: Call, timeout_seconds: float) -> None:
-        place = detect(os.environ)
-        self.call, self.rank, self.timeout_seconds = call, place.rank, timeout_seconds
+        launcher = read_launcher_env(os.environ)
+        self.call, self.rank, self.timeout_seconds = call, launcher.rank, timeout_seconds
         self.flag: StopFlag | None = None
         self._begun = self._agreed = False
         self._deadline: float | None = None
         self._own: End | None = None
         self._heart: Heartbeat | None = None
-        if place.size > 1:
-            self._heart = Heartbeat(place.rank, place.size, timeout_seconds, self._told, self._leave)
+        if launcher.world_size > 1:
+            self._heart = Heartbeat(launcher.rank, launcher.world_size, timeout_seconds, self._told, self._leave)
             self._heart.check = self._late
 
     @contextmanager
@@ -80,7 +80,7 @@ class Health:
             meet = broadcast_object(self._heart.listen() if self.world.is_rank0 else None)
             assert isinstance(meet, tuple)
             if not self.world.is_rank0:
-                self._heart.join_first(self.world.place.master, *meet)
+                self._heart.join_first(self.world.launcher.master_addr, *meet)
             barrier()  # whoever is not heard from now on is ill
         return self
 

@@ -44,10 +44,12 @@ def srun(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess([], max(task.returncode for task in tasks), out, errors)
 
 
-def test_one_process_waits_for_no_group_whatever_a_shell_left_set():
-    asked = [sys.executable, "-c", "from clipwright.eval.embed import Ranks; print(Ranks().world)"]
-    done = subprocess.run(asked, env=os.environ | {"LOCAL_RANK": "0"}, capture_output=True, text=True, check=False)
-    assert done.stdout == "1\n", done.stderr
+def test_one_process_ignores_a_local_rank_that_a_shell_left_set(model, small, tmp_path):
+    words = [sys.executable, "-m", "clipwright", "embed", f"model={model}", f"data={small}", "-o", "out", "--json"]
+    env = os.environ | {"LOCAL_RANK": "3"}
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == 7
 
 
 @pytest.mark.xdist_group("ranks")

@@ -182,8 +182,8 @@ def rank_columns(hub: Hub, index: int, merge: dict[str, Callable[..., Tensor]], 
     class RankColumns(Columns):
         ranks, rank = len(hub.slots), index
 
-        def reduce(self, work: Any, ops: Any, more: Any = None) -> Any:
-            blocks = hub.share(index, self.own | (more or {}))
+        def reduce(self, work: Any, ops: Any, extra: Any = None) -> Any:
+            blocks = hub.share(index, self.own | (extra or {}))
             if not block_by_block:
                 blocks = [{name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}]
             found = [list(part) for part in zip(*(work(block) for block in blocks), strict=True)]
