@@ -238,7 +238,7 @@ def _bare_jpeg(data: bytes) -> Header | None:
     return None
 
 
-class Picture:
+class EncodedImage:
     """An image whose header is read and checked, and which is decoded when it is asked for, once."""
 
     def __init__(self, data: bytes) -> None:
@@ -333,7 +333,7 @@ def decode(data: bytes, min_side: int | None = None) -> np.ndarray:
     as its shortest side stays at least `min_side`. Raises PixelError E_IMG_EMPTY, E_IMG_FORMAT, E_IMG_PIXELS, or
     E_IMG_TRUNCATED for anything cut off or broken: nothing is padded.
     """
-    return Picture(data).decode(min_side)
+    return EncodedImage(data).decode(min_side)
 
 
 def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:

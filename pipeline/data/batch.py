@@ -1,4 +1,4 @@
-"""What the loader hands to the engine, and which part of a global batch is a rank's."""
+"""What the loader hands to the engine, and which samples of a global batch belong to a rank."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.data.augment import recolour
+from clipwright.pipeline.data.augment import adjust_colors
 from clipwright.pipeline.data.batch_samples import BatchSamples
 
 
 @dataclass
 class Batch:
-    """One rank's part of a global batch.
+    """One rank's samples of a global batch: b images with K captions and up to H hard negatives each.
 
-    views uint8 (b, S, S, 3); tokens (u, n), each different caption once; text_row (b·K): the row of caption k of image
-    i stands at iK + k. Class-name captions repeat, and a text tower that reads each once costs a fraction. image_id (b)
-    and caption_id (b, K): equal numbers mean equal image bytes, equal captions. colour: brightness, contrast,
-    saturation and hue (`augment.recolour`), if colours change. negative_row, negative_id (b·H): the same for an
-    image's wrong captions, row −1 where it has fewer than H. lengths: tokens of each caption, ascending, where a
-    text tower takes captions that are trimmed. batch_samples: which samples these are. waited: seconds the step waited.
+    `tokens` holds each distinct text once, since class-name captions repeat and a text tower that encodes each only
+    once costs a fraction. Row `text_row[i * K + k]` is caption k of image i. Equal numbers in `image_id` and
+    `caption_id` mean equal image bytes and equal captions.
     """
 
     views: UInt8[Tensor, "b s s 3"]
@@ -30,33 +27,39 @@ class Batch:
     text_row: Int[Tensor, " t"]
     image_id: Int[Tensor, " b"]
     caption_id: Int[Tensor, "b k"]
-    colour: Float[Tensor, "b 4"] | None = None
+    color_jitter: Float[Tensor, "b 4"] | None = None
+    """Brightness, contrast, saturation and hue for `augment.adjust_colors`; None if colors do not change."""
     negative_row: Int[Tensor, " h"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """Rows of `tokens` of the hard negatives, H per image, -1 where an image has fewer."""
     negative_id: Int[Tensor, " h"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     lengths: Int[Tensor, " u"] | None = None
+    """Number of tokens of each text, ascending; None if the text tower takes fixed-length captions."""
     batch_samples: BatchSamples = field(default_factory=BatchSamples)
-    waited: float = 0.0
+    wait_seconds: float = 0.0
+    """How long the step waited for this batch."""
 
     def images(self, device: torch.device) -> UInt8[Tensor, "b s s 3"]:
-        """The views on the device, with the colours that were drawn for them."""
+        """Returns the views on `device` with color jitter applied."""
         views = self.views.to(device, non_blocking=True)
-        return views if self.colour is None else recolour(views, self.colour.to(device))
+        if self.color_jitter is None:
+            return views
+        return adjust_colors(views, self.color_jitter.to(device))
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which part of each global batch a rank takes: the indices ≡ rank (mod world)."""
+class RankBatch:
+    """The part of each global batch that a rank reads: the indices ≡ rank (mod world size)."""
 
     rank: int
-    world: int
+    world_size: int
     global_batch: int
 
     def __post_init__(self) -> None:
-        if self.global_batch % self.world:
+        if self.global_batch % self.world_size:
             raise ClipwrightError(
                 "E_BATCH",
-                "a global batch the ranks cannot share evenly",
+                "the global batch is not divisible by the world size",
                 where=f"schedule.global_batch={self.global_batch}",
-                found=f"{self.world} ranks do not divide it",
-                fix=f"take a multiple of {self.world}",
+                found=f"world size {self.world_size}",
+                fix=f"use a multiple of {self.world_size}",
             )

@@ -1,4 +1,4 @@
-"""Which samples were taken, and how many of them stood in for one that could not be read."""
+"""Which samples a batch contains, which of them replace an unreadable sample, and the limit on such replacements."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from dataclasses import dataclass, field
 
 from clipwright.pipeline.core.errors import ClipwrightError
 
-# Of so many positions, so many may be replaced, and fewer than so many in a row.
-WINDOW, MOST, IN_A_ROW = 10_000, 200, 100
-SUM = 2**128
+RECENT_POSITIONS = 10_000  # the span of positions over which replacements are counted
+MAX_REPLACED = 200  # replacements allowed among RECENT_POSITIONS
+MAX_CONSECUTIVE = 100  # this many in a row end the run
+KEY_SUM_MODULUS = 2**128
 
 
 @dataclass(frozen=True)
-class Replaced:
-    """A position whose own sample, `key` in `shard`, could not be read: it took that of position `by`."""
+class ReplacedSample:
+    """Position `at`, whose sample `key` in `shard` could not be read and was replaced by that of position `by`.
+
+    The field names are those of the sample log.
+    """
 
     at: int
     by: int
@@ -27,51 +31,61 @@ class Replaced:
 
 @dataclass
 class BatchSamples:
-    """One rank's part of a global batch, or all of one: keys by position, and which of them stand in for others."""
+    """Keys by position and replaced samples, of one rank's part of a global batch or of the complete one."""
 
     keys: list[str] = field(default_factory=list)
-    replaced: list[Replaced] = field(default_factory=list)
-    sum: int = 0  # of `key_number` over the keys, mod 2^128
+    replaced: list[ReplacedSample] = field(default_factory=list)
+    sum: int = 0
+    """`key_sum` of the keys."""
 
 
 def key_sum(keys: Iterable[str]) -> int:
-    """Sum mod 2^128 of the first 16 bytes of each key's SHA-256: the same in any order, and on any number of ranks."""
-    return sum(int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "big") for key in keys) % SUM
+    """Returns the sum mod 2^128 of the first 16 bytes of each key's SHA-256, independent of order and ranks."""
+    hashes = (hashlib.sha256(key.encode()).digest() for key in keys)
+    return sum(int.from_bytes(digest[:16], "big") for digest in hashes) % KEY_SUM_MODULUS
 
 
 class BadSampleLimit:
-    """The rule that ends a run on data that rots: more than MOST of WINDOW positions, or IN_A_ROW, replaced.
+    """Ends a run when too many samples are unreadable.
 
-    A function of positions alone, so that all ranks, and a resumed run, come to the same end at the same step. A share
-    of all positions so far would stop a run with few bad samples early on, by chance.
+    More than MAX_REPLACED of RECENT_POSITIONS, or MAX_CONSECUTIVE in a row. The rule depends on positions alone, so all
+    ranks and a resumed run stop at the same step. A fraction of all positions so far would stop a run with few bad
+    samples early, by chance.
     """
 
     def __init__(self) -> None:
-        self._recent: deque[Replaced] = deque()
-        self._row = 0
+        self._recent: deque[ReplacedSample] = deque()
+        self._consecutive = 0
 
-    def add(self, replaced: Sequence[Replaced]) -> None:
-        """The next replaced positions, in order; E_BAD_SAMPLES, naming the worst shards, where they are too many."""
-        for one in replaced:
-            self._row = self._row + 1 if self._recent and self._recent[-1].at == one.at - 1 else 1
-            self._recent.append(one)
-            while self._recent[0].at <= one.at - WINDOW:
+    def add(self, replaced: Sequence[ReplacedSample]) -> None:
+        """Adds the next replaced positions, in order. Raises E_BAD_SAMPLES, naming the worst shards, at the limit."""
+        for sample in replaced:
+            if self._recent and self._recent[-1].at == sample.at - 1:
+                self._consecutive += 1
+            else:
+                self._consecutive = 1
+            self._recent.append(sample)
+            while self._recent[0].at <= sample.at - RECENT_POSITIONS:
                 self._recent.popleft()
-            if len(self._recent) > MOST:
-                raise too_many(self._recent, f"{len(self._recent)} of the last {WINDOW:,} positions, {MOST} allowed")
-            if self._row >= IN_A_ROW:
-                raise too_many(self._recent, f"{self._row} in a row, {IN_A_ROW - 1} allowed")
+            count = len(self._recent)
+            if count > MAX_REPLACED:
+                found = f"{count} of the last {RECENT_POSITIONS:,} positions ({MAX_REPLACED} allowed)"
+                raise too_many_bad_samples(self._recent, found)
+            if self._consecutive >= MAX_CONSECUTIVE:
+                found = f"{self._consecutive} consecutive positions ({MAX_CONSECUTIVE - 1} allowed)"
+                raise too_many_bad_samples(self._recent, found)
 
 
-def too_many(replaced: Iterable[Replaced], found: str) -> ClipwrightError:
-    """The error of a run that meets too many samples that cannot be read."""
+def too_many_bad_samples(replaced: Iterable[ReplacedSample], found: str) -> ClipwrightError:
+    """Returns the error of a run with too many unreadable samples; it names the worst shards and the reasons."""
     replaced = list(replaced)
-    worst = ", ".join(f"{shard} {count}" for shard, count in Counter(one.shard for one in replaced).most_common(3))
-    why = ", ".join(f"{reason} {count}" for reason, count in Counter(one.reason for one in replaced).most_common())
+    shards = Counter(sample.shard for sample in replaced).most_common(3)
+    reasons = Counter(sample.reason for sample in replaced).most_common()
     return ClipwrightError(
         "E_BAD_SAMPLES",
-        "too many samples that cannot be read",
-        where=worst,
-        found=f"{found}: {why}",
-        fix="restore these shards (clipwright data verify DATASET names every fault) and start again; the run resumes",
+        "too many samples cannot be read",
+        where=", ".join(f"{shard} {count}" for shard, count in shards),
+        found=f"{found}: " + ", ".join(f"{reason} {count}" for reason, count in reasons),
+        fix="restore these shards (clipwright data verify DATASET lists every fault) and run the same command again "
+        "to resume",
     )

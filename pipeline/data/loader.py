@@ -1,4 +1,4 @@
-"""Batches at a position: threads decode ahead, the order decides what."""
+"""Batches from any position of the order; threads read and decode ahead."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ import numpy as np
 import torch
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.data.augment import View, draw_colour
-from clipwright.pipeline.data.batch import Batch, Share
-from clipwright.pipeline.data.batch_samples import WINDOW, BatchSamples, Replaced, key_sum, too_many
+from clipwright.pipeline.data.augment import View, draw_color_jitter
+from clipwright.pipeline.data.batch import Batch, RankBatch
+from clipwright.pipeline.data.batch_samples import (
+    RECENT_POSITIONS,
+    BatchSamples,
+    ReplacedSample,
+    key_sum,
+    too_many_bad_samples,
+)
 from clipwright.pipeline.data.datasets import DataConfig, Datasets
-from clipwright.pipeline.data.order import Draw, Place, caption_index, negative_index
+from clipwright.pipeline.data.order import SampleLocation, SampleRng, caption_index, negative_index
 from clipwright.pipeline.data.workers import Workers
 from clipwright.pipeline.folders.cache import CacheConfig
 from clipwright.pipeline.folders.dataset import Dataset, Rows
@@ -28,50 +34,56 @@ from clipwright.pipeline.pixels import PixelError
 from clipwright.pipeline.tokenizers.base import Tokenizer, trim
 from clipwright.pipeline.towers.base import TextTowerConfig
 
-AHEAD = 2  # batches decoded while one is in use
-EXPECTED = 32  # batches whose shards a remote dataset fetches ahead
-PART = 8  # samples a thread takes at a time
-PAUSES = (0.1, 1.0)  # seconds before each new try of a sample where the disk fails
-PLANNED = 1024  # places looked up at once
-LOOK, KNOWN = 256, 100_000  # places looked up at once for a sample that can be read; bad ones that are remembered
-STUCK = 25.0  # seconds after which a sample that is not read and decoded is an error
+PREFETCH_BATCHES = 2  # batches decoded while another one is in use
+SHARD_PREFETCH_BATCHES = 32  # batches whose shards a remote dataset fetches ahead
+SAMPLES_PER_JOB = 8
+RETRY_DELAYS_SECONDS = (0.1, 1.0)  # before each new attempt to read a sample after an I/O error
+LOCATE_POSITIONS = 1024  # positions located at once
+CANDIDATE_POSITIONS = 256  # positions located at once when a replacement is searched for
+MAX_KNOWN_BAD = 100_000  # bad samples remembered
+SAMPLE_TIMEOUT_SECONDS = 25.0  # to read and decode one sample
+
+DatasetRow = tuple[int, int, int]  # dataset, shard, row
 
 
-class Pending:
-    """A batch in the making: each part of it is a job, and whoever does the last one puts it together."""
+class PendingBatch:
+    """A batch in progress, filled by several jobs; the job that finishes last collates it."""
 
-    def __init__(self, position: np.ndarray, place: Place, size: int) -> None:
-        count = len(position)
-        self.position: list[int] = position.tolist()
-        self.dataset, self.shard, self.row, self.epoch = (
-            column.tolist() for column in (place.dataset, place.shard, place.row, place.epoch)
+    def __init__(self, positions: np.ndarray, location: SampleLocation, image_size: int) -> None:
+        count = len(positions)
+        self.positions: list[int] = positions.tolist()
+        self.dataset: list[int] = location.dataset.tolist()
+        self.shard: list[int] = location.shard.tolist()
+        self.row: list[int] = location.row.tolist()
+        self.epoch: list[int] = location.epoch.tolist()
+        self.replaced: list[ReplacedSample] = []
+        # Page-locked memory is copied to a GPU while it computes.
+        self.views = torch.empty(
+            (count, image_size, image_size, 3), dtype=torch.uint8, pin_memory=torch.cuda.is_available()
         )
-        self.replaced: list[Replaced] = []
-        # Page-locked memory goes to a GPU while it computes.
-        self.views = torch.empty((count, size, size, 3), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         self.pixels = self.views.numpy()
-        self.colour = np.empty((count, 4), np.float32)
+        self.color_jitter = np.empty((count, 4), np.float32)
         self.future: Future[Batch] = Future()
-        self._left, self._lock = -(-count // PART), threading.Lock()
+        self._jobs_left = -(-count // SAMPLES_PER_JOB)
+        self._lock = threading.Lock()
 
-    def where(self, number: int) -> tuple[int, int, int]:
-        """Dataset, shard and row of a sample."""
-        return self.dataset[number], self.shard[number], self.row[number]
+    def dataset_row(self, index: int) -> DatasetRow:
+        return self.dataset[index], self.shard[index], self.row[index]
 
-    def last(self) -> bool:
-        """Counts a part as done; whether it was the last."""
+    def finish_job(self) -> bool:
+        """Counts a job as done and returns whether it was the last one."""
         with self._lock:
-            self._left -= 1
-            return self._left == 0
+            self._jobs_left -= 1
+            return self._jobs_left == 0
 
 
 class Loader:
-    """The batches of one rank from any position on; nothing in it depends on where another run stopped."""
+    """The batches of one rank from any position, as a pure function of that position."""
 
     def __init__(
         self,
         config: DataConfig,
-        share: Share,
+        rank_batch: RankBatch,
         *,
         tokenizer: Tokenizer,
         text: TextTowerConfig,
@@ -80,276 +92,299 @@ class Loader:
         workers: int,
         cache: CacheConfig | None = None,
     ) -> None:
-        self.config, self.share, self.tokenizer, self.text = config, share, tokenizer, text
+        self.config, self.rank_batch, self.tokenizer, self.text = config, rank_batch, tokenizer, text
         self.image_size, self.seed, self.workers = image_size, seed, workers
-        self.dataset = Datasets(config, cache)
-        self.dataset.check_batch(share.global_batch)
-        self.order = self.dataset.order(seed)
-        for part, order in zip(self.dataset.parts, self.order.orders, strict=True):
-            part.keep_rows(order.reach(share.world))
-            part.open_cache(order.reach(share.world))
-        self._bad: dict[tuple[int, int, int], str] = {}  # samples that are known to be bad, and why
+        self.data = Datasets(config, cache)
+        self.data.check_batch(rank_batch.global_batch)
+        self.order = self.data.order(seed)
+        for dataset, order in zip(self.data.datasets, self.order.orders, strict=True):
+            shards = order.shards_in_use(rank_batch.world_size)
+            dataset.keep_rows(shards)
+            dataset.open_cache(shards)
+        self._known_bad: dict[DatasetRow, str] = {}  # bad sample → E_ code
 
-    def batches(self, position: int, stop: Callable[[], bool] = lambda: False) -> Generator[Batch, None, None]:
-        """Batches from global position `position` on, AHEAD of them decoded beyond the one in use.
+    def batches(self, position: int, should_stop: Callable[[], bool] = lambda: False) -> Generator[Batch, None, None]:
+        """Yields batches from global position `position` without end; PREFETCH_BATCHES more are decoded ahead.
 
-        Endless, but that waiting for one ends, and with it the batches, when `stop` says so.
+        Ends if `should_stop` returns True while it waits for a batch.
         """
         workers = Workers(self.workers)
-        places = self._places(position)
-        ahead: deque[Pending] = deque()
-        coming: deque[tuple[int, Place]] = deque(maxlen=EXPECTED + AHEAD + 1)
+        locations = self._locations(position)
+        pending: deque[PendingBatch] = deque()
+        upcoming: deque[tuple[int, SampleLocation]] = deque(maxlen=SHARD_PREFETCH_BATCHES + PREFETCH_BATCHES + 1)
         try:
             while True:
-                while len(ahead) <= AHEAD:
-                    self._expect(coming, position)
-                    ahead.append(self._start(workers, *next(places)))
-                    position += self.share.global_batch
+                while len(pending) <= PREFETCH_BATCHES:
+                    self._prefetch_shards(upcoming, position)
+                    pending.append(self._start(workers, *next(locations)))
+                    position += self.rank_batch.global_batch
                 started = time.perf_counter()
-                batch = self._wait(workers, ahead.popleft(), stop)
+                batch = self._wait(workers, pending.popleft(), should_stop)
                 if batch is None:
                     return
-                batch.waited = time.perf_counter() - started
+                batch.wait_seconds = time.perf_counter() - started
                 yield batch
         finally:
-            for part in self.dataset.parts:
-                part.expect(())
+            for dataset in self.data.datasets:
+                dataset.expect(())
             workers.close()
 
-    def _mine(self, position: int, batches: int = 1) -> np.ndarray:
-        """This rank's positions of the global batch at `position`, and of so many that follow."""
-        end = position + batches * self.share.global_batch
-        return np.arange(position + self.share.rank, end, self.share.world)
+    def _rank_positions(self, position: int, batches: int = 1) -> np.ndarray:
+        """Returns this rank's positions of the `batches` global batches from `position` on."""
+        end = position + batches * self.rank_batch.global_batch
+        return np.arange(position + self.rank_batch.rank, end, self.rank_batch.world_size)
 
-    def _expect(self, coming: deque[tuple[int, Place]], position: int) -> None:
-        """Tells remote datasets which shards the batch at `position` and the next ones read.
+    def _prefetch_shards(self, upcoming: deque[tuple[int, SampleLocation]], position: int) -> None:
+        """Asks remote datasets for the shards of the batch at `position` and of those that follow.
 
-        coming: the end and the places of each batch looked at so far, those that are still being made included.
+        upcoming: end position and locations of each batch considered so far, including those still being decoded.
         """
-        if not any(part.remote for part in self.dataset.parts):
+        if not any(dataset.remote for dataset in self.data.datasets):
             return
-        size = self.share.global_batch
-        first = coming[-1][0] if coming else position
-        for start in range(first, position + EXPECTED * size, size):
-            coming.append((start + size, self.order.locate(self._mine(start))))
-        for number, part in enumerate(self.dataset.parts):
-            part.expect(np.concatenate([place.shard[place.dataset == number] for _, place in coming]).tolist())
+        size = self.rank_batch.global_batch
+        first = upcoming[-1][0] if upcoming else position
+        for start in range(first, position + SHARD_PREFETCH_BATCHES * size, size):
+            upcoming.append((start + size, self.order.locate(self._rank_positions(start))))
+        for number, dataset in enumerate(self.data.datasets):
+            shards = [location.shard[location.dataset == number] for _, location in upcoming]
+            dataset.expect(np.concatenate(shards).tolist())
 
-    def _places(self, position: int) -> Iterator[tuple[np.ndarray, Place]]:
-        """This rank's positions of each global batch from `position` on, and where their samples lie.
+    def _locations(self, position: int) -> Iterator[tuple[np.ndarray, SampleLocation]]:
+        """Yields this rank's positions of each global batch from `position` on, and the locations of their samples.
 
-        Looked up for several batches at once, which takes hardly longer than for one.
+        Several batches are located at once, which takes hardly longer than one.
         """
-        size = self.share.global_batch // self.share.world
-        for start in itertools.count(position, self.share.global_batch * max(PLANNED // size, 1)):
-            mine = self._mine(start, max(PLANNED // size, 1))
-            place = self.order.locate(mine)
-            for first in range(0, len(mine), size):
-                part = slice(first, first + size)
-                columns = place.epoch, place.shard, place.row, place.dataset
-                yield mine[part], Place(*(column[part] for column in columns))
+        size = self.rank_batch.global_batch // self.rank_batch.world_size
+        batches = max(LOCATE_POSITIONS // size, 1)
+        for start in itertools.count(position, self.rank_batch.global_batch * batches):
+            positions = self._rank_positions(start, batches)
+            located = self.order.locate(positions)
+            for first in range(0, len(positions), size):
+                batch = slice(first, first + size)
+                yield (
+                    positions[batch],
+                    SampleLocation(
+                        located.epoch[batch], located.shard[batch], located.row[batch], located.dataset[batch]
+                    ),
+                )
 
-    def _start(self, workers: Workers, mine: np.ndarray, place: Place) -> Pending:
-        """Sets the workers to this rank's part of a global batch."""
-        pending = Pending(mine, place, self.image_size)
-        for first in range(0, len(mine), PART):
-            part = range(first, min(first + PART, len(mine)))
-            workers.submit(lambda part=part: self._work(workers, pending, part))
+    def _start(self, workers: Workers, positions: np.ndarray, location: SampleLocation) -> PendingBatch:
+        """Submits the jobs of this rank's part of a global batch."""
+        pending = PendingBatch(positions, location, self.image_size)
+        for first in range(0, len(positions), SAMPLES_PER_JOB):
+            indices = range(first, min(first + SAMPLES_PER_JOB, len(positions)))
+            workers.submit(lambda indices=indices: self._run_job(workers, pending, indices))
         return pending
 
-    def _wait(self, workers: Workers, pending: Pending, stop: Callable[[], bool]) -> Batch | None:
+    def _wait(self, workers: Workers, pending: PendingBatch, should_stop: Callable[[], bool]) -> Batch | None:
         while not wait([pending.future], timeout=0.2).done:
-            if stop():
+            if should_stop():
                 return None
-            seconds, place = workers.longest()
-            if seconds > STUCK:
-                assert isinstance(place, tuple)
-                part, shard, row = place
+            seconds, item = workers.slowest()
+            if seconds > SAMPLE_TIMEOUT_SECONDS:
+                assert isinstance(item, tuple)
+                dataset, shard, row = item
                 raise ClipwrightError(
                     "E_WORKER",
-                    "a thread that does not come back from a sample",
-                    where=f"{self.dataset.parts[part].tar_path(shard)}, row {row}",
-                    found=f"{seconds:.0f} s, {STUCK:.0f} allowed",
-                    fix="check the disk it lies on and start again; the run resumes",
+                    "a data worker is stuck on a sample",
+                    where=f"{self.data.datasets[dataset].tar_path(shard)}, row {row}",
+                    found=f"no result for {seconds:.0f} s (limit {SAMPLE_TIMEOUT_SECONDS:.0f} s)",
+                    fix="check the disk it is stored on and run the same command again to resume",
                 )
         return pending.future.result()
 
-    def _work(self, workers: Workers, pending: Pending, part: range) -> None:
-        number = part.start
+    def _run_job(self, workers: Workers, pending: PendingBatch, indices: range) -> None:
+        """Reads and decodes some samples of a batch; collates the batch if this was its last job."""
+        index = indices.start
         try:
-            # Read all, then decode all: Python's share of a sample is done faster several times in a row, and the
+            # Read all samples, then decode all of them: the Python part of each loop runs faster back to back, and the
             # threads wait less for each other.
             views: list[View | None] = []
-            for number in part:
-                views.append(self._sound(workers, pending, number))
-            for number, view in zip(part, views, strict=True):
-                if view is None or not self._written(workers, pending, number, view):
-                    self._take(workers, pending, number)
-            if pending.last():
+            for index in indices:
+                views.append(self._try_read(workers, pending, index))
+            for index, view in zip(indices, views, strict=True):
+                if view is None or not self._try_decode(workers, pending, index, view):
+                    self._read_or_replace(workers, pending, index)
+            if pending.finish_job():
                 pending.future.set_result(self._collate(pending))
         except BaseException as error:
             if not pending.future.done():
-                told = isinstance(error, (ClipwrightError, OSError))
-                pending.future.set_exception(error if told else self._failed(pending, number, error))
+                explained = isinstance(error, (ClipwrightError, OSError))
+                pending.future.set_exception(error if explained else self._unexpected(pending, index, error))
 
-    def _failed(self, pending: Pending, number: int, error: BaseException) -> ClipwrightError:
-        """What nobody foresaw, by the name of the sample it met."""
-        tar = self.dataset.parts[pending.dataset[number]].tar_path(pending.shard[number])
-        made = ClipwrightError(
+    def _unexpected(self, pending: PendingBatch, index: int, error: BaseException) -> ClipwrightError:
+        """Returns the error for an unexpected exception, naming the sample it occurred at."""
+        tar = self.data.datasets[pending.dataset[index]].tar_path(pending.shard[index])
+        failure = ClipwrightError(
             "E_WORKER",
-            "a thread that failed",
-            where=f"{tar}, row {pending.row[number]}",
+            "a data worker failed on a sample",
+            where=f"{tar}, row {pending.row[index]}",
             found=f"{type(error).__name__}: {str(error)[:200]}",
-            fix="start again, the run resumes; --debug shows where it happened",
+            fix="run the same command again to resume; --debug shows the traceback",
         )
-        made.__cause__ = error
-        return made
+        failure.__cause__ = error
+        return failure
 
-    def _sound(self, workers: Workers, pending: Pending, number: int) -> View | None:
-        """The view of a position's own sample, not decoded yet; none where anything is wrong with it."""
-        where = pending.where(number)
-        part = self.dataset.parts[where[0]]
-        workers.rests()
-        with part.held(where[1]):
-            workers.begins(where)
+    def _try_read(self, workers: Workers, pending: PendingBatch, index: int) -> View | None:
+        """Reads a position's own sample and returns its undecoded view, or None on any error."""
+        sample = pending.dataset_row(index)
+        dataset, shard, row = sample
+        workers.stop_clock()
+        with self.data.datasets[dataset].held(shard):
+            workers.start_item(sample)
+            if sample in self._known_bad:
+                return None
             try:
-                return None if where in self._bad else self._view(pending, number, part.image(*where[1:]))
+                return self._view(pending, index, self.data.datasets[dataset].image(shard, row))
             except (OSError, ClipwrightError, PixelError):
                 return None
 
-    def _written(self, workers: Workers, pending: Pending, number: int, view: View) -> bool:
-        """Decodes a view into its place; whether that could be done."""
-        workers.begins(pending.where(number))
+    def _try_decode(self, workers: Workers, pending: PendingBatch, index: int, view: View) -> bool:
+        """Decodes a view into the batch and returns whether that succeeded."""
+        workers.start_item(pending.dataset_row(index))
         try:
-            view.write(pending.pixels[number])
+            view.write(pending.pixels[index])
         except PixelError:
             return False
         return True
 
-    def _take(self, workers: Workers, pending: Pending, number: int) -> None:
-        """Decodes the sample of a position or, where it cannot be read, that of the nearest position of its stream.
+    def _read_or_replace(self, workers: Workers, pending: PendingBatch, index: int) -> None:
+        """Decodes the sample of a position or, if it is unreadable, that of the nearest position of its stream.
 
-        Those before it come first: what they hold is known to have been trained on. Which it is depends on nothing
-        but the position and the disk.
+        Earlier positions come first, since training has already seen their samples. The choice depends only on the
+        position and on what is readable.
         """
-        failed: list[Replaced] = []
-        for by, place in self._candidates(pending, number):
-            pending.dataset[number], pending.shard[number], pending.row[number], pending.epoch[number] = place
-            workers.rests()
-            with self.dataset.parts[place[0]].held(place[1]):
-                workers.begins(place[:3])
-                reason = self._bad.get(place[:3]) or self._decode(pending, number, patient=not failed)
+        failed: list[ReplacedSample] = []
+        for by, (dataset, shard, row, epoch) in self._candidates(pending, index):
+            pending.dataset[index], pending.shard[index] = dataset, shard
+            pending.row[index], pending.epoch[index] = row, epoch
+            sample = (dataset, shard, row)
+            workers.stop_clock()
+            with self.data.datasets[dataset].held(shard):
+                workers.start_item(sample)
+                reason = self._known_bad.get(sample) or self._read_and_decode(pending, index, retry=not failed)
             if reason is None:
                 if failed:
                     pending.replaced.append(dataclasses.replace(failed[0], by=by))
                 return
-            key = self.dataset.parts[place[0]].rows(place[1]).key[place[2]].decode()
-            shard = self.dataset.shard_name(*place[:2])
-            failed.append(Replaced(pending.position[number], by, key, shard, reason))
-        raise too_many(failed, f"{len(failed):,} samples in a row beside position {pending.position[number]:,}")
+            key = self.data.datasets[dataset].rows(shard).key[row].decode()
+            name = self.data.shard_name(dataset, shard)
+            failed.append(ReplacedSample(pending.positions[index], by, key, name, reason))
+        raise too_many_bad_samples(
+            failed, f"{len(failed):,} consecutive samples of the stream of position {pending.positions[index]:,}"
+        )
 
-    def _candidates(self, pending: Pending, number: int) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
-        """The position and place of a sample, and of those that may stand in for it: each a stream's step further."""
-        at, streams = pending.position[number], self.config.streams
-        yield at, (pending.dataset[number], pending.shard[number], pending.row[number], pending.epoch[number])
-        for first in range(1, WINDOW, LOOK):
-            steps = np.arange(first, first + LOOK)
-            positions = np.where(steps * streams <= at, at - steps * streams, at + (steps - at // streams) * streams)
-            place = self.order.locate(positions)
-            columns = (place.dataset, place.shard, place.row, place.epoch)
-            yield from zip(positions.tolist(), zip(*(c.tolist() for c in columns), strict=True), strict=True)
+    def _candidates(self, pending: PendingBatch, index: int) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
+        """Yields position and (dataset, shard, row, epoch) of a sample and then of its possible replacements.
 
-    def _decode(self, pending: Pending, number: int, *, patient: bool) -> str | None:
-        """Reads a sample's picture and writes its view and colours to their places; a code where that cannot be.
-
-        patient: whether to wait for a disk that fails.
+        For position p and P streams: p, p − P, p − 2P, …, and from the start of the run p + P, p + 2P, ….
         """
-        where = pending.where(number)
+        position, streams = pending.positions[index], self.config.streams
+        yield position, (pending.dataset[index], pending.shard[index], pending.row[index], pending.epoch[index])
+        for first in range(1, RECENT_POSITIONS, CANDIDATE_POSITIONS):
+            steps = np.arange(first, first + CANDIDATE_POSITIONS)
+            earlier = position - steps * streams
+            later = position + (steps - position // streams) * streams
+            positions = np.where(steps * streams <= position, earlier, later)
+            location = self.order.locate(positions)
+            columns = (location.dataset, location.shard, location.row, location.epoch)
+            locations = zip(*(column.tolist() for column in columns), strict=True)
+            yield from zip(positions.tolist(), locations, strict=True)
+
+    def _read_and_decode(self, pending: PendingBatch, index: int, *, retry: bool) -> str | None:
+        """Reads a sample and writes its view and color jitter into the batch; returns an E_ code if that fails.
+
+        retry: whether to wait and read again after an I/O error.
+        """
+        sample = pending.dataset_row(index)
+        dataset, shard, row = sample
         try:
-            data = _read(self.dataset.parts[where[0]], *where[1:], PAUSES if patient else ())
-            self._view(pending, number, data).write(pending.pixels[number])
+            data = _read(self.data.datasets[dataset], shard, row, RETRY_DELAYS_SECONDS if retry else ())
+            self._view(pending, index, data).write(pending.pixels[index])
         except OSError:
-            return "E_SYSTEM"  # not for ever, perhaps
+            return "E_SYSTEM"  # possibly temporary, so not remembered
         except (ClipwrightError, PixelError) as error:
-            reason = str(error.args[0])
-            if len(self._bad) < KNOWN:
-                self._bad[where] = reason
-            return reason
+            code = str(error.args[0])
+            if len(self._known_bad) < MAX_KNOWN_BAD:
+                self._known_bad[sample] = code
+            return code
         return None
 
-    def _view(self, pending: Pending, number: int, data: bytes) -> View:
-        """A sample's view, and its colours in their place."""
-        dataset, shard, row = pending.where(number)
-        part, augment, epoch = self.dataset.parts[dataset], self.config.augment, pending.epoch[number]
-        key = part.rows(shard).key[row].decode()
-        turn = epoch if augment.views is None else epoch % augment.views
-        if augment.colours:
-            pending.colour[number] = draw_colour(augment, Draw(self.seed, part.fingerprint, turn, key, "colour"))
-        return View(data, augment, Draw(self.seed, part.fingerprint, turn, key, "view"))
+    def _view(self, pending: PendingBatch, index: int, data: bytes) -> View:
+        """Returns a sample's view and writes its color jitter into the batch."""
+        number, shard, row = pending.dataset_row(index)
+        dataset, augment, epoch = self.data.datasets[number], self.config.augment, pending.epoch[index]
+        key = dataset.rows(shard).key[row].decode()
+        view_number = epoch if augment.views is None else epoch % augment.views
+        if augment.changes_color:
+            # The purpose "colour" is part of the random seed: another spelling would change every draw.
+            rng = SampleRng(self.seed, dataset.fingerprint, view_number, key, "colour")
+            pending.color_jitter[index] = draw_color_jitter(augment, rng)
+        return View(data, augment, SampleRng(self.seed, dataset.fingerprint, view_number, key, "view"))
 
-    def _collate(self, pending: Pending) -> Batch:
-        where = list(zip(pending.dataset, pending.shard, pending.row, strict=True))
-        rows = [self.dataset.parts[part].rows(shard) for part, shard, _ in where]
-        names = [one.key[row].decode() for one, row in zip(rows, pending.row, strict=True)]
-        keys = [name[:32] for name in names]
-        captions = self._captions(rows, pending, keys)
-        negatives = self._negatives(rows, pending, keys)
+    def _collate(self, pending: PendingBatch) -> Batch:
+        samples = list(zip(pending.dataset, pending.shard, pending.row, strict=True))
+        rows = [self.data.datasets[dataset].rows(shard) for dataset, shard, _ in samples]
+        sample_keys = [shard_rows.key[row].decode() for shard_rows, row in zip(rows, pending.row, strict=True)]
+        image_keys = [key[:32] for key in sample_keys]  # without the suffix of a repeated image
+        captions = self._captions(rows, pending, image_keys)
+        negatives = self._negatives(rows, pending, image_keys)
         texts = list(dict.fromkeys([*captions, *filter(None, negatives)]))
         tokens = self.tokenizer.encode(texts, self.text.context)
         lengths = (tokens == self.tokenizer.eot_id).argmax(1) + 1
-        # Shortest first: where a batch is cut into micro-batches, each is as long as its own longest.
-        short_first = lengths.argsort(kind="stable")
-        known = {texts[old]: new for new, old in enumerate(short_first.tolist())}
-        ids = {text: _text_id(text) for text in known}
+        # Shortest first, so that each micro-batch of texts is only as long as its own longest text.
+        by_length = lengths.argsort(kind="stable")
+        row_of = {texts[old]: new for new, old in enumerate(by_length.tolist())}
+        id_of = {text: _text_id(text) for text in row_of}
         return Batch(
             views=pending.views,
-            tokens=torch.from_numpy(trim(tokens, self.tokenizer.eot_id, self.text.pad)[short_first]).long(),
-            text_row=torch.tensor([known[text] for text in captions]),
-            image_id=torch.tensor([int(key[:16], 16) - 2**63 for key in keys]),
-            caption_id=torch.tensor([ids[text] for text in captions]).view(len(keys), -1),
-            colour=torch.from_numpy(pending.colour) if self.config.augment.colours else None,
-            negative_row=torch.tensor([-1 if text is None else known[text] for text in negatives], dtype=torch.int64),
-            negative_id=torch.tensor([0 if text is None else ids[text] for text in negatives], dtype=torch.int64),
-            lengths=torch.from_numpy(lengths[short_first]) if self.text.pad == "longest" else None,
-            batch_samples=BatchSamples(names, sorted(pending.replaced, key=lambda one: one.at), key_sum(names)),
+            tokens=torch.from_numpy(trim(tokens, self.tokenizer.eot_id, self.text.pad)[by_length]).long(),
+            text_row=torch.tensor([row_of[text] for text in captions]),
+            image_id=torch.tensor([int(key[:16], 16) - 2**63 for key in image_keys]),
+            caption_id=torch.tensor([id_of[text] for text in captions]).view(len(image_keys), -1),
+            color_jitter=torch.from_numpy(pending.color_jitter) if self.config.augment.changes_color else None,
+            negative_row=torch.tensor([-1 if text is None else row_of[text] for text in negatives], dtype=torch.int64),
+            negative_id=torch.tensor([0 if text is None else id_of[text] for text in negatives], dtype=torch.int64),
+            lengths=torch.from_numpy(lengths[by_length]) if self.text.pad == "longest" else None,
+            batch_samples=BatchSamples(
+                sample_keys, sorted(pending.replaced, key=lambda sample: sample.at), key_sum(sample_keys)
+            ),
         )
 
-    def _captions(self, rows: list[Rows], pending: Pending, keys: list[str]) -> list[str]:
-        """The captions of the batch, those of an image side by side."""
-        counts = np.array([one.captions.count(row) for one, row in zip(rows, pending.row, strict=True)])
+    def _captions(self, rows: list[Rows], pending: PendingBatch, keys: list[str]) -> list[str]:
+        """Returns the captions of the batch, those of an image next to each other."""
+        counts = np.array([shard_rows.captions.count(row) for shard_rows, row in zip(rows, pending.row, strict=True)])
         epochs = np.array(pending.epoch) * self.config.captions
         picks = [
-            caption_index(counts, seed=self.seed, epochs=epochs + turn, keys=keys)
-            for turn in range(self.config.captions)
+            caption_index(counts, seed=self.seed, epochs=epochs + number, keys=keys)
+            for number in range(self.config.captions)
         ]
-        chosen = zip(rows, pending.row, np.stack(picks, axis=1).tolist(), strict=True)
-        return [one.captions.text(row, pick) for one, row, mine in chosen for pick in mine]
+        samples = zip(rows, pending.row, np.stack(picks, axis=1).tolist(), strict=True)
+        return [shard_rows.captions.text(row, pick) for shard_rows, row, chosen in samples for pick in chosen]
 
-    def _negatives(self, rows: list[Rows], pending: Pending, keys: list[str]) -> list[str | None]:
-        """The wrong captions of the batch, `negative_count` an image; none where it has fewer."""
-        columns = [one.negatives for one in rows]
-        texts = [column for column in columns if column is not None]
-        if not texts:
+    def _negatives(self, rows: list[Rows], pending: PendingBatch, keys: list[str]) -> list[str | None]:
+        """Returns the hard negatives of the batch, `negative_count` per image, None where an image has fewer."""
+        columns = [shard_rows.negatives for shard_rows in rows if shard_rows.negatives is not None]
+        if not columns:
             return []
-        counts = np.array([column.count(row) for column, row in zip(texts, pending.row, strict=True)])
-        picks = negative_index(
-            counts, self.config.negative_count, seed=self.seed, epochs=np.array(pending.epoch), keys=keys
-        ).tolist()
-        chosen = zip(texts, pending.row, picks, strict=True)
-        return [None if pick < 0 else column.text(row, pick) for column, row, mine in chosen for pick in mine]
+        counts = np.array([column.count(row) for column, row in zip(columns, pending.row, strict=True)])
+        epochs = np.array(pending.epoch)
+        picks = negative_index(counts, self.config.negative_count, seed=self.seed, epochs=epochs, keys=keys)
+        samples = zip(columns, pending.row, picks.tolist(), strict=True)
+        return [None if pick < 0 else column.text(row, pick) for column, row, chosen in samples for pick in chosen]
 
 
-def _read(part: Dataset, shard: int, row: int, pauses: Sequence[float]) -> bytes:
-    """A stored image. What cannot be read is read again: once, or as often as there are pauses where the disk fails."""
+def _read(dataset: Dataset, shard: int, row: int, delays: Sequence[float]) -> bytes:
+    """Reads a stored image. A corrupt sample is read once more; an I/O error is retried after each delay (seconds)."""
     try:
-        return part.image(shard, row)
+        return dataset.image(shard, row)
     except ClipwrightError:
-        return part.image(shard, row)
+        return dataset.image(shard, row)
     except OSError:
-        for seconds in pauses:
+        for seconds in delays:
             time.sleep(seconds)
             with suppress(OSError):
-                return part.image(shard, row)
+                return dataset.image(shard, row)
         raise
 
 

@@ -1,8 +1,8 @@
-"""Which sample stands at which position: a pure function of (dataset, seed, P, window).
+"""Which sample is at which position: a pure function of (dataset, seed, streams P, window).
 
 Training counts samples. Position p belongs to epoch p div N and to stream p mod P. A stream of an epoch is one block
-of that epoch's shuffled shards; inside it, consecutive windows are permuted. No rank, worker or machine count takes
-part, so any of them may change between two runs of the same sequence.
+of that epoch's shuffled shards; inside it, consecutive windows are permuted. Rank, worker and node counts play no part,
+so they may change between two runs of the same sequence.
 """
 
 from __future__ import annotations
@@ -21,64 +21,70 @@ from clipwright.pipeline.core.files import canonical_json
 _U64 = np.uint64
 _EIGHT = struct.Struct(">8Q")
 _ROUNDS = 4  # Luby and Rackoff 1988: four rounds make a strong pseudo-random permutation
+_GOLDEN_RATIO = 0x9E3779B97F4A7C15
 
 
 def key64(*parts: object) -> int:
-    """A 64-bit key from anything canonical JSON can hold."""
+    """Returns a 64-bit key of any values that canonical JSON can represent."""
     return int.from_bytes(hashlib.sha256(canonical_json(list(parts)).encode()).digest()[:8], "big")
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every input bit affects every output bit."""
     values = (values ^ (values >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> _U64(27))) * _U64(0x94D049BB133111EB)
     return values ^ (values >> _U64(31))
 
 
 def permute(index: np.ndarray, size: np.ndarray | int, key: np.ndarray | int) -> np.ndarray:
-    """Keyed permutation of range(size), elementwise: `index`, `size` and `key` broadcast; returns int64.
+    """Applies a keyed permutation of range(size) elementwise; `index`, `size` and `key` broadcast. Returns int64.
 
-    A balanced Feistel network on the next power of four, walked until it lands inside (Black and Rogaway 2002).
-    O(1) memory an element, and its inverse is never needed.
+    A balanced Feistel network on the next power of four, repeated until the result is below `size` (cycle walking,
+    Black and Rogaway 2002). It needs O(1) memory per element.
     """
     index, size, key = np.broadcast_arrays(
         np.asarray(index).astype(_U64), np.asarray(size).astype(_U64), np.asarray(key).astype(_U64)
     )
-    half = np.zeros(size.shape, _U64)
-    while np.any(grow := (_U64(1) << (_U64(2) * half)) < size):
-        half = half + grow.astype(_U64)
-    mask = (_U64(1) << half) - _U64(1)
+    half_bits = np.zeros(size.shape, _U64)
+    while True:
+        too_small = (_U64(1) << (_U64(2) * half_bits)) < size
+        if not np.any(too_small):
+            break
+        half_bits = half_bits + too_small.astype(_U64)
+    mask = (_U64(1) << half_bits) - _U64(1)
     out = index.copy()
-    left_to_do = np.ones(out.shape, bool)
+    pending = np.ones(out.shape, bool)
     with np.errstate(over="ignore"):
-        while left_to_do.any():
-            part = out[left_to_do]
-            bits, low, seed = half[left_to_do], mask[left_to_do], key[left_to_do]
-            left, right = part >> bits, part & low
-            for turn in range(_ROUNDS):
-                odd = (2 * turn + 1) * 0x9E3779B97F4A7C15 % 2**64
-                left, right = right, left ^ (_mix(right + seed * _U64(odd) + _U64(turn)) & low)
-            out[left_to_do] = (left << bits) | right
-            left_to_do &= out >= size
+        while pending.any():
+            values = out[pending]
+            bits, low_mask, seed = half_bits[pending], mask[pending], key[pending]
+            left, right = values >> bits, values & low_mask
+            for number in range(_ROUNDS):
+                multiplier = (2 * number + 1) * _GOLDEN_RATIO % 2**64
+                left, right = right, left ^ (_mix(right + seed * _U64(multiplier) + _U64(number)) & low_mask)
+            out[pending] = (left << bits) | right
+            pending &= out >= size
     return out.astype(np.int64)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the samples of some positions lie: arrays of epoch, shard, row inside the shard, dataset's number."""
+class SampleLocation:
+    """Where the samples of some positions are stored: one array element per position."""
 
     epoch: np.ndarray
     shard: np.ndarray
     row: np.ndarray
+    """Row inside the shard."""
     dataset: np.ndarray
+    """Number of the dataset in the mixture."""
 
 
 class Order:
     """The order of one dataset.
 
-    sizes: samples per shard; fingerprint: the dataset's, so that two datasets of equal shape do not run in lockstep;
-    streams: P; window: how many samples of a stream are mixed with each other. When N ≤ P·window the epoch is one
-    permutation of all N.
+    sizes: samples per shard. fingerprint: the dataset's, without which two datasets of equal shape would run in
+    lockstep. streams: P. window: how many samples of a stream are shuffled together. If N ≤ P * window, the epoch is
+    one permutation of all N samples.
     """
 
     def __init__(
@@ -92,21 +98,21 @@ class Order:
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self._shards = lru_cache(maxsize=2)(self._shuffle_shards)
 
-    def locate(self, positions: np.ndarray) -> Place:
-        """The places of `positions` (any int64 array)."""
+    def locate(self, positions: np.ndarray) -> SampleLocation:
+        """Returns the locations of `positions` (any int64 array)."""
         positions = np.asarray(positions, np.int64)
         epochs = positions // self.samples
         shard, row = np.empty_like(positions), np.empty_like(positions)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
-            shard[here], row[here] = self._locate(int(epoch), positions[here])
-        return Place(epochs, shard, row, np.zeros_like(positions))
+            selected = epochs == epoch
+            shard[selected], row[selected] = self._locate(int(epoch), positions[selected])
+        return SampleLocation(epochs, shard, row, np.zeros_like(positions))
 
-    def reach(self, world: int) -> int:
-        """About how many shards one of `world` ranks reads from at a time."""
+    def shards_in_use(self, world_size: int) -> int:
+        """Returns about how many shards one of `world_size` ranks reads from at the same time."""
         if self.samples <= self.streams * self.window:
             return len(self.sizes)
-        streams = self.streams // math.gcd(self.streams, world)
+        streams = self.streams // math.gcd(self.streams, world_size)
         return min(len(self.sizes), streams * (-(-self.window * len(self.sizes) // self.samples) + 1))
 
     def _locate(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -117,33 +123,33 @@ class Order:
             return shard, index - self._starts[shard]
         order, starts = self._shards(epoch)
         stream = positions % self.streams
-        lengths = self._count(np.arange(self.streams), first + self.samples) - self._count(
-            np.arange(self.streams), first
-        )
+        all_streams = np.arange(self.streams)
+        lengths = self._count(all_streams, first + self.samples) - self._count(all_streams, first)
         block_starts = np.concatenate([[0], np.cumsum(lengths)])
-        k = self._count(stream, positions) - self._count(stream, first)  # how many of this stream came before
-        window = k // self.window
-        inside = np.minimum(self.window, lengths[stream] - window * self.window)
+        in_stream = self._count(stream, positions) - self._count(stream, first)  # earlier positions of the stream
+        window = in_stream // self.window
+        window_size = np.minimum(self.window, lengths[stream] - window * self.window)
         base = key64("window", self.seed, self.fingerprint, epoch)
         with np.errstate(over="ignore"):
             keys = _mix(_mix(_U64(base) + stream.astype(_U64)) + window.astype(_U64))
-        index = block_starts[stream] + window * self.window + permute(k % self.window, inside, keys)
-        turn = np.searchsorted(starts, index, side="right") - 1
-        return order[turn], index - starts[turn]
+        in_window = permute(in_stream % self.window, window_size, keys)
+        index = block_starts[stream] + window * self.window + in_window
+        shuffled = np.searchsorted(starts, index, side="right") - 1
+        return order[shuffled], index - starts[shuffled]
 
     def _count(self, stream: np.ndarray, before: np.ndarray | int) -> np.ndarray:
-        """How many positions p < before have p ≡ stream (mod P)."""
+        """Returns how many positions p < before have p ≡ stream (mod P)."""
         return (np.asarray(before) - stream + self.streams - 1) // self.streams
 
     def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's shard order and the running starts of its shards."""
+        """Returns the epoch's shard order and the cumulative starts of the shards in that order."""
         count = len(self.sizes)
         order = permute(np.arange(count), count, key64("shards", self.seed, self.fingerprint, epoch))
         return order, np.concatenate([[0], np.cumsum(self.sizes[order])])
 
 
-class Draw:
-    """Counter-based random numbers of one sample in one epoch: a pure function of (seed, dataset, epoch, key)."""
+class SampleRng:
+    """Counter-based random numbers of one sample in one epoch: a pure function of the constructor's arguments."""
 
     def __init__(self, seed: int, fingerprint: str, epoch: int, key: str, purpose: str) -> None:
         self._name = f"{seed}\0{fingerprint}\0{epoch}\0{key}\0{purpose}".encode()
@@ -151,7 +157,7 @@ class Draw:
         self._numbers: list[int] = []
 
     def uniform(self) -> float:
-        """The next number in [0, 1)."""
+        """Returns the next number in [0, 1)."""
         if not self._numbers:
             counter = b"\0%d" % self._blocks if self._blocks else b""
             self._numbers.extend(_EIGHT.unpack(hashlib.blake2b(self._name + counter, digest_size=64).digest()))
@@ -160,23 +166,24 @@ class Draw:
 
 
 def caption_index(counts: np.ndarray, *, seed: int, epochs: np.ndarray, keys: Sequence[str]) -> np.ndarray:
-    """Which of its `counts` captions each sample takes: each caption once in every `counts` epochs."""
-    turns, out = epochs % counts, np.zeros_like(counts)
+    """Chooses one of the `counts` captions of each sample; in every `counts` epochs each caption comes once."""
+    index, out = epochs % counts, np.zeros_like(counts)
     several = np.flatnonzero(counts > 1)
     if len(several):
         rounds = (epochs // counts)[several].tolist()
-        seeds = [key64("caption", seed, keys[i], turn) for i, turn in zip(several.tolist(), rounds, strict=True)]
-        out[several] = permute(turns[several], counts[several], np.array(seeds, _U64))
+        seeds = [key64("caption", seed, keys[i], number) for i, number in zip(several.tolist(), rounds, strict=True)]
+        out[several] = permute(index[several], counts[several], np.array(seeds, _U64))
     return out
 
 
-def negative_index(counts: np.ndarray, most: int, *, seed: int, epochs: np.ndarray, keys: Sequence[str]) -> np.ndarray:
-    """Which of its `counts` negatives each sample brings along, int64 (n, most): different ones, −1 where it has fewer.
+def negative_index(counts: np.ndarray, limit: int, *, seed: int, epochs: np.ndarray, keys: Sequence[str]) -> np.ndarray:
+    """Chooses up to `limit` different ones of the `counts` hard negatives of each sample.
 
-    All of them come in turn, in an order of the sample's own.
+    Returns int64 (n, limit), -1 where a sample has fewer. Each sample cycles through all of its negatives in an order
+    of its own.
     """
-    turns = np.arange(most)
+    columns = np.arange(limit)
     seeds = np.array([key64("negative", seed, key) for key in keys], _U64)
     sizes = np.maximum(counts, 1)[:, None]
-    picks = permute((epochs[:, None] * most + turns) % sizes, sizes, seeds[:, None])
-    return np.where(turns < counts[:, None], picks, -1)
+    picks = permute((epochs[:, None] * limit + columns) % sizes, sizes, seeds[:, None])
+    return np.where(columns < counts[:, None], picks, -1)

@@ -1,4 +1,4 @@
-"""Threads that a stuck job cannot take down with it."""
+"""Daemon threads that run the loader's jobs and report how long the current item has taken."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 Job = Callable[[], None]
-STOPPING = 5.0  # seconds that closing waits for a thread
+JOIN_TIMEOUT_SECONDS = 5.0  # how long `close` waits for the threads
 
 
 class Workers:
-    """Threads that do jobs in the order they come; what a job raises is the job's own matter.
+    """Threads that run jobs in order of submission. A job handles its own exceptions.
 
-    Daemons, unlike those of concurrent.futures: a read that never returns must not keep a process from ending.
+    Unlike those of concurrent.futures, the threads are daemons: a read that never returns must not keep the process
+    from exiting.
     """
 
     def __init__(self, count: int) -> None:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._since: dict[int, tuple[float, object]] = {}
+        self._items: dict[int, tuple[float, object]] = {}  # thread → when its current item started, and the item
         self._closed = False
         self._threads = [
             threading.Thread(target=self._run, name=f"decode-{number}", daemon=True) for number in range(count)
@@ -30,31 +31,31 @@ class Workers:
     def submit(self, job: Job) -> None:
         self._jobs.put(job)
 
-    def begins(self, what: object) -> None:
-        """Called by a job when it turns to something new that may take its time."""
-        self._since[threading.get_ident()] = (time.monotonic(), what)
+    def start_item(self, item: object) -> None:
+        """Starts the clock for `item`; called by a job before each step that may take long."""
+        self._items[threading.get_ident()] = (time.monotonic(), item)
 
-    def rests(self) -> None:
-        """Called by a job before it waits for something that has time-outs of its own."""
-        self._since.pop(threading.get_ident(), None)
+    def stop_clock(self) -> None:
+        """Stops the clock; called by a job before it waits for something that has its own timeout."""
+        self._items.pop(threading.get_ident(), None)
 
-    def longest(self) -> tuple[float, object]:
-        """Seconds that the slowest thread has been at what it last began, and what that is."""
+    def slowest(self) -> tuple[float, object]:
+        """Returns the seconds that the slowest thread has spent on its current item, and that item."""
         now = time.monotonic()
-        begun = [(now - since, what) for since, what in list(self._since.values())]
-        return max(begun, default=(0.0, None), key=lambda found: found[0])
+        running = [(now - started, item) for started, item in list(self._items.values())]
+        return max(running, default=(0.0, None), key=lambda entry: entry[0])
 
     def close(self) -> None:
-        """Ends the threads after the jobs they are at; the others are dropped."""
+        """Ends the threads after their current jobs and drops the queued ones."""
         self._closed = True
         for _ in self._threads:
             self._jobs.put(None)
-        end = time.monotonic() + STOPPING
+        deadline = time.monotonic() + JOIN_TIMEOUT_SECONDS
         for thread in self._threads:
-            thread.join(max(end - time.monotonic(), 0.0))
+            thread.join(max(deadline - time.monotonic(), 0.0))
 
     def _run(self) -> None:
-        me = threading.get_ident()
+        thread = threading.get_ident()
         while (job := self._jobs.get()) is not None and not self._closed:
             job()
-            self._since.pop(me, None)
+            self._items.pop(thread, None)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.data.batch import Share
+from clipwright.pipeline.data.batch import RankBatch
 from clipwright.pipeline.data.datasets import Datasets
 from clipwright.pipeline.doctor.base import Context, Found, check
 from clipwright.pipeline.folders.cache import GB, bytes_needed, gb_for
@@ -67,7 +67,7 @@ def keys(context: Context) -> Found:
 def samples(context: Context) -> Found:
     """Enough for a batch, of each dataset, and a batch that the ranks can share."""
     batch, data = context.config.schedule.global_batch, context.dataset
-    Share(context.world.rank, context.world.size, batch)
+    RankBatch(context.world.rank, context.world.size, batch)
     data.check_batch(batch)
     epochs = ", ".join(f"{turns:.1f}" for turns in data.epochs(context.config.schedule.samples))
     return Found("ok", f"{data.samples:,}, each seen {epochs} times", f"at least a batch: {batch}")
@@ -93,7 +93,7 @@ def shards(context: Context) -> Found:
 def shard_files(context: Context) -> Found:
     """Shards that a process keeps open, of each dataset, against its limit of open files."""
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    shards = [min(len(part.sizes), OPEN_TARS) for part in context.dataset.parts]
+    shards = [min(len(part.sizes), OPEN_TARS) for part in context.dataset.datasets]
     need = sum(shards) + context.config.runtime.workers + OTHER_FILES
     found = f"{sum(shards)} shards open at once in each process"
     if limit == resource.RLIM_INFINITY or need <= limit:
@@ -108,10 +108,10 @@ def shard_cache(context: Context) -> Found:
     """What remote shards take on this machine, by the order in which they are read."""
     data, runtime = context.dataset, context.config.runtime
     orders = data.order(context.config.seed).orders
-    remote = [(part, order) for part, order in zip(data.parts, orders, strict=True) if part.remote]
+    remote = [(part, order) for part, order in zip(data.datasets, orders, strict=True) if part.remote]
     if not remote:
         return Found("ok", "no shard is remote")
-    reach = [order.reach(context.world.size) for _, order in remote]
+    reach = [order.shards_in_use(context.world.size) for _, order in remote]
     sizes = [[shard.bytes for shard in part.remote_shards()] for part, _ in remote]
     most = max(bytes_needed(size, count) for size, count in zip(sizes, reach, strict=True))
     found = f"runtime.cache_gb={runtime.cache_gb:g} for each of {len(remote)} datasets in {runtime.cache.root()}"

@@ -125,7 +125,7 @@ def first(batch: Batch, count: int) -> Batch:
     return dataclasses.replace(
         batch,
         views=batch.views[:count],
-        colour=None if batch.colour is None else batch.colour[:count],
+        color_jitter=None if batch.color_jitter is None else batch.color_jitter[:count],
         tokens=batch.tokens[rows],
         lengths=None if batch.lengths is None else batch.lengths[rows],
         text_row=order,

@@ -127,7 +127,7 @@ def measure(context: Context) -> Times:
             del copied
             if turn >= WARM:
                 times.steps.append(time.perf_counter() - started)
-                times.waits.append(batch.waited)
+                times.waits.append(batch.wait_seconds)
                 times.processor += time.process_time() - processor
             late = len(times.steps) >= LEAST and sum(times.steps) > SECONDS
             if any_rank(late, world.device):

@@ -19,7 +19,7 @@ from torch import Tensor
 from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.data.batch import Share
+from clipwright.pipeline.data.batch import RankBatch
 from clipwright.pipeline.data.datasets import DataConfig, Datasets
 from clipwright.pipeline.data.loader import Loader
 from clipwright.pipeline.distributed.group import World, broadcast_object, run_on_rank0
@@ -144,7 +144,7 @@ def assemble(config: RunConfig, world: World, tokenizer: Tokenizer) -> Parts:
         check_compiler()
     loader = Loader(
         config.data,
-        Share(world.rank, world.size, config.schedule.global_batch),
+        RankBatch(world.rank, world.size, config.schedule.global_batch),
         tokenizer=tokenizer,
         text=config.text,
         image_size=config.image.image_size,

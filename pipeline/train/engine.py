@@ -278,14 +278,14 @@ def micro_batches(batch: Batch, size: int) -> list[Batch]:
     it and its gradient is zero.
     """
     count = -(-len(batch.views) // size) if size else 1
-    colours = [None] * count if batch.colour is None else batch.colour.tensor_split(count)
+    colors = [None] * count if batch.color_jitter is None else batch.color_jitter.tensor_split(count)
     texts = [part if len(part) else batch.tokens[:1] for part in batch.tokens.tensor_split(count)]
     if batch.lengths is not None:
         lengths = [part if len(part) else batch.lengths[:1] for part in batch.lengths.tensor_split(count)]
         wide = (-(-int(part.max()) // LENGTH_STEP) * LENGTH_STEP for part in lengths)
         texts = [part[:, :most] for part, most in zip(texts, wide, strict=True)]
-    cut = zip(batch.views.tensor_split(count), colours, texts, strict=True)
-    return [dataclasses.replace(batch, views=views, colour=colour, tokens=text) for views, colour, text in cut]
+    cut = zip(batch.views.tensor_split(count), colors, texts, strict=True)
+    return [dataclasses.replace(batch, views=views, color_jitter=colors, tokens=text) for views, colors, text in cut]
 
 
 class _Statistics:

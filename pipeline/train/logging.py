@@ -47,10 +47,10 @@ class RunLog:
 
 def header(config: RunConfig, parts: Parts, world: World, threads: int) -> str:
     """A run's numbers, printed before its first step."""
-    towers, schedule, data = parts.towers, config.schedule, parts.loader.dataset
+    towers, schedule, data = parts.towers, config.schedule, parts.loader.data
     epochs = data.epochs(schedule.samples)
     many = len(epochs) > 1
-    named = (f"{part.folder.name} " if many else "" for part in data.parts)
+    named = (f"{part.folder.name} " if many else "" for part in data.datasets)
     told = ", ".join(f"{name}{turns:.1f}" for name, turns in zip(named, epochs, strict=True))
     return (
         f"image {config.image.name} {parameter_count(towers.image):,} · "

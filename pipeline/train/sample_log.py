@@ -23,8 +23,15 @@ from clipwright.pipeline.core.command import Call
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.data.batch_samples import MOST, SUM, BadSampleLimit, BatchSamples, Replaced, key_sum
-from clipwright.pipeline.data.datasets import Datasets, PartConfig
+from clipwright.pipeline.data.batch_samples import (
+    KEY_SUM_MODULUS,
+    MAX_REPLACED,
+    BadSampleLimit,
+    BatchSamples,
+    ReplacedSample,
+    key_sum,
+)
+from clipwright.pipeline.data.datasets import DatasetEntry, Datasets
 from clipwright.pipeline.distributed.group import World, all_gather_object, all_reduce_sum, broadcast_object
 from clipwright.pipeline.train import run_folder
 from clipwright.pipeline.train.config import RunConfig
@@ -86,23 +93,23 @@ def merge(parts: list[BatchSamples]) -> BatchSamples:
     return BatchSamples(
         keys=[key for row in zip(*(part.keys for part in parts), strict=True) for key in row],
         replaced=sorted((one for part in parts for one in part.replaced), key=lambda one: one.at),
-        sum=sum(part.sum for part in parts) % SUM,
+        sum=sum(part.sum for part in parts) % KEY_SUM_MODULUS,
     )
 
 
 def _from_limbs(limbs: Iterable[int]) -> int:
-    return sum(limb << 32 * i for i, limb in enumerate(limbs)) % SUM
+    return sum(limb << 32 * i for i, limb in enumerate(limbs)) % KEY_SUM_MODULUS
 
 
-def _past(path: Path, step: int) -> tuple[int, list[Replaced]]:
+def _past(path: Path, step: int) -> tuple[int, list[ReplacedSample]]:
     """How many were replaced in the steps of a ledger that was cut back to `step`, and the last of them."""
-    recent: deque[Replaced] = deque(maxlen=MOST)
+    recent: deque[ReplacedSample] = deque(maxlen=MAX_REPLACED)
     lines, count = 0, 0
     with path.open("rb") as file:
         for lines, text in enumerate(file, 1):  # noqa: B007
             if b'"replaced"' in text:
                 found = json.loads(text)["replaced"]
-                recent.extend(Replaced(**one) for one in found)
+                recent.extend(ReplacedSample(**one) for one in found)
                 count += len(found)
     if lines != step:
         print(f"warning: {path} knows {lines} of {step} steps: samples they replaced are not counted", file=sys.stderr)
@@ -115,7 +122,7 @@ class LedgerConfig:
 
     run: str
     step: int | None = None
-    train: str | list[PartConfig] | None = None
+    train: str | list[DatasetEntry] | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ def show(call: Call) -> None:
     call.finish(result, "\n".join([*lines, text]))
 
 
-def samples(run: Path, record: dict[str, Any], train: str | list[PartConfig] | None = None) -> list[Sample]:
+def samples(run: Path, record: dict[str, Any], train: str | list[DatasetEntry] | None = None) -> list[Sample]:
     """The samples of a line of the ledger, found again by position; E_DATA_HASH when they do not add up to its sum."""
     tree = run_folder.stored_tree(run)
     assert tree is not None, run
@@ -171,7 +178,7 @@ def samples(run: Path, record: dict[str, Any], train: str | list[PartConfig] | N
     for position, number, shard, row in zip(
         *(column.tolist() for column in (positions, place.dataset, place.shard, place.row)), strict=True
     ):
-        part = data.parts[number]
+        part = data.datasets[number]
         found.append(Sample(position, part.rows(shard).key[row].decode(), data.shard_name(number, shard), row))
     if f"{key_sum(one.key for one in found):032x}" != record["sum"]:
         raise ClipwrightError(

@@ -52,7 +52,7 @@ class Trainer:
         if self.runtime.validation:
             self.validation = Validation(self.config, self.parts.tokenizer, world, score())
         self.init_source = warm_start.init_source(self.config.init_from, run, fresh=call.fresh)
-        dataset, tokenizer = self.parts.loader.dataset.fingerprint, self.parts.tokenizer.fingerprint
+        dataset, tokenizer = self.parts.loader.data.fingerprint, self.parts.tokenizer.fingerprint
         self.identity = identity(resolved, dataset, tokenizer, self.init_source)
 
     def open(self, run: Path, yaml: str, fresh: bool) -> None:
@@ -99,7 +99,7 @@ class Trainer:
                     health.agree_to_stop()
                     self._save(wait=True)
                     raise (stop.cause or Preempted)()
-                meter.waited += batch.waited
+                meter.waited += batch.wait_seconds
                 factor = self.schedule.factor(self._samples())
                 shown = self._shown(self.step + 1, end)
                 result = self.engine.step(batch, self.step, factor, measure=shown)

@@ -54,7 +54,7 @@ def embedded(self, part, step, number):
     return tuple(side * torch.nan for side in made) if kind == "nan" else made
 
 def waited(self, workers, pending, stop):
-    while fault(pending.position[0] // self.share.global_batch, "starve") and not stop():
+    while fault(pending.positions[0] // self.rank_batch.global_batch, "starve") and not stop():
         time.sleep(0.05)
     return wait(self, workers, pending, stop)
 

@@ -1,4 +1,4 @@
-"""Samples that cannot be read: what stands in for them is a function of position, counted, and bounded."""
+"""Unreadable samples: their replacements are a function of position, are logged, and are limited."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.data import batch_samples as data_tally
+from clipwright.pipeline.data import batch_samples
 from clipwright.pipeline.data import loader as data_loader
-from clipwright.pipeline.data.batch import Batch, Share
-from clipwright.pipeline.data.batch_samples import BadSampleLimit, Replaced, key_sum
+from clipwright.pipeline.data.batch import Batch, RankBatch
+from clipwright.pipeline.data.batch_samples import BadSampleLimit, ReplacedSample, key_sum
 from clipwright.pipeline.data.datasets import DataConfig
 from clipwright.pipeline.data.loader import Loader
 from clipwright.pipeline.data.order import caption_index
@@ -29,8 +29,8 @@ SIZES, STREAMS, WINDOW = [70, 30, 1, 99], 8, 16
 
 
 @pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_loader, "PAUSES", (0.0, 0.0))
+def no_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_loader, "RETRY_DELAYS_SECONDS", (0.0, 0.0))
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def tokenizer() -> Any:
 def loader(folder: Path, rank: int = 0, world: int = 1, batch: int = 20, **config: Any) -> Loader:
     return Loader(
         DataConfig(**{"train": str(folder), "streams": STREAMS, "window": WINDOW, **config}),
-        Share(rank, world, batch),
+        RankBatch(rank, world, batch),
         tokenizer=tokenizer(),
         text=TEXT_TOWERS.preset("text_nano"),
         image_size=16,
@@ -58,8 +58,8 @@ def take(source: Loader, position: int, count: int) -> list[Batch]:
         batches.close()
 
 
-def spoil(folder: Path, samples: Sequence[tuple[int, int]]) -> None:
-    """Changes a byte of each of these samples (shard, row)."""
+def corrupt(folder: Path, samples: Sequence[tuple[int, int]]) -> None:
+    """Changes one byte of each of these samples (shard, row)."""
     data = Dataset(folder)
     for shard, row in samples:
         record = data.record(shard, row)
@@ -70,83 +70,86 @@ def spoil(folder: Path, samples: Sequence[tuple[int, int]]) -> None:
             file.write(bytes([byte[0] ^ 1]))
 
 
-def stand_in(order: Any, bad: set[tuple[int, int]], position: int) -> int:
-    """The rule, read aloud: p − P, p − 2P, …, and where the start is reached p + P, p + 2P, …"""
+def replacement(order: Any, bad: set[tuple[int, int]], position: int) -> int:
+    """The rule written out: p − P, p − 2P, …, and from the start of the run p + P, p + 2P, …"""
     before = list(range(position - STREAMS, -1, -STREAMS))
     for by in itertools.chain([position], before, itertools.count(position + STREAMS, STREAMS)):
-        place = order.locate(np.array([by]))
-        if (int(place.shard[0]), int(place.row[0])) not in bad:
+        location = order.locate(np.array([by]))
+        if (int(location.shard[0]), int(location.row[0])) not in bad:
             return by
     raise AssertionError
 
 
-@pytest.mark.parametrize("whole_shard", [False, True])
-def test_the_nearest_of_its_stream_stands_in(whole_shard: bool, make_dataset: Any) -> None:
-    """On one rank or four, from the start or not: same samples, same words about them."""
+@pytest.mark.parametrize("bad_shard", [False, True])
+def test_bad_sample_is_replaced_by_the_nearest_of_its_stream(bad_shard: bool, make_dataset: Any) -> None:
+    """One rank and four, from the start and from a later position: same samples, same log."""
     folder = make_dataset("d", SIZES, lambda i: [f"first {i}", f"second {i}"])
     every = [(shard, row) for shard, size in enumerate(SIZES) for row in range(size)]
-    bad = set(random.Random(1).sample(every, 40)) | ({(1, row) for row in range(30)} if whole_shard else set())
-    spoil(folder, sorted(bad))
+    bad = set(random.Random(1).sample(every, 40)) | ({(1, row) for row in range(30)} if bad_shard else set())
+    corrupt(folder, sorted(bad))
     source = loader(folder)
-    whole = take(source, 0, 30)
-    parts = [take(loader(folder, rank, 4), 0, 30) for rank in range(4)]
+    batches = take(source, 0, 30)
+    ranks = [take(loader(folder, rank, 4), 0, 30) for rank in range(4)]
     later = take(loader(folder), 17 * 20, 5)
     owner = {}
     for shard, row in every:
-        record = source.dataset.parts[0].record(shard, row)
+        record = source.data.datasets[0].record(shard, row)
         owner[record["key"]] = (shard, row, record["captions"])
     replaced = 0
-    for step, batch in enumerate(whole):
-        together = merge([part[step].batch_samples for part in parts])
-        assert (together.keys, together.replaced) == (batch.batch_samples.keys, batch.batch_samples.replaced)
-        assert together.sum == batch.batch_samples.sum == key_sum(batch.batch_samples.keys)
-        told = {one.at: one for one in batch.batch_samples.replaced}
+    for step, batch in enumerate(batches):
+        samples = batch.batch_samples
+        merged = merge([rank_batches[step].batch_samples for rank_batches in ranks])
+        assert (merged.keys, merged.replaced) == (samples.keys, samples.replaced)
+        assert merged.sum == samples.sum == key_sum(samples.keys)
+        logged = {sample.at: sample for sample in samples.replaced}
         for i, position in enumerate(range(step * 20, step * 20 + 20)):
-            by = stand_in(source.order, bad, position)
-            place = source.order.locate(np.array([position, by]))
-            own, taken = ((int(s), int(r)) for s, r in zip(place.shard, place.row, strict=True))
-            assert owner[batch.batch_samples.keys[i]][:2] == taken
+            by = replacement(source.order, bad, position)
+            location = source.order.locate(np.array([position, by]))
+            own, taken = ((int(s), int(r)) for s, r in zip(location.shard, location.row, strict=True))
+            assert owner[samples.keys[i]][:2] == taken
             caption = source.tokenizer.decode(batch.tokens[batch.text_row[i]].tolist()).replace(" ", "")
-            # What stands in does so with the caption it has at its own position.
-            chosen = caption_index(np.array([2]), seed=5, epochs=place.epoch[1:], keys=[batch.batch_samples.keys[i]])
-            assert caption == owner[batch.batch_samples.keys[i]][2][chosen[0]].replace(" ", "")
-            assert (position in told) == (own in bad)
+            # A replacement has the caption it has at its own position.
+            chosen = caption_index(np.array([2]), seed=5, epochs=location.epoch[1:], keys=[samples.keys[i]])
+            assert caption == owner[samples.keys[i]][2][chosen[0]].replace(" ", "")
+            assert (position in logged) == (own in bad)
             if own in bad:
                 replaced += 1
-                assert owner[told[position].key][:2] == own and told[position].by == by
-                assert (told[position].shard, told[position].reason) == (f"d/d-{own[0]:06d}.tar", "E_DATA_HASH")
+                assert owner[logged[position].key][:2] == own and logged[position].by == by
+                assert (logged[position].shard, logged[position].reason) == (f"d/d-{own[0]:06d}.tar", "E_DATA_HASH")
     assert replaced == 3 * len(bad)
-    assert [batch.batch_samples for batch in later] == [batch.batch_samples for batch in whole[17:22]]
+    assert [batch.batch_samples for batch in later] == [batch.batch_samples for batch in batches[17:22]]
 
 
-def test_what_cannot_be_decoded_or_read_is_replaced_with_its_reason(
+def test_undecodable_and_unreadable_samples_are_replaced_and_their_reason_logged(
     make_dataset: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_dataset("d", [40])
-    data, image, tries = Dataset(folder), Dataset.image, []
+    data, image, attempts = Dataset(folder), Dataset.image, []
     keys = [data.record(0, row)["key"] for row in range(40)]
 
-    def broken(self: Dataset, shard: int, row: int) -> bytes:
+    def faulty(self: Dataset, shard: int, row: int) -> bytes:
         if row == 7:
             return image(self, shard, row)[:-20]
         if row == 8:
             raise OSError(5, "Input/output error")
-        if row == 9 and tries.append(row) is None and len(tries) < 3:
-            raise OSError(116, "Stale file handle")
+        if row == 9:
+            attempts.append(row)
+            if len(attempts) < 3:
+                raise OSError(116, "Stale file handle")
         return image(self, shard, row)
 
-    monkeypatch.setattr(Dataset, "image", broken)
-    found = [one for batch in take(loader(folder), 0, 2) for one in batch.batch_samples.replaced]
-    assert {(one.key, one.reason) for one in found} == {(keys[7], "E_IMG_TRUNCATED"), (keys[8], "E_SYSTEM")}
-    assert len(tries) >= 3  # and then it was there
+    monkeypatch.setattr(Dataset, "image", faulty)
+    replaced = [sample for batch in take(loader(folder), 0, 2) for sample in batch.batch_samples.replaced]
+    assert {(sample.key, sample.reason) for sample in replaced} == {(keys[7], "E_IMG_TRUNCATED"), (keys[8], "E_SYSTEM")}
+    assert len(attempts) >= 3  # the third attempt succeeded
 
 
-def test_nothing_that_reads_is_an_error_that_names_the_shard(
+def test_no_readable_sample_is_an_error_that_names_the_shard(
     make_dataset: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_dataset("d", [40])
-    monkeypatch.setattr(data_loader, "WINDOW", 300)
-    spoil(folder, [(0, row) for row in range(40)])
+    monkeypatch.setattr(data_loader, "RECENT_POSITIONS", 300)
+    corrupt(folder, [(0, row) for row in range(40)])
     with pytest.raises(ClipwrightError) as caught:
         take(loader(folder), 0, 1)
     assert caught.value.code == "E_BAD_SAMPLES" and "d/d-000000.tar" in str(caught.value)
@@ -155,23 +158,23 @@ def test_nothing_that_reads_is_an_error_that_names_the_shard(
 @pytest.mark.parametrize(
     ("positions", "stops"),
     [
-        (range(0, 100), 99),  # a hundred in a row
-        ([*range(0, 99), *range(100, 200)], 199),  # ninety-nine, and then a hundred
+        (range(0, 100), 99),  # 100 in a row
+        ([*range(0, 99), *range(100, 200)], 199),  # 99, a gap, then 100
         (range(0, 10_000, 50), None),  # 200 in any 10,000
         (range(0, 20_050, 50), None),
         ([*range(0, 10_000, 50), 9_999], 9_999),
-        ([*range(0, 10_000, 50), 10_000, 10_001], 10_001),  # position 0 has gone by then
+        ([*range(0, 10_000, 50), 10_000, 10_001], 10_001),  # position 0 no longer counts
         (range(3, 100_000, 49), 9_803),
     ],
 )
-def test_the_rule_that_stops_a_run(positions: Sequence[int], stops: int | None) -> None:
-    replaced = [Replaced(at, at - 8, "k", f"d/{at % 7}.tar", "E_DATA_HASH") for at in positions]
-    for batch in (1, 7, 64, 30_000):  # whatever the batch, the same position breaks it
-        watch, stopped = BadSampleLimit(), None
+def test_bad_sample_limit(positions: Sequence[int], stops: int | None) -> None:
+    replaced = [ReplacedSample(at, at - 8, "k", f"d/{at % 7}.tar", "E_DATA_HASH") for at in positions]
+    for batch in (1, 7, 64, 30_000):  # the same position exceeds the limit at any batch size
+        limit, stopped = BadSampleLimit(), None
         for first in range(0, positions[-1] + 1, batch):
-            part = [one for one in replaced if first <= one.at < first + batch]
+            in_batch = [sample for sample in replaced if first <= sample.at < first + batch]
             try:
-                watch.add(part)
+                limit.add(in_batch)
             except ClipwrightError as error:
                 stopped = first
                 assert error.code == "E_BAD_SAMPLES" and "E_DATA_HASH" in error.found
@@ -179,37 +182,37 @@ def test_the_rule_that_stops_a_run(positions: Sequence[int], stops: int | None) 
         assert stopped == (None if stops is None else stops // batch * batch)
 
 
-def test_the_rule_names_the_three_worst_shards() -> None:
+def test_bad_sample_limit_names_the_three_worst_shards() -> None:
     shards = [*["a"] * 30, *["b"] * 9, *["c"] * 40, *["d"] * 21]
     with pytest.raises(ClipwrightError) as caught:
-        BadSampleLimit().add([Replaced(at, 0, "k", shard, "E_IMG_TRUNCATED") for at, shard in enumerate(shards)])
+        BadSampleLimit().add([ReplacedSample(at, 0, "k", shard, "E_IMG_TRUNCATED") for at, shard in enumerate(shards)])
     assert caught.value.where == "c 40, a 30, d 21" and caught.value.found.endswith("E_IMG_TRUNCATED 100")
-    assert data_tally.IN_A_ROW == 100
+    assert batch_samples.MAX_CONSECUTIVE == 100
 
 
-@pytest.mark.parametrize("share", [0.001, 0.01, 0.05])
-def test_a_share_of_corrupt_members(share: float, make_dataset: Any) -> None:
-    """The first two finish with exact counts; the third stops within one global batch past the rule's threshold."""
+@pytest.mark.parametrize("fraction", [0.001, 0.01, 0.05])
+def test_run_with_a_fraction_of_corrupt_samples(fraction: float, make_dataset: Any) -> None:
+    """The first two finish with exact counts; the third stops within one global batch of exceeding the limit."""
     sizes = [400, 398, 2, *[400] * 8]
     folder = make_dataset("d", sizes)
     every = [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
-    bad = random.Random(3).sample(every, round(share * 4000))
-    spoil(folder, bad)
-    source, watch, done = loader(folder, batch=50, streams=16, window=64), BadSampleLimit(), 0
-    found: list[Replaced] = []
+    bad = random.Random(3).sample(every, round(fraction * 4000))
+    corrupt(folder, bad)
+    source, limit, done = loader(folder, batch=50, streams=16, window=64), BadSampleLimit(), 0
+    replaced: list[ReplacedSample] = []
     order = source.order.locate(np.arange(8000))
     hit = [p for p, at in enumerate(zip(order.shard.tolist(), order.row.tolist(), strict=True)) if at in set(bad)]
     batches = source.batches(0)
     try:
         for batch in itertools.islice(batches, 160):
-            found += batch.batch_samples.replaced
+            replaced += batch.batch_samples.replaced
             done += 1
-            watch.add(batch.batch_samples.replaced)
+            limit.add(batch.batch_samples.replaced)
     except ClipwrightError as error:
-        assert share == 0.05 and error.code == "E_BAD_SAMPLES"
+        assert fraction == 0.05 and error.code == "E_BAD_SAMPLES"
         assert done == hit[200] // 50 + 1
     else:
-        assert share < 0.05 and len(found) == 2 * len(bad) and done == 160
-        assert [one.at for one in found] == hit
+        assert fraction < 0.05 and len(replaced) == 2 * len(bad) and done == 160
+        assert [sample.at for sample in replaced] == hit
     finally:
         batches.close()

@@ -1,4 +1,4 @@
-"""The loader: batches are a pure function of position, whoever asks and with however many workers."""
+"""The loader: batches are a pure function of position, for any number of ranks and workers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data import loader as data_loader
-from clipwright.pipeline.data.augment import AugmentConfig, recolour
-from clipwright.pipeline.data.batch import Batch, Share
-from clipwright.pipeline.data.datasets import DataConfig, Datasets, PartConfig, WeightsConfig
+from clipwright.pipeline.data.augment import AugmentConfig, adjust_colors
+from clipwright.pipeline.data.batch import Batch, RankBatch
+from clipwright.pipeline.data.datasets import DataConfig, DatasetEntry, Datasets, WeightChange
 from clipwright.pipeline.data.loader import Loader
 from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 from clipwright.pipeline.towers.base import TEXT_TOWERS
 
 
-def loader(folder: Path, share: Share, workers: int = 2, **config: Any) -> Loader:
+def loader(folder: Path, rank_batch: RankBatch, workers: int = 2, **config: Any) -> Loader:
     return Loader(
         DataConfig(**{"train": str(folder), **config}),
-        share,
+        rank_batch,
         tokenizer=TOKENIZERS.build(TOKENIZERS.preset("clip_bpe")),
         text=TEXT_TOWERS.preset("text_nano"),
         image_size=32,
@@ -42,19 +42,19 @@ def take(source: Loader, position: int, count: int) -> list[Batch]:
         batches.close()
 
 
-def test_resume_workers_and_ranks_change_nothing(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = take(loader(scenes, Share(0, 1, 16)), 0, 14)  # two epochs of 96 and a third begun
-    again = take(loader(scenes, Share(0, 1, 16), workers=5), 16 * 9, 5)
-    for one, other in zip(whole[9:], again, strict=True):
-        assert torch.equal(one.views, other.views)
-        assert torch.equal(one.tokens, other.tokens) and torch.equal(one.text_row, other.text_row)
-    monkeypatch.setattr(data_loader, "PLANNED", 50)  # six of these batches at once, where it was all
-    halves = [take(loader(scenes, Share(r, 2, 16)), 0, 14) for r in range(2)]
-    for step, one in enumerate(whole):
+def test_batches_do_not_depend_on_start_workers_or_ranks(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = take(loader(scenes, RankBatch(0, 1, 16)), 0, 14)  # two epochs of 96 and part of a third
+    resumed = take(loader(scenes, RankBatch(0, 1, 16), workers=5), 16 * 9, 5)
+    for first, second in zip(batches[9:], resumed, strict=True):
+        assert torch.equal(first.views, second.views)
+        assert torch.equal(first.tokens, second.tokens) and torch.equal(first.text_row, second.text_row)
+    monkeypatch.setattr(data_loader, "LOCATE_POSITIONS", 50)  # six of these batches at once instead of all
+    halves = [take(loader(scenes, RankBatch(r, 2, 16)), 0, 14) for r in range(2)]
+    for step, batch in enumerate(batches):
         for r in range(2):
-            assert torch.equal(halves[r][step].views, one.views[r::2])
-            assert torch.equal(halves[r][step].image_id, one.image_id[r::2])
-    epochs = torch.cat([batch.image_id for batch in whole]).tolist()
+            assert torch.equal(halves[r][step].views, batch.views[r::2])
+            assert torch.equal(halves[r][step].image_id, batch.image_id[r::2])
+    epochs = torch.cat([batch.image_id for batch in batches]).tolist()
     assert sorted(epochs[:96]) == sorted(epochs[96:192])
     assert len(set(epochs[:96])) == 96
 
@@ -66,12 +66,12 @@ def test_views_differ_between_epochs_and_captions_follow_their_image(scenes: Pat
         for row in range(data.sizes[shard]):
             record = data.record(shard, row)
             owner[int(record["key"][:16], 16) - 2**63] = set(record["captions"])
-    source = loader(scenes, Share(0, 1, 16), captions=2)
+    source = loader(scenes, RankBatch(0, 1, 16), captions=2)
     first, second = take(source, 0, 6), take(source, 96, 6)
     tokenizer = source.tokenizer
     for batch in first:
         assert batch.text_row.shape == (32,) and batch.caption_id.shape == (16, 2)
-        # Each different caption stands once, and equal captions share its row.
+        # Each distinct caption is tokenized once, and equal captions share its row.
         assert len(batch.tokens) == len(set(batch.caption_id.flatten().tolist())) == len(set(batch.text_row.tolist()))
         assert batch.tokens.shape[1] % 8 == 0 or batch.tokens.shape[1] == source.text.context
         for i, image in enumerate(batch.image_id.tolist()):
@@ -82,58 +82,63 @@ def test_views_differ_between_epochs_and_captions_follow_their_image(scenes: Pat
     assert sum(changed) > 80
 
 
-def test_an_image_has_as_many_views_as_asked_for(scenes: Path) -> None:
-    few = AugmentConfig(views=2, jitter=(0.4, 0.4, 0.4, 0.1), grey=0.1)
+def test_an_image_has_the_configured_number_of_views(scenes: Path) -> None:
+    augment = AugmentConfig(views=2, jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.1)
     epochs = [
-        {i: (v, c) for b in take(loader(scenes, Share(0, 1, 16), augment=few), 96 * e, 6) for i, v, c in rows_of(b)}
+        {
+            i: (v, c)
+            for b in take(loader(scenes, RankBatch(0, 1, 16), augment=augment), 96 * e, 6)
+            for i, v, c in rows_of(b)
+        }
         for e in range(3)
     ]
-    same = [[all(map(torch.equal, one[i], other[i])) for i in one] for one, other in itertools.combinations(epochs, 2)]
+    same = [[all(map(torch.equal, a[i], b[i])) for i in a] for a, b in itertools.combinations(epochs, 2)]
     assert not any(same[0]) and all(same[1]) and not any(same[2])
-    batch = take(loader(scenes, Share(0, 1, 16), augment=few), 0, 1)[0]
-    assert batch.colour is not None
-    assert torch.equal(batch.images(torch.device("cpu")), recolour(batch.views, batch.colour))
+    batch = take(loader(scenes, RankBatch(0, 1, 16), augment=augment), 0, 1)[0]
+    assert batch.color_jitter is not None
+    assert torch.equal(batch.images(torch.device("cpu")), adjust_colors(batch.views, batch.color_jitter))
     assert not torch.equal(batch.images(torch.device("cpu")), batch.views)
 
 
 def rows_of(batch: Batch) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-    assert batch.colour is not None
-    return list(zip(batch.image_id.tolist(), batch.views, batch.colour, strict=True))
+    assert batch.color_jitter is not None
+    return list(zip(batch.image_id.tolist(), batch.views, batch.color_jitter, strict=True))
 
 
-def colours(batch: Batch) -> list[int]:
-    """The pictures of a batch by their colour, which `make_dataset` gives them."""
+def image_numbers(batch: Batch) -> list[int]:
+    """The numbers of a batch's images, which `make_dataset` encodes in their color."""
     middle = batch.views[:, 16, 16].int()
     return (middle[:, 0] + 256 * middle[:, 1]).tolist()
 
 
 def texts(source: Loader, batch: Batch, rows: torch.Tensor) -> list[str | None]:
-    """The texts of some rows, without the spaces that CLIP's tokenizer sets between digits."""
+    """The texts of some rows, without the spaces that CLIP's tokenizer adds between digits."""
     decode = source.tokenizer.decode
     return [None if row < 0 else decode(batch.tokens[row].tolist()).replace(" ", "") for row in rows.tolist()]
 
 
 def test_captions_and_negatives_follow_their_image_through_a_mixture(make_dataset: Any) -> None:
-    wrong = [[f"wrong{i}.{k}" for k in range(i % 4)] for i in range(60)]
-    one = make_dataset("one", [20, 1, 39], wrong=wrong)
-    two = make_dataset("two", [300], lambda i: [f"other {i}", f"second {i}"], wrong=[None] * 300)
-    parts = [PartConfig(path=str(one), weight=3), PartConfig(path=str(two))]
-    config: dict[str, Any] = {"train": parts, "negatives": "wrong", "negative_count": 2, "captions": 2}
-    source = loader(one, Share(0, 1, 16), workers=3, **config)
+    hard = [[f"wrong{i}.{k}" for k in range(i % 4)] for i in range(60)]
+    first = make_dataset("one", [20, 1, 39], wrong=hard)
+    second = make_dataset("two", [300], lambda i: [f"other {i}", f"second {i}"], wrong=[None] * 300)
+    entries = [DatasetEntry(path=str(first), weight=3), DatasetEntry(path=str(second))]
+    config: dict[str, Any] = {"train": entries, "negatives": "wrong", "negative_count": 2, "captions": 2}
+    source = loader(first, RankBatch(0, 1, 16), workers=3, **config)
     seen: list[int] = []
     for batch in take(source, 0, 20):
         captions, negatives = texts(source, batch, batch.text_row), texts(source, batch, batch.negative_row)
         assert len(captions) == len(negatives) == 32 and batch.negative_id.shape == (32,)
         assert (batch.negative_id == 0).tolist() == [text is None for text in negatives]
-        for i, image in enumerate(colours(batch)):
-            pair, bad = captions[2 * i : 2 * i + 2], {text for text in negatives[2 * i : 2 * i + 2] if text}
+        for i, image in enumerate(image_numbers(batch)):
+            pair, hard_negatives = captions[2 * i : 2 * i + 2], {text for text in negatives[2 * i : 2 * i + 2] if text}
             if pair[0] == f"picture{image}":
                 seen.append(image)
-                assert pair[1] == pair[0] and bad <= set(wrong[image]) and len(bad) == min(2, len(wrong[image]))
+                assert pair[1] == pair[0] and hard_negatives <= set(hard[image])
+                assert len(hard_negatives) == min(2, len(hard[image]))
             else:
-                assert set(pair) <= {f"other{image}", f"second{image}"} and not bad
-    assert len(seen) == 240 and {seen.count(i) for i in range(60)} <= {3, 4, 5}  # three of four, in about four epochs
-    halves = [take(loader(one, Share(r, 2, 16), **config), 0, 3) for r in range(2)]
+                assert set(pair) <= {f"other{image}", f"second{image}"} and not hard_negatives
+    assert len(seen) == 240 and {seen.count(i) for i in range(60)} <= {3, 4, 5}  # 3 of 4 samples, in about four epochs
+    halves = [take(loader(first, RankBatch(r, 2, 16), **config), 0, 3) for r in range(2)]
     for step, batch in enumerate(take(source, 0, 3)):
         for r in range(2):
             assert torch.equal(halves[r][step].views, batch.views[r::2])
@@ -141,19 +146,25 @@ def test_captions_and_negatives_follow_their_image_through_a_mixture(make_datase
             assert torch.equal(halves[r][step].negative_id.view(-1, 2), batch.negative_id.view(-1, 2)[r::2])
 
 
-def test_a_mixtures_identity_tells_its_datasets_weights_and_negatives(make_dataset: Any) -> None:
-    one, two = (make_dataset(name, [30], wrong=["a"] * 30) for name in ("one", "two"))
+def test_mixture_fingerprint_covers_datasets_weights_and_negatives(make_dataset: Any) -> None:
+    first, second = (make_dataset(name, [30], wrong=["a"] * 30) for name in ("one", "two"))
     other = make_dataset("other", [30], wrong=["b"] * 30)
 
-    def mark(*parts: tuple[Path, float], **config: Any) -> str:
-        made = [PartConfig(path=str(path), weight=weight) for path, weight in parts]
-        return Datasets(DataConfig(train=made, **config)).fingerprint
+    def fingerprint(*datasets: tuple[Path, float], **config: Any) -> str:
+        entries = [DatasetEntry(path=str(path), weight=weight) for path, weight in datasets]
+        return Datasets(DataConfig(train=entries, **config)).fingerprint
 
-    assert Datasets(DataConfig(train=str(one))).fingerprint == Dataset(one).fingerprint == mark((one, 2))
-    marks = [mark((one, 1), (two, 1)), mark((one, 1), (two, 2)), mark((one, 1)), mark((one, 1), negatives="wrong")]
-    assert len(set(marks)) == 4
-    # Equal pictures and captions, other negatives.
-    assert mark((other, 1)) == mark((one, 1)) and mark((other, 1), negatives="wrong") != marks[3]
+    assert Datasets(DataConfig(train=str(first))).fingerprint == Dataset(first).fingerprint == fingerprint((first, 2))
+    fingerprints = [
+        fingerprint((first, 1), (second, 1)),
+        fingerprint((first, 1), (second, 2)),
+        fingerprint((first, 1)),
+        fingerprint((first, 1), negatives="wrong"),
+    ]
+    assert len(set(fingerprints)) == 4
+    # Equal images and captions, different hard negatives.
+    assert fingerprint((other, 1)) == fingerprint((first, 1))
+    assert fingerprint((other, 1), negatives="wrong") != fingerprints[3]
 
 
 @pytest.mark.parametrize(
@@ -161,32 +172,32 @@ def test_a_mixtures_identity_tells_its_datasets_weights_and_negatives(make_datas
     [
         ({"weights": [0, 0]}, "E_CONFIG_VALUE", ["data.train", "2 weights, 0 above 0"]),
         ({"reweight": [(64, [1])]}, "E_CONFIG_VALUE", ["data.reweight.0", "1 weights", "2 datasets"]),
-        ({"reweight": [(100, [1, 2])]}, "E_CONFIG_VALUE", ["at=100", "take 128"]),
+        ({"reweight": [(100, [1, 2])]}, "E_CONFIG_VALUE", ["at=100", "use 128"]),
         ({"reweight": [(128, [1, 2]), (64, [1, 2])]}, "E_CONFIG_VALUE", ["data.reweight.1", "at=64", "ascending"]),
         ({"weights": [1, 10]}, "E_DATA_SMALL", ["two", "10 samples", "14.5455", "lower schedule.global_batch"]),
     ],
 )
-def test_mixtures_that_cannot_be_are_refused(config: dict, code: str, pieces: list[str], make_dataset: Any) -> None:
+def test_invalid_mixtures_are_rejected(config: dict, code: str, pieces: list[str], make_dataset: Any) -> None:
     folders = [make_dataset("one", [40]), make_dataset("two", [10])]
     weights = config.get("weights", [1, 1])
-    parts = [PartConfig(path=str(path), weight=weight) for path, weight in zip(folders, weights, strict=True)]
-    steps = tuple(WeightsConfig(at=at, weights=row) for at, row in config.get("reweight", ()))
+    entries = [DatasetEntry(path=str(path), weight=weight) for path, weight in zip(folders, weights, strict=True)]
+    steps = tuple(WeightChange(at=at, weights=row) for at, row in config.get("reweight", ()))
     with pytest.raises(ClipwrightError) as caught:
-        loader(folders[0], Share(0, 1, 16), train=parts, reweight=steps)
+        loader(folders[0], RankBatch(0, 1, 16), train=entries, reweight=steps)
     assert caught.value.code == code and all(piece in str(caught.value) for piece in pieces)
 
 
-def test_a_column_without_negatives_is_an_error_of_the_command(scenes: Path, tmp_path: Path, small: Any) -> None:
+def test_missing_negatives_column_is_an_error(scenes: Path, tmp_path: Path, small: Any) -> None:
     words = [*small.settings, f"data.train={scenes}", "data.negatives=captoins", "-o", "run"]
     line = small.cli(tmp_path).error("train", *words, code=3)
     assert line.startswith("error[E_COLUMN]") and ".parquet: captoins" in line and "did you mean 'captions'?" in line
     assert not (tmp_path / "run" / "latest").exists()
 
 
-def test_a_stuck_thread_is_an_error_that_names_its_sample(make_dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stuck_worker_is_an_error_that_names_its_sample(make_dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, release = make_dataset("d", [40]), threading.Event()
-    monkeypatch.setattr("clipwright.pipeline.data.loader.STUCK", 0.2)
-    monkeypatch.setattr("clipwright.pipeline.data.workers.STOPPING", 0.1)
+    monkeypatch.setattr("clipwright.pipeline.data.loader.SAMPLE_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("clipwright.pipeline.data.workers.JOIN_TIMEOUT_SECONDS", 0.1)
     view = data_loader.View
 
     def stuck(data: bytes, *others: Any) -> Any:
@@ -198,34 +209,32 @@ def test_a_stuck_thread_is_an_error_that_names_its_sample(make_dataset: Any, mon
     monkeypatch.setattr(data_loader, "View", stuck)
     started = time.monotonic()
     with pytest.raises(ClipwrightError) as caught:
-        take(loader(folder, Share(0, 1, 16)), 0, 4)
+        take(loader(folder, RankBatch(0, 1, 16)), 0, 4)
     assert caught.value.code == "E_WORKER" and f"{folder}/d-000000.tar, row 7" in str(caught.value)
     assert time.monotonic() - started < 10
     release.set()
 
 
-def test_a_thread_that_fails_is_an_error_that_names_its_sample(
-    make_dataset: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_worker_is_an_error_that_names_its_sample(make_dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, view = make_dataset("d", [40]), data_loader.View
     bad, threads, started = Dataset(folder).image(0, 7), threading.active_count(), time.monotonic()
 
     def failing(data: bytes, *others: Any) -> Any:
         if data == bad:
-            raise MemoryError("no room for it")
+            raise MemoryError("out of memory")
         return view(data, *others)
 
     monkeypatch.setattr(data_loader, "View", failing)
     with pytest.raises(ClipwrightError) as caught:
-        take(loader(folder, Share(0, 1, 16)), 0, 4)
+        take(loader(folder, RankBatch(0, 1, 16)), 0, 4)
     assert caught.value.code == "E_WORKER" and f"{folder}/d-000000.tar, row 7" in str(caught.value)
-    assert "MemoryError: no room for it" in caught.value.found and isinstance(caught.value.__cause__, MemoryError)
+    assert "MemoryError: out of memory" in caught.value.found and isinstance(caught.value.__cause__, MemoryError)
     assert time.monotonic() - started < 30 and threading.active_count() <= threads
 
 
-def test_nothing_is_left_behind(make_dataset: Any) -> None:
+def test_closing_the_batches_ends_the_worker_threads(make_dataset: Any) -> None:
     folder = make_dataset("d", [40])
     before = threading.active_count()
     for _ in range(5):
-        take(loader(folder, Share(0, 1, 16), workers=3), 0, 2)
+        take(loader(folder, RankBatch(0, 1, 16), workers=3), 0, 2)
     assert threading.active_count() == before

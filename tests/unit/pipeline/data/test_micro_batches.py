@@ -1,4 +1,4 @@
-"""Micro-batches of like captions: what a batch is cut into costs less, and changes nothing."""
+"""Micro-batches of captions of similar length cost less and give the same loss and gradients."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from clipwright.pipeline.train.engine import Engine, micro_batches
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
-def test_each_part_is_as_wide_as_its_own_longest_caption(make_dataset: Any, small: Any) -> None:
-    """The same loss and gradients as in one piece, in fewer tokens; a tower that is not trimmed gets all of them.
+def test_micro_batches_are_trimmed_to_their_own_longest_caption(make_dataset: Any, small: Any) -> None:
+    """Loss and gradients equal those of the untrimmed batch, with fewer tokens.
 
-    With two captions an image and up to two wrong ones, each of any length.
+    Images have two captions and up to two hard negatives of different lengths.
     """
-    wrong = [[f"no {'such thing ' * (i * k % 11)}{i}" for k in range(i % 4)] for i in range(40)]
-    folder = make_dataset("d", [40], lambda i: [f"picture {'of something ' * (i * 7 % 13)}{i}", f"a {i}"], wrong=wrong)
+    negatives = [[f"no {'such thing ' * (i * k % 11)}{i}" for k in range(i % 4)] for i in range(40)]
+    folder = make_dataset(
+        "d", [40], lambda i: [f"caption {'of something ' * (i * 7 % 13)}{i}", f"a {i}"], wrong=negatives
+    )
     words = [f"data.train={folder}", *small.settings, "text.context=40", "data.captions=2"]
     words += ["data.negatives=wrong", "data.negative_count=2"]
     config = resolve(RunConfig, verb="train", overrides=words).value
@@ -34,17 +36,17 @@ def test_each_part_is_as_wide_as_its_own_longest_caption(make_dataset: Any, smal
         [batch] = itertools.islice(batches, 1)
         batches.close()
         assert batch.lengths is not None and batch.lengths.tolist() == sorted(batch.lengths.tolist())
-        said = (batch.tokens == parts.tokenizer.eot_id).int().argmax(1) + 1
-        assert torch.equal(said, batch.lengths)
+        ends = (batch.tokens == parts.tokenizer.eot_id).int().argmax(1) + 1
+        assert torch.equal(ends, batch.lengths)
         cut = micro_batches(batch, 4)
         widths = [part.tokens.shape[1] for part in cut]
         assert widths == [-(-int(part.max()) // 8) * 8 for part in batch.lengths.tensor_split(4)]
         decode = parts.tokenizer.decode
-        for i, number in enumerate(batch.views[:, 16, 16, 0].tolist()):  # its colour is a picture's number
+        for i, number in enumerate(batch.views[:, 16, 16, 0].tolist()):  # the color encodes the image's number
             rows = batch.text_row[2 * i : 2 * i + 2], batch.negative_row[2 * i : 2 * i + 2]
-            right, bad = ([decode(batch.tokens[row].tolist()) for row in some if row >= 0] for some in rows)
-            assert sorted(text.replace(" ", "")[:7] for text in right) == sorted((f"a{number}", "picture"))
-            assert len(bad) == min(number % 4, 2) and all(text.startswith("no ") for text in bad)
+            captions, hard = ([decode(batch.tokens[row].tolist()) for row in some if row >= 0] for some in rows)
+            assert sorted(text.replace(" ", "")[:7] for text in captions) == sorted((f"a{number}", "caption"))
+            assert len(hard) == min(number % 4, 2) and all(text.startswith("no ") for text in hard)
         assert widths[0] < widths[-1] == batch.tokens.shape[1] and sum(widths) < 3 * widths[-1]
 
         def gradients(size: int, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:

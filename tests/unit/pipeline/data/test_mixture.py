@@ -1,4 +1,4 @@
-"""Mixtures against a literal, slow reading of their definition, and what they promise about weights and mixing."""
+"""Mixtures against a slow reference implementation, and their guarantees about weights and shuffling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipwright.pipeline.data.datasets import DataConfig, Datasets, PartConfig
+from clipwright.pipeline.data.datasets import DataConfig, DatasetEntry, Datasets
 from clipwright.pipeline.data.mixture import Mixture, WeightStep, slot_offsets
 from clipwright.pipeline.data.order import Order
 
@@ -21,16 +21,16 @@ PHI = 0x9E3779B97F4A7C15
 
 
 def slow_draws(weights: dict[int, list[float]], streams: int, count: int) -> list[tuple[int, int]]:
-    """(dataset, position in its own order) of positions 0 … count − 1, by walking and counting."""
+    """(dataset, position in its own order) of positions 0 … count − 1, by counting one by one."""
     multiplier = next(m for m in range(max(1, math.ceil(0.618 * streams)), 10**9) if math.gcd(m, streams) == 1)
     given: Counter[tuple[int, int]] = Counter()
     out = []
     for p in range(count):
         k, s = divmod(p, streams)
-        here = weights[max(at for at in weights if at <= p)]
+        current = weights[max(at for at in weights if at <= p)]
         phase = (k * PHI + (s * multiplier % streams) * TURN // streams) % TURN
-        for d in range(len(here)):
-            edge = round(sum(map(Fraction, here[: d + 1])) / sum(map(Fraction, here)) * TURN)
+        for d in range(len(current)):
+            edge = round(sum(map(Fraction, current[: d + 1])) / sum(map(Fraction, current)) * TURN)
             if phase < edge:
                 break
         out.append((d, given[s, d] * streams + s))
@@ -41,25 +41,25 @@ def slow_draws(weights: dict[int, list[float]], streams: int, count: int) -> lis
 def mixture(weights: dict[int, list[float]], streams: int, size: int = 50) -> Mixture:
     datasets = range(len(weights[0]))
     orders = [Order([size], fingerprint=str(d), seed=0, streams=streams, window=4) for d in datasets]
-    return Mixture(orders, [WeightStep(at, here) for at, here in weights.items()])
+    return Mixture(orders, [WeightStep(at, values) for at, values in weights.items()])
 
 
 def layouts() -> list[tuple[dict[int, list[float]], int]]:
     """60 mixtures of 1 to 5 datasets, half with a schedule of weights, some of which are zero."""
-    chance = random.Random(0)
-    made = []
+    rng = random.Random(0)
+    cases = []
     for number in range(60):
-        streams, datasets = chance.choice([1, 2, 3, 5, 8, 13, 64]), chance.randint(1, 5)
-        steps = {0} | {streams * chance.randint(1, 900 // streams) for _ in range(chance.randint(1, 3) * (number % 2))}
+        streams, datasets = rng.choice([1, 2, 3, 5, 8, 13, 64]), rng.randint(1, 5)
+        steps = {0} | {streams * rng.randint(1, 900 // streams) for _ in range(rng.randint(1, 3) * (number % 2))}
         weights = {}
         for at in sorted(steps):
-            row = [chance.choice([0.0, 1.0, 3.0, chance.random(), 1e-3]) for _ in range(datasets)]
+            row = [rng.choice([0.0, 1.0, 3.0, rng.random(), 1e-3]) for _ in range(datasets)]
             weights[at] = row if any(row) else [1.0] * datasets
-        made.append((weights, streams))
-    return made
+        cases.append((weights, streams))
+    return cases
 
 
-def test_every_position_is_drawn_as_the_definition_draws_it() -> None:
+def test_draws_match_the_slow_reference() -> None:
     for weights, streams in layouts():
         dataset, own = mixture(weights, streams).draw(np.arange(1500))
         assert list(zip(dataset.tolist(), own.tolist(), strict=True)) == slow_draws(weights, streams, 1500), weights
@@ -68,7 +68,7 @@ def test_every_position_is_drawn_as_the_definition_draws_it() -> None:
         assert (again[0] == dataset[some]).all() and (again[1] == own[some]).all()
 
 
-def test_counts_far_out_agree_with_python_integers() -> None:
+def test_large_positions_match_exact_python_integers() -> None:
     def floor_sum(n: int, b: int) -> int:
         total, m, a = 0, TURN, PHI
         while n:
@@ -82,9 +82,9 @@ def test_counts_far_out_agree_with_python_integers() -> None:
     edges = [
         round(sum(map(Fraction, [0.3, 0.5, 0.2][:d])) / sum(map(Fraction, [0.3, 0.5, 0.2])) * TURN) for d in range(4)
     ]
-    chance = random.Random(1)
-    far = [0, 63, 64, *(chance.randrange(2**bits) for bits in (20, 31, 33, 40, 45) for _ in range(40)), 2**46 - 1]
-    for p, d, own in zip(far, *(a.tolist() for a in mixed.draw(np.array(far))), strict=True):
+    rng = random.Random(1)
+    positions = [0, 63, 64, *(rng.randrange(2**bits) for bits in (20, 31, 33, 40, 45) for _ in range(40)), 2**46 - 1]
+    for p, d, own in zip(positions, *(a.tolist() for a in mixed.draw(np.array(positions))), strict=True):
         k, o = p // 64, offsets[p % 64]
         assert edges[d] <= (k * PHI + o) % TURN < edges[d + 1]
         count = floor_sum(k, o - edges[d]) - floor_sum(k, o - edges[d + 1])
@@ -93,22 +93,22 @@ def test_counts_far_out_agree_with_python_integers() -> None:
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [0.7, 0.2, 0.1], [5.0, 1.0, 1.0, 0.01], [0.999, 0.001]])
 @pytest.mark.parametrize("start", [0, 10**12 + 17])
-def test_weights_hold_over_any_stretch(weights: list[float], start: int) -> None:
+def test_weights_hold_over_any_range_of_positions(weights: list[float], start: int) -> None:
     dataset, own = mixture({0: weights}, 64).draw(np.arange(start, start + 100_000))
     for d, weight in enumerate(weights):
-        share = weight / sum(weights)
+        fraction = weight / sum(weights)
         drawn = dataset == d
-        assert abs(drawn.mean() - share) < 0.001
+        assert abs(drawn.mean() - fraction) < 0.001
         rows = drawn[(-start) % 64 :]
         rows = rows[: len(rows) // 64 * 64].reshape(-1, 64).sum(1)
-        assert (np.abs(rows - share * 64) <= 1).all()
-        upto = np.concatenate([[0], np.cumsum(drawn)])
-        assert np.abs(upto[64:] - upto[:-64] - share * 64).max() <= 4
-        # No position of a dataset's own order twice, and none left out but at the ends of the slots.
-        mine = np.sort(own[drawn])
-        assert (np.diff(mine) > 0).all()
-        if start == 0 and len(mine):
-            assert mine[-1] - len(mine) < 64 * 4
+        assert (np.abs(rows - fraction * 64) <= 1).all()
+        cumulative = np.concatenate([[0], np.cumsum(drawn)])
+        assert np.abs(cumulative[64:] - cumulative[:-64] - fraction * 64).max() <= 4
+        # No position of a dataset's own order comes twice; only the ends of the slots are not reached yet.
+        positions = np.sort(own[drawn])
+        assert (np.diff(positions) > 0).all()
+        if start == 0 and len(positions):
+            assert positions[-1] - len(positions) < 64 * 4
 
 
 def test_each_dataset_has_its_own_epochs() -> None:
@@ -116,75 +116,75 @@ def test_each_dataset_has_its_own_epochs() -> None:
         Order([9, 11], fingerprint="a", seed=0, streams=4, window=2),
         Order([7], fingerprint="b", seed=0, streams=4),
     ]
-    place = Mixture(orders, [WeightStep(0, [3, 1]), WeightStep(120, [1, 3])]).locate(np.arange(400))
+    location = Mixture(orders, [WeightStep(0, [3, 1]), WeightStep(120, [1, 3])]).locate(np.arange(400))
     for number, order in enumerate(orders):
-        mine = place.dataset == number
         for epoch in range(3):
-            here = mine & (place.epoch == epoch)
-            met = list(zip(place.shard[here].tolist(), place.row[here].tolist(), strict=True))
-            assert len(met) == len(set(met)) == order.samples
+            selected = (location.dataset == number) & (location.epoch == epoch)
+            samples = list(zip(location.shard[selected].tolist(), location.row[selected].tolist(), strict=True))
+            assert len(samples) == len(set(samples)) == order.samples
 
 
-def test_one_dataset_is_its_own_order() -> None:
+def test_mixture_of_one_dataset_is_its_own_order() -> None:
     order = Order([40, 30], fingerprint="a", seed=0, streams=4, window=3)
-    one, other = Mixture([order], [WeightStep(0, [2.0])]).locate(np.arange(300)), order.locate(np.arange(300))
-    assert (one.row == other.row).all() and (one.shard == other.shard).all() and (one.epoch == other.epoch).all()
-    assert not one.dataset.any()
+    mixed, single = Mixture([order], [WeightStep(0, [2.0])]).locate(np.arange(300)), order.locate(np.arange(300))
+    assert (mixed.row == single.row).all() and (mixed.shard == single.shard).all()
+    assert (mixed.epoch == single.epoch).all() and not mixed.dataset.any()
 
 
 def meetings(rows: np.ndarray, batch: int, reach: int = 8) -> float:
-    """Share of the pairs at most `reach` rows apart that stand in one batch."""
+    """Fraction of the pairs at most `reach` rows apart that are in the same batch."""
     batch_of = np.empty(len(rows), np.int64)
     batch_of[rows] = np.arange(len(rows)) // batch
     met = [np.mean(batch_of[gap:] == batch_of[:-gap]) for gap in range(1, reach + 1)]
     return float(np.mean(met))
 
 
-def test_near_rows_meet_as_often_as_in_a_uniform_shuffle() -> None:
+def test_nearby_rows_share_a_batch_as_often_as_in_a_uniform_shuffle() -> None:
     order = Order([2000], fingerprint="a", seed=0)
     epochs = order.locate(np.arange(30 * 2000)).row.reshape(30, 2000)
     got = np.mean([meetings(rows, 64) for rows in epochs])
-    chance = np.random.default_rng(0)
-    uniform = np.mean([meetings(chance.permutation(2000), 64) for _ in range(30)])
+    rng = np.random.default_rng(0)
+    uniform = np.mean([meetings(rng.permutation(2000), 64) for _ in range(30)])
     assert abs(got - uniform) < 0.03 and uniform < 0.05
-    assert meetings(np.arange(2000), 64) > 0.9  # the measure tells an unshuffled set
+    assert meetings(np.arange(2000), 64) > 0.9  # the measure detects an unshuffled dataset
 
 
 def repeats(fingerprints: tuple[str, str], size: int) -> float:
-    """Share of samples whose picture stands in their batch already, of two datasets of the same pictures."""
+    """Fraction of samples whose image is already in their batch, for two datasets of the same images."""
     orders = [Order([2000], fingerprint=name, seed=0) for name in fingerprints]
-    place = Mixture(orders, [WeightStep(0, [1, 1])]).locate(np.arange(30 * 4000))
-    batches = place.row[: 30 * 4000 // size * size].reshape(-1, size)
+    location = Mixture(orders, [WeightStep(0, [1, 1])]).locate(np.arange(30 * 4000))
+    batches = location.row[: 30 * 4000 // size * size].reshape(-1, size)
     return float(np.mean([1 - len(set(batch)) / size for batch in batches.tolist()]))
 
 
-def test_a_recaptioned_copy_does_not_run_in_lockstep() -> None:
+def test_recaptioned_copy_does_not_run_in_lockstep() -> None:
     assert repeats(("a", "b"), 64) <= 0.01
     assert repeats(("a", "a"), 256) > 5 * repeats(("a", "b"), 256)  # what the fingerprint prevents
 
 
-def test_two_datasets_of_the_same_pictures_mix_as_a_uniform_shuffle(make_dataset: Any) -> None:
-    """From the folders on: near rows of either meet no more often than by chance, and pictures hardly ever."""
-    folders = [make_dataset("one", [2000]), make_dataset("two", [2000], lambda i: [f"told again {i}"])]
-    data = Datasets(DataConfig(train=[PartConfig(path=str(folder)) for folder in folders]))
-    place = data.order(0).locate(np.arange(30 * 4000))
-    chance, got, uniform = np.random.default_rng(0), [], []
+def test_two_datasets_of_the_same_images_mix_like_a_uniform_shuffle(make_dataset: Any) -> None:
+    """Nearby rows of a dataset share a batch no more often than by chance, and equal images hardly ever do."""
+    folders = [make_dataset("one", [2000]), make_dataset("two", [2000], lambda i: [f"recaptioned {i}"])]
+    data = Datasets(DataConfig(train=[DatasetEntry(path=str(folder)) for folder in folders]))
+    location = data.order(0).locate(np.arange(30 * 4000))
+    rng, got, uniform = np.random.default_rng(0), [], []
     for number, epoch in itertools.product(range(2), range(29)):
-        mine = np.flatnonzero((place.dataset == number) & (place.epoch == epoch))
-        assert sorted(place.row[mine]) == list(range(2000))
-        for rows, met in ((place.row[mine], got), (chance.permutation(2000), uniform)):
+        selected = np.flatnonzero((location.dataset == number) & (location.epoch == epoch))
+        assert sorted(location.row[selected]) == list(range(2000))
+        for rows, met in ((location.row[selected], got), (rng.permutation(2000), uniform)):
             batch_of = np.empty(2000, np.int64)
-            batch_of[rows] = mine // 64
+            batch_of[rows] = selected // 64
             met.append(np.mean([np.mean(batch_of[gap:] == batch_of[:-gap]) for gap in range(1, 9)]))
     assert abs(np.mean(got) - np.mean(uniform)) < 0.03 and np.mean(uniform) < 0.03
-    batches = place.row.reshape(-1, 64).tolist()
+    batches = location.row.reshape(-1, 64).tolist()
     assert np.mean([1 - len(set(batch)) / 64 for batch in batches]) <= 0.01
 
 
-def test_position_does_not_change_the_cost() -> None:
-    """Steps of the count grow with the logarithm of the row, and nothing is walked: 10¹² needs no more memory."""
+def test_locating_large_positions_needs_no_more_memory() -> None:
+    """The steps of the floor sum grow with the logarithm of the row; position 10¹² needs no more memory."""
     sizes = np.full(100_000, 10_000)
     orders = [Order(sizes, fingerprint=name, seed=0, streams=64) for name in "ab"]
-    place = Mixture(orders, [WeightStep(0, [0.8, 0.2])]).locate(np.arange(10**12, 10**12 + 4096))
-    assert len(set(zip(place.dataset.tolist(), place.shard.tolist(), place.row.tolist(), strict=True))) == 4096
-    assert (place.row < 10_000).all() and (place.shard < 100_000).all()
+    location = Mixture(orders, [WeightStep(0, [0.8, 0.2])]).locate(np.arange(10**12, 10**12 + 4096))
+    columns = (location.dataset.tolist(), location.shard.tolist(), location.row.tolist())
+    assert len(set(zip(*columns, strict=True))) == 4096
+    assert (location.row < 10_000).all() and (location.shard < 100_000).all()

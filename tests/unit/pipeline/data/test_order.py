@@ -1,11 +1,11 @@
-"""The order against a literal, slow reading of its definition."""
+"""The order against a slow reference implementation of its definition."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from clipwright.pipeline.data.order import Draw, Order, caption_index, key64, negative_index, permute
+from clipwright.pipeline.data.order import Order, SampleRng, caption_index, key64, negative_index, permute
 
 MASK = 2**64 - 1
 
@@ -32,7 +32,7 @@ def slow_permute(index: int, size: int, key: int) -> int:
 
 
 def slow_epoch(sizes: list[int], streams: int, window: int, seed: int, fingerprint: str, epoch: int) -> list[tuple]:
-    """(shard, row) of every position of an epoch, by building each stream's list."""
+    """(shard, row) of every position of an epoch, by building the list of each stream."""
     total = sum(sizes)
     first = epoch * total
     if total <= streams * window:
@@ -78,24 +78,24 @@ def test_permute_is_a_bijection_and_matches_python_integers(size: int) -> None:
         ([50, 50], 64, 1),
     ],
 )
-def test_every_position_is_where_the_definition_puts_it(sizes: list[int], streams: int, window: int) -> None:
+def test_locations_match_the_slow_reference(sizes: list[int], streams: int, window: int) -> None:
     order = Order(sizes, fingerprint="f", seed=3, streams=streams, window=window)
     for epoch in range(3):
         positions = np.arange(epoch * order.samples, (epoch + 1) * order.samples)
-        place = order.locate(positions)
-        got = list(zip(place.shard.tolist(), place.row.tolist(), strict=True))
+        location = order.locate(positions)
+        got = list(zip(location.shard.tolist(), location.row.tolist(), strict=True))
         assert got == slow_epoch(sizes, streams, window, 3, "f", epoch)
         assert len(set(got)) == order.samples
-        assert set(place.epoch) == {epoch}
+        assert set(location.epoch) == {epoch}
 
 
-def test_batches_may_cross_epochs_and_be_asked_for_in_any_order() -> None:
+def test_positions_may_cross_epochs_and_be_located_in_any_order() -> None:
     order = Order([30, 20], fingerprint="f", seed=0, streams=4, window=3)
-    whole = order.locate(np.arange(150))
+    ordered = order.locate(np.arange(150))
     shuffled = np.random.default_rng(0).permutation(150)
     part = order.locate(shuffled)
-    assert (part.shard == whole.shard[shuffled]).all()
-    assert (part.row == whole.row[shuffled]).all()
+    assert (part.shard == ordered.shard[shuffled]).all()
+    assert (part.row == ordered.row[shuffled]).all()
     assert (part.epoch == shuffled // 50).all()
 
 
@@ -105,9 +105,9 @@ def test_seed_dataset_and_epoch_all_change_the_order() -> None:
         return order.locate(np.arange(200) + 200 * epoch).row.tolist()
 
     orders = [first(0, "a", 0), first(1, "a", 0), first(0, "b", 0), first(0, "a", 1)]
-    for i, one in enumerate(orders):
-        for other in orders[i + 1 :]:
-            assert np.mean(np.array(one) == np.array(other)) < 0.1
+    for i, first_order in enumerate(orders):
+        for second_order in orders[i + 1 :]:
+            assert np.mean(np.array(first_order) == np.array(second_order)) < 0.1
 
 
 def captions(count: int, epochs: list[int], key: str) -> list[int]:
@@ -115,7 +115,7 @@ def captions(count: int, epochs: list[int], key: str) -> list[int]:
     return caption_index(counts, seed=1, epochs=np.array(epochs), keys=[key] * len(epochs)).tolist()
 
 
-def test_each_caption_comes_once_in_as_many_epochs_as_there_are_captions() -> None:
+def test_each_caption_is_chosen_once_in_as_many_epochs_as_there_are_captions() -> None:
     picks = captions(5, list(range(15)), "ab")
     assert [sorted(picks[i : i + 5]) for i in (0, 5, 10)] == [list(range(5))] * 3
     assert len({tuple(picks[i : i + 5]) for i in (0, 5, 10)}) > 1
@@ -125,7 +125,7 @@ def test_each_caption_comes_once_in_as_many_epochs_as_there_are_captions() -> No
     assert mixed.tolist() == [0, picks[7], captions(3, [2], "y")[0]]
 
 
-def test_negatives_are_different_and_come_in_turn() -> None:
+def test_negatives_of_a_sample_are_distinct_and_cycle() -> None:
     counts, keys = np.array([0, 1, 2, 5]), ["a", "b", "c", "d"]
     picks = np.stack(
         [negative_index(counts, 2, seed=1, epochs=np.full(4, epoch), keys=keys) for epoch in range(10)]
@@ -133,17 +133,17 @@ def test_negatives_are_different_and_come_in_turn() -> None:
     assert (picks[:, 0] == -1).all() and (picks[:, 1] == [0, -1]).all()
     assert all(sorted(pair) == [0, 1] for pair in picks[:, 2].tolist())
     assert all(len(set(pair)) == 2 for pair in picks[:, 3].tolist())
-    assert sorted(picks[:5, 3].flatten().tolist()) == sorted([*range(5)] * 2)  # ten draws, each of the five twice
+    assert sorted(picks[:5, 3].flatten().tolist()) == sorted([*range(5)] * 2)  # 10 draws of 5 negatives
     assert len({tuple(pair) for pair in picks[:, 3].tolist()}) == 5
 
 
-def test_draws_are_uniform_and_pure() -> None:
-    numbers = [Draw(0, "f", 0, f"{i:032x}", "view").uniform() for i in range(4000)]
-    assert numbers[:10] == [Draw(0, "f", 0, f"{i:032x}", "view").uniform() for i in range(10)]
+def test_sample_rng_is_uniform_and_pure() -> None:
+    numbers = [SampleRng(0, "f", 0, f"{i:032x}", "view").uniform() for i in range(4000)]
+    assert numbers[:10] == [SampleRng(0, "f", 0, f"{i:032x}", "view").uniform() for i in range(10)]
     assert abs(np.mean(numbers) - 0.5) < 0.02
     assert abs(np.std(numbers) - 12**-0.5) < 0.02
-    one, again = Draw(0, "f", 0, "0", "view"), Draw(0, "f", 0, "0", "view")
-    many = [one.uniform() for _ in range(4000)]
+    first, again = SampleRng(0, "f", 0, "0", "view"), SampleRng(0, "f", 0, "0", "view")
+    many = [first.uniform() for _ in range(4000)]
     assert many == [again.uniform() for _ in range(4000)] and len(set(many)) == 4000
     assert np.abs(np.histogram(many, 10, (0, 1))[0] - 400).max() < 90
-    assert Draw(0, "f", 1, "0", "view").uniform() != Draw(0, "f", 0, "0", "view").uniform()
+    assert SampleRng(0, "f", 1, "0", "view").uniform() != SampleRng(0, "f", 0, "0", "view").uniform()

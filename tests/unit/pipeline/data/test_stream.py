@@ -1,7 +1,7 @@
-"""The stream of samples as a run sees it: any ranks and workers, killed and resumed anywhere, the same ledger.
+"""The sequence of samples of a run: the sample log is the same for any ranks, workers, kills and resumes.
 
-ROUNDS of the random cases (`make soak` sets CLIPWRIGHT_SOAK), each from a seed of its own. Ranks are loaders of one
-process here, but for one test; test_ranks.py and test_resume.py compare the ledgers of real ones.
+ROUNDS is the number of seeds of the random cases (`make soak` sets CLIPWRIGHT_SOAK). Except for one test, ranks are
+loaders in one process here; test_ranks.py and test_resume.py compare the logs of real ranks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import psutil
 import pytest
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.data.batch import Batch, Share
-from clipwright.pipeline.data.datasets import DataConfig, Datasets, PartConfig
+from clipwright.pipeline.data.batch import Batch, RankBatch
+from clipwright.pipeline.data.datasets import DataConfig, DatasetEntry, Datasets
 from clipwright.pipeline.data.loader import Loader
 from clipwright.pipeline.folders.records import write_manifest
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
@@ -42,10 +42,10 @@ def tokenizer() -> Any:
     return TOKENIZERS.build(TOKENIZERS.preset("clip_bpe"))
 
 
-def loader(train: Any, share: Share, workers: int, **config: Any) -> Loader:
+def loader(train: Any, rank_batch: RankBatch, workers: int, **config: Any) -> Loader:
     return Loader(
         DataConfig(**{"train": train, **config}),
-        share,
+        rank_batch,
         tokenizer=tokenizer(),
         text=TEXT_TOWERS.preset("text_nano"),
         image_size=16,
@@ -58,9 +58,9 @@ def loader(train: Any, share: Share, workers: int, **config: Any) -> Loader:
 def ranks(
     train: Any, world: int, workers: int, batch: int, step: int, **config: Any
 ) -> Iterator[Iterator[list[Batch]]]:
-    """The steps behind `step`, each as every rank's part of its batch."""
+    """The steps after `step`, each as the list of the ranks' batches."""
     sources = [
-        loader(train, Share(rank, world, batch), workers, **config).batches(step * batch) for rank in range(world)
+        loader(train, RankBatch(rank, world, batch), workers, **config).batches(step * batch) for rank in range(world)
     ]
     try:
         yield ([next(source) for source in sources] for _ in itertools.count())
@@ -70,7 +70,7 @@ def ranks(
 
 
 def run(path: Path, train: Any, world: int, workers: int, batch: int, first: int, last: int, **config: Any) -> None:
-    """Steps `first` + 1 … `last`, into a ledger that is cut back to `first`."""
+    """Writes steps `first` + 1 … `last` to a sample log that is first truncated to `first`."""
     file = StepFile(path, first)
     with ranks(train, world, workers, batch, first, **config) as steps:
         for step, parts in zip(range(first + 1, last + 1), steps, strict=False):
@@ -80,18 +80,20 @@ def run(path: Path, train: Any, world: int, workers: int, batch: int, first: int
     file.close()
 
 
-def test_ranks_and_workers_may_change_inside_an_epoch(make_dataset: Any, tmp_path: Path) -> None:
+def test_ranks_and_workers_may_change_within_an_epoch(make_dataset: Any, tmp_path: Path) -> None:
     folder = str(make_dataset("d", RAGGED))
     run(tmp_path / "clean", folder, 1, 2, 12, 0, 20, **SMALL)
-    layouts = [(1, 1), (2, 2), (4, 3), (2, 1), (3, 3)]  # within the first epoch, and then on
+    layouts = [(1, 1), (2, 2), (4, 3), (2, 1), (3, 3)]  # within the first epoch and beyond
     for number, (world, workers) in enumerate(layouts):
         run(tmp_path / "moved", folder, world, workers, 12, number, number + 1 if number < 4 else 20, **SMALL)
     assert (tmp_path / "moved").read_bytes() == (tmp_path / "clean").read_bytes()
 
 
 @pytest.mark.xdist_group("ranks")
-def test_runs_go_on_with_other_ranks_and_workers_inside_an_epoch(make_dataset: Any, tmp_path: Path, small: Any) -> None:
-    """The same by the command: 1, 2 and 1 ranks, in `make soak` 1, 2, 4, 2 and 3."""
+def test_run_resumes_with_other_ranks_and_workers_within_an_epoch(
+    make_dataset: Any, tmp_path: Path, small: Any
+) -> None:
+    """The same through `clipwright train`: 1, 2 and 1 ranks, in `make soak` 1, 2, 4, 2 and 3."""
     folder = make_dataset("d", RAGGED)
     words = [f"data.train={folder}", "data.streams=8", "data.window=3", "seed=5", "runtime.ledger=keys", "-o", "run"]
     words += ["schedule.global_batch=12", "schedule.samples=84"]
@@ -105,13 +107,13 @@ def test_runs_go_on_with_other_ranks_and_workers_inside_an_epoch(make_dataset: A
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS or 3))
-def test_killed_at_random_steps_nothing_is_lost_or_repeated(seed: int, make_dataset: Any, tmp_path: Path) -> None:
-    """Three epochs; checkpoints every few steps, kills anywhere, other ranks and workers after each."""
+def test_runs_killed_at_random_steps_lose_and_repeat_no_sample(seed: int, make_dataset: Any, tmp_path: Path) -> None:
+    """Three epochs with a checkpoint every few steps, kills at any step, and other ranks and workers after each."""
     draw = random.Random(seed)
     sizes = [draw.choice([1, 2, 7, 20, 33]) for _ in range(draw.randint(2, 7))] + [13]
     batch = 12 if sum(sizes) >= 12 else sum(sizes)
-    one, two = make_dataset("d", sizes), make_dataset("e", [40, 9], lambda i: [f"other {i}"])
-    train: Any = str(one) if seed % 2 else [PartConfig(path=str(one), weight=2), PartConfig(path=str(two))]
+    first, second = make_dataset("d", sizes), make_dataset("e", [40, 9], lambda i: [f"other {i}"])
+    train: Any = str(first) if seed % 2 else [DatasetEntry(path=str(first), weight=2), DatasetEntry(path=str(second))]
     config = {"streams": draw.choice([1, 3, 8]), "window": draw.choice([1, 3, 4096])}
     last = -(-3 * Datasets(DataConfig(train=train)).samples // batch)
     run(tmp_path / "clean", train, 1, 2, batch, 0, last, **config)
@@ -127,7 +129,7 @@ def test_killed_at_random_steps_nothing_is_lost_or_repeated(seed: int, make_data
 
 
 def layouts() -> Iterator[tuple[list[int], int, int]]:
-    """Shards, ranks and workers: one shard with 1 sample, one with 90 %, fewer samples than a batch."""
+    """(shard sizes, ranks, workers): a shard of 1 sample, a shard of 90 % of them, fewer samples than a batch."""
     draw = random.Random(0)
     for count in range(1, 14):
         sizes = [draw.randint(1, 30) for _ in range(count)]
@@ -139,7 +141,7 @@ def layouts() -> Iterator[tuple[list[int], int, int]]:
 
 
 def test_no_layout_hangs(make_dataset: Any) -> None:
-    """Equal steps on all ranks, every sample once an epoch; or an error before the first."""
+    """All ranks have equally many steps and see every sample once per epoch, or fail before the first step."""
     refused, threads = 0, threading.active_count()
     for number, (sizes, world, workers) in enumerate(layouts()):
         folder, total, started = str(make_dataset(f"d{number}", sizes)), sum(sizes), time.monotonic()
@@ -156,12 +158,12 @@ def test_no_layout_hangs(make_dataset: Any) -> None:
         assert len(set(keys[:total])) == len(set(keys[total : 2 * total])) == total
     assert number == 29 and 4 <= refused <= 12 and threading.active_count() == threads
     with pytest.raises(ClipwrightError) as caught:
-        Share(0, 5, 24)
+        RankBatch(0, 5, 24)
     assert caught.value.code == "E_BATCH" and "multiple of 5" in caught.value.fix
 
 
-def test_captions_stay_with_their_picture(make_dataset: Any) -> None:
-    """Each picture's colour is its number, and so is what its caption says, up to the model's input."""
+def test_captions_stay_with_their_image(make_dataset: Any) -> None:
+    """The color of each image and its caption encode the same number, up to the model's input."""
     folder = str(make_dataset("d", [300, 1, 499], lambda i: [f"number {i}", f"again {i}"]))
     want, pairs = 100_000 if ROUNDS else 2_000, 0
     words = tokenizer()
@@ -174,16 +176,16 @@ def test_captions_stay_with_their_picture(make_dataset: Any) -> None:
         for parts in steps:
             for batch in parts:
                 middle = batch.views[:, 8, 8].int()
-                told = [number(tuple(row)) for row in batch.tokens[batch.text_row].tolist()]
+                captioned = [number(tuple(row)) for row in batch.tokens[batch.text_row].tolist()]
                 shown = (middle[:, 0] + 256 * middle[:, 1]).repeat_interleave(2).tolist()
-                assert told == shown
-                pairs += len(told)
+                assert captioned == shown
+                pairs += len(captioned)
             if pairs >= want:
                 return
 
 
 def test_memory_does_not_grow(make_dataset: Any) -> None:
-    """Twenty epochs: the slope of the resident set is below 0.5 % an epoch."""
+    """Over twenty epochs the resident set grows by less than 0.5 % per epoch."""
     folder = str(make_dataset("d", [500, 300, 200] if ROUNDS else [50, 49, 1]))
     total, process, resident = 1000 if ROUNDS else 100, psutil.Process(), []
     with ranks(folder, 1, 2, 50, 0, streams=4, window=30) as steps:
@@ -197,7 +199,7 @@ def test_memory_does_not_grow(make_dataset: Any) -> None:
 
 
 def test_a_hundred_thousand_shards_are_checked_in_seconds(tmp_path: Path) -> None:
-    """A tar or sidecar missing, doubled, or of another size: an error that names it, in less than 10 s."""
+    """A tar or sidecar that is missing, listed twice or of another size is an error that names it, in under 10 s."""
     count = 100_000 if ROUNDS else 3_000
     (tmp_path / "t").write_bytes(b"x" * 512)
     names = [f"d-{number:06d}.tar" for number in range(count)]
@@ -215,11 +217,11 @@ def test_a_hundred_thousand_shards_are_checked_in_seconds(tmp_path: Path) -> Non
         ({"sidecar": "gone.parquet"}, "gone.parquet — the file is missing"),
         ({"sidecar_bytes": 9}, f"{sidecars[late]} — 512 bytes, the manifest says 9"),
     ):
-        mine = [*shards[:late], {**shards[late], **change}, *shards[late + 1 :]]
-        write_manifest(tmp_path, "dataset", "0" * 64, {"shards": mine})
-        started = time.process_time()  # the machine may be busy
+        changed = [*shards[:late], {**shards[late], **change}, *shards[late + 1 :]]
+        write_manifest(tmp_path, "dataset", "0" * 64, {"shards": changed})
+        started = time.process_time()  # CPU time, since the machine may be busy
         try:
-            made = loader(str(tmp_path), Share(0, 1, 64), 1)
+            made = loader(str(tmp_path), RankBatch(0, 1, 64), 1)
             made.order.locate(np.arange(64))
             assert not words
         except ClipwrightError as error:

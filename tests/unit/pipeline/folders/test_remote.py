@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.data.batch import Share
+from clipwright.pipeline.data.batch import RankBatch
 from clipwright.pipeline.data.datasets import DataConfig, Datasets
 from clipwright.pipeline.data.loader import Loader
 from clipwright.pipeline.doctor.data import shard_cache
@@ -141,10 +141,10 @@ def upload(port: int, folder: Path, prefix: str) -> str:
     return f"s3://bucket/{prefix}"
 
 
-def loader(train: object, cache: CacheConfig | None = None, share: Share | None = None, **config: Any) -> Loader:
+def loader(train: object, cache: CacheConfig | None = None, share: RankBatch | None = None, **config: Any) -> Loader:
     return Loader(
         DataConfig(**{"train": str(train), "streams": 4, "window": 40, **config}),
-        share or Share(0, 1, 16),
+        share or RankBatch(0, 1, 16),
         tokenizer=TOKENIZERS.build(TOKENIZERS.preset("clip_bpe")),
         text=TEXT_TOWERS.preset("text_nano"),
         image_size=16,
@@ -208,7 +208,7 @@ def test_the_stream_is_the_local_one_and_the_cache_keeps_its_bound(
     first = loader(train, cache)
     assert keys(first, 0, STEPS, watch.look) == whole[:STEPS]
     # As a kill leaves it: the lock is free, a part of a shard is there, nobody tidied up.
-    tars = first.dataset.parts[0]._cache
+    tars = first.data.datasets[0]._cache
     assert tars is not None
     end = time.monotonic() + 10
     while any(thread.name.startswith("fetch-") for thread in threading.enumerate()):
@@ -222,7 +222,7 @@ def test_the_stream_is_the_local_one_and_the_cache_keeps_its_bound(
     tars._lock.close()
     before = len(cloud.asked)
     second = loader(train, cache)
-    again = second.dataset.parts[0]._cache
+    again = second.data.datasets[0]._cache
     assert again is not None and again.folder == tars.folder and not list(again.folder.glob("*.partial"))
     assert again._have and not here[0].exists() and not damaged.exists()  # what was fetched before serves again
     assert {path.stem for path in again.folder.glob("*.parquet")} == {again.path(shard).stem for shard in again._have}
@@ -233,7 +233,7 @@ def test_the_stream_is_the_local_one_and_the_cache_keeps_its_bound(
     sidecars = [path for path in cloud.asked[before:] if path.endswith(".parquet")]
     assert 0 < len(sidecars) <= 24 + 5  # with their tars, and again where a request failed
     # Ranks read their own part, each through its own cache.
-    halves = [keys(loader(train, cache, Share(rank, 2, 16)), 0, 3) for rank in range(2)]
+    halves = [keys(loader(train, cache, RankBatch(rank, 2, 16)), 0, 3) for rank in range(2)]
     for step in range(3):
         assert [halves[0][step], halves[1][step]] == [whole[step][0::2], whole[step][1::2]]
 
@@ -243,8 +243,8 @@ def test_a_run_on_fewer_ranks_takes_away_what_the_others_kept(
 ) -> None:
     folder = make_dataset("d", [20] * 4)
     train, cache = upload(s3, folder, "fewer"), CacheConfig(folder=str(tmp_path / "cache"))
-    ranks = [loader(train, cache, Share(rank, 3, 15)) for rank in range(3)]
-    made = [rank.dataset.parts[0]._cache for rank in ranks]
+    ranks = [loader(train, cache, RankBatch(rank, 3, 15)) for rank in range(3)]
+    made = [rank.data.datasets[0]._cache for rank in ranks]
     for rank in ranks:
         keys(rank, 0, 2)
     kept = [sorted(tars.folder.glob("*.tar")) for tars in made if tars is not None]
@@ -351,7 +351,7 @@ def test_what_is_refused(
     loader(train, CacheConfig(folder=root, gb=stated))
     # Of a set that mixes whole, all of it must fit; a rank of two needs half of a larger one.
     assert "24 shards" in refused(lambda: loader(train, small, window=4096)).found
-    assert "6 shards" in refused(lambda: loader(train, CacheConfig(folder=root, gb=1e-9), Share(0, 2, 16))).found
+    assert "6 shards" in refused(lambda: loader(train, CacheConfig(folder=root, gb=1e-9), RankBatch(0, 2, 16))).found
     made = DataConfig(train=train, streams=4, window=40)
     for gb, status in ((small.gb, "FAIL"), (stated, "ok")):
         runtime = RuntimeConfig(cache_dir=root, cache_gb=gb)
