@@ -1,4 +1,4 @@
-"""Activation checkpointing: chosen blocks keep only their input and are computed again in the backward pass."""
+"""Activation checkpointing: selected blocks keep only their input and are recomputed in the backward pass."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.towers.base import ImageTower, TextTower
 
-Blocks = Literal["none", "all"] | tuple[int, ...]  # of a tower's `block_list`, counted from 0
+Blocks = Literal["none", "all"] | tuple[int, ...]  # indices into a tower's `block_list`, from 0
 
 
-class Recomputed:
-    """The forward of `block`, of which only input and random state are kept until the backward pass.
+class RecomputedForward:
+    """Replaces the forward of `block`: only its input and the random state are kept until the backward pass.
 
-    Chen et al. 2016 ("Training deep nets with sublinear memory cost"). Drop path and dropout draw the same again;
-    running statistics move in the first pass alone.
+    Chen et al. 2016 ("Training deep nets with sublinear memory cost"). Drop path and dropout draw the same numbers
+    again; the running statistics of batch norms are updated by the first pass only.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -28,43 +28,51 @@ class Recomputed:
         self.forward: Callable[..., Any] = block.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # a compiled graph repeats what the gradient needs, statistics left out
+        # A compiled graph recomputes only what the gradient needs, so it never updates running statistics twice.
+        if torch.compiler.is_compiling():
             return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
         return checkpoint(self.forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), still_statistics(self.block)
+        return nullcontext(), frozen_running_statistics(self.block)
 
 
 @contextmanager
-def still_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms compute as ever but leave their running statistics as they are."""
+def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Keeps the running statistics of batch norms in `module` unchanged; their outputs stay the same."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None
     try:
         yield
     finally:
         for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
+            norm.momentum = momentum
+            norm.num_batches_tracked = count
 
 
-def checkpoint_activations(tower: ImageTower | TextTower, chosen: Blocks, where: str) -> None:
-    """Makes the chosen blocks of `tower` recompute, in place; keys stay the same.
+def checkpoint_activations(tower: ImageTower | TextTower, selected: Blocks, where: str) -> None:
+    """Makes the selected blocks of `tower` recompute their activations, in place; state-dict keys stay the same.
 
-    E_CONFIG_VALUE for a number that no block has; `where` is the config's field.
+    E_CONFIG_VALUE for an index without a block; `where` is the config field to name.
     """
     blocks = tower.block_list()
-    numbers = {"none": (), "all": range(len(blocks))}[chosen] if isinstance(chosen, str) else chosen
-    wrong = [number for number in numbers if not 0 <= number < len(blocks)]
-    if wrong:
-        raise ClipwrightError(
-            "E_CONFIG_VALUE",
-            "a block that the tower does not have",
-            where=f"{where}: {wrong[0]}",
-            found=f"there are {len(blocks)}, counted from 0",
-            fix=f"use 0 to {len(blocks) - 1}, all or none" if blocks else "use none",
-        )
-    for number in set(numbers):
-        blocks[number].forward = Recomputed(blocks[number])
+    if selected == "none":
+        indices: tuple[int, ...] = ()
+    elif selected == "all":
+        indices = tuple(range(len(blocks)))
+    else:
+        indices = tuple(selected)
+    for index in indices:
+        if not 0 <= index < len(blocks):
+            raise ClipwrightError(
+                "E_CONFIG_VALUE",
+                "the tower has no block with this index",
+                where=f"{where}: {index}",
+                found=f"there are {len(blocks)} blocks, counted from 0",
+                fix=f"use 0 to {len(blocks) - 1}, all or none" if blocks else "use none",
+            )
+    for index in set(indices):
+        blocks[index].forward = RecomputedForward(blocks[index])

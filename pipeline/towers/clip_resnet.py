@@ -1,4 +1,4 @@
-"""CLIP's modified ResNet: three-convolution stem, average pools instead of strides, attention pooling."""
+"""CLIP's modified ResNet: a stem of three convolutions, average pools instead of strides, attention pooling."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ from torch import Tensor, nn
 
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, ImageTower, ImageTowerConfig, TowerOutput
-from clipwright.pipeline.towers.layers import check_multiple, resize_positions
+from clipwright.pipeline.towers.layers import check_multiple, resize_positions, split_heads, to_tokens
 
 EXPANSION = 4
 
 
 @configclass
 class CLIPResNetConfig(ImageTowerConfig):
-    """CLIP's ResNet. `image_size` must be a multiple of 4·stem_stride·last_stride (32 as published).
-
-    layers, planes: blocks and bottleneck width of each stage, which gives out 4·planes channels. stem_stride: 4 as
-    published, 2 leaves the stem's average pool out. last_stride: of the last stage. out_dim: of the attention pool.
-    """
+    """CLIP's ResNet. `image_size` must be a multiple of 4·stem_stride·last_stride (32 as published)."""
 
     family: ClassVar[str] = "clip"
 
-    projection: Literal["linear", "none"] = "none"  # the attention pool's output layer is CLIP's projection
+    projection: Literal["linear", "none"] = "none"
+    """Projection of the pooled output to the embedding; none by default: the attention pool already contains it."""
     layers: tuple[int, int, int, int] = (3, 4, 6, 3)
+    """Number of blocks of each stage."""
     planes: tuple[int, int, int, int] = (64, 128, 256, 512)
+    """Bottleneck width of each stage, which outputs 4·planes channels."""
     stem_stride: Literal[2, 4] = 4
+    """Stride of the stem; 2 leaves out its average pool."""
     last_stride: Literal[1, 2] = 2
+    """Stride of the last stage."""
     out_dim: int = 1024
+    """Output width of the attention pool."""
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm."""
+    """A convolution without bias, then batch norm."""
 
     def __init__(self, dim: int, out: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ class ConvNorm(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3, average pool, 1×1; the shortcut pools likewise. Every convolution has stride 1."""
+    """1×1 and 3×3 convolution, average pool, 1×1; the shortcut pools too. All convolutions have stride 1."""
 
     def __init__(self, dim: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -65,14 +67,16 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """The mean of the grid asks, mean and grid answer: one query, learned positions, output to out_dim."""
+    """Attention with the mean token as the only query and the mean and grid tokens as keys; learned positions."""
 
     def __init__(self, dim: int, out: int, heads: int, tokens: int) -> None:
         super().__init__()
         check_multiple("planes", dim, heads, "heads of the attention pool")
         self.heads = heads
         self.pos_embed = nn.Parameter(torch.empty(tokens + 1, dim))
-        self.q, self.k, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, out)
         nn.init.normal_(self.pos_embed, std=dim**-0.5)
         for linear in (self.q, self.k, self.v, self.out):
@@ -81,19 +85,18 @@ class AttentionPool(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b d"]:
         x = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.pos_embed
-        q, k, v = (
-            part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.q(x[:, :1]), self.k(x), self.v(x))
-        )
+        q = split_heads(self.q(x[:, :1]), self.heads)
+        k = split_heads(self.k(x), self.heads)
+        v = split_heads(self.v(x), self.heads)
         return self.out(F.scaled_dot_product_attention(q, k, v).flatten(1))
 
 
 class CLIPResNet(ImageTower):
     """Images (B, 3, S, S) → pooled (B, out_dim), tokens (B, N, 4·planes[3]).
 
-    Radford et al. 2021, section 2.4; heads of the pool are planes[0]/2, 32 as published. Tokens are the grid as it
-    enters the attention pool, before the pool adds its positions: they are wider than pooled (`token_dim`). The pool's
-    weights start from N(0, D^-½) with zero biases; the scale of each block's last batch norm starts at 0, so that a
-    block starts as its shortcut.
+    Radford et al. 2021, section 2.4. The pool has planes[0]/2 heads, 32 as published. Tokens are the grid before the
+    pool adds its positions; they are wider than pooled (`token_dim`). The pool's weights are initialized N(0, D^-½)
+    with zero biases, and the scale of each block's last batch norm with 0, so that a block starts as its shortcut.
     """
 
     no_weight_decay = ("pos_embed",)
@@ -102,14 +105,18 @@ class CLIPResNet(ImageTower):
         super().__init__()
         reduction = 4 * config.stem_stride * config.last_stride
         check_multiple("image_size", config.image_size, reduction, "the tower's stride")
-        self.feature_dim, self.image_size = config.out_dim, config.image_size
+        self.feature_dim = config.out_dim
+        self.image_size = config.image_size
         side = config.image_size // reduction
         self.grid = (side, side)
         width = config.planes[0]
         self.stem = nn.Sequential(
-            *(ConvNorm(3, width // 2, 3, 2), nn.ReLU()),
-            *(ConvNorm(width // 2, width // 2, 3), nn.ReLU()),
-            *(ConvNorm(width // 2, width, 3), nn.ReLU()),
+            ConvNorm(3, width // 2, 3, 2),
+            nn.ReLU(),
+            ConvNorm(width // 2, width // 2, 3),
+            nn.ReLU(),
+            ConvNorm(width // 2, width, 3),
+            nn.ReLU(),
             nn.AvgPool2d(2) if config.stem_stride == 4 else nn.Identity(),
         )
         dim = width
@@ -130,7 +137,7 @@ class CLIPResNet(ImageTower):
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> TowerOutput:
         assert images.shape[-2:] == (self.image_size, self.image_size), images.shape
-        tokens = self.stages(self.stem(images)).flatten(2).transpose(1, 2)
+        tokens = to_tokens(self.stages(self.stem(images)))
         return TowerOutput(self.pool(tokens), tokens, self.grid)
 
     def block_list(self) -> list[nn.Module]:

@@ -1,39 +1,52 @@
-"""ConvMixer: patches, then depthwise and pointwise convolutions at one resolution."""
+"""ConvMixer: depthwise and pointwise convolutions on patches, at one resolution."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, ImageTower, ImageTowerConfig, TowerOutput
-from clipwright.pipeline.towers.layers import Activation, DropPath, check_multiple, drop_path_rates
+from clipwright.pipeline.towers.layers import (
+    Activation,
+    BlockStack,
+    DropPath,
+    check_multiple,
+    check_odd,
+    to_tokens,
+)
 
 
 @configclass
 class ConvMixerConfig(ImageTowerConfig):
-    """A ConvMixer. `image_size` must be a multiple of `patch`; `kernel`, of the depthwise convolutions, is odd."""
+    """A ConvMixer. `image_size` must be a multiple of `patch`."""
 
     patch: int = 7
+    """Side of a patch in pixels."""
     dim: int = 768
+    """Number of channels."""
     depth: int = 32
+    """Number of blocks."""
     kernel: int = 7
+    """Kernel size of the depthwise convolutions; odd."""
     act: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
+    """Activation after every convolution."""
     drop_path: float = 0.0
+    """Stochastic depth rate of the last block; rates rise linearly from 0."""
 
 
 class ActNorm(nn.Sequential):
-    """BN(act(x)): the activation comes first."""
+    """BN(act(x)): batch norm after the activation."""
 
     def __init__(self, dim: int, act: str) -> None:
         super().__init__(Activation(act), nn.BatchNorm2d(dim))
 
 
 class Block(nn.Module):
-    """x + BN(act(dw(x))), then BN(act(W·x)); the residual wraps the depthwise part alone.
+    """x + BN(act(dw(x))), then BN(act(W·x)); the residual spans the depthwise part only.
 
     Trockman and Kolter 2022, section 2, equations 2 and 3.
     """
@@ -54,46 +67,27 @@ class Block(nn.Module):
 class ConvMixer(ImageTower):
     """Images (B, 3, S, S) → pooled (B, dim), the mean of tokens (B, (S/patch)², dim); no final norm.
 
-    Trockman and Kolter 2022 ("Patches Are All You Need?"), section 2. Convolutions keep PyTorch's default init, as in
-    the authors' code; drop path is ours. Batch norm couples the samples of a batch in training.
+    Trockman and Kolter 2022 ("Patches Are All You Need?"), section 2. Convolutions keep PyTorch's default
+    initialization, as in the authors' code; drop path is our addition. In training, batch norm makes a sample's output
+    depend on its batch.
     """
 
     def __init__(self, config: ConvMixerConfig) -> None:
         super().__init__()
         check_multiple("image_size", config.image_size, config.patch, "patch")
         check_odd("kernel", config.kernel)
-        self.feature_dim, self.image_size = config.dim, config.image_size
+        self.feature_dim = config.dim
+        self.image_size = config.image_size
         self.patch_embed = nn.Conv2d(3, config.dim, config.patch, config.patch)
         self.norm = ActNorm(config.dim, config.act)
-        self.blocks = nn.Sequential(
-            *(
-                Block(config.dim, config.kernel, config.act, rate)
-                for rate in drop_path_rates(config.drop_path, config.depth)
-            )
-        )
+        make_block = partial(Block, config.dim, config.kernel, config.act)
+        self.blocks = BlockStack(make_block, config.depth, config.drop_path)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> TowerOutput:
         assert images.shape[-2:] == (self.image_size, self.image_size), images.shape
-        x = self.norm(self.patch_embed(images))
-        x = self.blocks(x)
-        tokens = x.flatten(2).transpose(1, 2)
+        x = self.blocks(self.norm(self.patch_embed(images)))
+        tokens = to_tokens(x)
         return TowerOutput(tokens.mean(dim=1), tokens, (x.shape[2], x.shape[3]))
-
-    def block_list(self) -> list[nn.Module]:
-        return list(self.blocks)
-
-
-def check_odd(field: str, value: int) -> None:
-    """E_CONFIG_VALUE unless `value` is odd: an even kernel has no centre and would need uneven padding."""
-    if value > 0 and value % 2 == 1:
-        return
-    raise ClipwrightError(
-        "E_CONFIG_VALUE",
-        f"a tower cannot have this {field}",
-        where=f"{field}: {value}",
-        found=f"{value} is not a positive odd number",
-        fix=f"use {value - 1} or {value + 1}" if value > 0 else "use 1 or more",
-    )
 
 
 IMAGE_TOWERS.add(
@@ -103,7 +97,7 @@ IMAGE_TOWERS.add(
         "convmixer_nano": {"image_size": 64, "patch": 8, "dim": 320, "depth": 7, "kernel": 5},
         "convmixer_256_8_k7_p2": {"image_size": 32, "patch": 2, "dim": 256, "depth": 8, "kernel": 7},
         "convmixer_1536_20_k9_p7": {"patch": 7, "dim": 1536, "depth": 20, "kernel": 9},
-        # The paper says GELU throughout; the weights released for this one were trained with ReLU.
+        # The paper uses GELU throughout; the released weights of this variant were trained with ReLU.
         "convmixer_768_32_k7_p7": {"patch": 7, "dim": 768, "depth": 32, "kernel": 7, "act": "relu"},
         "convmixer_1024_20_k9_p14": {"patch": 14, "dim": 1024, "depth": 20, "kernel": 9},
     },

@@ -1,4 +1,4 @@
-"""ConvNeXt: a convolution network in the shape of a transformer."""
+"""ConvNeXt: a convolutional network modeled on the transformer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, ImageTower, ImageTowerConfig, TowerOutput
-from clipwright.pipeline.towers.layers import DropPath, Mlp, check_multiple, drop_path_rates
+from clipwright.pipeline.towers.layers import DropPath, Mlp, check_multiple, drop_path_rates, to_map, to_tokens
 
 KERNEL = 7
 LAYER_SCALE = 1e-6
@@ -20,19 +20,24 @@ LAYER_SCALE = 1e-6
 class ConvNeXtConfig(ImageTowerConfig):
     """A ConvNeXt. `image_size` must be a multiple of 32.
 
-    drop_path: the authors train tiny, small, base and large on ImageNet-1k with 0.1, 0.4, 0.5, 0.5, xlarge on
+    The authors train tiny, small, base and large on ImageNet-1k with drop_path 0.1, 0.4, 0.5, 0.5, and xlarge on
     ImageNet-22k with 0.2.
     """
 
     dims: tuple[int, int, int, int] = (96, 192, 384, 768)
+    """Width of each stage."""
     depths: tuple[int, int, int, int] = (3, 3, 9, 3)
+    """Number of blocks of each stage."""
     act: Literal["gelu", "gelu_tanh"] = "gelu"
+    """Activation of the MLPs."""
     ln_eps: float = 1e-6
+    """Epsilon of the layer norms."""
     drop_path: float = 0.0
+    """Stochastic depth rate of the last block; rates rise linearly from 0."""
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each position of a map."""
+    """LayerNorm over the channels at each position of a feature map."""
 
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -54,24 +59,21 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         y = self.scale * self.mlp(self.norm(to_tokens(self.depthwise(x))))
-        return x + self.drop_path(y).transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-def to_tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
-    return x.flatten(2).transpose(1, 2)
+        return x + to_map(self.drop_path(y), (x.shape[2], x.shape[3]))
 
 
 class ConvNeXt(ImageTower):
     """Images (B, 3, S, S) → pooled (B, dims[3]), tokens (B, (S/32)², dims[3]).
 
-    Liu et al. 2022, section 2 and appendix A. Pooled is the norm of the mean; tokens are normed each by itself.
-    Channels-last maps make every change between maps and tokens a view.
+    Liu et al. 2022, section 2 and appendix A. Pooled is the norm of the mean token; tokens are normalized one by one.
+    With channels-last maps every conversion between maps and tokens is a view.
     """
 
     def __init__(self, config: ConvNeXtConfig) -> None:
         super().__init__()
         check_multiple("image_size", config.image_size, 32, "the tower's stride")
-        self.feature_dim, self.image_size = config.dims[-1], config.image_size
+        self.feature_dim = config.dims[-1]
+        self.image_size = config.image_size
         rates = iter(drop_path_rates(config.drop_path, sum(config.depths)))
         dim = config.dims[0]
         stages: list[nn.Module] = []
@@ -97,7 +99,7 @@ class ConvNeXt(ImageTower):
         return [module for module in self.modules() if isinstance(module, Block)]
 
     def _init_weights(self) -> None:
-        """Every convolution and matrix N(0, 0.02) truncated at ±2, biases 0."""
+        """Convolutions and matrices N(0, 0.02) truncated at ±2, biases 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

@@ -1,4 +1,4 @@
-"""What a tower costs, in the field's unit."""
+"""The cost of a tower in multiply-adds, the unit of published GMACs."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from clipwright.pipeline.towers.base import ImageTower
 
 
 def multiply_adds(tower: ImageTower) -> int:
-    """Multiply-adds of one image's forward pass: convolutions, matrix products and both attention products only.
+    """Returns the multiply-adds of one image's forward pass; `tower` must be on the meta device.
 
-    Norms, activations and additions are left out, as in published GMACs. `tower` lies on the meta device; of blocks
-    that are written alike only the first is run.
+    Counts convolutions, matrix products and both products of attention. Norms, activations and additions are left
+    out, as in published GMACs. Of blocks with equal settings and input shape only the first is run.
     """
     tower.eval()
     known: dict[Any, tuple[int, torch.Size]] = {}
     repeated: list[int] = []
 
     def counted(block: nn.Module) -> Callable[[Tensor], Tensor]:
-        forward, kind = block.forward, repr(block)
+        forward = block.forward
+        settings = repr(block)
 
         def run(x: Tensor) -> Tensor:
-            key = (kind, x.shape)
+            key = (settings, x.shape)
             if key in known:
-                repeated.append(known[key][0])
-                return x.new_empty(known[key][1])
-            with FlopCounterMode(display=False) as inner:
+                flops, output_shape = known[key]
+                repeated.append(flops)
+                return x.new_empty(output_shape)
+            with FlopCounterMode(display=False) as block_counter:
                 out = forward(x)
-            known[key] = inner.get_total_flops(), out.shape
+            known[key] = block_counter.get_total_flops(), out.shape
             return out
 
         return run
@@ -43,5 +45,5 @@ def multiply_adds(tower: ImageTower) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         tower(torch.empty(1, 3, tower.image_size, tower.image_size, device="meta"))
     for block in blocks:
-        del block.forward  # the class's is back
+        del block.forward  # restores the method of the class
     return (counter.get_total_flops() + sum(repeated)) // 2

@@ -1,7 +1,8 @@
-"""CvT: tokens embedded by convolutions, attention whose queries, keys and values come from depthwise convolutions."""
+"""CvT: convolutional token embedding, and attention with depthwise convolutions as query, key and value projections."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,34 +12,48 @@ from torch import Tensor, nn
 
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, ImageTower, ImageTowerConfig, TowerOutput
-from clipwright.pipeline.towers.layers import DropPath, Mlp, check_multiple, drop_path_rates, merge_heads
+from clipwright.pipeline.towers.layers import (
+    BlockStack,
+    DropPath,
+    Mlp,
+    check_multiple,
+    merge_heads,
+    split_heads,
+    to_map,
+    to_tokens,
+)
 
-EMBEDDINGS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # kernel, stride, padding of each stage's convolution
+EMBEDDINGS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # kernel, stride and padding of each stage's embedding convolution
 STRIDE = 16
 
 
 @configclass
 class CvTConfig(ImageTowerConfig):
-    """A CvT. `image_size` must be a multiple of 16; dims[i] of heads[i], where i counts the stages.
+    """A CvT. `image_size` must be a multiple of 16, and dims[i] a multiple of heads[i] for each stage i.
 
-    score_scale: what scores are divided by the root of, a token's width (`dim`, the original code and its weights) or
-    a head's (`head`). drop_path: reached at the end of the last stage, the only one that drops; the original code
-    trains cvt_13 and cvt_21 with 0.1, cvt_w24 with 0.3.
+    The original code trains cvt_13 and cvt_21 with drop_path 0.1, and cvt_w24 with 0.3.
     """
 
     dims: tuple[int, int, int] = (64, 192, 384)
+    """Width of each stage."""
     depths: tuple[int, int, int] = (1, 2, 10)
+    """Number of blocks of each stage."""
     heads: tuple[int, int, int] = (1, 3, 6)
+    """Number of attention heads of each stage."""
     score_scale: Literal["dim", "head"] = "dim"
+    """Attention scores are divided by the root of the token width (`dim`, as the original) or of the head width."""
     act: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
+    """Activation of the MLPs."""
     ln_eps: float = 1e-5
+    """Epsilon of the layer norms."""
     drop_path: float = 0.0
+    """Stochastic depth rate of the last block; rates rise linearly within the last stage and are 0 before it."""
 
 
 class ConvProjection(nn.Module):
-    """Tokens of a map → depthwise 3×3 convolution, batch norm, tokens → Linear; a class token takes the Linear only.
+    """Feature map → depthwise 3×3 convolution, batch norm, Linear on tokens; class tokens pass the Linear only.
 
-    Wu et al. 2021, section 3.2, which has a pointwise convolution for the Linear: the same function of patch tokens.
+    Wu et al. 2021, section 3.2. The paper has a pointwise convolution, which is the same function of patch tokens.
     """
 
     def __init__(self, dim: int, stride: int) -> None:
@@ -48,17 +63,19 @@ class ConvProjection(nn.Module):
         self.linear = nn.Linear(dim, dim)
 
     def forward(self, cls: Float[Tensor, "b p c"], x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
-        y = self.norm(self.conv(x)).flatten(2).transpose(1, 2)
+        y = to_tokens(self.norm(self.conv(x)))
         return self.linear(torch.cat([cls, y], dim=1))
 
 
 class ConvAttention(nn.Module):
-    """Self-attention over `prefix` class tokens and a side×side map; keys and values lie on a grid of half the side."""
+    """Self-attention over `prefix` class tokens and a side×side map; keys and values are on a grid of half the side."""
 
     def __init__(self, dim: int, heads: int, side: int, prefix: int, score_scale: str) -> None:
         super().__init__()
         check_multiple("dims", dim, heads, "heads")
-        self.heads, self.side, self.prefix = heads, side, prefix
+        self.heads = heads
+        self.grid = (side, side)
+        self.prefix = prefix
         self.scale = (dim if score_scale == "dim" else dim // heads) ** -0.5
         self.q = ConvProjection(dim, 1)
         self.k = ConvProjection(dim, 2)
@@ -67,21 +84,18 @@ class ConvAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         cls = x[:, : self.prefix]
-        maps = to_map(x[:, self.prefix :], self.side)
-        q, k, v = (
-            project(cls, maps).unflatten(2, (self.heads, -1)).transpose(1, 2) for project in (self.q, self.k, self.v)
-        )
+        maps = to_map(x[:, self.prefix :], self.grid)
+        q, k, v = (split_heads(project(cls, maps), self.heads) for project in (self.q, self.k, self.v))
         return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
 
 
 class Block(nn.Module):
     """x += ConvAttention(LN x); x += MLP(LN x), hidden width 4·dim."""
 
-    def __init__(self, attn: ConvAttention, config: CvTConfig, drop_path: float) -> None:
+    def __init__(self, dim: int, heads: int, side: int, prefix: int, config: CvTConfig, drop_path: float) -> None:
         super().__init__()
-        dim = attn.out.in_features
         self.norm1 = nn.LayerNorm(dim, eps=config.ln_eps)
-        self.attn = attn
+        self.attn = ConvAttention(dim, heads, side, prefix, config.score_scale)
         self.norm2 = nn.LayerNorm(dim, eps=config.ln_eps)
         self.mlp = Mlp(dim, 4 * dim, config.act)
         self.drop_path = DropPath(drop_path)
@@ -92,45 +106,45 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """A strided convolution with overlap, a norm over channels, blocks on the row-major tokens of a side×side map.
+    """A strided convolution with overlap, a layer norm, and blocks on the row-major tokens of a side×side map.
 
-    Map in, map out; in the last stage tokens out, a class token before them.
+    Returns a map; the last stage returns tokens with a class token first.
     """
 
     def __init__(self, index: int, dim: int, side: int, config: CvTConfig) -> None:
         super().__init__()
-        out, depth, last = config.dims[index], config.depths[index], index == 2
-        self.side = side
+        out = config.dims[index]
+        last = index == 2
+        self.grid = (side, side)
         self.embed = nn.Conv2d(dim, out, *EMBEDDINGS[index])
         self.norm = nn.LayerNorm(out, eps=config.ln_eps)
         self.cls_token = nn.Parameter(torch.empty(out)) if last else None
-        blocks: list[nn.Module] = []
-        for rate in drop_path_rates(config.drop_path if last else 0.0, depth):
-            attn = ConvAttention(out, config.heads[index], side, prefix=int(last), score_scale=config.score_scale)
-            blocks.append(Block(attn, config, rate))
-        self.blocks = nn.Sequential(*blocks)
+        make_block = partial(Block, out, config.heads[index], side, int(last), config)
+        self.blocks = BlockStack(make_block, config.depths[index], config.drop_path if last else 0.0)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b ..."]:
-        x = self.norm(self.embed(x).flatten(2).transpose(1, 2))
+        x = self.norm(to_tokens(self.embed(x)))
         if self.cls_token is None:
-            return to_map(self.blocks(x), self.side)
+            return to_map(self.blocks(x), self.grid)
         return self.blocks(torch.cat([self.cls_token.expand(len(x), 1, -1).to(x.dtype), x], dim=1))
 
 
 class CvT(ImageTower):
     """Images (B, 3, S, S) → pooled (B, dims[2]), tokens (B, (S/16)², dims[2]).
 
-    Wu et al. 2021 ("CvT"), section 3, and the original code: no positions, a class token in the last stage only, which
-    is pooled after the final norm. The last block convolves queries for patch tokens that `pooled` never sees: that
-    convolution's gradient comes from `tokens` alone. Batch norm couples the samples of a batch in training.
+    Wu et al. 2021 ("CvT"), section 3, and the original code: no positions; the class token is added in the last stage
+    and pooled after the final norm. `pooled` does not depend on the last block's queries of patch tokens, so the
+    gradient of that query convolution comes from `tokens` only. In training, batch norm makes a sample's output depend
+    on its batch.
     """
 
     no_weight_decay = ("cls_token",)
 
     def __init__(self, config: CvTConfig) -> None:
         super().__init__()
-        check_multiple("image_size", config.image_size, STRIDE, "the embeddings' strides 4, 2 and 2")
-        self.feature_dim, self.image_size = config.dims[-1], config.image_size
+        check_multiple("image_size", config.image_size, STRIDE, "embedding strides 4, 2 and 2")
+        self.feature_dim = config.dims[-1]
+        self.image_size = config.image_size
         side = config.image_size
         stages: list[Stage] = []
         for i, dim in enumerate((3, *config.dims[:-1])):
@@ -146,21 +160,14 @@ class CvT(ImageTower):
         x = self.norm(self.stages(images))
         return TowerOutput(x[:, 0], x[:, 1:], self.grid)
 
-    def block_list(self) -> list[nn.Module]:
-        return [module for module in self.modules() if isinstance(module, Block)]
-
     def _init_weights(self) -> None:
-        """Linear weights and class token N(0, 0.02), their biases 0; convolutions keep PyTorch's default."""
+        """Linear weights and class token N(0, 0.02), Linear biases 0; convolutions keep PyTorch's default."""
         for module in self.modules():
             if isinstance(module, Stage) and module.cls_token is not None:
                 nn.init.trunc_normal_(module.cls_token, std=0.02)
             elif isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-
-
-def to_map(x: Float[Tensor, "b n c"], side: int) -> Float[Tensor, "b c h w"]:
-    return x.transpose(1, 2).unflatten(2, (side, side))
 
 
 IMAGE_TOWERS.add(

@@ -1,7 +1,8 @@
-"""DeiT: a ViT with, if distilled, a second token beside the class token that learns from a teacher."""
+"""DeiT: a ViT with an optional distillation token beside the class token."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,30 +11,39 @@ from torch import Tensor, nn
 
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, ImageTower, ImageTowerConfig, TowerOutput
-from clipwright.pipeline.towers.layers import Block, check_multiple, drop_path_rates, resize_positions
+from clipwright.pipeline.towers.layers import Block, BlockStack, check_multiple, resize_positions, to_tokens
 
 
 @configclass
 class DeiTConfig(ImageTowerConfig):
-    """A DeiT. `image_size` must be a multiple of `patch`; `dim` of `heads`. distilled: with the distillation token."""
+    """A DeiT. `image_size` must be a multiple of `patch`, and `dim` a multiple of `heads`."""
 
     patch: int = 16
+    """Side of a patch in pixels."""
     dim: int = 768
+    """Width of the tokens."""
     depth: int = 12
+    """Number of blocks."""
     heads: int = 12
+    """Number of attention heads."""
     mlp_ratio: float = 4.0
+    """Hidden width of the MLPs relative to the token width, rounded to an integer."""
     act: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    """Activation of the MLPs."""
     ln_eps: float = 1e-6
+    """Epsilon of the layer norms."""
     distilled: bool = False
+    """Add the distillation token, a second pooled output named `dist`."""
     drop_path: float = 0.1
+    """Stochastic depth rate of the last block; rates rise linearly from 0."""
 
 
 class DeiT(ImageTower):
-    """Images (B, 3, S, S) → pooled (B, dim), the class token; tokens (B, (S/patch)², dim); distilled: extra `dist`.
+    """Images (B, 3, S, S) → pooled (B, dim), the class token; tokens (B, (S/patch)², dim); if distilled, extra `dist`.
 
     Touvron et al. 2021 ("Training data-efficient image transformers & distillation through attention"), sections 3
-    and 4. Tokens are ordered class, distillation, patches. The distillation token is a pooled vector of its own, with
-    its own projection instead of a second classifier.
+    and 4. Tokens are ordered class, distillation, patches. The distillation token is a second pooled output with its
+    own projection instead of a second classifier.
     """
 
     no_weight_decay = ("prefix_tokens", "pos_embed")
@@ -41,7 +51,8 @@ class DeiT(ImageTower):
     def __init__(self, config: DeiTConfig) -> None:
         super().__init__()
         check_multiple("image_size", config.image_size, config.patch, "patch")
-        self.feature_dim, self.image_size = config.dim, config.image_size
+        self.feature_dim = config.dim
+        self.image_size = config.image_size
         self.extra_names = ("dist",) if config.distilled else ()
         self.prefix = 1 + len(self.extra_names)
         side = config.image_size // config.patch
@@ -50,32 +61,20 @@ class DeiT(ImageTower):
         self.patch_embed = nn.Conv2d(3, config.dim, config.patch, config.patch)
         self.prefix_tokens = nn.Parameter(torch.empty(self.prefix, config.dim))
         self.pos_embed = nn.Parameter(torch.empty(self.prefix + side * side, config.dim))
-        self.blocks = nn.Sequential(
-            *(
-                Block(
-                    config.dim,
-                    config.heads,
-                    mlp_ratio=config.mlp_ratio,
-                    act=config.act,
-                    ln_eps=config.ln_eps,
-                    drop_path=rate,
-                )
-                for rate in drop_path_rates(config.drop_path, config.depth)
-            )
+        make_block = partial(
+            Block, config.dim, config.heads, mlp_ratio=config.mlp_ratio, act=config.act, ln_eps=config.ln_eps
         )
+        self.blocks = BlockStack(make_block, config.depth, config.drop_path)
         self.norm = nn.LayerNorm(config.dim, eps=config.ln_eps)
         self._init_weights()
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> TowerOutput:
         assert images.shape[-2:] == (self.image_size, self.image_size), images.shape
-        patches = self.patch_embed(images).flatten(2).transpose(1, 2)
+        patches = to_tokens(self.patch_embed(images))
         prefix = self.prefix_tokens.expand(len(patches), -1, -1).to(patches.dtype)
         x = self.norm(self.blocks(torch.cat([prefix, patches], dim=1) + self.pos_embed))
         extra = {name: x[:, 1 + i] for i, name in enumerate(self.extra_names)}
         return TowerOutput(x[:, 0], x[:, self.prefix :], self.grid, extra=extra)
-
-    def block_list(self) -> list[nn.Module]:
-        return list(self.blocks)
 
     def resized(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         count = self.grid[0] * self.grid[1]

@@ -1,21 +1,25 @@
-"""Blocks and helpers that several tower families share verbatim."""
+"""Blocks and helpers shared by several tower families."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from einops import rearrange
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from clipwright.pipeline.core.errors import ClipwrightError
 
+AnyBlock = TypeVar("AnyBlock", bound=nn.Module)
+
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x·σ(1.702x), the activation of OpenAI's CLIP weights (its model.py); 0.845795 at 1."""
+    """Returns x·σ(1.702x), the activation of OpenAI's CLIP weights (model.py of openai/CLIP); 0.845795 at x = 1."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -28,13 +32,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Activation(nn.Module):
-    """An activation by its name in `ACTIVATIONS`, so that a config can state it."""
+    """An activation selected by its name in `ACTIVATIONS`, so that a config can name it."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return ACTIVATIONS[self.name](x)
 
     def extra_repr(self) -> str:
@@ -42,16 +46,16 @@ class Activation(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training a sample's branch is dropped with probability `rate` and else scaled by 1/(1−rate).
+    """Stochastic depth: in training, drops a sample's branch with probability `rate`, else scales it by 1/(1−rate).
 
-    Huang et al. 2016, per sample as in timm; the identity in eval mode.
+    Huang et al. 2016, per sample as in timm. The identity in eval mode.
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+    def forward(self, x: Float[Tensor, "b *shape"]) -> Float[Tensor, "b *shape"]:
         if self.rate == 0.0 or not self.training:
             return x
         keep = torch.empty(x.shape[0], *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device)
@@ -62,8 +66,27 @@ class DropPath(nn.Module):
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """The linear schedule rate·i/(L−1) over the L blocks of a network."""
+    """Returns the linear schedule rate·i/(L−1) for the L blocks of a network."""
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
+
+
+class BlockStack(nn.Sequential, Generic[AnyBlock]):
+    """`depth` blocks of one kind, with drop-path rates that rise linearly from 0 to `drop_path`.
+
+    `make_block(drop_path=rate)` builds a block. A call passes further arguments, such as a mask, to every block.
+    `Tower.block_list` finds these blocks for activation checkpointing.
+    """
+
+    def __init__(self, make_block: Callable[..., AnyBlock], depth: int, drop_path: float = 0.0) -> None:
+        super().__init__(*(make_block(drop_path=rate) for rate in drop_path_rates(drop_path, depth)))
+
+    def __iter__(self) -> Iterator[AnyBlock]:
+        return cast(Iterator[AnyBlock], super().__iter__())
+
+    def forward(self, input: Float[Tensor, "b *shape"], *context: Any) -> Float[Tensor, "b *shape"]:
+        for block in self:
+            input = block(input, *context)
+        return input
 
 
 class Mlp(nn.Module):
@@ -79,40 +102,41 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
     def init_xavier(self) -> None:
-        """Matrices Xavier-uniform, biases N(0, 1e-6), as ViT and CoAtNet do."""
+        """Initializes matrices Xavier-uniform and biases N(0, 1e-6), as ViT and CoAtNet do."""
         for linear in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.normal_(linear.bias, std=1e-6)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with biases; rows of `qkv` are all q, all k, all v, heads contiguous inside each.
+    """Multi-head self-attention with biases; the rows of `qkv` are all of q, all of k, all of v, each split into heads.
 
-    Vaswani et al. 2017, section 3.2. `causal`: token i sees tokens j ≤ i. `mask` (not with `causal`): the keys that
-    any token may see; at least one a row.
+    Vaswani et al. 2017, section 3.2. `causal`: token i attends to tokens j ≤ i. `mask` (not with `causal`) is true at
+    the keys that tokens may attend to; every row needs at least one.
     """
 
     def __init__(self, dim: int, heads: int, *, causal: bool = False) -> None:
         super().__init__()
         check_multiple("dim", dim, heads, "heads")
-        self.heads, self.causal = heads, causal
+        self.heads = heads
+        self.causal = causal
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
-        q, k, v = split_heads(self.qkv(x), self.heads)
+        q, k, v = split_qkv(self.qkv(x), self.heads)
         keys = None if mask is None else mask[:, None, None]
         return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, keys, is_causal=self.causal)))
 
     def init_xavier(self) -> None:
-        """q, k, v and out each Xavier-uniform as a d×d matrix of its own (Flax's ViT; timm bounds the fused one)."""
+        """Initializes q, k, v and out as separate Xavier-uniform matrices, as Flax's ViT (timm: q, k, v as one)."""
         xavier_qkv(self.qkv)
         nn.init.xavier_uniform_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x += MHSA(LN x); x += MLP(LN x), hidden width mlp_ratio·dim, rounded."""
+    """Pre-norm transformer block: x += MHSA(LN x); x += MLP(LN x), with a hidden width of round(mlp_ratio·dim)."""
 
     def __init__(
         self,
@@ -141,45 +165,60 @@ class Block(nn.Module):
         self.mlp.init_xavier()
 
     def init_clip(self, depth: int) -> None:
-        """CLIP's scheme in a stack of `depth` blocks: what feeds the residual stream shrinks by (2·depth)^-½.
+        """Initializes as CLIP does in a stack of `depth` blocks: residual branches are scaled down by (2·depth)^-½.
 
-        Matrices as in OpenAI's model.py; biases 0 (there the MLP's keep PyTorch's uniform default).
+        Matrices as in model.py of openai/CLIP; biases 0 (there the MLP's keep PyTorch's uniform default).
         """
         dim = self.attn.out.in_features
-        residual = dim**-0.5 * (2 * depth) ** -0.5
+        residual_std = dim**-0.5 * (2 * depth) ** -0.5
         for linear, std in (
             (self.attn.qkv, dim**-0.5),
-            (self.attn.out, residual),
+            (self.attn.out, residual_std),
             (self.mlp.fc1, (2 * dim) ** -0.5),
-            (self.mlp.fc2, residual),
+            (self.mlp.fc2, residual_std),
         ):
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
 
 
-def split_heads(qkv: Float[Tensor, "b n d3"], heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, 3·D) → q, k, v, each (B, heads, N, D/heads)."""
-    b, n, d3 = qkv.shape
-    q, k, v = qkv.view(b, n, 3, heads, d3 // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
+def split_heads(x: Float[Tensor, "b n d"], heads: int) -> Float[Tensor, "b h n k"]:
+    return rearrange(x, "b n (h k) -> b h n k", h=heads)
 
 
 def merge_heads(x: Float[Tensor, "b h n k"]) -> Float[Tensor, "b n d"]:
-    """(B, heads, N, D/heads) → (B, N, D)."""
-    return x.transpose(1, 2).flatten(2)
+    return rearrange(x, "b h n k -> b n (h k)")
+
+
+def split_qkv(
+    qkv: Float[Tensor, "b n d3"], heads: int
+) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b h n k"], Float[Tensor, "b h n k"]]:
+    """Splits a fused projection (B, N, 3·D) into q, k and v, each (B, heads, N, D/heads)."""
+    q, k, v = rearrange(qkv, "b n (three h k) -> three b h n k", three=3, h=heads).unbind(0)
+    return q, k, v
+
+
+def to_tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
+    """Flattens a feature map into tokens in row-major order; a view if the map is channels-last."""
+    return rearrange(x, "b c h w -> b (h w) c")
+
+
+def to_map(x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
+    """Undoes `to_tokens` for a map of `grid` = (height, width)."""
+    return rearrange(x, "b (h w) c -> b c h w", h=grid[0], w=grid[1])
 
 
 def xavier_qkv(qkv: nn.Linear) -> None:
-    """Xavier-uniform on each third of a fused projection as if it were a Linear of its own; bias 0."""
-    for part in qkv.weight.detach().chunk(3):
-        nn.init.xavier_uniform_(part)
+    """Initializes each third of a fused projection Xavier-uniform as if it were a separate Linear; bias 0."""
+    for matrix in qkv.weight.detach().chunk(3):
+        nn.init.xavier_uniform_(matrix)
     nn.init.zeros_(qkv.bias)
 
 
 def sinusoidal_positions(count: int, dim: int) -> Float[Tensor, "n d"]:
-    """PE[p, 2i] = sin(p / 10000^(2i/d)), PE[p, 2i+1] = cos of the same: Vaswani et al. 2017, section 3.5; d even.
+    """Returns PE[p, 2i] = sin(p / 10000^(2i/d)), PE[p, 2i+1] = cos of the same; d must be even.
 
-    Sine and cosine are interleaved (tensor2tensor has all sines first). Computed in float64.
+    Vaswani et al. 2017, section 3.5, with sine and cosine interleaved (tensor2tensor puts all sines first). Computed
+    in float64, returned in float32.
     """
     check_multiple("dim", dim, 2, "sine and cosine")
     rates = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -187,40 +226,42 @@ def sinusoidal_positions(count: int, dim: int) -> Float[Tensor, "n d"]:
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1).float()
 
 
-def relative_index(height: int, width: int) -> Int[Tensor, "n n"]:
-    """Place in a ((2h−1)(2w−1)) table of the offset between query a and key b, tokens row-major.
-
-    (y_a−y_b+h−1)(2w−1) + (x_a−x_b+w−1): Swin, section 3.2; for h = w = 2 the row of query 0 is 4, 3, 1, 0.
-    """
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    y, x = y.flatten(), x.flatten()
-    rows = y[:, None] - y[None, :] + height - 1
-    return rows * (2 * width - 1) + x[:, None] - x[None, :] + width - 1
-
-
 def resize_positions(table: Float[Tensor, "m d"], count: int, prefix: int) -> Float[Tensor, "n d"]:
-    """A position table for `count` grid tokens: the first `prefix` rows are kept, the square rest is resized.
+    """Resizes a position table to `count` grid tokens; the first `prefix` rows (class tokens) are kept unchanged.
 
-    Bicubic with antialiasing, align_corners false (ViT's JAX code zooms linearly).
+    Both grids are square. Bicubic with antialiasing, align_corners false (ViT's JAX code interpolates linearly).
     """
     head, grid = table[:prefix], table[prefix:]
     if len(grid) == count:
         return table
-    old, new = math.isqrt(len(grid)), math.isqrt(count)
-    maps = grid.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    maps = F.interpolate(maps, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([head, maps[0].flatten(1).T.to(table.dtype)])
+    old_side, new_side = math.isqrt(len(grid)), math.isqrt(count)
+    maps = rearrange(grid.float(), "(h w) d -> 1 d h w", h=old_side)
+    maps = F.interpolate(maps, size=(new_side, new_side), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([head, rearrange(maps, "1 d h w -> (h w) d").to(table.dtype)])
 
 
-def check_multiple(field: str, value: int, of: int, unit: str = "") -> None:
-    """E_CONFIG_VALUE unless `value` is a positive multiple of `of`; `unit` says where `of` comes from."""
+def check_multiple(field: str, value: int, of: int, reason: str = "") -> None:
+    """Raises E_CONFIG_VALUE unless `value` is a positive multiple of `of`; `reason` states where `of` comes from."""
     if value > 0 and value % of == 0:
         return
-    near = sorted({max(value // of, 1) * of, (max(value, 0) // of + 1) * of})
+    nearest = sorted({max(value // of, 1) * of, (max(value, 0) // of + 1) * of})
     raise ClipwrightError(
         "E_CONFIG_VALUE",
-        f"a tower cannot have this {field}",
+        f"the tower does not support this {field}",
         where=f"{field}: {value}",
-        found=f"{value} is not a positive multiple of {of}{f' ({unit})' if unit else ''}",
-        fix=f"use {' or '.join(map(str, near))}",
+        found=f"{value} is not a positive multiple of {of}{f' ({reason})' if reason else ''}",
+        fix=f"use {' or '.join(map(str, nearest))}",
+    )
+
+
+def check_odd(field: str, value: int) -> None:
+    """Raises E_CONFIG_VALUE unless `value`, a kernel size, is odd: an even kernel has no center."""
+    if value > 0 and value % 2 == 1:
+        return
+    raise ClipwrightError(
+        "E_CONFIG_VALUE",
+        f"the tower does not support this {field}",
+        where=f"{field}: {value}",
+        found=f"{value} is not a positive odd number",
+        fix=f"use {value - 1} or {value + 1}" if value > 0 else "use 1 or more",
     )

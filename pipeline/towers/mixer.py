@@ -1,7 +1,8 @@
-"""MLP-Mixer: one MLP across tokens, one across channels, in turn."""
+"""MLP-Mixer: blocks of one MLP across tokens and one MLP across channels."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar, Literal
 
 from jaxtyping import Float
@@ -10,27 +11,34 @@ from torch import Tensor, nn
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, ImageTower, ImageTowerConfig, TowerOutput
-from clipwright.pipeline.towers.layers import DropPath, Mlp, check_multiple, drop_path_rates
+from clipwright.pipeline.towers.layers import BlockStack, DropPath, Mlp, check_multiple, to_tokens
 
 
 @configclass
 class MixerConfig(ImageTowerConfig):
     """An MLP-Mixer. `image_size` must be a multiple of `patch`.
 
-    tokens_dim, channels_dim: hidden widths of the two MLPs. The first fixes the number of tokens, so trained weights
-    serve one image size only.
+    The token MLPs fix the number of tokens, so trained weights support one image size only.
     """
 
     family: ClassVar[str] = "mlp_mixer"
 
     patch: int = 16
+    """Side of a patch in pixels."""
     dim: int = 768
+    """Width of the tokens."""
     depth: int = 12
+    """Number of blocks."""
     tokens_dim: int = 384
+    """Hidden width of the MLPs across tokens."""
     channels_dim: int = 3072
+    """Hidden width of the MLPs across channels."""
     act: Literal["gelu", "gelu_tanh"] = "gelu"
+    """Activation of the MLPs."""
     ln_eps: float = 1e-6
+    """Epsilon of the layer norms."""
     drop_path: float = 0.0
+    """Stochastic depth rate of the last block; rates rise linearly from 0."""
 
 
 class Block(nn.Module):
@@ -55,41 +63,38 @@ class Block(nn.Module):
 class Mixer(ImageTower):
     """Images (B, 3, S, S) → pooled (B, dim), the mean of tokens (B, (S/patch)², dim) after the final norm.
 
-    Tolstikhin et al. 2021 ("MLP-Mixer"), section 2 and appendix E. Init as in the authors' Flax code: matrices LeCun
-    normal, biases 0. We differ: exact GELU (Flax's is the tanh form).
+    Tolstikhin et al. 2021 ("MLP-Mixer"), section 2 and appendix E. Initialization as in the authors' Flax code:
+    matrices LeCun normal, biases 0. Difference: exact GELU (Flax uses the tanh form).
     """
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
         check_multiple("image_size", config.image_size, config.patch, "patch")
-        self.feature_dim, self.image_size = config.dim, config.image_size
+        self.feature_dim = config.dim
+        self.image_size = config.image_size
         side = config.image_size // config.patch
         self.grid = (side, side)
         self.patch_embed = nn.Conv2d(3, config.dim, config.patch, config.patch)
-        self.blocks = nn.Sequential(
-            *(Block(side * side, config, rate) for rate in drop_path_rates(config.drop_path, config.depth))
-        )
+        self.blocks = BlockStack(partial(Block, side * side, config), config.depth, config.drop_path)
         self.norm = nn.LayerNorm(config.dim, eps=config.ln_eps)
         self._init_weights()
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> TowerOutput:
         assert images.shape[-2:] == (self.image_size, self.image_size), images.shape
-        tokens = self.norm(self.blocks(self.patch_embed(images).flatten(2).transpose(1, 2)))
+        tokens = self.norm(self.blocks(to_tokens(self.patch_embed(images))))
         return TowerOutput(tokens.mean(dim=1), tokens, self.grid)
 
-    def block_list(self) -> list[nn.Module]:
-        return list(self.blocks)
-
     def resized(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        tokens, own = state["blocks.0.mlp_tokens.fc1.weight"].shape[1], self.grid[0] * self.grid[1]
-        if tokens == own:
+        expected = state["blocks.0.mlp_tokens.fc1.weight"].shape[1]
+        tokens = self.grid[0] * self.grid[1]
+        if tokens == expected:
             return state
         raise ClipwrightError(
             "E_CONFIG_VALUE",
-            "the weights of a mixer serve one image size only",
+            "the weights of an MLP-Mixer support one image size only",
             where=f"image_size: {self.image_size}",
-            found=f"{own} tokens, the weights mix {tokens}",
-            fix="keep the image size the weights were trained at",
+            found=f"{tokens} tokens, the weights expect {expected}",
+            fix="use the image size that the weights were trained at",
         )
 
     def _init_weights(self) -> None:

@@ -1,4 +1,4 @@
-"""Swin: attention within windows that shift from block to block, on maps that are halved from stage to stage."""
+"""Swin: attention within windows that shift between blocks, on maps that halve between stages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -17,46 +18,56 @@ from clipwright.pipeline.towers.layers import (
     Mlp,
     check_multiple,
     drop_path_rates,
-    relative_index,
     resize_positions,
+    to_tokens,
 )
+from clipwright.pipeline.towers.relative_attention import relative_index
 
 PATCH = 4
-STRIDE = 8 * PATCH  # three mergings
+STRIDE = 8 * PATCH  # three patch mergings
 
 
 @configclass
 class SwinConfig(ImageTowerConfig):
-    """A Swin. `image_size` must be a multiple of 32; dim·2^i of heads[i], where i counts the stages.
+    """A Swin. `image_size` must be a multiple of 32, and dim·2^i a multiple of heads[i] for each stage i.
 
-    Every stage's grid (image_size/4, halved three times) must be a multiple of `window` or fit into one, unless `pad`
-    fills it up with cells that no query sees. drop_path: the paper trains tiny, small and base on ImageNet-1k with
-    0.2, 0.3, 0.5.
+    The grid of each stage (image_size/4, halved three times) must be a multiple of `window` or fit into one window,
+    unless `pad` is set. The paper trains tiny, small and base on ImageNet-1k with drop_path 0.2, 0.3, 0.5.
     """
 
     dim: int = 96
+    """Width of the first stage; doubles with each stage."""
     depths: tuple[int, int, int, int] = (2, 2, 6, 2)
+    """Number of blocks of each stage."""
     heads: tuple[int, int, int, int] = (3, 6, 12, 24)
+    """Number of attention heads of each stage."""
     window: int = 7
+    """Side of an attention window in tokens."""
     pad: bool = False
+    """Pad grids that the windows do not divide, and mask the padding."""
     act: Literal["gelu", "gelu_tanh"] = "gelu"
+    """Activation of the MLPs."""
     ln_eps: float = 1e-5
+    """Epsilon of the layer norms."""
     drop_path: float = 0.0
+    """Stochastic depth rate of the last block; rates rise linearly from 0."""
 
 
 class WindowAttention(nn.Module):
     """Self-attention within the M×M windows of a side×side map, plus one learned scalar per head and offset.
 
-    Liu et al. 2021, section 3.2: softmax(QKᵀ/√d_h + B)V. A window larger than the map becomes the map. `shift` moves
-    the windows by ⌊M/2⌋ cells, unless one holds the whole map: the map is rolled by that much, and a mask keeps cells
-    apart that only the rolling has brought together (−inf where the original adds −100). Masked as well are the cells
-    that fill up a map which M does not divide.
+    Liu et al. 2021, section 3.2: softmax(QKᵀ/√d_h + B)V. A window larger than the map is reduced to the map. `shift`
+    moves the windows by ⌊M/2⌋ cells, unless one window covers the map: the map is rolled, and a mask (−inf where the
+    original adds −100) separates cells that are neighbors only because of the roll. Cells that pad a map which M does
+    not divide are masked too.
     """
 
     def __init__(self, dim: int, heads: int, side: int, window: int, *, shift: bool) -> None:
         super().__init__()
         check_multiple("dim", dim, heads, "heads")
-        self.heads, self.side, self.window = heads, side, min(window, side)
+        self.heads = heads
+        self.side = side
+        self.window = min(window, side)
         self.shift = self.window // 2 if shift and side > window else 0
         self.padded = -(-side // self.window) * self.window
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -69,53 +80,52 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_table, std=0.02)
 
     def scores(self) -> Float[Tensor, "1 wh n n"]:
-        """What is added to the scores of every window and head: wh = heads if all windows are alike, else all."""
+        """Returns the bias of attention scores: wh = heads without masks, else windows·heads."""
         index = self.get_buffer("relative_index")
-        bias = self.relative_table[index.flatten()].view(*index.shape, self.heads).permute(2, 0, 1)
+        bias = rearrange(self.relative_table[index.flatten()], "(q k) heads -> heads q k", q=len(index))
         if not self.masked:
             return bias[None]
-        return (bias + self.get_buffer("mask")[:, None]).flatten(0, 1)[None]
+        return rearrange(bias + self.get_buffer("mask")[:, None], "window heads q k -> 1 (window heads) q k")
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        b, n, c = x.shape
-        x = x.view(b, self.side, self.side, c)
-        fill = self.padded - self.side
-        if fill:
-            x = F.pad(x, (0, 0, 0, fill, 0, fill))
+        x = rearrange(x, "b (y x) c -> b y x c", y=self.side)
+        padding = self.padded - self.side
+        if padding:
+            x = F.pad(x, (0, 0, 0, padding, 0, padding))
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
-        # Windows with scores alike are a batch; windows whose masks differ are heads, so that no mask is repeated.
-        m, g = self.window, self.padded // self.window
-        qkv = self.qkv(x).view(b, g, m, g, m, 3, self.heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        scores = self.scores().to(qkv.dtype)
-        q, k, v = qkv.reshape(3, -1, scores.shape[1], m * m, c // self.heads).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=scores)
-        y = y.reshape(b, g, g, self.heads, m, m, -1).permute(0, 1, 4, 2, 5, 3, 6).reshape(x.shape)
+        # Without masks all windows have the same scores and join the batch. Otherwise they join the heads, so that the
+        # scores are not repeated for every image. (gy, gx) is a window, (my, mx) a cell within it.
+        windows = "b (gy gx h) (my mx) d" if self.masked else "(b gy gx) h (my mx) d"
+        count = self.padded // self.window
+        sizes = {"gy": count, "gx": count, "my": self.window, "mx": self.window, "h": self.heads}
+        qkv = rearrange(self.qkv(x), f"b (gy my) (gx mx) (three h d) -> three {windows}", three=3, **sizes)
+        q, k, v = qkv.unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.scores().to(q.dtype))
+        y = rearrange(y, f"{windows} -> b (gy my) (gx mx) (h d)", **sizes)
         if self.shift:
             y = y.roll((self.shift, self.shift), (1, 2))
-        return self.out(y[:, : self.side, : self.side].reshape(b, n, c))
+        return self.out(rearrange(y[:, : self.side, : self.side], "b y x c -> b (y x) c"))
 
 
 def window_mask(side: int, padded: int, window: int, shift: int) -> Float[Tensor, "w n n"]:
-    """0 where a query of a window sees a key, −inf where not, for each window of the rolled padded×padded map.
+    """Returns, per window of the rolled padded×padded map, 0 where a query attends to a key and −inf elsewhere.
 
-    A query sees the real cells that were its window's before the rolling, and itself, so that no row is all −inf.
+    A query attends to the real cells of its window before the roll, and to itself, so that no row is all −inf.
     """
-    cell = (torch.arange(padded) + shift) % padded  # the cell that the rolling has brought to each place
-    label = torch.where(cell < side, (cell - shift) // window, -2)  # its window; −1: of the strip before the first
-    g = padded // window
-    row, column = (
-        part.view(g, window, g, window).transpose(1, 2).reshape(g * g, -1)
-        for part in torch.meshgrid(label, label, indexing="ij")
-    )
-    seen = (row[:, :, None] == row[:, None]) & (column[:, :, None] == column[:, None])
-    seen &= ((row > -2) & (column > -2))[:, None]
-    seen |= torch.eye(window**2, dtype=torch.bool)
-    return torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    cell = (torch.arange(padded) + shift) % padded  # the original coordinate at each position of the rolled map
+    label = torch.where(cell < side, (cell - shift) // window, -2)  # its window; −1 before the first, −2 for padding
+    rows, columns = torch.meshgrid(label, label, indexing="ij")
+    row = rearrange(rows, "(gy my) (gx mx) -> (gy gx) (my mx)", my=window, mx=window)
+    column = rearrange(columns, "(gy my) (gx mx) -> (gy gx) (my mx)", my=window, mx=window)
+    visible = (row[:, :, None] == row[:, None]) & (column[:, :, None] == column[:, None])
+    visible &= ((row > -2) & (column > -2))[:, None]
+    visible |= torch.eye(window**2, dtype=torch.bool)
+    return torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
 
 
 class Block(nn.Module):
-    """x += WindowAttention(LN x); x += MLP(LN x), hidden width 4·dim, on row-major tokens."""
+    """x += WindowAttention(LN x); x += MLP(LN x) with a hidden width of 4·dim, on row-major tokens."""
 
     def __init__(self, attn: WindowAttention, config: SwinConfig, drop_path: float) -> None:
         super().__init__()
@@ -132,9 +142,9 @@ class Block(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """2×2 cells become one: W·LN([x_00; x_10; x_01; x_11]), x_rc the cell in row r and column c; W without bias.
+    """Merges 2×2 cells into one: W·LN([x_00; x_10; x_01; x_11]), x_rc the cell in row r and column c; W has no bias.
 
-    Rows before columns as in the original code, which weights depend on.
+    The row varies fastest, as in the original code; published weights depend on this order.
     """
 
     def __init__(self, dim: int, side: int, ln_eps: float) -> None:
@@ -145,26 +155,27 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n4 c2"]:
         half = self.side // 2
-        x = x.view(len(x), half, 2, half, 2, -1).permute(0, 1, 3, 4, 2, 5)
-        return self.reduction(self.norm(x.reshape(len(x), half * half, -1)))
+        x = rearrange(x, "b (y row x column) c -> b (y x) (column row c)", y=half, row=2, x=half, column=2)
+        return self.reduction(self.norm(x))
 
 
 class Swin(ImageTower):
     """Images (B, 3, S, S) → pooled (B, 8·dim), tokens (B, (S/32)², 8·dim).
 
-    Liu et al. 2021 ("Swin transformer"), section 3; no absolute positions. Merging ends a stage as in the original
-    code. We differ: an image that the windows do not divide is refused, or `pad` masks what fills it up. Tables of
-    another window are resized bicubically.
+    Liu et al. 2021 ("Swin transformer"), section 3, without absolute positions. Patch merging ends a stage, as in the
+    original code. Differences: an image size that the windows do not divide is rejected unless `pad` is set, and
+    padding is masked. Tables of another window size are resized bicubically.
     """
 
     no_weight_decay = ("relative_table",)
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__()
-        check_multiple("image_size", config.image_size, STRIDE, "patches of 4 and three mergings")
+        check_multiple("image_size", config.image_size, STRIDE, "patches of 4 and three patch mergings")
         if not config.pad:
             check_windows(config.image_size, config.window)
-        self.feature_dim, self.image_size = 8 * config.dim, config.image_size
+        self.feature_dim = 8 * config.dim
+        self.image_size = config.image_size
         side, dim = config.image_size // PATCH, config.dim
         self.patch_embed = nn.Conv2d(3, dim, PATCH, PATCH)
         self.patch_norm = nn.LayerNorm(dim, eps=config.ln_eps)
@@ -190,7 +201,7 @@ class Swin(ImageTower):
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> TowerOutput:
         assert images.shape[-2:] == (self.image_size, self.image_size), images.shape
-        x = self.patch_norm(self.patch_embed(images).flatten(2).transpose(1, 2))
+        x = self.patch_norm(to_tokens(self.patch_embed(images)))
         tokens = self.norm(self.stages(x))
         return TowerOutput(tokens.mean(dim=1), tokens, self.grid)
 
@@ -206,23 +217,25 @@ class Swin(ImageTower):
 
 
 def check_windows(image_size: int, window: int) -> None:
-    """E_CONFIG_VALUE unless every stage's grid is a multiple of the window or fits into one."""
+    """Raises E_CONFIG_VALUE unless the grid of every stage is a multiple of the window or fits into one window."""
 
-    def misfit(size: int) -> int:
-        sides = [size // PATCH >> i for i in range(4)]
+    def unsupported_side(size: int) -> int:
+        sides = [size // PATCH >> stage for stage in range(4)]
         return next((side for side in sides if side > window and side % window), 0)
 
-    found = misfit(image_size)
-    if not found:
+    side = unsupported_side(image_size)
+    if not side:
         return
-    fitting = [size for size in range(STRIDE, image_size + STRIDE * window + 1, STRIDE) if not misfit(size)]
-    near = [max((s for s in fitting if s < image_size), default=0), min(s for s in fitting if s > image_size)]
+    candidates = range(STRIDE, image_size + STRIDE * window + 1, STRIDE)
+    supported = [size for size in candidates if not unsupported_side(size)]
+    smaller = [size for size in supported if size < image_size][-1:]
+    larger = [size for size in supported if size > image_size][:1]
     raise ClipwrightError(
         "E_CONFIG_VALUE",
-        "a tower cannot have this image_size",
+        "the tower does not support this image_size",
         where=f"image_size: {image_size}",
-        found=f"a stage's grid of {found}×{found} is neither a multiple of window {window} nor fits into one",
-        fix=f"use {' or '.join(str(size) for size in near if size)}, or pad: true",
+        found=f"a stage's grid of {side}×{side} is neither a multiple of window {window} nor fits into one",
+        fix=f"use {' or '.join(map(str, smaller + larger))}, or pad: true",
     )
 
 

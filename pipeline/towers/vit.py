@@ -1,7 +1,8 @@
-"""Vision transformer: patches in; class token, mean or attention-pooled vector out. Also CLIP's and SigLIP's towers."""
+"""Vision transformer (ViT) with class-token, mean or attention pooling; also the image towers of CLIP and SigLIP."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,46 +14,53 @@ from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, ImageTower, ImageTowerConfig, TowerOutput
 from clipwright.pipeline.towers.layers import (
     Block,
+    BlockStack,
     Mlp,
     check_multiple,
-    drop_path_rates,
     merge_heads,
     resize_positions,
+    split_heads,
+    to_tokens,
 )
 
 
 @configclass
 class ViTConfig(ImageTowerConfig):
-    """A ViT. `image_size` must be a multiple of `patch`, or `drop_rest` true; `dim` of `heads`.
-
-    drop_rest: what is left over at the right and at the bottom is not seen (SigLIP's so400m at 384 pixels).
-
-    pre_norm: a LayerNorm before the blocks (CLIP). pool: `cls`, the class token after the final norm; `mean`, the mean
-    of the patch tokens and then the norm; `attention`, SigLIP's head over the normed patch tokens; the last two without
-    a class token. init: `jax`, the original code's; `clip`, CLIP's text scheme; `official`, what OpenAI's image tower
-    starts from. mlp_ratio·dim is rounded.
-    """
+    """A ViT. `image_size` must be a multiple of `patch` unless `drop_rest` is set, and `dim` a multiple of `heads`."""
 
     patch: int = 16
+    """Side of a patch in pixels."""
     drop_rest: bool = False
+    """Ignore pixels at the right and bottom that do not fill a patch (SigLIP's so400m at 384 pixels)."""
     dim: int = 768
+    """Width of the tokens."""
     depth: int = 12
+    """Number of blocks."""
     heads: int = 12
+    """Number of attention heads."""
     mlp_ratio: float = 4.0
+    """Hidden width of the MLPs relative to the token width, rounded to an integer."""
     act: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    """Activation of the MLPs."""
     ln_eps: float = 1e-6
+    """Epsilon of the layer norms."""
     patch_bias: bool = True
+    """Whether the patch convolution has a bias (CLIP's has none)."""
     pre_norm: bool = False
+    """LayerNorm before the blocks (CLIP)."""
     pool: Literal["cls", "mean", "attention"] = "cls"
+    """Pooled output: class token after the norm, norm of the mean patch token, or SigLIP's attention pooling."""
     init: Literal["jax", "clip", "official"] = "jax"
+    """Initialization: ViT's JAX code, CLIP's text scheme (`clip`), or that of OpenAI's image tower (`official`)."""
     drop_path: float = 0.0
+    """Stochastic depth rate of the last block; rates rise linearly from 0."""
 
 
 class AttentionPool(nn.Module):
-    """Tokens (B, N, D) → (B, D): one learned query looks at all tokens, y = MHA(query, x), then y + MLP(LN y).
+    """Tokens (B, N, D) → (B, D): one learned query attends to all tokens, y = MHA(query, x), then y + MLP(LN y).
 
-    SigLIP's head (Zhai et al. 2023; big_vision calls it MAP, after Zhai et al. 2022, "Scaling vision transformers",
-    section 2.2). The query itself is not added. Rows of `kv` are all k, all v.
+    SigLIP's head (Zhai et al. 2023). big_vision calls it MAP, after Zhai et al. 2022 ("Scaling vision transformers"),
+    section 2.2. The query itself is not added to y. The rows of `kv` are all of k, then all of v.
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -68,12 +76,13 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
         q = self.q(self.query).view(1, self.heads, 1, -1).expand(len(x), -1, -1, -1)
-        k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.kv(x).chunk(2, dim=2))
+        k, v = self.kv(x).chunk(2, dim=2)
+        k, v = split_heads(k, self.heads), split_heads(v, self.heads)
         y = self.out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
         return (y + self.mlp(self.norm(y)))[:, 0]
 
     def _init_weights(self) -> None:
-        """Query and matrices Xavier-uniform, k and v each a d×d matrix of its own; biases 0, the MLP's N(0, 1e-6)."""
+        """Query and matrices Xavier-uniform (k and v as separate d×d matrices), biases 0, MLP biases N(0, 1e-6)."""
         nn.init.xavier_uniform_(self.query.detach()[None])
         for matrix in (self.q.weight, *self.kv.weight.detach().chunk(2), self.out.weight):
             nn.init.xavier_uniform_(matrix)
@@ -85,9 +94,9 @@ class AttentionPool(nn.Module):
 class ViT(ImageTower):
     """Images (B, 3, S, S) → pooled (B, dim), tokens (B, (S/patch)², dim).
 
-    Dosovitskiy et al. 2021, section 3.1; Radford et al. 2021, section 2.4 for CLIP's form; Zhai et al. 2023 for
-    SigLIP's. We differ: no hidden head layer, exact GELU (Flax's is the tanh form, which SigLIP keeps), learnable
-    positions resized bicubically.
+    Dosovitskiy et al. 2021, section 3.1; Radford et al. 2021, section 2.4 for CLIP's variant; Zhai et al. 2023 for
+    SigLIP's. Differences: no hidden layer in the head, exact GELU (Flax uses the tanh form, which SigLIP keeps),
+    learned positions resized bicubically.
     """
 
     no_weight_decay = ("cls_token", "pos_embed")
@@ -96,7 +105,9 @@ class ViT(ImageTower):
         super().__init__()
         if not config.drop_rest or config.image_size < config.patch:
             check_multiple("image_size", config.image_size, config.patch, "patch")
-        self.feature_dim, self.image_size, self.pool = config.dim, config.image_size, config.pool
+        self.feature_dim = config.dim
+        self.image_size = config.image_size
+        self.pool = config.pool
         side = config.image_size // config.patch
         self.grid = (side, side)
         self.prefix = 1 if config.pool == "cls" else 0
@@ -107,19 +118,10 @@ class ViT(ImageTower):
             self.cls_token = nn.Parameter(torch.empty(config.dim))
         self.pos_embed = nn.Parameter(torch.empty(self.prefix + tokens, config.dim))
         self.norm_pre = nn.LayerNorm(config.dim, eps=config.ln_eps) if config.pre_norm else nn.Identity()
-        self.blocks = nn.Sequential(
-            *(
-                Block(
-                    config.dim,
-                    config.heads,
-                    mlp_ratio=config.mlp_ratio,
-                    act=config.act,
-                    ln_eps=config.ln_eps,
-                    drop_path=rate,
-                )
-                for rate in drop_path_rates(config.drop_path, config.depth)
-            )
+        make_block = partial(
+            Block, config.dim, config.heads, mlp_ratio=config.mlp_ratio, act=config.act, ln_eps=config.ln_eps
         )
+        self.blocks = BlockStack(make_block, config.depth, config.drop_path)
         self.norm = nn.LayerNorm(config.dim, eps=config.ln_eps)
         if config.pool == "attention":
             self.attention_pool = AttentionPool(config)
@@ -127,7 +129,7 @@ class ViT(ImageTower):
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> TowerOutput:
         assert images.shape[-2:] == (self.image_size, self.image_size), images.shape
-        x = self.patch_embed(images).flatten(2).transpose(1, 2)
+        x = to_tokens(self.patch_embed(images))
         if self.prefix:
             x = torch.cat([self.cls_token.expand(len(x), 1, -1).to(x.dtype), x], dim=1)
         x = self.blocks(self.norm_pre(x + self.pos_embed))
@@ -137,9 +139,6 @@ class ViT(ImageTower):
         if self.pool == "attention":
             return TowerOutput(self.attention_pool(tokens), tokens, self.grid)
         return TowerOutput(self.norm(x.mean(dim=1)), tokens, self.grid)
-
-    def block_list(self) -> list[nn.Module]:
-        return list(self.blocks)
 
     def resized(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         count = self.grid[0] * self.grid[1]
@@ -154,26 +153,23 @@ class ViT(ImageTower):
         if self.prefix:
             nn.init.zeros_(self.cls_token)
         for block in self.blocks:
-            assert isinstance(block, Block)
             block.init_xavier()
 
     def _init_clip(self) -> None:
         self._init_embeddings()
         for block in self.blocks:
-            assert isinstance(block, Block)
             block.init_clip(len(self.blocks))
 
     def _init_official(self) -> None:
         self._init_embeddings()
         for block in self.blocks:
-            assert isinstance(block, Block)
-            # torch's MultiheadAttention: one bound for the fused matrix; out and MLP keep Linear's own default.
+            # As torch's MultiheadAttention: one bound for the fused matrix; out and MLP keep the default of Linear.
             nn.init.xavier_uniform_(block.attn.qkv.weight)
             nn.init.zeros_(block.attn.qkv.bias)
             nn.init.zeros_(block.attn.out.bias)
 
     def _init_embeddings(self) -> None:
-        """CLIP: class and positions N(0, D^-½); the patch convolution keeps PyTorch's default."""
+        """CLIP: class token and positions N(0, D^-½); the patch convolution keeps PyTorch's default."""
         nn.init.normal_(self.pos_embed, std=self.feature_dim**-0.5)
         if self.prefix:
             nn.init.normal_(self.cls_token, std=self.feature_dim**-0.5)

@@ -88,7 +88,7 @@ def test_what_is_drawn_and_counted_once_stays_so(monkeypatch):
         patch.setattr(checkpointing, "checkpoint", partial(checkpoint, preserve_rng_state=False))
         assert "stages.3.0.mlp.fc1.weight.grad" in differing(wanted, step(build("coatnet_nano", "all"))[0])
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointing, "still_statistics", nullcontext)
+        patch.setattr(checkpointing, "frozen_running_statistics", nullcontext)
         moved = differing(wanted, step(build("coatnet_nano", "all"))[0])
         assert {key.rsplit(".", 1)[1] for key in moved} == {"running_mean", "running_var", "num_batches_tracked"}
 
@@ -102,7 +102,7 @@ def test_a_block_that_does_not_exist_is_refused():
             prepare_towers(towers, runtime)  # pyright: ignore[reportArgumentType]
         error = caught.value
         assert (error.code, error.where) == ("E_CONFIG_VALUE", f"runtime.activation_checkpointing.{side}: {blocks[-1]}")
-        assert f"there are {count}," in error.found and f"0 to {count - 1}" in error.fix
+        assert f"there are {count} blocks," in error.found and f"0 to {count - 1}" in error.fix
 
 
 def test_a_compiled_tower_recomputes_too():

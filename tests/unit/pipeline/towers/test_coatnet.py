@@ -10,16 +10,10 @@ import torch.nn.functional as F
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, parameter_count
-from clipwright.pipeline.towers.coatnet import (
-    CoAtNet,
-    CoAtNetConfig,
-    MBConv,
-    RelativeAttention,
-    Transformer,
-    resize_table,
-)
+from clipwright.pipeline.towers.coatnet import CoAtNet, CoAtNetConfig, MBConv
 from clipwright.pipeline.towers.count import multiply_adds
 from clipwright.pipeline.towers.layers import Activation
+from clipwright.pipeline.towers.relative_attention import RelativeAttention, RelativeBlock, resize_relative_table
 
 
 def build(**fields) -> CoAtNet:
@@ -240,15 +234,15 @@ def test_transformer_block_pools_the_norm_and_the_shortcut(pool):
     check_transformer(pool)
 
 
-def wrong_mlp(block: Transformer) -> None:
+def wrong_mlp(block: RelativeBlock) -> None:
     block.mlp.act.name = "gelu_tanh"
 
 
-def wrong_ln_eps(block: Transformer) -> None:
+def wrong_ln_eps(block: RelativeBlock) -> None:
     block.norm1.eps = 1e-3
 
 
-def wrong_pool(block: Transformer) -> None:
+def wrong_pool(block: RelativeBlock) -> None:
     block.pool = torch.nn.AvgPool2d(2)
 
 
@@ -261,7 +255,7 @@ def test_the_comparison_notices_a_wrong_transformer(change):
 def check_transformer(pool, change=lambda block: None) -> None:
     dim = 16 if pool else 32
     grid = (2, 2) if pool else (4, 4)
-    block = Transformer(dim, 32, grid, pool, "pre")
+    block = RelativeBlock(dim, 32, grid, pool, "pre")
     randomise(block)
     x = torch.randn(2, dim, 4, 4, dtype=torch.double)
     tokens = lambda m: m.flatten(2).transpose(1, 2)  # noqa: E731
@@ -391,7 +385,7 @@ def test_drop_path_rises_over_all_blocks():
 
 def test_tables_are_resized_bilinearly_around_their_centre():
     ramp = torch.arange(7.0).repeat(7, 1)[None].repeat(2, 1, 1)
-    out = resize_table(ramp.flatten(1), 15 * 15).view(2, 15, 15)
+    out = resize_relative_table(ramp.flatten(1), 15 * 15).view(2, 15, 15)
     assert out[0, 7, 7].item() == pytest.approx(3.0, abs=1e-5)
     assert torch.allclose(out[0, 4, 3:12], ((torch.arange(3, 12) + 0.5) * 7 / 15 - 0.5), atol=1e-5)
 

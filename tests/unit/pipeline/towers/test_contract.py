@@ -33,7 +33,7 @@ def text_tower(name: str, vocab_size: int = VOCAB, eot_id: int = EOT, **fields) 
 
 def smallest(registry, build) -> list[str]:
     """The smallest preset of each family that has presets of its own (the others wrap a folder)."""
-    families = [family for family in registry.families if not getattr(family.config, "outside", ())]
+    families = [family for family in registry.families if not getattr(family.config, "external_fields", ())]
     with torch.device("meta"):
         return [min(family.presets, key=lambda name: parameter_count(build(name))) for family in families]
 

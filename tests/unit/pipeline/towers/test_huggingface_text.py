@@ -13,7 +13,8 @@ import torch
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.towers.base import TEXT_TOWERS, parameter_count
 from clipwright.pipeline.towers.checkpointing import checkpoint_activations
-from clipwright.pipeline.towers.huggingface_text import HuggingFaceText, read_architecture
+from clipwright.pipeline.towers.huggingface_encoder import read_architecture
+from clipwright.pipeline.towers.huggingface_text import HuggingFaceText
 
 ranks = pytest.mark.xdist_group("ranks")
 
@@ -167,7 +168,7 @@ def test_defaults_are_written_out_and_names_of_code_are_not(folders: dict[str, P
 
 def test_vocabulary_and_context_must_fit(folders: dict[str, Path]) -> None:
     error = refusal("E_CONFIG_VALUE", folders["bert"], vocab_size=61)
-    assert "the tokenizer has 61 ids" in error.found and "room for 60" in error.found
+    assert "the tokenizer has 61 ids" in error.found and "the text encoder 60 embeddings" in error.found
     assert str(folders["bert"]) in error.where and "tokenizer.name=huggingface" in error.fix
     for kind in ("bert", "roberta"):
         error = refusal("E_CONFIG_VALUE", folders[kind], context=21)
@@ -224,13 +225,13 @@ def test_weights_are_taken_strictly(damage: str, folders: dict[str, Path], tmp_p
     if damage in ("missing", "renamed", "shape", "nan"):
         assert "encoder.layer.1.output.dense.weight" in error.found
     if damage == "shape":
-        assert "is (16, 23), the config wants (16, 24)" in error.found
+        assert "has shape (16, 23), the config expects (16, 24)" in error.found
     build(source)  # random weights need none
 
 
 def test_weights_of_another_run_are_refused(folders: dict[str, Path]) -> None:
     error = refusal("E_INPUT", folders["bert"], pretrained=True, weights="0" * 64)
-    assert "not those the run was begun with" in error.what and "--fresh" in error.fix
+    assert "the pretrained weights changed after the run started" in error.what and "--fresh" in error.fix
 
 
 def test_sharded_weights(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -268,7 +269,11 @@ def test_export_without_the_folder(
     words = ["train", *settings, f"data.train={scenes}", "schedule.samples=32", "-o", "run", "text.name=huggingface"]
     words += [f"text.folder={source}", "text.context=20", "text.pretrained=true"]
     line = here(tmp_path, *words, code=2).error
-    assert line.startswith("error[E_CONFIG_VALUE]") and "the tokenizer has 49,408 ids" in line and "room for 60" in line
+    assert (
+        line.startswith("error[E_CONFIG_VALUE]")
+        and "the tokenizer has 49,408 ids" in line
+        and "the text encoder 60 embeddings" in line
+    )
     cli(*words, "tokenizer.name=huggingface", f"tokenizer.folder={source}")
     here(tmp_path, "export", "run", "-o", "model")
     shutil.rmtree(source)

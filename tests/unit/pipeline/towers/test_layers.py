@@ -13,10 +13,10 @@ from clipwright.pipeline.towers.layers import (
     DropPath,
     check_multiple,
     drop_path_rates,
-    relative_index,
     resize_positions,
     sinusoidal_positions,
 )
+from clipwright.pipeline.towers.relative_attention import relative_index
 
 
 def slow_attention(attn: Attention, x: torch.Tensor) -> torch.Tensor:

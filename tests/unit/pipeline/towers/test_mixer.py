@@ -200,7 +200,7 @@ def test_weights_serve_one_image_size():
     with pytest.raises(ClipwrightError) as caught:
         large.resized(state)
     assert caught.value.code == "E_CONFIG_VALUE" and caught.value.where == "image_size: 16"
-    assert caught.value.found == "16 tokens, the weights mix 9" and caught.value.fix
+    assert caught.value.found == "16 tokens, the weights expect 9" and caught.value.fix
 
 
 @pytest.mark.parametrize("size", [0, 3, 14])
