@@ -61,7 +61,7 @@ def train_and_evaluate(tower_name: str, table: Path, out: Path) -> dict[str, Any
 
 
 def images_per_cpu_second(config: ImageTowerConfig) -> float:
-    """Returns images per CPU second for forward and backward in float32 on one thread: the median of several batches."""
+    """Returns the median images per CPU second of forward and backward passes, in float32 on one thread."""
     torch.set_num_threads(1)
     tower = IMAGE_TOWERS.build(config)
     images = torch.randn(BATCH_SIZE, 3, config.image_size, config.image_size)

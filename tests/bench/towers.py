@@ -1,8 +1,8 @@
 """Measures the cost of a training pass of a tower: `python tests/bench/towers.py [CASE …] [--quick]`.
 
 `fwd_bwd_NAME`: forward and backward, against the model of equal size in `transformers` where it has one.
-`channels_last_NAME`: against images in the other memory layout. `text_trimmed`: captions trimmed to the batch's longest,
-against 77 columns; captions come from ../shared/data beside the checkout, else their lengths are synthetic.
+`channels_last_NAME`: against images in the other memory layout. `text_trimmed`: captions trimmed to the batch's
+longest, against 77 columns; captions come from ../shared/data beside the checkout, else their lengths are synthetic.
 One thread, float32, CPU seconds.
 """
 
