@@ -15,7 +15,7 @@ from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.distributed.group import World, all_gather, all_gather_object
 from clipwright.pipeline.train.engine import StepResult
 from clipwright.pipeline.train.sample_log import merge
-from clipwright.pipeline.train.supervision.failures import SHOWN
+from clipwright.pipeline.train.supervision.failures import MAX_LISTED_RANKS
 from clipwright.pipeline.train.supervision.progress import PROGRESS
 
 IN_A_ROW = 3  # steps that are skipped
@@ -50,7 +50,7 @@ class NonFiniteSteps:
         return ClipwrightError(
             "E_NONFINITE",
             f"{IN_A_ROW} steps in a row that are not finite",
-            where=f"{self.run} step {step}: {', '.join(keys[:SHOWN])}, …",
+            where=f"{self.run} step {step}: {', '.join(keys[:MAX_LISTED_RANKS])}, …",
             found=f"loss {result.loss}, gradient norm {result.grad_norm}; {stands} stands, no update was made since",
             fix=f"see all samples: clipwright data ledger {self.run} step={step}; "
             "lower optim.lr or use precision=fp32, with --fresh or another -o",
@@ -70,7 +70,9 @@ class StepPace:
         """Behind step `step`; every rank must call. A line for each rank that was slow twice, the first time only."""
         if step % WINDOW or self.world.size == 1:
             return []
-        now = torch.tensor([[PROGRESS.spent["data"], PROGRESS.spent["embed"], time.monotonic()]], dtype=torch.float64)
+        now = torch.tensor(
+            [[PROGRESS.phase_seconds["data"], PROGRESS.phase_seconds["embed"], time.monotonic()]], dtype=torch.float64
+        )
         before, self._before = self._before, now
         if before is None:
             return []

@@ -27,7 +27,7 @@ from clipwright.pipeline.train.precision import resolve_precision
 from clipwright.pipeline.train.sample_log import Ledger
 from clipwright.pipeline.train.step_checks import NonFiniteSteps, StepPace
 from clipwright.pipeline.train.supervision.progress import enter_phase
-from clipwright.pipeline.train.supervision.supervisor import Health
+from clipwright.pipeline.train.supervision.supervisor import Supervisor
 from clipwright.pipeline.train.validation import Score, Validation
 
 
@@ -75,13 +75,13 @@ class Trainer:
         about = {"identity": self.identity, "accepted": [] if found is None else found.accepted(self.changed)}
         self.saver = Saver(run, self.world, self.runtime, about, self.step)
 
-    def train(self, health: Health) -> None:
+    def train(self, supervisor: Supervisor) -> None:
         """Steps until the schedule's end, `stop_at`, or a signal to any rank; a checkpoint stands at every end."""
         end = min(self.schedule.steps, self.runtime.stop_at or self.schedule.steps)
         self.parts.towers.train()
         pace = StepPace(self.world)
         with ExitStack() as ends:
-            stop = health.begin_training(StopFlag())
+            stop = supervisor.begin_training(StopFlag())
             loader = self.parts.loader.batches(self._samples(), lambda: stop.cause is not None)
             batches = ends.enter_context(closing(loader))
             self.ledger = ends.enter_context(closing(Ledger(self.run, self.step, self.world, self.runtime.ledger)))
@@ -96,7 +96,7 @@ class Trainer:
                 stopping, late, pending, failed = any_rank_flags(flags, self.world.device)
                 self.saver.settle(pending, failed)
                 if stopping or batch is None:
-                    health.agree_to_stop()
+                    supervisor.agree_to_stop()
                     self._save(wait=True)
                     raise (stop.cause or Preempted)()
                 meter.waited += batch.wait_seconds
@@ -108,7 +108,7 @@ class Trainer:
                 self.ledger.add(self.step, self._samples() - self.schedule.global_batch, batch.batch_samples)
                 self.skips.add(result)
                 bar.add(self.schedule.global_batch)
-                health.stepped()
+                supervisor.step_done()
                 lines = pace.add(self.step)
                 if shown:
                     record = self._record(meter, result, factor)
@@ -169,8 +169,8 @@ def train(call: Call, score: Callable[[], Score]) -> None:
     if resolved.value.runtime.copy_to:
         remote.reach(resolved.value.runtime.copy_to)
     timeout_seconds = resolved.value.runtime.timeout_minutes * 60
-    health = Health(call, timeout_seconds)
-    with health.handle_signals(), process_group(2 * timeout_seconds + 1800) as world, health.start(world):
+    supervisor = Supervisor(call, timeout_seconds)
+    with supervisor.handle_signals(), process_group(2 * timeout_seconds + 1800) as world, supervisor.start(world):
         resolved = resolve_text(resolve_precision(resolved, run, world, fresh=call.fresh), run, fresh=call.fresh)
         trainer = Trainer(call, resolved, world, run, score)
         if world.is_rank0:
@@ -181,7 +181,7 @@ def train(call: Call, score: Callable[[], Score]) -> None:
         call.owned = True
         if world.is_rank0 and trainer.step:
             call.say("; ".join([f"resuming at step {trainer.step}", *trainer.changed]))
-        trainer.train(health)
+        trainer.train(supervisor)
         if world.is_rank0:
             finish(call, run, trainer.config, world, trainer.step)
     trainer.saver.finish()

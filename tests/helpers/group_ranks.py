@@ -1,7 +1,7 @@
-"""Ranks of `clipwright train` that are signalled, stopped or spoiled, one group after another in one session.
+"""Ranks of `clipwright train` that get signals or faults, one group after another in one session.
 
-`python group_ranks.py SCENARIOS.json` forks them from a process that has loaded all libraries, plays the launcher,
-which tells the others to stop when one has failed, and writes what came of each into results.json.
+`python group_ranks.py SCENARIOS.json` forks them from a process that has loaded all libraries, acts as the launcher,
+which stops the other ranks once one has failed, and writes the result of each scenario into results.json.
 """
 
 from __future__ import annotations
@@ -18,79 +18,93 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-GRACE = 20.0  # seconds from the launcher's SIGTERM to its SIGKILL
+GRACE_SECONDS = 20.0  # from the launcher's SIGTERM to its SIGKILL
+SOAK = "CLIPWRIGHT_SOAK" in os.environ  # see tests/soak.py
+SCENARIO_SECONDS = 600.0 if SOAK else 240.0
 
-# A plugin: the file `fault` holds a Python expression of (rank, step), the name of what goes wrong there.
-FAULT = """
+# A plugin: the file `fault` holds a Python expression of (rank, step) whose value names a fault, or None. Step -2 is
+# the import of the plugin, step -1 the construction of the run.
+FAULT_PLUGIN = """
 import os, time
 from pathlib import Path
 import torch
-from clipwright.pipeline.train import trainer
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data.loader import Loader
+from clipwright.pipeline.train.checkpoints.saver import Saver
 from clipwright.pipeline.train.engine import Engine
+from clipwright.pipeline.train.supervision.progress import PROGRESS
 
+FOREVER = 1000
 rank, rule = int(os.environ.get("RANK", "0")), Path("fault").read_text()
-embed, wait, save = Engine._embed, Loader._wait, trainer.Trainer._save
+init, batches, embed, save = Loader.__init__, Loader.batches, Engine._embed, Saver.save
 
 def fault(step, *kinds):
-    found = eval(rule, {"rank": rank, "step": step})
-    if found in kinds:
+    kind = eval(rule, {"rank": rank, "step": step})
+    if kind in kinds:
         Path(f"at-{rank}").touch()
-        return found
+        return kind
 
-def embedded(self, part, step, number):
-    kind = fault(step, "nan", "hang", "refuse", "crash", "slow")
+def faulty_init(self, *arguments, **named):
+    if fault(-1, "build"):
+        time.sleep(FOREVER)
+    init(self, *arguments, **named)
+
+def faulty_batches(self, position, should_stop):
+    real = batches(self, position, should_stop)
+    try:
+        while True:
+            while fault(PROGRESS.step, "starve"):
+                if should_stop():
+                    return
+                time.sleep(0.05)
+            batch = next(real, None)
+            if batch is None:
+                return
+            yield batch
+    finally:
+        real.close()
+
+def faulty_embed(self, *arguments):
+    kind = fault(PROGRESS.step, "nan", "hang", "refuse", "slow")
     if kind == "hang":
-        time.sleep(1000)
+        time.sleep(FOREVER)
     if kind == "refuse":
         raise ClipwrightError("E_DATA_HASH", "a fault of one rank", where=f"rank {rank}", found="x", fix="y")
-    if kind == "crash":
-        raise ValueError("a bug on one rank")
-    begun = time.perf_counter()
-    made = embed(self, part, step, number)
+    started = time.perf_counter()
+    features = embed(self, *arguments)
     if kind == "slow":
-        time.sleep(time.perf_counter() - begun)
-    return tuple(side * torch.nan for side in made) if kind == "nan" else made
+        time.sleep(time.perf_counter() - started)
+    if kind == "nan":
+        return tuple(side * torch.nan for side in features)
+    return features
 
-def waited(self, workers, pending, stop):
-    while fault(pending.positions[0] // self.rank_batch.global_batch, "starve") and not stop():
-        time.sleep(0.05)
-    return wait(self, workers, pending, stop)
-
-def saved(self, **words):
-    kind = fault(self.step, "save", "stuck save")
+def faulty_save(self, engine, step, **named):
+    kind = fault(step, "save", "blocked save")
     if kind:
-        time.sleep(2 if kind == "save" else 1000)
-    save(self, **words)
+        time.sleep(2 if kind == "save" else FOREVER)
+    save(self, engine, step, **named)
 
-Engine._embed, Loader._wait, trainer.Trainer._save = embedded, waited, saved
+Loader.__init__, Loader.batches, Engine._embed, Saver.save = faulty_init, faulty_batches, faulty_embed, faulty_save
 if fault(-2, "load"):
-    time.sleep(1000)
-build = trainer.build
-def built(*words):
-    if fault(-1, "build"):
-        time.sleep(1000)
-    return build(*words)
-trainer.build = built
+    time.sleep(FOREVER)
 """
 
 
 @dataclass
 class Scenario:
-    """`ranks` of a command in `folder`. Once `when` holds, the ranks of `to` (none: all) get the signal `send`.
+    """`ranks` ranks of a command in `folder`; once `when` holds, the ranks in `to` (all if empty) get a signal.
 
-    fault: see FAULT. when: `steps N`, or `at R`: rank R has come to its fault.
+    fault: see FAULT_PLUGIN. when: `steps N`, or `at R`: rank R has reached its fault. send: the signal's name.
     """
 
     folder: str
-    words: list[str]
+    arguments: list[str]
     ranks: int = 2
     fault: str = "None"
     when: str = ""
     send: str = ""
     to: list[int] = field(default_factory=list)
-    pause: float = 0.0  # seconds from when to the signal
+    pause: float = 0.0  # seconds from `when` to the signal
     env: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -102,8 +116,9 @@ class Group:
     """The ranks of a scenario."""
 
     def __init__(self, scenario: Scenario) -> None:
-        self.scenario, folder = scenario, scenario.path
-        (folder / "fault.py").write_text(FAULT)
+        self.scenario = scenario
+        folder = scenario.path
+        (folder / "fault.py").write_text(FAULT_PLUGIN)
         (folder / "fault").write_text(scenario.fault)
         for path in (*folder.glob("at-*"), *folder.glob("err-*")):
             path.unlink()
@@ -114,23 +129,31 @@ class Group:
         self.codes: dict[int, int] = {}
 
     def _start(self, rank: int, port: int) -> int:
-        if (pid := os.fork()) != 0:
+        pid = os.fork()
+        if pid != 0:
             return pid
         scenario, code = self.scenario, 1
         try:
             os.chdir(scenario.folder)
-            place = {"RANK": rank, "WORLD_SIZE": scenario.ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": scenario.ranks}
-            os.environ |= {name: str(value) for name, value in place.items()}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **scenario.env}
+            variables = {
+                "RANK": rank,
+                "WORLD_SIZE": scenario.ranks,
+                "LOCAL_RANK": rank,
+                "LOCAL_WORLD_SIZE": scenario.ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            os.environ.update({name: str(value) for name, value in variables.items()})
+            os.environ.update(scenario.env)
             for number, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
-            sys.argv = ["clipwright", *scenario.words, "plugins=fault.py"]
+            sys.argv = ["clipwright", *scenario.arguments, "plugins=fault.py"]
             from clipwright.cli import main
 
             main()
             code = 0
-        except SystemExit as left:
-            code = left.code if isinstance(left.code, int) else 1
+        except SystemExit as exited:
+            code = exited.code if isinstance(exited.code, int) else 1
         except BaseException as error:
             sys.excepthook(type(error), error, error.__traceback__)
         finally:
@@ -145,75 +168,73 @@ class Group:
                 self.codes[rank] = os.waitstatus_to_exitcode(status)
 
     def kill(self, number: int, ranks: list[int]) -> list[int]:
-        left = [rank for rank in ranks or self.pids if rank not in self.codes]
-        for rank in left:
+        """Sends a signal to those of `ranks` (all if empty) that still run, and returns them."""
+        running = [rank for rank in ranks or self.pids if rank not in self.codes]
+        for rank in running:
             os.kill(self.pids[rank], number)
-        return left
+        return running
 
     def steps(self) -> int:
         path = self.scenario.path / "run" / "ledger.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def ready(self) -> bool:
+        """Whether the scenario's `when` holds."""
         kind, _, number = self.scenario.when.partition(" ")
         if kind == "steps":
             return self.steps() >= int(number)
         return kind == "at" and (self.scenario.path / f"at-{number}").exists()
 
-    def lines(self) -> Iterator[tuple[int, str]]:
+    def stderr_lines(self) -> Iterator[tuple[int, str]]:
         for path in self.scenario.path.glob("err-*"):
             for line in path.read_text(errors="replace").splitlines():
                 yield int(path.name[4:]), line
 
     def errors(self) -> list[tuple[int, str]]:
-        return [(rank, line) for rank, line in self.lines() if line.startswith("error[")]
+        return [(rank, line) for rank, line in self.stderr_lines() if line.startswith("error[")]
 
 
-LONG = "CLIPWRIGHT_SOAK" in os.environ  # see tests/soak.py
-
-
-def played(scenario: Scenario, seconds: float = 600.0 if LONG else 240.0) -> dict[str, Any]:
-    """What came of it: exit codes, error lines, seconds from the signal or fault until they stood and all had left."""
+def run_scenario(scenario: Scenario) -> dict[str, Any]:
+    """The result: exit codes, output, run folder, and seconds from the signal or fault to the error and the exit."""
     group = Group(scenario)
-    begun = time.monotonic()
-    ready = done = told = left = 0.0
-    steps, killed = 0, []
+    started = time.monotonic()
+    ready_at = signal_at = error_at = first_exit_at = 0.0
+    killed: list[int] = []
     while len(group.codes) < scenario.ranks:
         time.sleep(0.01)
         group.poll()
         now = time.monotonic()
-        if scenario.when and not ready and group.ready():
-            ready = now
-        if ready and not done and now >= ready + scenario.pause:
-            done, steps = now, group.steps()
+        if scenario.when and not ready_at and group.ready():
+            ready_at = now
+        if ready_at and not signal_at and now >= ready_at + scenario.pause:
+            signal_at = now
             if scenario.send:
                 group.kill(signal.Signals[scenario.send], scenario.to)
-        if done and not told and group.errors():
-            told = now
-        if any(group.codes.values()) and not left:
-            left = now
+        if signal_at and not error_at and group.errors():
+            error_at = now
+        if any(group.codes.values()) and not first_exit_at:
+            first_exit_at = now
             group.kill(signal.SIGTERM, [])
-        stopped = scenario.send == "SIGSTOP" and group.pids.keys() - group.codes.keys() <= set(scenario.to)
-        if (left and (now > left + GRACE or stopped)) or now > begun + seconds:
+        only_suspended = scenario.send == "SIGSTOP" and group.pids.keys() - group.codes.keys() <= set(scenario.to)
+        grace_over = first_exit_at and (now > first_exit_at + GRACE_SECONDS or only_suspended)
+        if grace_over or now > started + SCENARIO_SECONDS:
             killed += group.kill(signal.SIGKILL, [])
-            left = now
-    status = scenario.path / "run" / "status.json"
-    log = scenario.path / "run" / "log.jsonl"
+            first_exit_at = now
+    run = scenario.path / "run"
+    status, log = run / "status.json", run / "log.jsonl"
     return {
         "folder": scenario.folder,
         "codes": [group.codes[rank] for rank in range(scenario.ranks)],
         "killed": killed,
-        "told": (told or left) - done,
-        "left": left - done,
-        "all": time.monotonic() - begun,
-        "before": steps,
+        "seconds_to_error": (error_at or first_exit_at) - signal_at,
+        "seconds_to_exit": first_exit_at - signal_at,
         "steps": group.steps(),
         "errors": group.errors(),
-        "stderr": [line for _, line in group.lines()],
+        "stderr": [line for _, line in group.stderr_lines()],
+        "stdout": (scenario.path / "out-0").read_text(),
         "status": json.loads(status.read_text()) if status.exists() else None,
         "log": [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [],
-        "said": (scenario.path / "out-0").read_text(),
-        "checkpoints": sorted(path.name for path in (scenario.path / "run" / "checkpoints").glob("*")),
+        "checkpoints": sorted(path.name for path in (run / "checkpoints").glob("*")),
     }
 
 
@@ -222,7 +243,7 @@ def main(path: Path) -> None:
     import clipwright.pipeline.train.trainer  # noqa: F401
 
     scenarios = json.loads(path.read_text())
-    results = {name: played(Scenario(**scenario)) for name, scenario in scenarios.items()}
+    results = {name: run_scenario(Scenario(**scenario)) for name, scenario in scenarios.items()}
     path.with_name("results.json").write_text(json.dumps(results))
 
 

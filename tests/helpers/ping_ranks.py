@@ -1,4 +1,4 @@
-"""The ranks of the roll-call in doctor's tests: `python ping_ranks.py OUT` forks three; the last falls silent."""
+"""Ranks for the test of doctor's `ping` check: `python ping_ranks.py OUT` forks three; the last stops answering."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ from clipwright.pipeline.doctor import network
 SECONDS = 1.0
 
 
-def rank(number: int, out: Path) -> None:
-    names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3}
-    os.environ |= {name: str(value) for name, value in names.items()}
+def run_rank(rank: int, out: Path) -> None:
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3}
+    os.environ.update({name: str(value) for name, value in variables.items()})
     torch.set_num_threads(1)
     with process_group() as world:
         assert network.silent(world) is None
         seen = {"trips": network.round_trips(world), "rate": network.sum_rate(world)}
         barrier()
-        if number == 2:
+        if rank == 2:
             time.sleep(600)  # until it is killed
         started = time.monotonic()
         found = network.silent(dataclasses.replace(world, local_size=2), SECONDS)
         assert found is not None
         seen |= {"said": dataclasses.asdict(found), "seconds": time.monotonic() - started}
-        (out / f"{number}.json").write_text(json.dumps(seen))
+        (out / f"{rank}.json").write_text(json.dumps(seen))
 
 
 def main(out: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
     children = []
-    for number in range(3):
-        if (child := os.fork()) == 0:
-            rank(number, out)
+    for rank in range(3):
+        child = os.fork()
+        if child == 0:
+            run_rank(rank, out)
             os._exit(0)
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children[:2]]

@@ -1,4 +1,4 @@
-"""Which rank is ill, by what each said of itself: a pure function of signs of life."""
+"""Which rank failed, as far as the heartbeats of all ranks show."""
 
 from __future__ import annotations
 
@@ -8,105 +8,110 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.train.supervision.progress import location
 
-AGAIN = "run the same command again: it goes on from the newest checkpoint"
-SHOWN = 4  # ranks that a line names
+RESUME = "run the same command again to resume from the newest checkpoint"
+MAX_LISTED_RANKS = 4  # ranks that a message names
 
 
 @dataclass
 class Peer:
-    """What is known of a rank; times are this process's own. moved: when it last got on."""
+    """What this process knows of a rank, itself included; times are on this process's monotonic clock, in seconds."""
 
     rank: int
-    host: str = "a host that never answered"
-    heard: float = field(default_factory=time.monotonic)
-    moved: float = field(default_factory=time.monotonic)
-    state: Literal["here", "gone", "left"] = "here"
-    beat: dict[str, Any] = field(default_factory=dict)
+    host: str = "an unknown host"
+    last_heard: float = field(default_factory=time.monotonic)
+    last_progress: float = field(default_factory=time.monotonic)
+    state: Literal["connected", "disconnected", "finished"] = "connected"
+    report: dict[str, Any] = field(default_factory=dict)  # of its newest heartbeat, see RankProgress.report
 
-    def beats(self, beat: dict[str, Any]) -> None:
-        before, self.beat = (self.mark, self.beat.get("signs")), {**beat, "mark": tuple(beat["mark"])}
-        if (self.mark, beat["signs"]) != before:
-            self.moved = time.monotonic()
+    def update(self, report: dict[str, Any]) -> None:
+        """Takes over a heartbeat's report; `last_progress` becomes now if the rank has made progress since the last."""
+        before = (self.step_and_phase, self.report.get("heartbeats"))
+        self.report = {**report, "step_and_phase": tuple(report["step_and_phase"])}
+        if (self.step_and_phase, report["heartbeats"]) != before:
+            self.last_progress = time.monotonic()
 
     def discount_pause(self, seconds: float) -> None:
-        """Nobody listened for so long."""
+        """Shifts the times by a pause of this process, during which it received no heartbeats."""
         now = time.monotonic()
-        self.heard, self.moved = min(self.heard + seconds, now), min(self.moved + seconds, now)
+        self.last_heard = min(self.last_heard + seconds, now)
+        self.last_progress = min(self.last_progress + seconds, now)
 
     @property
-    def mark(self) -> tuple[int, int]:
-        return self.beat.get("mark", (-1, 0))
+    def step_and_phase(self) -> tuple[int, int]:
+        return self.report.get("step_and_phase", (-1, 0))
 
     @property
-    def doing(self) -> str:
-        if self.mark[0] < 0:
-            return "it was starting"
-        return f"it was in step {self.mark[0] + 1}, {self.beat['phase']}"
+    def location(self) -> str:
+        return location(self.step_and_phase[0], self.report.get("phase", ""))
 
 
-def judge(peers: Sequence[Peer], now: float, timeout_seconds: float) -> ClipwrightError | None:
-    """E_RANK for ranks that died or are silent, E_HANG for ranks without progress for `timeout_seconds`."""
-    here = [peer for peer in peers if peer.state == "here"]
-    if gone := [peer for peer in peers if peer.state == "gone"]:
-        return _died(gone)
-    if silent := [peer for peer in here if now - peer.heard > timeout_seconds]:
+def find_failure(peers: Sequence[Peer], now: float, timeout_seconds: float) -> ClipwrightError | None:
+    """Returns E_RANK for ranks that exited or are silent, E_HANG for ranks without progress, both for too long."""
+    connected = [peer for peer in peers if peer.state == "connected"]
+    disconnected = [peer for peer in peers if peer.state == "disconnected"]
+    if disconnected:
+        return _exited(disconnected)
+    silent = [peer for peer in connected if now - peer.last_heard > timeout_seconds]
+    if silent:
         return _silent(silent, now, timeout_seconds)
-    # Before its first step a rank may do for long what the others wait for: a tokenizer is learned, say.
-    if not here or min(peer.mark for peer in here)[0] < 0:
+    if not connected:
         return None
-    behind = [peer for peer in here if peer.mark == min(peer.mark for peer in here)]
-    if any(now - peer.moved <= timeout_seconds for peer in behind):
+    slowest = min(peer.step_and_phase for peer in connected)
+    if slowest[0] < 0:
+        # Before its first step a rank may work for long while the others wait: it trains a tokenizer, for example.
         return None
-    # Of ranks that are equally far, those hang that do not wait for others.
-    hanging = [peer for peer in behind if not peer.beat["waits"]] or behind
-    return _hangs(hanging, len(here), now, timeout_seconds)
+    behind = [peer for peer in connected if peer.step_and_phase == slowest]
+    if any(now - peer.last_progress <= timeout_seconds for peer in behind):
+        return None
+    # Of ranks that are equally far, those in a collective wait for those that are not.
+    hanging = [peer for peer in behind if not peer.report["in_collective"]] or behind
+    return _hanging(hanging, len(connected), now, timeout_seconds)
 
 
-def rank0_failure(first: Peer, now: float, timeout_seconds: float) -> ClipwrightError | None:
-    """The same of rank 0, whom the others see alone."""
-    if first.state == "gone":
-        return _died([first])
-    return (
-        _silent([first], now, timeout_seconds)
-        if now - first.heard > timeout_seconds and first.state == "here"
-        else None
-    )
+def find_rank0_failure(rank0: Peer, now: float, timeout_seconds: float) -> ClipwrightError | None:
+    """Returns E_RANK if rank 0 exited or is silent: it supervises all ranks, the other ranks supervise it."""
+    if rank0.state == "disconnected":
+        return _exited([rank0])
+    if rank0.state == "connected" and now - rank0.last_heard > timeout_seconds:
+        return _silent([rank0], now, timeout_seconds)
+    return None
 
 
-def _named(peers: Sequence[Peer]) -> str:
-    """`rank 2 on node1, rank 3 on node1`"""
-    more = f" and {len(peers) - SHOWN} more" if len(peers) > SHOWN else ""
-    return ", ".join(f"rank {peer.rank} on {peer.host}" for peer in peers[:SHOWN]) + more
+def _list_ranks(peers: Sequence[Peer]) -> str:
+    """Returns `rank 2 on node1, rank 3 on node1`."""
+    listed = ", ".join(f"rank {peer.rank} on {peer.host}" for peer in peers[:MAX_LISTED_RANKS])
+    unlisted = len(peers) - MAX_LISTED_RANKS
+    return f"{listed} and {unlisted} more" if unlisted > 0 else listed
 
 
-def _died(gone: Sequence[Peer]) -> ClipwrightError:
+def _exited(peers: Sequence[Peer]) -> ClipwrightError:
     return ClipwrightError(
         "E_RANK",
-        "a rank died",
-        where=_named(gone),
-        found=f"its process ended without a word; {gone[0].doing}",
-        fix=f"see what that host says of it (out of memory, killed), and {AGAIN}",
+        f"{_list_ranks(peers)} exited without an error message",
+        where=f"last known: {peers[0].location}",
+        fix=f"check that host's system log (out of memory, killed by a signal), then {RESUME}",
     )
 
 
-def _silent(silent: Sequence[Peer], now: float, timeout_seconds: float) -> ClipwrightError:
+def _silent(peers: Sequence[Peer], now: float, timeout_seconds: float) -> ClipwrightError:
+    seconds = now - peers[0].last_heard
     return ClipwrightError(
         "E_RANK",
-        "a rank that gives no sign of life",
-        where=_named(silent),
-        found=f"silent for {now - silent[0].heard:.0f} s, {timeout_seconds:.0f} allowed; {silent[0].doing}",
-        fix=f"see whether its host is up and reached and its process not stopped, and {AGAIN}",
+        f"{_list_ranks(peers)} sent no heartbeat for {seconds:.0f} s (limit {timeout_seconds:.0f} s)",
+        where=f"last known: {peers[0].location}",
+        fix=f"check that its host is up and reachable and that its process is not stopped, then {RESUME}",
     )
 
 
-def _hangs(hanging: Sequence[Peer], size: int, now: float, timeout_seconds: float) -> ClipwrightError:
-    one = hanging[0]
-    others = "; no rank is behind the others" if len(hanging) == size > 1 else ""
+def _hanging(peers: Sequence[Peer], connected: int, now: float, timeout_seconds: float) -> ClipwrightError:
+    first = peers[0]
+    seconds = now - first.last_progress
     return ClipwrightError(
         "E_HANG",
-        "a rank that does not get on",
-        where=_named(hanging),
-        found=f"{one.doing} for {now - one.moved:.0f} s, {timeout_seconds:.0f} allowed, at {one.beat['at']}{others}",
-        fix=f"see what it waits for there, or raise runtime.timeout_minutes, and {AGAIN}",
+        f"{_list_ranks(peers)} made no progress for {seconds:.0f} s (limit {timeout_seconds:.0f} s)",
+        where=f"{first.location}, at {first.report['code_line']}",
+        found="no other rank is ahead" if len(peers) == connected > 1 else "",
+        fix=f"check that rank's log, or raise runtime.timeout_minutes, then {RESUME}",
     )

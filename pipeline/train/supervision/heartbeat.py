@@ -1,9 +1,10 @@
-"""Each rank's sign of life, over sockets of its own: who is where, who is ill, and one word at which all leave.
+"""Heartbeats between ranks, over sockets of their own, and how a group exits together.
 
-A thread of each rank tells rank 0 every second where the rank is; rank 0's judges, and the others' judge rank 0. A
-process that ends without a word is known at once, by its closed connection. What ends a group is decided once, by the
-first that says it; one rank speaks for all, and every process leaves with the same exit code, whatever its main thread
-is in. Messages are JSON, and a connection counts from its first line, which must hold what the group was told.
+A thread on each rank sends rank 0 a heartbeat every second. Rank 0 checks all ranks for failures, the other ranks check
+rank 0. A process that exits without a message is noticed at once, by its closed connection. The first request to exit
+is granted, by rank 0 alone; one rank reports it for all, and every process exits with the same code, whatever its main
+thread is doing. Messages are JSON. A connection is accepted if its first line has the token that rank 0 broadcast to
+the process group.
 """
 
 from __future__ import annotations
@@ -21,262 +22,294 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.train.supervision.failures import Peer, judge, rank0_failure
+from clipwright.pipeline.train.supervision.failures import Peer, find_failure, find_rank0_failure
 from clipwright.pipeline.train.supervision.progress import PROGRESS
 
-BEAT = 1.0  # seconds between signs of life
-LEAVE = 3.0  # seconds that who speaks last waits for the others to have left
-LONGEST = 65536  # bytes of a line
+HEARTBEAT_SECONDS = 1.0
+LEAVE_SECONDS = 3.0  # limit of rank 0's wait for the other ranks to exit
+MAX_LINE_BYTES = 65536
+STOP_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
-class End:
-    """How the group ends: which rank says so, the exit code of all, and the error's parts, if it is one of ours."""
+class GroupExit:
+    """How the group exits: the rank that reports it, the exit code of all, and `ClipwrightError.to_dict()` if any."""
 
-    by: int
+    reporter: int
     code: int
-    error: tuple[str, ...] | None = None
+    error: dict[str, str] | None = None
 
-    def raised(self) -> ClipwrightError | None:
-        if self.error is None:
-            return None
-        code, what, where, found, fix = self.error
-        return ClipwrightError(code, what, where=where, found=found, fix=fix)
+    @classmethod
+    def with_error(cls, reporter: int, error: ClipwrightError) -> GroupExit:
+        return cls(reporter, error.exit_code, error.to_dict())
+
+    def to_error(self) -> ClipwrightError | None:
+        return None if self.error is None else ClipwrightError.from_dict(self.error)
 
 
-class Link:
-    """JSON objects over a socket, one a line; sending never waits."""
+class Connection:
+    """JSON objects over a socket, one per line; sending never blocks."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock, self._in, self._full = sock, b"", False
+        self.sock = sock
+        self._received = b""
+        self._is_full = False
         sock.setblocking(False)
 
     def send(self, **message: Any) -> None:
+        if self._is_full:
+            return
         data = json.dumps(message).encode() + b"\n"
         try:
-            self._full = self._full or self.sock.send(data) < len(data)
+            self._is_full = self.sock.send(data) < len(data)
         except BlockingIOError:
-            self._full = True  # it has not read for long: what it does not get, it does not miss
+            self._is_full = True  # the other side has not read for long and will be found silent
         except OSError:
-            pass  # reading will tell
+            pass  # `read` will return None
 
     def read(self) -> list[dict[str, Any]] | None:
-        """The objects that came, or None when the other side has gone or sends something else."""
+        """Returns the objects received since; None if the connection is closed or sends something else."""
         try:
-            data = self.sock.recv(LONGEST)
+            data = self.sock.recv(MAX_LINE_BYTES)
         except BlockingIOError:
             return []
         except OSError:
             return None
-        *lines, self._in = (self._in + data).split(b"\n")
+        *lines, self._received = (self._received + data).split(b"\n")
         try:
-            found = [json.loads(line) for line in lines]
+            messages = [json.loads(line) for line in lines]
         except ValueError:
             return None
-        return found if data and len(self._in) < LONGEST and all(isinstance(one, dict) for one in found) else None
+        if not data or len(self._received) >= MAX_LINE_BYTES:
+            return None
+        if not all(isinstance(message, dict) for message in messages):
+            return None
+        return messages
 
 
 class Heartbeat(threading.Thread):
-    """The thread of one rank. `stop` is called when any rank was told to stop, `leave` with the group's end."""
+    """The heartbeat thread of one rank.
+
+    on_signal: called with a stop signal's number once any rank has received one. exit_process: called when the group
+    exits.
+    """
 
     def __init__(
-        self, rank: int, size: int, timeout_seconds: float, stop: Callable[[int], None], leave: Callable[[End], None]
+        self,
+        rank: int,
+        world_size: int,
+        timeout_seconds: float,
+        on_signal: Callable[[int], None],
+        exit_process: Callable[[GroupExit], None],
     ) -> None:
         super().__init__(name="heartbeat", daemon=True)
-        self.rank, self.size, self.timeout_seconds = rank, size, timeout_seconds
-        self._stop_main, self._leave_process = stop, leave
-        self.end: End | None = None  # decided
-        self.over = threading.Event()  # nothing is to be heard any more
-        self._wish: End | None = None  # this rank's, as long as nothing is decided
-        self._stopping = False
-        self._done = self._bye = False  # the main thread wants no more; the others were told so
-        self._selector = selectors.DefaultSelector()
-        self._woken, self._wake = socket.socketpair()
-        for one in (self._woken, self._wake):
-            one.setblocking(False)
-        self._selector.register(self._woken, selectors.EVENT_READ, self._wakes)
-        self._links: dict[int, Link] = {}
+        self.rank, self.world_size, self.timeout_seconds = rank, world_size, timeout_seconds
+        self._on_signal, self._exit_process = on_signal, exit_process
+        # Checks this rank alone, once per second.
+        self.find_own_failure: Callable[[], GroupExit | None] = lambda: None
+        self.group_exit: GroupExit | None = None  # granted by rank 0
+        self.finished = threading.Event()  # the thread is done: no message will arrive any more
         self.peers: dict[int, Peer] = {}
-        self._living: list[int] = []  # as rank 0 said last
-        self.check: Callable[[], End | None] = lambda: None  # of this rank alone, once a second
+        self._exit_request: GroupExit | None = None  # of this rank's main thread
+        self._sign_off_requested = False  # by the main thread
+        self._signed_off = False  # the other ranks have been informed
+        self._is_stopping = False
+        self._token = ""
+        self._connections: dict[int, Connection] = {}
+        self._connected_ranks: list[int] = []  # as of rank 0's newest heartbeat
+        self._selector = selectors.DefaultSelector()
+        self._wakeup_reader, self._wakeup_writer = socket.socketpair()
+        self._wakeup_reader.setblocking(False)
+        self._wakeup_writer.setblocking(False)
+        self._selector.register(self._wakeup_reader, selectors.EVENT_READ, self._on_wakeup)
 
-    # The main thread's side
+    # Called by the main thread
 
     def listen(self) -> tuple[str, int, str]:
-        """Rank 0's: the name of its host, and the port and the word by which the others join."""
-        server = socket.create_server(("", 0), backlog=self.size)
+        """Opens the server, on rank 0; returns its host name, its port, and the token for the other ranks."""
+        server = socket.create_server(("", 0), backlog=self.world_size)
         server.setblocking(False)
         self._token = os.urandom(16).hex()
-        self.peers = {rank: Peer(rank) for rank in range(self.size)}
+        self.peers = {rank: Peer(rank) for rank in range(self.world_size)}
         self.peers[0].host = socket.gethostname()
         self._selector.register(server, selectors.EVENT_READ, lambda: self._accept(server))
         return self.peers[0].host, server.getsockname()[1], self._token
 
-    def join_first(self, address: str, host: str, port: int, token: str) -> None:
-        """Any other rank's: rank 0 is reached at `address`."""
-        link = Link(socket.create_connection((address, port), timeout=30))
-        link.send(token=token, rank=self.rank, host=socket.gethostname())
-        self.peers, self._links[0] = {0: Peer(0, host)}, link
-        self._selector.register(link.sock, selectors.EVENT_READ, lambda: self._hear(link, 0))
+    def connect(self, address: str, host: str, port: int, token: str) -> None:
+        """Connects to rank 0, on the other ranks. address: where rank 0 is reached; host: its name in messages."""
+        connection = Connection(socket.create_connection((address, port), timeout=30))
+        connection.send(token=token, rank=self.rank, host=socket.gethostname())
+        self.peers = {0: Peer(0, host)}
+        self._connections[0] = connection
+        self._selector.register(connection.sock, selectors.EVENT_READ, lambda: self._receive(connection, 0))
 
     def start(self) -> None:
-        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
         super().start()
 
-    def request_exit(self, end: End) -> None:
-        """The group should end; the first request_exit of all ranks is granted."""
-        self._wish = end
-        self._wake.send(b"\0")
+    def request_exit(self, group_exit: GroupExit) -> None:
+        """Asks for the group to exit; of all ranks' requests the first is granted."""
+        self._exit_request = group_exit
+        self._wakeup_writer.send(b"\0")
 
     def sign_off(self, seconds: float) -> None:
-        """This rank is done. Waits until the others know; rank 0 until they are, too."""
+        """Informs the other ranks that this one has finished; waits at most `seconds` for that (rank 0: for theirs)."""
         signal.set_wakeup_fd(-1)
-        self._done = True
-        self._wake.send(b"\0")
-        self.over.wait(seconds)
+        self._sign_off_requested = True
+        self._wakeup_writer.send(b"\0")
+        self.finished.wait(seconds)
 
-    # The thread's side
+    # Called by the heartbeat thread
 
     def run(self) -> None:
         due = time.monotonic()
-        while not (self._bye and self._alone()):
+        while not (self._signed_off and self._all_others_left()):
             for key, _ in self._selector.select(max(0.0, due - time.monotonic())):
                 key.data()
-            if (late := time.monotonic() - due) >= 0:
-                if late > BEAT:  # this process did not run, and what the others said meanwhile was not heard
+            late_seconds = time.monotonic() - due
+            if late_seconds >= 0:
+                if late_seconds > HEARTBEAT_SECONDS:  # this process was paused and received nothing meanwhile
                     for peer in self.peers.values():
-                        peer.discount_pause(late)
-                due = time.monotonic() + BEAT
-                self._beats()
-            if self.end is not None:
-                self._ends(self.end)
+                        peer.discount_pause(late_seconds)
+                due = time.monotonic() + HEARTBEAT_SECONDS
+                self._send_heartbeat()
+            if self.group_exit is not None:
+                self._exit(self.group_exit)
                 break
-        for link in self._links.values():
-            link.sock.close()
-        self.over.set()
+        for connection in self._connections.values():
+            connection.sock.close()
+        self.finished.set()
 
-    def _alone(self) -> bool:
-        """Whether nobody is left to listen to."""
-        return not any(peer.state == "here" for rank, peer in self.peers.items() if rank != self.rank)
+    def _all_others_left(self) -> bool:
+        return not any(peer.state == "connected" for rank, peer in self.peers.items() if rank != self.rank)
 
-    def _wakes(self) -> None:
-        """A signal, known here even while the main thread hears nothing, or a word from the main thread."""
-        numbers = self._woken.recv(4096)
-        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
-            if number in numbers:
-                self._stops(number, ours=True)
-        if self._wish is not None:
-            self._decide(self._wish)
-        if self._done:
-            self._bye = True
-            for link in self._links.values():
-                link.send(sign_off=True)
+    def _on_wakeup(self) -> None:
+        """Handles a signal, which arrives here even if the main thread is blocked, or a request of the main thread."""
+        signals = self._wakeup_reader.recv(4096)
+        for number in STOP_SIGNALS:
+            if number in signals:
+                self._stop(number, from_main_thread=True)
+        if self._exit_request is not None:
+            self._propose_exit(self._exit_request)
+        if self._sign_off_requested:
+            self._signed_off = True
+            for connection in self._connections.values():
+                connection.send(sign_off=True)
 
     def _accept(self, server: socket.socket) -> None:
-        link = Link(server.accept()[0])
-        self._selector.register(link.sock, selectors.EVENT_READ, lambda: self._greet(link))
+        connection = Connection(server.accept()[0])
+        self._selector.register(connection.sock, selectors.EVENT_READ, lambda: self._handshake(connection))
 
-    def _greet(self, link: Link) -> None:
-        """The first words on a connection: which rank it is of."""
-        said = link.read()
-        if said == []:
+    def _handshake(self, connection: Connection) -> None:
+        """Reads the first line of a connection: the token, and the rank and host of the other side."""
+        messages = connection.read()
+        if messages == []:
             return
-        self._selector.unregister(link.sock)
-        hello = said[0] if said else {}
+        self._selector.unregister(connection.sock)
+        hello = messages[0] if messages else {}
         rank = hello.get("rank")
         if not hmac.compare_digest(str(hello.get("token")), self._token) or rank not in self.peers:
-            link.sock.close()
+            connection.sock.close()
             return
-        self._links[rank] = link
-        self.peers[rank].host, self.peers[rank].heard = str(hello.get("host")), time.monotonic()
-        self._selector.register(link.sock, selectors.EVENT_READ, lambda: self._hear(link, rank))
-        for message in said[1:] if said else []:
-            self._take(message, rank)
+        self._connections[rank] = connection
+        self.peers[rank].host = str(hello.get("host"))
+        self.peers[rank].last_heard = time.monotonic()
+        self._selector.register(connection.sock, selectors.EVENT_READ, lambda: self._receive(connection, rank))
+        for message in messages[1:] if messages else []:
+            self._handle(message, rank)
 
-    def _hear(self, link: Link, rank: int) -> None:
-        messages = link.read()
+    def _receive(self, connection: Connection, rank: int) -> None:
+        messages = connection.read()
         for message in messages or []:
-            self._take(message, rank)
+            self._handle(message, rank)
         if messages is None:
-            self._selector.unregister(link.sock)
-            link.sock.close()
-            self._links.pop(rank, None)
-            if self.peers[rank].state == "here":
-                self.peers[rank].state = "gone"
-                self._judge()
+            self._selector.unregister(connection.sock)
+            connection.sock.close()
+            self._connections.pop(rank, None)
+            if self.peers[rank].state == "connected":
+                self.peers[rank].state = "disconnected"
+                self._check_peers()
 
-    def _take(self, message: dict[str, Any], rank: int) -> None:
+    def _handle(self, message: dict[str, Any], rank: int) -> None:
         peer = self.peers[rank]
-        peer.heard = time.monotonic()
-        if "beat" in message:
-            peer.beats(message["beat"])
-        if "living" in message:
-            self._living = message["living"]
-        if "stop" in message:
-            self._stops(message["stop"], ours=False)
-        if "end" in message:
-            by, code, error = message["end"]
-            end = End(by, code, error and tuple(error))
+        peer.last_heard = time.monotonic()
+        if "report" in message:
+            peer.update(message["report"])
+        if "connected_ranks" in message:
+            self._connected_ranks = message["connected_ranks"]
+        if "signal" in message:
+            self._stop(message["signal"], from_main_thread=False)
+        if "exit" in message:
+            group_exit = GroupExit(**message["exit"])
             if self.rank == 0:
-                self._decide(end)
+                self._propose_exit(group_exit)
             else:
-                self.end = self.end or end
+                self.group_exit = self.group_exit or group_exit
         if "sign_off" in message:
-            peer.state = "left"
+            peer.state = "finished"
             if self.rank == 0:
-                self._links[rank].send(sign_off=True)
+                self._connections[rank].send(sign_off=True)
 
-    def _stops(self, number: int, *, ours: bool) -> None:
-        """Somebody was told to stop: everybody is."""
-        if not self._stopping:
-            self._stopping = True
-            self._stop_main(number)
-            for link in self._links.values() if ours or self.rank == 0 else []:
-                link.send(stop=number)
+    def _stop(self, number: int, *, from_main_thread: bool) -> None:
+        """A rank has received a stop signal: forwards it to all ranks, and to this rank's main thread."""
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        self._on_signal(number)
+        if from_main_thread or self.rank == 0:
+            for connection in self._connections.values():
+                connection.send(signal=number)
 
-    def _decide(self, end: End) -> None:
-        """Rank 0 grants the first request_exit, the others ask it to."""
-        if self.rank == 0 or 0 not in self._links:
-            self.end = self.end or end
+    def _propose_exit(self, group_exit: GroupExit) -> None:
+        """On rank 0, grants the first request; on the other ranks, sends it to rank 0."""
+        if self.rank == 0 or 0 not in self._connections:
+            self.group_exit = self.group_exit or group_exit
         else:
-            self._links[0].send(end=[end.by, end.code, end.error])
+            self._send_exit(self._connections[0], group_exit)
 
-    def _beats(self) -> None:
-        beat = PROGRESS.told()
-        if not self.peers:  # the group has not met
+    def _send_exit(self, connection: Connection, group_exit: GroupExit) -> None:
+        connection.send(exit={"reporter": group_exit.reporter, "code": group_exit.code, "error": group_exit.error})
+
+    def _send_heartbeat(self) -> None:
+        report = PROGRESS.report()
+        if not self.peers:  # the ranks are not connected yet
             return
         if self.rank == 0:
-            self.peers[0].heard = time.monotonic()
-            self.peers[0].beats(beat)
-            living = [rank for rank, peer in self.peers.items() if peer.state == "here"]
-            for link in self._links.values():
-                link.send(beat=beat, living=living)
-        elif 0 in self._links:
-            self._links[0].send(beat=beat)
-        self._judge()
-        if (end := self.check()) is not None:
-            self._decide(end)
+            self.peers[0].last_heard = time.monotonic()
+            self.peers[0].update(report)
+            connected_ranks = [rank for rank, peer in self.peers.items() if peer.state == "connected"]
+            for connection in self._connections.values():
+                connection.send(report=report, connected_ranks=connected_ranks)
+        elif 0 in self._connections:
+            self._connections[0].send(report=report)
+        self._check_peers()
+        own_failure = self.find_own_failure()
+        if own_failure is not None:
+            self._propose_exit(own_failure)
 
-    def _judge(self) -> None:
-        if self.end is not None:
+    def _check_peers(self) -> None:
+        if self.group_exit is not None:
             return
         now = time.monotonic()
         if self.rank == 0:
-            error, by = judge(list(self.peers.values()), now, self.timeout_seconds), 0
+            error = find_failure(list(self.peers.values()), now, self.timeout_seconds)
+            reporter = 0
         else:
-            error = rank0_failure(self.peers[0], now, self.timeout_seconds)
-            by = min((rank for rank in self._living if rank != 0), default=self.rank)
+            error = find_rank0_failure(self.peers[0], now, self.timeout_seconds)
+            # Rank 0 cannot report its own failure: the first of the others does.
+            reporter = min((rank for rank in self._connected_ranks if rank != 0), default=self.rank)
         if error is not None:
-            self.end = End(by, error.exit_code, error.args)
+            self.group_exit = GroupExit.with_error(reporter, error)
 
-    def _ends(self, end: End) -> None:
-        """Tells the others, lets them leave, and leaves."""
-        for link in self._links.values() if self.rank == 0 else []:
-            link.send(end=[end.by, end.code, end.error])
-        deadline = time.monotonic() + LEAVE
-        while self.rank == 0 and self._links and time.monotonic() < deadline:
-            for key, _ in self._selector.select(0.1):
-                key.data()
-        if self.rank != 0 and end.by != self.rank and 0 not in self._links:
-            time.sleep(1.0)  # who speaks for rank 0 does so first
-        self._leave_process(end)
+    def _exit(self, group_exit: GroupExit) -> None:
+        """Informs the other ranks, waits for them to exit, then exits this process."""
+        if self.rank == 0:
+            for connection in self._connections.values():
+                self._send_exit(connection, group_exit)
+            deadline = time.monotonic() + LEAVE_SECONDS
+            while self._connections and time.monotonic() < deadline:
+                for key, _ in self._selector.select(0.1):
+                    key.data()
+        elif group_exit.reporter != self.rank and 0 not in self._connections:
+            time.sleep(1.0)  # the rank that reports in place of rank 0 does so first
+        self._exit_process(group_exit)

@@ -1,4 +1,4 @@
-"""Where this process is in its work: told by the work itself, read by its heartbeat."""
+"""Where this rank is in its work: recorded by the training loop, sent to rank 0 by the heartbeat."""
 
 from __future__ import annotations
 
@@ -12,47 +12,74 @@ from typing import Any
 
 
 class RankProgress:
-    """A step, its phase, and the seconds spent in each phase so far."""
+    """The step and phase of this rank, and the seconds spent in each phase so far."""
 
     def __init__(self) -> None:
-        # The step and how many of its phases were begun: equal on ranks that are equally far, greater on one ahead.
-        self.mark = (-1, 0)
-        self.phase, self.since = "start", time.monotonic()
-        self.signs = 0  # of life within a long phase
-        self.spent: defaultdict[str, float] = defaultdict(float)
-        self.began, self.lasted = self.since, 0.0  # the step it is in, and the one before
+        # (step, number of phases entered in it): equal on ranks that are equally far, greater on one that is ahead.
+        self.step_and_phase = (-1, 0)
+        self.phase, self.phase_started = "start", time.monotonic()
+        self.heartbeats = 0  # signs of progress within a long phase
+        self.phase_seconds: defaultdict[str, float] = defaultdict(float)
+        self.step_started, self.last_step_seconds = self.phase_started, 0.0
+
+    @property
+    def step(self) -> int:
+        """The current step, from 0; -1 before the first one."""
+        return self.step_and_phase[0]
 
     def enter(self, phase: str, step: int | None) -> None:
         now = time.monotonic()
-        self.spent[self.phase] += now - self.since
-        if step is not None:
-            self.began, self.lasted = now, now - self.began if self.mark[0] >= 0 else 0.0
-        self.mark = (self.mark[0], self.mark[1] + 1) if step is None else (step, 0)
-        self.phase, self.since = phase, now
+        self.phase_seconds[self.phase] += now - self.phase_started
+        if step is None:
+            self.step_and_phase = (self.step, self.step_and_phase[1] + 1)
+        else:
+            self.last_step_seconds = now - self.step_started if self.step >= 0 else 0.0
+            self.step_started = now
+            self.step_and_phase = (step, 0)
+        self.phase, self.phase_started = phase, now
 
-    def told(self) -> dict[str, Any]:
-        """What a heartbeat says. waits: whether the main thread is in an exchange with other ranks; at: its code."""
-        inner = frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        waits = False
-        while frame is not None and not waits:
-            waits, frame = "/torch/distributed/" in frame.f_code.co_filename, frame.f_back
-        return {"mark": self.mark, "signs": self.signs, "phase": self.phase, "waits": waits, "at": _line(inner)}
+    def report(self) -> dict[str, Any]:
+        """Returns the content of a heartbeat message.
+
+        in_collective: whether the main thread waits in a collective; code_line: where its code is.
+        """
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        return {
+            "step_and_phase": self.step_and_phase,
+            "heartbeats": self.heartbeats,
+            "phase": self.phase,
+            "in_collective": _in_collective(frame),
+            "code_line": _code_line(frame),
+        }
 
 
-def _line(frame: FrameType | None) -> str:
+def _in_collective(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if "/torch/distributed/" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _code_line(frame: FrameType | None) -> str:
     if frame is None:
-        return ""
+        return "an unknown line"
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def location(step: int, phase: str) -> str:
+    """Returns `step 812, phase backward` for step 811, counted from 0."""
+    return "before step 1" if step < 0 else f"step {step + 1}, phase {phase}"
 
 
 PROGRESS = RankProgress()  # a process is one rank
 
 
 def enter_phase(phase: str, step: int | None = None) -> None:
-    """Says that this process begins a phase of its step, or with `step` the first phase of that one."""
+    """Records that this rank starts a phase of its step; with `step`, the first phase of that step."""
     PROGRESS.enter(phase, step)
 
 
 def heartbeat() -> None:
-    """Says that a phase which may take long, while other ranks wait for this one, gets on."""
-    PROGRESS.signs += 1
+    """Records progress within a phase that may take long while other ranks wait for this one."""
+    PROGRESS.heartbeats += 1

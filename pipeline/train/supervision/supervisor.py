@@ -1,7 +1,7 @@
-"""A rank among its peers while it trains: told to stop, ill, slow, or left by one of them.
+"""Supervision of a rank during training: stop signals, failures of this rank, and failures of other ranks.
 
-`Health` wraps all that a rank does in its group. Whatever happens to one of them, the group ends by one line and one
-exit code; a run that was told to stop saves if all ranks agree in time.
+`Supervisor` wraps everything that a rank does in its process group. Whatever happens to one rank, the group exits with
+one error line and one exit code. On a stop signal the run saves a checkpoint, if all ranks agree in time.
 """
 
 from __future__ import annotations
@@ -30,150 +30,161 @@ from clipwright.pipeline.core.command import (
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.distributed.group import World, barrier, broadcast_object
 from clipwright.pipeline.distributed.launcher_env import read_launcher_env
-from clipwright.pipeline.train.supervision.failures import AGAIN
-from clipwright.pipeline.train.supervision.heartbeat import End, Heartbeat
-from clipwright.pipeline.train.supervision.progress import PROGRESS, enter_phase
+from clipwright.pipeline.train.supervision.failures import RESUME
+from clipwright.pipeline.train.supervision.heartbeat import GroupExit, Heartbeat
+from clipwright.pipeline.train.supervision.progress import PROGRESS, enter_phase, location
 
-CAUSE = 8.0  # seconds until the cause of a lost connection is known
-AGREE = 10.0  # seconds, and one step, until all ranks agree to stop
-SAVE = 45.0  # seconds to save, once they do
+CAUSE_SECONDS = 8.0  # until the rank that caused a failed collective is known
+AGREE_SECONDS = 10.0  # plus one step, until all ranks agree to stop
+SAVE_SECONDS = 45.0  # to save the checkpoint after that
 
 
-class Health:
-    """This rank's heartbeat, and the one way out for all.
+class Supervisor:
+    """This rank's heartbeat, its stop signals, and the exit that all ranks share.
 
-    Use: `with health.handle_signals(), process_group() as world, health.start(world)`.
-    `timeout_seconds`: seconds without progress, or a sign of life, that end the group. A process alone watches nobody.
+    Use: `with supervisor.handle_signals(), process_group() as world, supervisor.start(world)`.
+    timeout_seconds: without progress, or without a heartbeat, after which the group exits. A single process has no
+    heartbeat.
     """
 
     def __init__(self, call: Call, timeout_seconds: float) -> None:
         launcher = read_launcher_env(os.environ)
         self.call, self.rank, self.timeout_seconds = call, launcher.rank, timeout_seconds
-        self.flag: StopFlag | None = None
-        self._begun = self._agreed = False
-        self._deadline: float | None = None
-        self._own: End | None = None
-        self._heart: Heartbeat | None = None
+        self.stop_flag: StopFlag | None = None
+        self._has_steps = False  # there is something to save
+        self._agreed_to_stop = False
+        self._deadline: float | None = None  # of the agreement to stop, then of the save
+        self._own_exit: GroupExit | None = None  # requested by the main thread
+        self._heartbeat: Heartbeat | None = None
         if launcher.world_size > 1:
-            self._heart = Heartbeat(launcher.rank, launcher.world_size, timeout_seconds, self._told, self._leave)
-            self._heart.check = self._late
+            self._heartbeat = Heartbeat(
+                launcher.rank, launcher.world_size, timeout_seconds, self._on_signal, self._exit_process
+            )
+            self._heartbeat.find_own_failure = self._find_late_stop
 
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
-        """Signals are heard at once, whatever the main thread is in."""
-        if self._heart is None:
+        """Handles stop signals in the heartbeat thread, at once, even if the main thread is blocked."""
+        if self._heartbeat is None:
             yield
             return
-        self._heart.start()
+        self._heartbeat.start()
         try:
             yield
         finally:
-            self._heart.sign_off(0.0)
+            self._heartbeat.sign_off(0.0)
 
-    def start(self, world: World) -> Health:
+    def start(self, world: World) -> Supervisor:
+        """Returns the context in which the ranks supervise each other."""
         self.world = world
         return self
 
-    def __enter__(self) -> Health:
+    def __enter__(self) -> Supervisor:
         enter_phase("start", -1)
-        if self._heart is not None:
-            meet = broadcast_object(self._heart.listen() if self.world.is_rank0 else None)
-            assert isinstance(meet, tuple)
+        if self._heartbeat is not None:
+            server = broadcast_object(self._heartbeat.listen() if self.world.is_rank0 else None)
+            assert isinstance(server, tuple)
             if not self.world.is_rank0:
-                self._heart.join_first(self.world.launcher.master_addr, *meet)
-            barrier()  # whoever is not heard from now on is ill
+                self._heartbeat.connect(self.world.launcher.master_addr, *server)
+            barrier()  # from now on, a rank that is not heard has failed
         return self
 
-    def begin_training(self, flag: StopFlag) -> StopFlag:
-        """From now on a signal sets `flag`, on all ranks, and the loop saves."""
-        self.flag = flag
-        return flag
+    def begin_training(self, stop_flag: StopFlag) -> StopFlag:
+        """From now on a stop signal to any rank sets `stop_flag` on all ranks, and the training loop saves."""
+        self.stop_flag = stop_flag
+        return stop_flag
 
-    def stepped(self) -> None:
-        """A step was made: there is something to save."""
-        self._begun = True
+    def step_done(self) -> None:
+        """A training step is done: there is something to save."""
+        self._has_steps = True
 
     def agree_to_stop(self) -> None:
-        """All ranks agreed to stop, and save."""
-        self._agreed, self._deadline = True, time.monotonic() + SAVE
+        """All ranks have agreed to stop and save now."""
+        self._agreed_to_stop = True
+        self._deadline = time.monotonic() + SAVE_SECONDS
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._heart is None:
+        if self._heartbeat is None:
             return
-        if error is None or (self._agreed and isinstance(error, (Preempted, KeyboardInterrupt))):
+        if error is None or (self._agreed_to_stop and isinstance(error, (Preempted, KeyboardInterrupt))):
             self._deadline = None
-            self._heart.sign_off(CAUSE)
+            self._heartbeat.sign_off(CAUSE_SECONDS)
             return
         deafen()
-        if _is_lost_peer(error):  # whoever knows the cause ends this process from the other thread
-            self._heart.over.wait(CAUSE)
-            error = _lost(error)
-        self._own = End(self.rank, _exit_code(error), error.args if isinstance(error, ClipwrightError) else None)
-        self._heart.request_exit(self._own)
-        self._heart.over.wait(CAUSE)
+        if _is_failed_collective(error):
+            # If a rank knows the cause, the heartbeat thread exits this process meanwhile.
+            self._heartbeat.finished.wait(CAUSE_SECONDS)
+            error = _unexplained(error)
+        details = error.to_dict() if isinstance(error, ClipwrightError) else None
+        self._own_exit = GroupExit(self.rank, _exit_code(error), details)
+        self._heartbeat.request_exit(self._own_exit)
+        self._heartbeat.finished.wait(CAUSE_SECONDS)
         self.call.writes_status = True
         if isinstance(error, ClipwrightError):
             raise error from None
 
-    # What the heartbeat's thread calls
+    # Called by the heartbeat thread
 
-    def _told(self, number: int) -> None:
-        """A rank was told to stop; before the loop there is nothing to save, and all leave at once."""
-        if self.flag is None:
-            assert self._heart is not None
+    def _on_signal(self, number: int) -> None:
+        """A rank has received a stop signal. Before the training loop there is nothing to save: all ranks exit."""
+        if self.stop_flag is None:
+            assert self._heartbeat is not None
             if number != signal.SIGINT:
-                self._heart.request_exit(End(self.rank, PREEMPTED))
+                self._heartbeat.request_exit(GroupExit(self.rank, PREEMPTED))
             return
-        self.flag.cause = self.flag.cause or (KeyboardInterrupt if number == signal.SIGINT else Preempted)
+        if self.stop_flag.cause is None:
+            self.stop_flag.cause = KeyboardInterrupt if number == signal.SIGINT else Preempted
         if number != signal.SIGINT and self._deadline is None:
-            self._deadline = time.monotonic() + AGREE + PROGRESS.lasted
+            self._deadline = time.monotonic() + AGREE_SECONDS + PROGRESS.last_step_seconds
 
-    def _late(self) -> End | None:
-        """Whether a stop takes too long."""
+    def _find_late_stop(self) -> GroupExit | None:
+        """Returns the group's exit if stopping takes too long."""
         if self._deadline is None or time.monotonic() < self._deadline:
             return None
-        if not self._begun:
-            return End(self.rank, PREEMPTED)
+        if not self._has_steps:
+            return GroupExit(self.rank, PREEMPTED)
+        if self._agreed_to_stop:
+            what = f"the run was stopped, and saving its checkpoint took more than {SAVE_SECONDS:.0f} s"
+        else:
+            what = f"the run was stopped, and its ranks did not agree to save within {AGREE_SECONDS:.0f} s and a step"
         error = ClipwrightError(
-            "E_UNSAVED",
-            "told to stop, and not saved in time",
-            where=f"rank {self.rank}, step {PROGRESS.mark[0] + 1}, {PROGRESS.phase}",
-            found="the save did not end" if self._agreed else "the ranks did not come to agree",
-            fix=AGAIN,
+            "E_UNSAVED", what, where=f"rank {self.rank}, {location(PROGRESS.step, PROGRESS.phase)}", fix=RESUME
         )
-        return End(self.rank, error.exit_code, error.args)
+        return GroupExit.with_error(self.rank, error)
 
-    def _leave(self, end: End) -> None:
-        """Ends this process; if the main thread's own error is the group's, that goes on and tells it."""
-        speaks = end.by == self.rank
-        if speaks and end == self._own:
+    def _exit_process(self, group_exit: GroupExit) -> None:
+        """Exits this process, unless the main thread's own error is the group's: the main thread reports that one."""
+        is_reporter = group_exit.reporter == self.rank
+        if is_reporter and group_exit == self._own_exit:
             return
-        if speaks:
+        if is_reporter:
             self.call.writes_status = True
-            conclude(self.call, end.code, end.raised(), STOPPED.get(end.code, ""))
+            conclude(self.call, group_exit.code, group_exit.to_error(), STOPPED.get(group_exit.code, ""))
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(end.code)
+        os._exit(group_exit.code)
 
 
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, ClipwrightError):
         return error.exit_code
-    return {Preempted: PREEMPTED, KeyboardInterrupt: INTERRUPTED}.get(type(error), FAILED)
+    if isinstance(error, Preempted):
+        return PREEMPTED
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
 
 
-def _is_lost_peer(error: BaseException) -> bool:
-    """Whether an exchange failed: NCCL's errors have a class, gloo's are known by the file they name."""
+def _is_failed_collective(error: BaseException) -> bool:
+    """NCCL's errors have a class of their own; gloo's are RuntimeErrors that name its source files."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _lost(error: BaseException) -> ClipwrightError:
+def _unexplained(error: BaseException) -> ClipwrightError:
     return ClipwrightError(
         "E_RANK",
-        "an exchange between ranks failed",
-        where=f"step {PROGRESS.mark[0] + 1}, {PROGRESS.phase}",
+        "a collective between ranks failed although no rank exited or reported an error",
+        where=location(PROGRESS.step, PROGRESS.phase),
         found=str(error).splitlines()[0][:200],
-        fix=f"no rank has died or reports a fault: see the network between the hosts, and {AGAIN}",
+        fix=f"check the network between the nodes, then {RESUME}",
     )

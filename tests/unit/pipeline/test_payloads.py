@@ -1,6 +1,6 @@
-"""What would run code if a library opened it, in every place where a stranger's file may lie: refused, and nothing ran.
+"""Files that would run code if a library opened them carelessly, wherever an untrusted file may be: all are refused.
 
-Each payload leaves a canary file when it is opened carelessly; the first test shows that it does.
+Each payload creates a canary file when it is opened carelessly; the first test shows that.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Payload = Callable[[], bytes]
 
 
 class Bomb:
-    """Unpickled, it leaves a file."""
+    """Creates the canary file when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -66,7 +66,7 @@ def torch_bomb(canary: Path) -> bytes:
 
 @pytest.fixture
 def source(canary: Path) -> str:
-    """Python that leaves the canary when it is imported."""
+    """Python code that creates the canary file when it is imported."""
     return f"import pathlib\npathlib.Path({str(canary)!r}).touch()\nclass T: pass\n"
 
 
@@ -80,18 +80,18 @@ def yaml_bomb(canary: Path) -> str:
     return f"!!python/object/apply:os.mknod [{canary}]\n"
 
 
-def test_the_payloads_do_run_where_they_are_opened_carelessly(canary: Path, bomb: bytes, torch_bomb: bytes) -> None:
-    for careless in (
+def test_payloads_run_when_opened_carelessly(canary: Path, bomb: bytes, torch_bomb: bytes) -> None:
+    for open_carelessly in (
         lambda: pickle.loads(bomb),
         lambda: torch.load(io.BytesIO(torch_bomb), weights_only=False),
         lambda: np.load(io.BytesIO(objects(canary)), allow_pickle=True),
         lambda: yaml.unsafe_load(yaml_bomb(canary)),
     ):
-        careless()
-        assert canary.exists(), careless
+        open_carelessly()
+        assert canary.exists(), open_carelessly
         canary.unlink()
     assert kind_of(bomb) == "a pickle" and "zip" in kind_of(torch_bomb)
-    # A good safetensors file whose header is as long as a pickle's mark says.
+    # A valid safetensors file whose header length looks like a pickle's first bytes.
     header = json.dumps({"__metadata__": {"a": "x" * 613}}).encode()
     assert len(header) == 0x280 and kind_of((0x280).to_bytes(8, "little") + header) == ""
 
@@ -110,59 +110,59 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def reseal(folder: Path) -> None:
-    """As whoever put the payload there would: the manifest's hashes are those of what lies there."""
+def update_manifest(folder: Path) -> None:
+    """Sets the manifest's hashes to those of the files in the folder, as an attacker would."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = file_entries(folder, [p.name for p in folder.iterdir() if p.name != "manifest.json"])
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "vocab.pkl", "_C.pyd", "modeling.py", "notes"])
-def test_a_model_folder_with_a_file_that_could_run(
+def test_model_folder_with_executable_file_is_refused(
     name: str, model: Path, tmp_path: Path, here: Any, bomb: bytes, torch_bomb: bytes, source: str, canary: Path
 ) -> None:
     data = source.encode() if name.endswith(".py") else torch_bomb if name.startswith("weights") else bomb
     (model / name).write_bytes(data)
-    for sealed in (False, True):
-        if sealed:
-            reseal(model)
+    for in_manifest in (False, True):
+        if in_manifest:
+            update_manifest(model)
         error = here(tmp_path, "embed", f"model={model}", "data=nowhere", "-o", "out", code=3).error
         assert error.startswith("error[E_UNSAFE]: a model folder that could run code — ") and name in error, error
     assert not canary.exists()
 
 
-def test_pickle_bytes_under_the_name_of_safetensors(
+def test_pickle_named_safetensors_is_refused(
     model: Path, tmp_path: Path, here: Any, bomb: bytes, torch_bomb: bytes, canary: Path
 ) -> None:
     for data in (bomb, torch_bomb):
         (model / "model.safetensors").write_bytes(data)
         error = here(tmp_path, "embed", f"model={model}", "data=nowhere", "-o", "out", code=3).error
         assert error.startswith("error[E_MODEL_HASH]: ")
-        reseal(model)
+        update_manifest(model)
         error = here(tmp_path, "embed", f"model={model}", "data=nowhere", "-o", "out", code=3).error
         assert error.startswith("error[E_UNSAFE]: ") and "model.safetensors" in error
     assert not canary.exists()
 
 
-def test_a_model_whose_config_names_code(model: Path, tmp_path: Path, here: Any, source: str, canary: Path) -> None:
+def test_model_config_that_names_plugins_is_refused(model: Path, tmp_path: Path, here: Any, source: str, canary: Path) -> None:
     (tmp_path / "evil.py").write_text(source)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "plugins": [str(tmp_path / "evil.py")]}))
-    reseal(model)
+    update_manifest(model)
     error = here(tmp_path, "embed", f"model={model}", "data=nowhere", "-o", "out", code=3).error
     assert error.startswith("error[E_MANIFEST]: ") and "it names plugins" in error and not canary.exists()
 
 
 @pytest.mark.parametrize("only", ["pytorch_model.bin", "model.pt", "model.ckpt"])
-def test_an_import_of_pickled_weights(only: str, tmp_path: Path, here: Any, torch_bomb: bytes, canary: Path) -> None:
-    (tmp_path / "theirs").mkdir()
+def test_import_of_pickled_weights_is_refused(only: str, tmp_path: Path, here: Any, torch_bomb: bytes, canary: Path) -> None:
+    (tmp_path / "foreign").mkdir()
     for file, tree in (
         ("config.json", {"model_type": "clip", "text_config": {}, "vision_config": {}}),
         ("preprocessor_config.json", {}),
     ):
-        (tmp_path / "theirs" / file).write_text(json.dumps(tree))
-    (tmp_path / "theirs" / only).write_bytes(torch_bomb)
-    error = here(tmp_path, "import", "theirs", "-o", "out", code=3).error
+        (tmp_path / "foreign" / file).write_text(json.dumps(tree))
+    (tmp_path / "foreign" / only).write_bytes(torch_bomb)
+    error = here(tmp_path, "import", "foreign", "-o", "out", code=3).error
     assert error.startswith("error[E_IMPORT]: ") and only in error and "run code" in error
     assert not canary.exists() and not (tmp_path / "out").exists()
 
@@ -172,7 +172,7 @@ def test_an_import_of_pickled_weights(only: str, tmp_path: Path, here: Any, torc
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder with a sealed checkpoint, as far as those who open one look."""
+    """A run folder with a config and a checkpoint without manifest; see `write_checkpoint_manifest`."""
     folder = tmp_path / "run"
     saved = folder / "checkpoints" / "step-00000002"
     saved.mkdir(parents=True)
@@ -183,36 +183,39 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def seal(folder: Path) -> None:
+def write_checkpoint_manifest(folder: Path) -> None:
     body = {"step": 2, "files": file_entries(folder, [p.name for p in folder.iterdir() if p.name != "manifest.json"])}
     write_manifest(folder, "checkpoint", digest(body), body)
 
 
-@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("in_manifest", [False, True])
 @pytest.mark.parametrize(
     "name",
     [
-        *("optimizer-00000.safetensors", "model.safetensors", "mp_rank_00_model_states.pt", "state.pkl"),
+        "optimizer-00000.safetensors",
+        "model.safetensors",
+        "mp_rank_00_model_states.pt",
+        "state.pkl",
         "zero_pp_rank_0_mp_rank_00_optim_states.pt",
     ],
 )
-def test_a_checkpoint_with_a_pickle(
-    name: str, sealed: bool, run: Path, tmp_path: Path, here: Any, bomb: bytes, torch_bomb: bytes, canary: Path
+def test_checkpoint_with_a_pickle_is_refused(
+    name: str, in_manifest: bool, run: Path, tmp_path: Path, here: Any, bomb: bytes, torch_bomb: bytes, canary: Path
 ) -> None:
     saved = run / "checkpoints" / "step-00000002"
-    if not sealed:
-        seal(saved)
+    if not in_manifest:
+        write_checkpoint_manifest(saved)
     (saved / name).write_bytes(torch_bomb if name.endswith(".pt") else bomb)
-    if sealed:
-        seal(saved)
+    if in_manifest:
+        write_checkpoint_manifest(saved)
     error = here(tmp_path, "export", "run", "-o", "out", code=3).error
     assert error.startswith("error[E_UNSAFE]: a checkpoint that could run code — ") and name in error, error
     assert not canary.exists() and not (tmp_path / "out").exists()
 
 
-def test_no_older_checkpoint_is_taken_in_its_place(run: Path, tmp_path: Path, here: Any, bomb: bytes) -> None:
+def test_no_older_checkpoint_is_taken_instead_of_an_unsafe_one(run: Path, tmp_path: Path, here: Any, bomb: bytes) -> None:
     saved = run / "checkpoints" / "step-00000002"
-    seal(saved)
+    write_checkpoint_manifest(saved)
     (run / "checkpoints" / "step-00000003").mkdir()
     for path in saved.iterdir():
         (run / "checkpoints" / "step-00000003" / path.name).write_bytes(path.read_bytes())
@@ -222,14 +225,14 @@ def test_no_older_checkpoint_is_taken_in_its_place(run: Path, tmp_path: Path, he
 
 
 @pytest.mark.parametrize("place", ["train.yaml", "run/config.yaml", "override"])
-def test_a_config_that_asks_for_python_objects(place: str, run: Path, tmp_path: Path, here: Any, canary: Path) -> None:
+def test_config_with_python_objects_is_refused(place: str, run: Path, tmp_path: Path, here: Any, canary: Path) -> None:
     text = yaml_bomb(canary)
-    words = ["export", "run"] if place.startswith("run") else ["train", "./train.yaml"]
+    command = ["export", "run"] if place.startswith("run") else ["train", "./train.yaml"]
     if place == "override":
-        words = ["train", "photos", "data.train=nowhere", f"optim.lr={text.strip()}"]
+        command = ["train", "photos", "data.train=nowhere", f"optim.lr={text.strip()}"]
     else:
         (tmp_path / place).write_text(f"optim: {{lr: {text.strip()}}}" if place == "train.yaml" else text)
-    error = here(tmp_path, *words, "-o", "out", code=2).error
+    error = here(tmp_path, *command, "-o", "out", code=2).error
     code = "E_CONFIG_VALUE" if place == "override" else "E_CONFIG_FILE"
     assert error.startswith(f"error[{code}]: ") and "python/object" in error
     assert not canary.exists()
@@ -238,18 +241,18 @@ def test_a_config_that_asks_for_python_objects(place: str, run: Path, tmp_path: 
 # Tokenizers
 
 
-def test_a_tokenizer_folder_with_code_of_its_own(tmp_path: Path, source: str, canary: Path) -> None:
+def test_tokenizer_folder_with_custom_code_is_refused(tmp_path: Path, source: str, canary: Path) -> None:
     from tokenizers import Tokenizer, models
 
-    folder = tmp_path / "words"
+    folder = tmp_path / "tokenizer"
     folder.mkdir()
     (folder / "tokenization_evil.py").write_text(source)
-    named = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["tokenization_evil.T", None]}, "eos_token": "b"}
+    config = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["tokenization_evil.T", None]}, "eos_token": "b"}
     for with_json in (False, True):
         if with_json:
             Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")).save(str(folder / "tokenizer.json"))
         for file in ("tokenizer_config.json", "config.json"):
-            (folder / file).write_text(json.dumps(named))
+            (folder / file).write_text(json.dumps(config))
             with pytest.raises(ClipwrightError) as caught:
                 TOKENIZERS.preset("huggingface", folder=str(folder)).train([], tmp_path)
             assert caught.value.code == "E_UNSAFE" and "auto_map" in caught.value.where
@@ -262,7 +265,7 @@ def test_a_tokenizer_folder_with_code_of_its_own(tmp_path: Path, source: str, ca
     ("preset", "file"),
     [("sentencepiece", "sentencepiece.model"), ("siglip", "spiece.model"), ("huggingface", "tokenizer.json")],
 )
-def test_a_vocabulary_that_is_a_pickle(preset: str, file: str, tmp_path: Path, bomb: bytes, canary: Path) -> None:
+def test_vocabulary_that_is_a_pickle_is_refused(preset: str, file: str, tmp_path: Path, bomb: bytes, canary: Path) -> None:
     (tmp_path / file).write_bytes(bomb)
     with pytest.raises(ClipwrightError) as caught:
         TOKENIZERS.build(TOKENIZERS.preset(preset), folder=tmp_path)
@@ -272,8 +275,8 @@ def test_a_vocabulary_that_is_a_pickle(preset: str, file: str, tmp_path: Path, b
 # Embeddings and indexes
 
 
-@pytest.mark.parametrize("payload", ["objects", "pickle", "beside", "cut"])
-def test_an_embedding_part_of_objects(payload: str, tmp_path: Path, here: Any, bomb: bytes, canary: Path) -> None:
+@pytest.mark.parametrize("payload", ["objects", "pickle", "beside", "truncated"])
+def test_embedding_part_of_objects_is_refused(payload: str, tmp_path: Path, here: Any, bomb: bytes, canary: Path) -> None:
     folder = tmp_path / "embeddings"
     folder.mkdir()
     np.save(folder / "part-00000.npy", np.ones((1, 4), np.float16))
@@ -281,20 +284,20 @@ def test_an_embedding_part_of_objects(payload: str, tmp_path: Path, here: Any, b
     if payload == "beside":
         (folder / "metadata.pkl").write_bytes(bomb)
     else:
-        whole = (folder / "part-00000.npy").read_bytes()
-        data = {"objects": objects(canary), "pickle": bomb, "cut": whole[:-3]}[payload]
+        valid = (folder / "part-00000.npy").read_bytes()
+        data = {"objects": objects(canary), "pickle": bomb, "truncated": valid[:-3]}[payload]
         (folder / "part-00000.npy").write_bytes(data)
     files = file_entries(folder, ["part-00000.npy", "part-00000.parquet"])
     body = {"model": "m", "data": "d", "what": "image", "dimension": 4, "rows": 1, "files": files}
     write_manifest(folder, "embedding", "f", body)
     error = here(tmp_path, "index", "build", "flat", f"embeddings={folder}", "-o", "index", code=3).error
-    code = "E_INDEX_ROWS" if payload == "cut" else "E_UNSAFE"
+    code = "E_INDEX_ROWS" if payload == "truncated" else "E_UNSAFE"
     assert error.startswith(f"error[{code}]: ") and ("metadata.pkl" if payload == "beside" else "part-0") in error
     assert not canary.exists() and not list((tmp_path / "index").glob("versions/0*"))
 
 
 @pytest.mark.parametrize("name", ["index.pkl", "rows-00000.parquet", "index.faiss"])
-def test_an_index_with_a_pickle(name: str, tmp_path: Path, here: Any, bomb: bytes, canary: Path) -> None:
+def test_index_with_a_pickle_is_refused(name: str, tmp_path: Path, here: Any, bomb: bytes, canary: Path) -> None:
     version = tmp_path / "index" / "versions" / "000001"
     version.mkdir(parents=True)
     (tmp_path / "index" / "current").write_text("000001\n")
@@ -311,10 +314,10 @@ def test_an_index_with_a_pickle(name: str, tmp_path: Path, here: Any, bomb: byte
 # Data
 
 
-def test_members_of_foreign_tars_are_never_opened(
+def test_executable_members_of_foreign_tars_are_never_opened(
     tmp_path: Path, here: Any, bomb: bytes, torch_bomb: bytes, canary: Path
 ) -> None:
-    """As samples they are refused; beside a picture and its caption they are passed over, unread, and counted."""
+    """As images they are refused and counted, and never opened."""
     members = {"pkl": bomb, "pyd": bomb, "pt": torch_bomb, "npy": objects(canary), "pth": torch_bomb}
     tars = tmp_path / "tars"
     tars.mkdir()
@@ -331,17 +334,17 @@ def test_members_of_foreign_tars_are_never_opened(
 
 
 @pytest.mark.parametrize("name", ["pairs.pkl", "pairs.npy", "pairs.pt", "pairs.parquet"])
-def test_a_table_that_is_a_pickle(name: str, tmp_path: Path, here: Any, bomb: bytes, canary: Path) -> None:
+def test_table_that_is_a_pickle_is_refused(name: str, tmp_path: Path, here: Any, bomb: bytes, canary: Path) -> None:
     (tmp_path / name).write_bytes(objects(canary) if name.endswith(".npy") else bomb)
     error = here(tmp_path, "prep", "table", f"source.path={name}", "-o", "out", code=3).error
     assert error.startswith("error[E_TABLE]: ") and name in error and not canary.exists()
 
 
-def test_a_folder_is_searched_to_its_depths_and_zips_are_found(tmp_path: Path, bomb: bytes) -> None:
+def test_nested_folders_are_searched_and_zip_files_are_found(tmp_path: Path, bomb: bytes) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     refuse_code(tmp_path, "a folder")
-    with zipfile.ZipFile(tmp_path / "a" / "b" / "data", "w") as made:
-        made.writestr("archive/data.pkl", bomb)
+    with zipfile.ZipFile(tmp_path / "a" / "b" / "data", "w") as archive:
+        archive.writestr("archive/data.pkl", bomb)
     with pytest.raises(ClipwrightError) as caught:
         refuse_code(tmp_path, "a folder")
     assert caught.value.code == "E_UNSAFE" and "a/b/data" in caught.value.where and "zip" in caught.value.found

@@ -19,7 +19,7 @@ from clipwright.pipeline.model.folder import Model
 from clipwright.pipeline.model.two_tower import build_model
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 from clipwright.pipeline.train.config import RunConfig
-from clipwright.pipeline.train.supervision.failures import Peer, judge
+from clipwright.pipeline.train.supervision.failures import Peer, find_failure
 from clipwright.pipeline.train.validation import Validation
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -92,14 +92,13 @@ def test_a_run_that_is_told_to_stop_leaves_the_scores_out(
 @pytest.mark.parametrize("signs", [True, False])
 def test_a_rank_that_says_that_it_is_alive_does_not_hang(signs: bool) -> None:
     now = time.monotonic()
-    peers = [Peer(rank, f"host{rank}", heard=now, moved=now - 100) for rank in range(2)]
+    peers = [Peer(rank, f"host{rank}", last_heard=now, last_progress=now - 100) for rank in range(2)]
     for number in (0, 1):
         for peer in peers:
             busy = peer.rank == 0
-            peer.moved = now - 100 if number == 0 else peer.moved
-            mark = {"mark": (5, 1), "phase": "validate", "waits": not busy, "at": "x"}
-            peer.beats({**mark, "signs": number if busy and signs else 0})
+            report = {"step_and_phase": (5, 1), "phase": "validate", "in_collective": not busy, "code_line": "x"}
+            peer.update({**report, "heartbeats": number if busy and signs else 0})
             if number == 0:
-                peer.moved = now - 100
-    found = judge(peers, now, 10)
-    assert found is None if signs else found is not None and found.code == "E_HANG" and "rank 0" in found.where
+                peer.last_progress = now - 100
+    found = find_failure(peers, now, 10)
+    assert found is None if signs else found is not None and found.code == "E_HANG" and "rank 0" in found.what
