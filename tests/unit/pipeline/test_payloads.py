@@ -144,7 +144,9 @@ def test_pickle_named_safetensors_is_refused(
     assert not canary.exists()
 
 
-def test_model_config_that_names_plugins_is_refused(model: Path, tmp_path: Path, here: Any, source: str, canary: Path) -> None:
+def test_model_config_that_names_plugins_is_refused(
+    model: Path, tmp_path: Path, here: Any, source: str, canary: Path
+) -> None:
     (tmp_path / "evil.py").write_text(source)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "plugins": [str(tmp_path / "evil.py")]}))
@@ -154,7 +156,9 @@ def test_model_config_that_names_plugins_is_refused(model: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("only", ["pytorch_model.bin", "model.pt", "model.ckpt"])
-def test_import_of_pickled_weights_is_refused(only: str, tmp_path: Path, here: Any, torch_bomb: bytes, canary: Path) -> None:
+def test_import_of_pickled_weights_is_refused(
+    only: str, tmp_path: Path, here: Any, torch_bomb: bytes, canary: Path
+) -> None:
     (tmp_path / "foreign").mkdir()
     for file, tree in (
         ("config.json", {"model_type": "clip", "text_config": {}, "vision_config": {}}),
@@ -213,7 +217,9 @@ def test_checkpoint_with_a_pickle_is_refused(
     assert not canary.exists() and not (tmp_path / "out").exists()
 
 
-def test_no_older_checkpoint_is_taken_instead_of_an_unsafe_one(run: Path, tmp_path: Path, here: Any, bomb: bytes) -> None:
+def test_no_older_checkpoint_is_taken_instead_of_an_unsafe_one(
+    run: Path, tmp_path: Path, here: Any, bomb: bytes
+) -> None:
     saved = run / "checkpoints" / "step-00000002"
     write_checkpoint_manifest(saved)
     (run / "checkpoints" / "step-00000003").mkdir()
@@ -265,7 +271,9 @@ def test_tokenizer_folder_with_custom_code_is_refused(tmp_path: Path, source: st
     ("preset", "file"),
     [("sentencepiece", "sentencepiece.model"), ("siglip", "spiece.model"), ("huggingface", "tokenizer.json")],
 )
-def test_vocabulary_that_is_a_pickle_is_refused(preset: str, file: str, tmp_path: Path, bomb: bytes, canary: Path) -> None:
+def test_vocabulary_that_is_a_pickle_is_refused(
+    preset: str, file: str, tmp_path: Path, bomb: bytes, canary: Path
+) -> None:
     (tmp_path / file).write_bytes(bomb)
     with pytest.raises(ClipwrightError) as caught:
         TOKENIZERS.build(TOKENIZERS.preset(preset), folder=tmp_path)
@@ -276,7 +284,9 @@ def test_vocabulary_that_is_a_pickle_is_refused(preset: str, file: str, tmp_path
 
 
 @pytest.mark.parametrize("payload", ["objects", "pickle", "beside", "truncated"])
-def test_embedding_part_of_objects_is_refused(payload: str, tmp_path: Path, here: Any, bomb: bytes, canary: Path) -> None:
+def test_embedding_part_of_objects_is_refused(
+    payload: str, tmp_path: Path, here: Any, bomb: bytes, canary: Path
+) -> None:
     folder = tmp_path / "embeddings"
     folder.mkdir()
     np.save(folder / "part-00000.npy", np.ones((1, 4), np.float16))
