@@ -48,6 +48,7 @@ REGISTRIES = {
     "sources": "clipwright.data_prep.sources.base:SOURCES",
     "benchmarks": "clipwright.eval.benchmarks.base:BENCHMARKS",
     "recipes": "clipwright.eval.search.recipes.base:RECIPES",
+    "formats": "clipwright.pipeline.interop.formats.base:FORMATS",
 }
 
 

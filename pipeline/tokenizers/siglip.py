@@ -112,12 +112,12 @@ class SigLIPTokenizer:
             if self._config.strip:
                 part = part.lstrip() if number > 0 else part
                 part = part.rstrip() if number < len(parts) - 1 else part
-            pieces += self._spelt(part) if part else []
+            pieces += self._text_pieces(part) if part else []
         if len(pieces) > 1 and pieces[0] == META and pieces[1] in self._special:
             pieces = pieces[1:]
         return [self._special.get(piece, self._pieces.piece_to_id(piece)) for piece in pieces]
 
-    def _spelt(self, text: str) -> list[str]:
+    def _text_pieces(self, text: str) -> list[str]:
         """The pieces of ordinary text."""
         text = text.lower() if self._config.lower_case else text
         text = re.sub(r"\s+", " ", text.translate(_NO_PUNCTUATION)).strip()

@@ -1,4 +1,4 @@
-"""Folders as `save_pretrained` of transformers writes them, with random weights, and the command line in-process."""
+"""Model folders as `save_pretrained` of transformers writes them, with random weights; `clipwright` in-process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ from clipwright.pipeline.tokenizers import clip_bpe
 TEXT = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 52}
 VISION = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 71}
 CAPTIONS = (
-    *("a photo of two dogs in the snow", "the red cat running on a beach", "its car at the house, 3 of 5 doors open"),
-    *("한국어 문장 그리고 눈 속의 개", "猫と犬 日本語", "un été naïf à la plage", "“quoted” & 100% sure"),
+    "a photo of two dogs in the snow",
+    "the red cat running on a beach",
+    "its car at the house, 3 of 5 doors open",
+    "한국어 문장 그리고 눈 속의 개",
+    "猫と犬 日本語",
+    "un été naïf à la plage",
+    "“quoted” & 100% sure",
 )
 
 
@@ -44,7 +49,10 @@ def spiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sentence_iterator=iter(CAPTIONS * 50),
         model_prefix=str(folder / "spiece"),
         vocab_size=120,
-        **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
         minloglevel=2,
         hard_vocab_limit=False,
     )
@@ -52,7 +60,7 @@ def spiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save(model: Any, folder: Path, *, seed: int, dtype: torch.dtype) -> None:
-    """Random weights of a size at which every part of the model shows in its result."""
+    """Saves random weights that are large enough for every part of the model to affect its output."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -127,11 +135,11 @@ def siglip(make_siglip: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
-    """`clipwright WORDS` in this process, which holds torch already, with the network cut off."""
+    """`clipwright WORDS` in this process, which has torch loaded, without network access."""
     from clipwright.cli import app
 
     def refuse(*_: object) -> None:
-        raise AssertionError("a connection to somewhere")
+        raise AssertionError("network access")
 
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("socket.socket.connect", refuse)

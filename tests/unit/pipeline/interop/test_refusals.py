@@ -1,4 +1,4 @@
-"""Folders that are not taken over: each refusal names the key, what was wanted and found, and leaves nothing."""
+"""Folders that cannot be imported: each error names the key, the expected and the actual value, and nothing is left."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-Damage = Callable[[Path], object]
+Change = Callable[[Path], object]
 CONFIG, PREPROCESSOR, WORDS = "config.json", "preprocessor_config.json", "tokenizer_config.json"
 HEAD = "vision_model.head.attention.in_proj_weight"
 TABLE = "vision_model.embeddings.position_embedding.weight"
 
 
-def state(file: str, **places: Any) -> Damage:
-    """Sets keys of a JSON file, `section__key`; … takes the key away."""
+def state(file: str, **places: Any) -> Change:
+    """Sets keys (`section__key`) of a JSON file; `...` removes the key."""
 
-    def damage(folder: Path) -> None:
+    def change(folder: Path) -> None:
         tree = json.loads((folder / file).read_text())
         for place, value in places.items():
             *path, last = place.split("__")
@@ -35,209 +35,298 @@ def state(file: str, **places: Any) -> Damage:
                 node[last] = value
         (folder / file).write_text(json.dumps(tree))
 
-    return damage
+    return change
 
 
-def reweigh(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
-    def damage(folder: Path) -> None:
+def change_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
+    def apply(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
         save_file(tensors, folder / "model.safetensors")
 
-    return damage
+    return apply
 
 
-def write(file: str, data: bytes | str) -> Damage:
+def write(file: str, data: bytes | str) -> Change:
     return lambda folder: (folder / file).write_bytes(data if isinstance(data, bytes) else data.encode())
 
 
-def remove(*files: str) -> Damage:
+def remove(*files: str) -> Change:
     return lambda folder: [(folder / file).unlink() for file in files]
 
 
 class Trap:
-    """Unpickled, it leaves a file."""
+    """Creates a file when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (open, ("ran", "w"))
 
 
-def only_a_pickle(folder: Path) -> None:
+def keep_only_a_pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
 
 
-def cut_off(folder: Path) -> None:
+def truncate(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
 
 
-def another_processor(folder: Path) -> None:
+def add_contradicting_processor(folder: Path) -> None:
     tree = {**json.loads((folder / PREPROCESSOR).read_text()), "resample": 2}
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": tree}))
 
 
-def own_code(folder: Path) -> None:
+def add_code(folder: Path) -> None:
     (folder / "modeling.py").write_text("open('ran', 'w').close()\n")
     state(CONFIG, auto_map={"AutoModel": "modeling.Model"})(folder)
 
 
-def shards(**places: str) -> Damage:
-    def damage(folder: Path) -> None:
+def shards(**places: str) -> Change:
+    def change(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "a.safetensors")
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
-    return damage
+    return change
 
 
-# Damage, error code, then words of the error: the culprit, what was wanted and what was found.
+# Change, error code, then parts of the error: the culprit, the expected and the actual value.
 SIGLIP: dict[str, tuple[Any, ...]] = {
-    "pickle": (only_a_pickle, "E_IMPORT", "pytorch_model.bin", "wanted model.safetensors", "may run code"),
-    "code": (own_code, "E_IMPORT", "config.json: auto_map", "wanted no code", "modeling.Model"),
+    "pickle": (keep_only_a_pickle, "E_IMPORT", "pytorch_model.bin", "expected model.safetensors", "may run code"),
+    "code": (add_code, "E_IMPORT", "config.json: auto_map", "expected no code", "modeling.Model"),
     "tokenizer code": (state(WORDS, auto_map={"AutoTokenizer": ["t.T", None]}), "E_IMPORT", f"{WORDS}: auto_map"),
     "processor code": (state(PREPROCESSOR, auto_map={"AutoProcessor": "p.P"}), "E_IMPORT", f"{PREPROCESSOR}: auto_map"),
     "nested code": (
         state(CONFIG, text_config__auto_map={"AutoModel": "m.M"}),
-        *("E_IMPORT", "config.json: text_config.auto_map"),
+        "E_IMPORT",
+        "config.json: text_config.auto_map",
     ),
     "no weights": (remove("model.safetensors"), "E_INPUT", "model.safetensors", "neither"),
     "no config": (remove(CONFIG), "E_INPUT", CONFIG, "No such file"),
-    "broken config": (write(CONFIG, "{"), "E_INPUT", CONFIG, "Expecting property name"),
-    "a list": (write(CONFIG, "[1]"), "E_INPUT", CONFIG, "a list, no object"),
-    "broken weights": (write("model.safetensors", b"\xff" * 99), "E_INPUT", "model.safetensors", "header"),
-    "another kind": (state(CONFIG, model_type="chinese_clip"), "E_IMPORT", "model_type", "clip or siglip", "'chinese"),
+    "invalid JSON": (write(CONFIG, "{"), "E_INPUT", CONFIG, "Expecting property name"),
+    "a list": (write(CONFIG, "[1]"), "E_INPUT", CONFIG, "a list, not an object"),
+    "corrupt weights": (write("model.safetensors", b"\xff" * 99), "E_INPUT", "model.safetensors", "header"),
+    "another kind": (
+        state(CONFIG, model_type="chinese_clip"),
+        "E_IMPORT",
+        "transformers_clip: expected model_type 'clip', got 'chinese_clip'",
+        "transformers_siglip: expected model_type 'siglip', got 'chinese_clip'",
+    ),
     "another class": (
         state(CONFIG, architectures=["SiglipForImageClassification"]),
-        *("E_IMPORT", "architectures", "wanted ['SiglipModel']", "SiglipForImageClassification"),
+        "E_IMPORT",
+        "architectures",
+        "expected ['SiglipModel']",
+        "SiglipForImageClassification",
     ),
     "no vision": (state(CONFIG, vision_config=...), "E_IMPORT", "config.json: vision_config", "an object", "nothing"),
-    "unparsed": (state(CONFIG, vision_config__hidden_size="wide"), "E_IMPORT", CONFIG, "hidden_size"),
+    "value of the wrong type": (state(CONFIG, vision_config__hidden_size="wide"), "E_IMPORT", CONFIG, "hidden_size"),
     "act": (
         state(CONFIG, text_config__hidden_act="relu"),
-        *("E_IMPORT", "text_config.hidden_act", "wanted quick_gelu or gelu or gelu_pytorch_tanh", "got 'relu'"),
+        "E_IMPORT",
+        "text_config.hidden_act",
+        "expected quick_gelu or gelu or gelu_pytorch_tanh",
+        "got 'relu'",
     ),
     "eps": (state(CONFIG, vision_config__layer_norm_eps=0.0), "E_IMPORT", "vision_config.layer_norm_eps", "got 0.0"),
     "heads": (state(CONFIG, vision_config__num_attention_heads=5), "E_IMPORT", "num_attention_heads", "36", "got 5"),
-    "grey": (state(CONFIG, vision_config__num_channels=1), "E_IMPORT", "vision_config.num_channels", "wanted 3, got 1"),
-    "oblong": (state(CONFIG, vision_config__image_size=[40, 48]), "E_IMPORT", "vision_config.image_size", "[40, 48]"),
+    "grayscale": (
+        state(CONFIG, vision_config__num_channels=1),
+        "E_IMPORT",
+        "vision_config.num_channels",
+        "expected 3, got 1",
+    ),
+    "not square": (
+        state(CONFIG, vision_config__image_size=[40, 48]),
+        "E_IMPORT",
+        "vision_config.image_size",
+        "[40, 48]",
+    ),
     "headless": (state(CONFIG, vision_config__vision_use_head=False), "E_IMPORT", "vision_use_head", "got False"),
-    "two spaces": (
+    "different widths": (
         state(CONFIG, text_config__projection_size=24),
-        *("E_IMPORT", "text_config.projection_size", "vision_config.hidden_size, 36", "got 24"),
+        "E_IMPORT",
+        "text_config.projection_size",
+        "vision_config.hidden_size, 36",
+        "got 24",
     ),
     "few ids": (state(CONFIG, text_config__vocab_size=9), "E_IMPORT", "text_config.vocab_size", "ids or more, got 9"),
     "too deep": (
         state(CONFIG, vision_config__num_hidden_layers=10**9),
-        *("E_IMPORT", "vision_config.num_hidden_layers", "wanted at most 1000, got 1000000000"),
+        "E_IMPORT",
+        "vision_config.num_hidden_layers",
+        "expected at most 1000, got 1000000000",
     ),
-    "cut off": (cut_off, "E_INPUT", "model.safetensors", "not fully covered"),
+    "truncated weights": (truncate, "E_INPUT", "model.safetensors", "not fully covered"),
     "wrong shape": (
-        reweigh(lambda t: t.update({HEAD: t[HEAD][:-1]})),
-        *("E_MODEL_SHAPE", HEAD, "wanted shape (108, 36)", "got shape (107, 36)"),
+        change_weights(lambda t: t.update({HEAD: t[HEAD][:-1]})),
+        "E_MODEL_SHAPE",
+        HEAD,
+        "expected shape (108, 36)",
+        "got shape (107, 36)",
     ),
     "other depth": (
         state(CONFIG, text_config__num_hidden_layers=3),
-        *("E_MODEL_SHAPE", "text_model.encoder.layers.2", "wanted a tensor of shape", "no such tensor"),
+        "E_MODEL_SHAPE",
+        "text_model.encoder.layers.2",
+        "expected a tensor of shape",
+        "no such tensor",
     ),
-    "missing": (reweigh(lambda t: t.pop("logit_bias")), "E_MODEL_SHAPE", "logit_bias", "got no such tensor"),
+    "missing": (change_weights(lambda t: t.pop("logit_bias")), "E_MODEL_SHAPE", "logit_bias", "got no such tensor"),
     "renamed": (
-        reweigh(lambda t: t.update({"logit_scales": t.pop("logit_scale")})),
-        *("E_MODEL_SHAPE", ": logit_scale —", "no such tensor, but logit_scales"),
+        change_weights(lambda t: t.update({"logit_scales": t.pop("logit_scale")})),
+        "E_MODEL_SHAPE",
+        ": logit_scale —",
+        "no such tensor, but logit_scales",
     ),
     "extra": (
-        reweigh(lambda t: t.update({"lora.weight": torch.ones(2, 3)})),
-        *("E_MODEL_SHAPE", "lora.weight", "wanted no such tensor, got shape (2, 3)"),
+        change_weights(lambda t: t.update({"lora.weight": torch.ones(2, 3)})),
+        "E_MODEL_SHAPE",
+        "lora.weight",
+        "expected no such tensor, got shape (2, 3)",
     ),
     "not finite": (
-        reweigh(lambda t: t[TABLE][3].fill_(float("nan"))),
-        *("E_MODEL_SHAPE", TABLE, "wanted finite numbers, got 36 that are not"),
+        change_weights(lambda t: t[TABLE][3].fill_(float("nan"))),
+        "E_MODEL_SHAPE",
+        TABLE,
+        "expected finite numbers, got 36 that are not",
     ),
-    "whole numbers": (
-        reweigh(lambda t: t.update({TABLE: t[TABLE].int()})),
-        *("E_MODEL_SHAPE", TABLE, "float16 or bfloat16", "torch.int32"),
+    "integer weights": (
+        change_weights(lambda t: t.update({TABLE: t[TABLE].int()})),
+        "E_MODEL_SHAPE",
+        TABLE,
+        "float16 or bfloat16",
+        "torch.int32",
     ),
-    "a way out": (shards(logit_scale="../a.safetensors"), "E_IMPORT", "weight_map", "../a.safetensors"),
-    "no places": (shards(), "E_IMPORT", "weight_map", "no files"),
-    "a lost shard": (shards(logit_scale="b.safetensors"), "E_INPUT", "b.safetensors", "missing"),
+    "weight file outside the folder": (
+        shards(logit_scale="../a.safetensors"),
+        "E_IMPORT",
+        "weight_map",
+        "../a.safetensors",
+    ),
+    "empty weight map": (shards(), "E_IMPORT", "weight_map", "no files"),
+    "missing weight file": (shards(logit_scale="b.safetensors"), "E_INPUT", "b.safetensors", "missing"),
     "no processor": (remove(PREPROCESSOR), "E_INPUT", PREPROCESSOR, "No such file"),
     "size": (
         state(PREPROCESSOR, size={"height": 48, "width": 40}),
-        *("E_IMPORT", "size.height", "wanted 40, as in vision_config.image_size", "got 48"),
+        "E_IMPORT",
+        "size.height",
+        "expected 40, as in vision_config.image_size",
+        "got 48",
     ),
     "no size": (state(PREPROCESSOR, size=...), "E_IMPORT", f"{PREPROCESSOR}: size", "got nothing"),
     "no mean": (state(PREPROCESSOR, image_mean=...), "E_IMPORT", "image_mean", "three numbers, got nothing"),
     "std": (state(PREPROCESSOR, image_std=[0.5, 0, 0.5]), "E_IMPORT", "image_std", "three numbers", "[0.5, 0, 0.5]"),
     "resample": (state(PREPROCESSOR, resample=4), "E_IMPORT", "resample", "3 (bicubic)", "got 4"),
     "no resample": (state(PREPROCESSOR, resample=...), "E_IMPORT", "resample", "got nothing"),
-    "as it is": (state(PREPROCESSOR, do_normalize=False), "E_IMPORT", "do_normalize", "wanted True, got False"),
-    "any size": (state(PREPROCESSOR, do_resize=...), "E_IMPORT", "do_resize", "wanted True, got nothing"),
-    "unscaled": (state(PREPROCESSOR, do_rescale=False), "E_IMPORT", "do_rescale", "wanted True, got False"),
-    "scale": (state(PREPROCESSOR, rescale_factor=1 / 127.5), "E_IMPORT", "rescale_factor", "wanted 1/255"),
+    "no normalization": (
+        state(PREPROCESSOR, do_normalize=False),
+        "E_IMPORT",
+        "do_normalize",
+        "expected True, got False",
+    ),
+    "no resizing": (state(PREPROCESSOR, do_resize=...), "E_IMPORT", "do_resize", "expected True, got nothing"),
+    "no rescaling": (state(PREPROCESSOR, do_rescale=False), "E_IMPORT", "do_rescale", "expected True, got False"),
+    "scale": (state(PREPROCESSOR, rescale_factor=1 / 127.5), "E_IMPORT", "rescale_factor", "expected 1/255"),
     "padded": (state(PREPROCESSOR, do_pad=True), "E_IMPORT", "do_pad", "got True"),
     "another processor": (
         state(PREPROCESSOR, image_processor_type="ViTImageProcessor"),
-        *("E_IMPORT", "image_processor_type", "SiglipImageProcessor", "'ViTImageProcessor'"),
+        "E_IMPORT",
+        "image_processor_type",
+        "SiglipImageProcessor",
+        "'ViTImageProcessor'",
     ),
     "no tokenizer": (remove("spiece.model", WORDS), "E_INPUT", "none of the files", "spiece.model"),
-    "broken tokenizer": (write("spiece.model", b"\xff" * 99), "E_INPUT", "tokenizer cannot be read"),
+    "corrupt tokenizer": (write("spiece.model", b"\xff" * 99), "E_INPUT", "tokenizer cannot be read"),
     "other length": (
         state(WORDS, model_max_length=32),
-        *("E_IMPORT", f"{WORDS}: model_max_length", "text_config.max_position_embeddings, 64", "got 32"),
+        "E_IMPORT",
+        f"{WORDS}: model_max_length",
+        "expected 64, as in text_config.max_position_embeddings",
+        "got 32",
     ),
     "added token": (
         state(
             WORDS,
             added_tokens_decoder__9={
-                **{"content": "<x>", "lstrip": False, "rstrip": False, "single_word": False},
-                **{"normalized": False, "special": True},
+                "content": "<x>",
+                "lstrip": False,
+                "rstrip": False,
+                "single_word": False,
+                "normalized": False,
+                "special": True,
             },
         ),
-        *("E_IMPORT", "added_tokens_decoder", "wanted the tokens </s>, <unk>", "got <x>"),
+        "E_IMPORT",
+        "added_tokens_decoder",
+        "expected the tokens </s>, <unk>",
+        "got <x>",
     ),
 }
 CLIP: dict[str, tuple[Any, ...]] = {
     "another end": (
         state(CONFIG, text_config__eos_token_id=49406),
-        *("E_IMPORT", "text_config.eos_token_id", "end of text, 49407", "got 49406"),
+        "E_IMPORT",
+        "text_config.eos_token_id",
+        "end of text, 49407",
+        "got 49406",
     ),
     "edge": (
         state(PREPROCESSOR, size={"shortest_edge": 48}),
-        *("E_IMPORT", "size.shortest_edge", "wanted 40", "got 48"),
+        "E_IMPORT",
+        "size.shortest_edge",
+        "expected 40",
+        "got 48",
     ),
     "crop": (
         state(PREPROCESSOR, crop_size={"height": 40, "width": 32}),
-        *("E_IMPORT", "crop_size.width", "wanted 40", "got 32"),
+        "E_IMPORT",
+        "crop_size.width",
+        "expected 40",
+        "got 32",
     ),
-    "no crop": (state(PREPROCESSOR, do_center_crop=False), "E_IMPORT", "do_center_crop", "shorter side only"),
+    "no crop": (state(PREPROCESSOR, do_center_crop=False), "E_IMPORT", "do_center_crop", "only the shorter side"),
     "two processors": (
-        another_processor,
-        *("E_IMPORT", f"{PREPROCESSOR}: resample", "wanted processor_config.json's 2, got 3"),
+        add_contradicting_processor,
+        "E_IMPORT",
+        f"{PREPROCESSOR}: resample",
+        "expected processor_config.json's 2, got 3",
     ),
     "other length": (
         state(WORDS, model_max_length=32),
-        *("E_IMPORT", f"{WORDS}: model_max_length", "text_config.max_position_embeddings, 77", "got 32"),
+        "E_IMPORT",
+        f"{WORDS}: model_max_length",
+        "expected 77, as in text_config.max_position_embeddings",
+        "got 32",
     ),
     "no vocabulary": (remove("tokenizer.json"), "E_INPUT", "none of the files tokenizer.json, vocab.json"),
     "no merges": (
         lambda folder: [(folder / "tokenizer.json").unlink(), write("vocab.json", '{"a": 0}')(folder)],
-        *("E_INPUT", "merges.txt", "vocab.json without it"),
+        "E_INPUT",
+        "merges.txt",
+        "vocab.json without it",
     ),
     "another tokenizer": (
         state(WORDS, tokenizer_class="BertTokenizer"),
-        *("E_IMPORT", "text_config.vocab_size", "tokenizer's largest id", "got 49408"),
+        "E_IMPORT",
+        "text_config.vocab_size",
+        "tokenizer's largest id",
+        "got 49408",
     ),
-    "no crop size": (state(PREPROCESSOR, crop_size=...), "E_IMPORT", "crop_size", "wanted 40, got nothing"),
+    "no crop size": (state(PREPROCESSOR, crop_size=...), "E_IMPORT", "crop_size", "expected 40, got nothing"),
     "longest edge": (
         state(PREPROCESSOR, size={"shortest_edge": 40, "longest_edge": 90}),
-        *("E_IMPORT", f"{PREPROCESSOR}: size", "shortest_edge alone"),
+        "E_IMPORT",
+        f"{PREPROCESSOR}: size",
+        "shortest_edge alone",
     ),
 }
 
 
-def check(run: Any, whole: Path, folder: Path, damage: Damage, code: str, *words: str) -> None:
+def check(run: Any, original: Path, folder: Path, change: Change, code: str, *words: str) -> None:
     copy, out = folder / "folder", folder / "model"
-    shutil.copytree(whole, copy)
-    damage(copy)
+    shutil.copytree(original, copy)
+    change(copy)
     done = run("import", copy, "-o", out)
     assert done.code == 3 and done.error.startswith(f"error[{code}]: "), done.error
     _, where, _, fix = done.error.split(" — ")
@@ -246,22 +335,24 @@ def check(run: Any, whole: Path, folder: Path, damage: Damage, code: str, *words
     shutil.rmtree(copy)
 
 
-def test_siglip_folders(siglip: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_siglip_folders_are_rejected(
+    siglip: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (work := tmp_path / "work").mkdir()
     monkeypatch.chdir(work)
-    for number, (damage, code, *words) in enumerate(SIGLIP.values()):
+    for number, (change, code, *words) in enumerate(SIGLIP.values()):
         (place := tmp_path / str(number)).mkdir()
-        check(run, siglip, place, damage, code, *words)
-    assert not list(work.iterdir())  # nothing of a folder was run
+        check(run, siglip, place, change, code, *words)
+    assert not list(work.iterdir())  # no code of a folder was run
 
 
-def test_clip_folders(clip: Path, run: Any, tmp_path: Path) -> None:
-    for number, (damage, code, *words) in enumerate(CLIP.values()):
+def test_invalid_clip_folders_are_rejected(clip: Path, run: Any, tmp_path: Path) -> None:
+    for number, (change, code, *words) in enumerate(CLIP.values()):
         (place := tmp_path / str(number)).mkdir()
-        check(run, clip, place, damage, code, *words)
+        check(run, clip, place, change, code, *words)
 
 
-def test_the_command_line(siglip: Path, run: Any, tmp_path: Path) -> None:
+def test_import_command_line_errors(siglip: Path, run: Any, tmp_path: Path) -> None:
     other = tmp_path / "mine"
     other.mkdir()
     (other / "thesis.txt").write_text("dear")
