@@ -184,9 +184,9 @@ def _configs() -> list[dict[str, Any]]:
 
 
 def _prompts() -> list[dict[str, Any]]:
-    from clipwright.eval.prompting import listing
+    from clipwright.eval.prompting import list_prompt_sets
 
-    return listing()
+    return list_prompt_sets()
 
 
 def _entries(kind: str, image_size: int | None) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from accelerate.state import PartialState
 from accelerate.utils import gather_object
 from pydantic import AfterValidator, Field
 
-from clipwright.eval.encode import encode_images, encode_texts, pictures, pieces
+from clipwright.eval.encode import dataset_images, encode_images, encode_texts, sidecar_slices
 from clipwright.eval.folders import CONFIG, claim, write_origin
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -257,11 +257,11 @@ def _place(out: Path, name: str) -> Path:
 def _vectors(model: Model, data: Dataset, start: int, stop: int, config: EmbedConfig) -> Iterator[torch.Tensor]:
     runtime = config.runtime
     if config.what == "image":
-        images = pictures(data, range(start, stop))
+        images = dataset_images(data, range(start, stop))
         for _, unit in encode_images(model, images, batch=runtime.batch, workers=runtime.workers):
             yield unit
         return
-    for _, _, table in pieces(data, start, stop):
+    for _, _, table in sidecar_slices(data, start, stop):
         texts = [text for captions in table["captions"].to_pylist() for text in captions]
         yield from encode_texts(model, texts, batch=runtime.batch)
 
@@ -271,7 +271,7 @@ def _write_rows(path: Path, data: Dataset, start: int, stop: int, what: str) -> 
     rows = 0
     writer: pq.ParquetWriter | None = None
     try:
-        for shard, _, sidecar in pieces(data, start, stop):
+        for shard, _, sidecar in sidecar_slices(data, start, stop):
             table = describe(sidecar, data.tar_name(shard), what)
             writer = writer or pq.ParquetWriter(path, table.schema)
             writer.write_table(table.cast(writer.schema))

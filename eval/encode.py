@@ -1,4 +1,4 @@
-"""Images and captions as unit vectors, in the order given, none left out."""
+"""Encodes images and captions to unit embeddings, in the given order and without leaving any out."""
 
 from __future__ import annotations
 
@@ -18,77 +18,87 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.pixels import PixelError
 
-AHEAD = 4  # shards of a remote dataset that are fetched before they are read
+PREFETCH_SHARDS = 4  # shards of a remote dataset that are fetched before they are read
+PREFETCH_BATCHES = 2  # batches whose images are decoded while the model embeds
 
 
 class Encoder(Protocol):
-    """What evaluation needs of a model; `pipeline.model.Model` is one, a trainer may hand in another."""
+    """What evaluation needs of a model: `pipeline.model.folder.Model`, or the towers that a trainer holds."""
 
-    def view(self, data: bytes) -> np.ndarray: ...
-    def embed_images(self, views: np.ndarray) -> Tensor: ...
-    def embed_texts(self, texts: list[str]) -> Tensor: ...
+    def view(self, data: bytes) -> np.ndarray:
+        """Returns the model's input (H, W, 3) uint8 for the bytes of an image file."""
+        ...
 
+    def embed_images(self, views: np.ndarray) -> Tensor:
+        """Returns float32 unit embeddings (B, E) of views (B, H, W, 3)."""
+        ...
 
-def pieces(data: Dataset, start: int, stop: int) -> Iterator[tuple[int, int, pa.Table]]:
-    """Shard by shard, the sidecar rows of samples [start, stop): (shard, first row within it, rows)."""
-    begin = 0
-    for shard, size in enumerate(data.sizes):
-        first, last = max(start - begin, 0), min(stop - begin, size)
-        if first < last:
-            yield shard, first, data.sidecar(shard).slice(first, last - first)
-        begin += size
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """Returns float32 unit embeddings (B, E)."""
+        ...
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image that is to be read: its key, where it stands for an error's sake, and how to get its bytes."""
+class ImageSource:
+    """An image that has not been read yet."""
 
     key: str
-    where: str
-    fix: str
+    where: str  # location for error messages
+    fix: str  # remedy for error messages
     read: Callable[[], bytes]
 
 
-def pictures(data: Dataset, rows: Iterable[int]) -> Iterator[Picture]:
-    """The images of a dataset's `rows`, which ascend."""
-    shard, begin, loaded, keys = 0, 0, -1, []
+def sidecar_slices(data: Dataset, start: int, stop: int) -> Iterator[tuple[int, int, pa.Table]]:
+    """Yields the sidecar rows of samples [start, stop) by shard: (shard, first row within the shard, rows)."""
+    shard_start = 0
+    for shard, size in enumerate(data.sizes):
+        first, last = max(start - shard_start, 0), min(stop - shard_start, size)
+        if first < last:
+            yield shard, first, data.sidecar(shard).slice(first, last - first)
+        shard_start += size
+
+
+def dataset_images(data: Dataset, rows: Iterable[int]) -> Iterator[ImageSource]:
+    """Yields the images of a dataset's `rows`, which must ascend."""
+    shard, shard_start = 0, 0
+    keys_shard, keys = -1, []
     for row in rows:
-        while row >= begin + data.sizes[shard]:
-            begin, shard = begin + data.sizes[shard], shard + 1
-        if loaded != shard:
-            loaded, keys = shard, data.sidecar(shard)["key"].to_pylist()
-            # Pictures of the shard before may still wait to be read.
-            data.expect(range(max(shard - 1, 0), min(shard + AHEAD, len(data.sizes))))
-        key = keys[row - begin]
-        yield Picture(
+        while row >= shard_start + data.sizes[shard]:
+            shard_start += data.sizes[shard]
+            shard += 1
+        if keys_shard != shard:
+            keys_shard, keys = shard, data.sidecar(shard)["key"].to_pylist()
+            # Images of the previous shard may not have been read yet.
+            data.expect(range(max(shard - 1, 0), min(shard + PREFETCH_SHARDS, len(data.sizes))))
+        key = keys[row - shard_start]
+        yield ImageSource(
             key=key,
             where=f"{data.tar_name(shard)}, key {key}",
             fix="remove the sample from the input and run `clipwright prep` again",
-            read=partial(data.image, shard, row - begin),
+            read=partial(data.image, shard, row - shard_start),
         )
     data.expect(())
 
 
 def encode_images(
-    model: Encoder, images: Iterable[Picture], *, batch: int, workers: int
+    model: Encoder, images: Iterable[ImageSource], *, batch: int, workers: int
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """Keys and float32 unit rows of `images`, at most `batch` at a time.
+    """Yields keys and float32 unit embeddings (b, E) of `images`, b at most `batch`.
 
-    `workers` threads read and decode while the model embeds; a few batches are held. An image that cannot be read
-    raises its E_IMG code (or E_DATA_HASH) with its place: a number over fewer images than asked for would be another
-    number.
+    `workers` threads read and decode while the model embeds. An image that cannot be read raises its E_IMG code (or
+    E_DATA_HASH) with its location: skipping it would change what a score measures.
     """
 
-    def view(image: Picture) -> np.ndarray:
+    def view(image: ImageSource) -> np.ndarray:
         try:
             return model.view(image.read())
         except PixelError as error:
             code, detail = error.args
             raise ClipwrightError(
-                code, "an image that cannot be read", where=image.where, found=detail, fix=image.fix
+                code, "the image cannot be read", where=image.where, found=detail, fix=image.fix
             ) from None
 
-    def groups() -> Iterator[tuple[list[str], list[Future[np.ndarray]]]]:
+    def batches() -> Iterator[tuple[list[str], list[Future[np.ndarray]]]]:
         keys: list[str] = []
         views: list[Future[np.ndarray]] = []
         for image in images:
@@ -102,38 +112,40 @@ def encode_images(
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
-        for keys, views in _ahead(groups(), 2):
-            rows = model.embed_images(np.stack([future.result() for future in views]))
-            yield keys, _finite(rows, lambda i, keys=keys: f"image {keys[i]}")
+        for keys, views in _prefetch(batches(), PREFETCH_BATCHES):
+            embeddings = model.embed_images(np.stack([future.result() for future in views]))
+            yield keys, _check_finite(embeddings, [f"image {key}" for key in keys])
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def encode_texts(model: Encoder, texts: list[str], *, batch: int) -> Iterator[Tensor]:
-    """float32 unit rows of `texts`, at most `batch` at a time."""
+    """Yields float32 unit embeddings (b, E) of `texts`, b at most `batch`."""
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]
-        yield _finite(model.embed_texts(part), lambda i, part=part: f"text {part[i]!r}")
+        yield _check_finite(model.embed_texts(part), [f"text {text!r}" for text in part])
 
 
-def _ahead(groups: Iterator[tuple[list[str], list[Future]]], count: int) -> Iterator[tuple[list[str], list[Future]]]:
-    """The same, with `count` groups begun before they are needed."""
-    begun: deque[tuple[list[str], list[Future]]] = deque()
-    for group in groups:
-        begun.append(group)
-        if len(begun) > count:
-            yield begun.popleft()
-    yield from begun
+def _prefetch(
+    batches: Iterator[tuple[list[str], list[Future]]], count: int
+) -> Iterator[tuple[list[str], list[Future]]]:
+    """Yields the same batches, with the next `count` already submitted."""
+    submitted: deque[tuple[list[str], list[Future]]] = deque()
+    for batch in batches:
+        submitted.append(batch)
+        if len(submitted) > count:
+            yield submitted.popleft()
+    yield from submitted
 
 
-def _finite(rows: Tensor, name: Callable[[int], str]) -> Tensor:
-    good = torch.isfinite(rows).all(1)
-    if not bool(good.all()):
+def _check_finite(embeddings: Tensor, names: list[str]) -> Tensor:
+    finite = torch.isfinite(embeddings).all(1)
+    if not bool(finite.all()):
         raise ClipwrightError(
             "E_NONFINITE",
-            "an embedding that is not finite",
-            where=name(int((~good).nonzero()[0])),
-            found="infinite or not a number, wanted a unit vector",
-            fix="use another checkpoint: this model's weights are broken",
+            "the embedding is not finite",
+            where=names[int((~finite).nonzero()[0])],
+            found="the model returned infinity or NaN",
+            fix="use another checkpoint: the weights of this model are not usable",
         )
-    return rows
+    return embeddings

@@ -1,40 +1,49 @@
-"""One benchmark, run and reported."""
+"""Runs one benchmark and writes its report."""
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, EvalRuntime
+from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, EvalRuntime, score_table
 from clipwright.eval.folders import CONFIG, claim
+from clipwright.eval.search.query import open_index
 from clipwright.pipeline.core.config import Choice, Resolved, read_yaml
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, write_json
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders.records import VERSION
+from clipwright.pipeline.model.folder import load_model
 
 REPORT = "report.json"
 
 
 @configclass
 class EvalConfig:
-    """Which benchmark, on which folders; each benchmark says which of them it needs."""
+    """A benchmark and the folders it measures. Each benchmark states which of them it needs."""
 
     benchmark: Annotated[BenchmarkConfig, Choice(BENCHMARKS)]
+    """The benchmark; `clipwright list benchmarks` shows all."""
     model: str | None = None
+    """Model folder."""
     data: str | None = None
+    """Dataset folder, local or remote, or parquet files."""
     index: str | None = None
+    """Index folder."""
     runtime: EvalRuntime = EvalRuntime()
 
 
 def run(resolved: Resolved[EvalConfig], out: Path | None, *, quiet: bool, fresh: bool) -> tuple[dict[str, Any], str]:
-    """Runs the benchmark; returns the report and its text for a person, and writes `out`: its tables, then report.json.
+    """Runs the benchmark; returns the report and its text for a terminal.
 
-    The report holds the numbers under the benchmark's name, the fingerprints of what was read, and the config's
-    identity, folders by name and fingerprint. A report of another config is refused (E_OUTPUT), of the same replaced.
+    If `out` is given, writes the benchmark's tables and then report.json into it. An existing report is replaced if
+    it was made with the same config, else refused (E_OUTPUT). The report holds the scores, the benchmark's numbers
+    under its name, the fingerprints of all inputs, and the config's identity with folders by name and fingerprint.
     """
     config = resolved.value
     if out is not None:
@@ -42,41 +51,55 @@ def run(resolved: Resolved[EvalConfig], out: Path | None, *, quiet: bool, fresh:
         if (out / REPORT).exists() and not fresh and _without_runtime(out / CONFIG) != resolved.identity():
             raise ClipwrightError(
                 "E_OUTPUT",
-                "a report of another evaluation",
+                "the folder holds the report of another evaluation",
                 where=out,
-                found=f"it holds a {REPORT} made with another config",
-                fix="name a new folder, or add --fresh to replace it",
+                found=f"its {REPORT} was made with another config",
+                fix="name a new folder, or add --fresh to replace the report",
             )
-    benchmark = BENCHMARKS.build(config.benchmark)
-    given = {name: getattr(config, name) for name in ("model", "data", "index")}
-    outcome = benchmark.run(Context(config.benchmark.name, **given, runtime=config.runtime, quiet=quiet))
-    folders = {
-        name: {"name": Path(place).name, "fingerprint": outcome.fingerprints.get(name)}
-        for name, place in given.items()
-        if place is not None
-    }
+    outcome = BENCHMARKS.build(config.benchmark).run(make_context(config, quiet=quiet))
+    folders = {}
+    for name in ("model", "data", "index"):
+        place = getattr(config, name)
+        if place is not None:
+            folders[name] = {"name": Path(place).name, "fingerprint": outcome.fingerprints.get(name)}
     report = {
         "format": "report",
         "version": VERSION,
         "benchmark": config.benchmark.name,
+        "scores": [dataclasses.asdict(score) for score in outcome.scores],
         config.benchmark.name: outcome.numbers,
         "fingerprints": outcome.fingerprints,
         "config": {**resolved.identity(), **folders},
     }
     if out is not None:
         _write(out, resolved.yaml(), report, outcome.tables)
-    return report, outcome.text
+    text = score_table(outcome.scores)
+    if outcome.details:
+        text += f"\n\n{outcome.details}"
+    return report, text
+
+
+def make_context(config: EvalConfig, *, quiet: bool) -> Context:
+    """The context of a benchmark that opens its model or index when it needs it."""
+    return Context(
+        config.benchmark.name,
+        open_model=None if config.model is None else partial(load_model, config.model),
+        open_index=None if config.index is None else partial(open_index, config.index, config.model),
+        data=config.data,
+        runtime=config.runtime,
+        quiet=quiet,
+    )
 
 
 def _table_files() -> set[str]:
-    """The names of the tables that any benchmark may leave beside its report."""
+    """Returns the file names of the tables that any benchmark may write."""
     return {name for entry in BENCHMARKS.families for name in getattr(entry.build, "files", ())}
 
 
 def _write(out: Path, config: str, report: dict[str, Any], tables: dict[str, pa.Table]) -> None:
-    # A report stands beside its own tables or not at all.
-    for old in (REPORT, *_table_files()):
-        (out / old).unlink(missing_ok=True)
+    # The folder never holds a report together with tables of another report.
+    for name in (REPORT, *_table_files()):
+        (out / name).unlink(missing_ok=True)
     for name, table in tables.items():
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
@@ -86,5 +109,6 @@ def _write(out: Path, config: str, report: dict[str, Any], tables: dict[str, pa.
 
 
 def _without_runtime(path: Path) -> dict[str, Any] | None:
-    tree = read_yaml(path) if path.exists() else None
-    return tree if tree is None else {name: value for name, value in tree.items() if name != "runtime"}
+    if not path.exists():
+        return None
+    return {name: value for name, value in read_yaml(path).items() if name != "runtime"}

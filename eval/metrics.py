@@ -1,169 +1,197 @@
-"""Exact ranks and recall over all candidates, with several right ones a query; intervals of shares."""
+"""Exact ranks, recall@k and chance levels over all candidates, with any number of relevant candidates per query."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-KEY_DIGITS = 32  # of a key; what follows (`_1`) only tells copies of the same image apart
+KEY_DIGITS = 32  # the digits of a key that identify the image; a suffix such as `_1` numbers its duplicates
 
-# Scores of unit float32 vectors are certain to about 1e-7, and two equal vectors may score one rounding apart,
-# depending on where a matmul's tiles end. What lies this near counts as a tie.
+# Cosines of float32 unit embeddings are accurate to about 1e-7, and two equal embeddings may score one rounding step
+# apart, depending on where a matmul's tiles end. Scores within this distance count as a tie.
 TIE = 1e-6
 
-TOP = 5  # how many of a query's best candidates are kept
+TOP_K = 5  # candidates that are kept per query
 
-_CHUNK = 1 << 24  # scores held at a time: 64 MiB
+_CHUNK_SCORES = 1 << 24  # scores that are held at a time: 64 MiB
 
 
 @dataclass(frozen=True)
-class Relation:
-    """Which captions are right for which images.
+class Relevance:
+    """Which captions are relevant to which images.
 
-    A caption is right for an image when they were written as a pair, when the pair's image has the same first 32
-    key digits (a copy of the image), or when its text equals a right caption's (the same text is the same answer).
-    These are the positives that the losses know.
+    A caption is relevant to an image if they were written as a pair, if the pair's image has the same first 32 key
+    digits (a duplicate of the image), or if its text equals the text of a relevant caption. These are the positives
+    that the losses use.
     """
 
-    images_of: list[np.ndarray]  # caption → images
-    captions_of: list[np.ndarray]  # image → captions
+    images_of: list[np.ndarray]  # caption → positions of images
+    captions_of: list[np.ndarray]  # image → positions of captions
 
     @classmethod
-    def of(cls, keys: Sequence[str], captions: Sequence[str], owners: Sequence[int]) -> Relation:
-        """From the images' keys and, for each caption, its text and the position of the image it was written for."""
-        pictures: dict[str, list[int]] = defaultdict(list)
+    def from_pairs(cls, keys: Sequence[str], captions: Sequence[str], owners: Sequence[int]) -> Relevance:
+        """From the keys of the images, the captions, and the position of the image that each caption belongs to."""
+        images_by_digits: dict[str, list[int]] = defaultdict(list)
         for image, key in enumerate(keys):
-            pictures[key[:KEY_DIGITS]].append(image)
-        copies: dict[str, list[int]] = defaultdict(list)
-        texts: dict[str, set[str]] = defaultdict(set)
-        depicted: dict[str, set[str]] = defaultdict(set)
+            images_by_digits[key[:KEY_DIGITS]].append(image)
+        captions_by_text: dict[str, list[int]] = defaultdict(list)
+        texts_by_digits: dict[str, set[str]] = defaultdict(set)
+        digits_by_text: dict[str, set[str]] = defaultdict(set)
         for caption, (text, owner) in enumerate(zip(captions, owners, strict=True)):
-            picture = keys[owner][:KEY_DIGITS]
-            copies[text].append(caption)
-            texts[picture].add(text)
-            depicted[text].add(picture)
-        images = {text: _flat(pictures[picture] for picture in found) for text, found in depicted.items()}
-        right = {picture: _flat(copies[text] for text in found) for picture, found in texts.items()}
+            digits = keys[owner][:KEY_DIGITS]
+            captions_by_text[text].append(caption)
+            texts_by_digits[digits].add(text)
+            digits_by_text[text].add(digits)
+        images_by_text = {
+            text: _sorted_positions(images_by_digits[digits] for digits in group)
+            for text, group in digits_by_text.items()
+        }
+        captions_by_digits = {
+            digits: _sorted_positions(captions_by_text[text] for text in group)
+            for digits, group in texts_by_digits.items()
+        }
         none = np.empty(0, np.int64)
         return cls(
-            images_of=[images[text] for text in captions],
-            captions_of=[right.get(key[:KEY_DIGITS], none) for key in keys],
+            images_of=[images_by_text[text] for text in captions],
+            captions_of=[captions_by_digits.get(key[:KEY_DIGITS], none) for key in keys],
         )
 
 
-def _flat(groups: Iterator[list[int]]) -> np.ndarray:
-    return np.array(sorted(i for group in groups for i in group), np.int64)
+def _sorted_positions(groups: Iterable[list[int]]) -> np.ndarray:
+    return np.array(sorted(position for group in groups for position in group), np.int64)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What each of Q queries found among C candidates; the best k = min(5, C) in order, wrong before right in a tie."""
+class RankedResults:
+    """The top-k candidates of Q queries, k = min(5, candidates). In a tie, irrelevant candidates come first."""
 
-    rank: Tensor  # (Q,) int64: wrong candidates before the best right one; a hit at k is a rank below k
-    top: Tensor  # (Q, k) int64: positions of the best candidates
-    right: Tensor  # (Q, k) bool: which of them are right
+    rank: Tensor  # (Q,) int64: irrelevant candidates before the first relevant one; a hit at k is a rank below k
+    top: Tensor  # (Q, k) int64: positions of the top-k candidates
+    relevant: Tensor  # (Q, k) bool: which of them are relevant
     score: Tensor  # (Q, k) float32
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Found]) -> Found:
-        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+    def concatenate(cls, parts: Sequence[RankedResults]) -> RankedResults:
+        return cls(
+            rank=torch.cat([part.rank for part in parts]),
+            top=torch.cat([part.top for part in parts]),
+            relevant=torch.cat([part.relevant for part in parts]),
+            score=torch.cat([part.score for part in parts]),
+        )
+
+    def as_lists(self, values: pa.Array) -> pa.Array:
+        """Groups `values`, one for each entry of `top`, into one list per query."""
+        queries, k = self.top.shape
+        return pa.ListArray.from_arrays(pa.array(np.arange(queries + 1, dtype=np.int32) * k), values)
 
 
-def best(values: pa.Array, found: Found) -> pa.Array:
-    """`values`, one for each of the queries' best candidates, as one list a query."""
-    queries, k = found.top.shape
-    return pa.ListArray.from_arrays(pa.array(np.arange(queries + 1, dtype=np.int32) * k), values)
+def rank_candidates(
+    queries: Tensor, candidates: Tensor, relevant: Sequence[np.ndarray], *, chunk: int = _CHUNK_SCORES
+) -> RankedResults:
+    """Ranks all candidates of every query.
 
-
-def find(queries: Tensor, candidates: Tensor, right: Sequence[np.ndarray], *, chunk: int = _CHUNK) -> Found:
-    """Ranks every query's candidates.
-
-    queries (Q, E) and candidates (C, E) are float32 unit rows, `right[q]` the positions of q's right candidates (at
-    least one). A wrong candidate that ties (TIE) stands before: a model that maps all to one point finds nothing. At
-    most twice max(`chunk`, C) scores are held.
+    queries (Q, E) and candidates (C, E) are float32 unit embeddings; `relevant[q]` holds the positions of q's relevant
+    candidates, at least one. In a tie (TIE) irrelevant candidates come first, so that a model which maps all inputs
+    to one point scores zero. At most twice max(`chunk`, C) scores are held.
     """
     step = max(1, chunk // max(1, len(candidates)))
-    parts = [_find(queries[i : i + step] @ candidates.T, right[i : i + step]) for i in range(0, len(queries), step)]
-    return Found.concatenate(parts)
+    parts = []
+    for start in range(0, len(queries), step):
+        scores = queries[start : start + step] @ candidates.T
+        parts.append(_rank_chunk(scores, relevant[start : start + step]))
+    return RankedResults.concatenate(parts)
 
 
-def _find(scores: Tensor, right: Sequence[np.ndarray]) -> Found:
-    sizes = np.array([len(group) for group in right])
-    assert sizes.all(), "a query without a right candidate"
-    rows = torch.from_numpy(np.repeat(np.arange(len(right)), sizes))
-    columns = torch.from_numpy(np.concatenate(right))
-    ours = torch.full_like(scores, -torch.inf)
-    ours[rows, columns] = scores[rows, columns]
+def _rank_chunk(scores: Tensor, relevant: Sequence[np.ndarray]) -> RankedResults:
+    """Ranks the candidates by `scores` (q, C), which are overwritten."""
+    counts = np.array([len(group) for group in relevant])
+    assert counts.all(), "a query without a relevant candidate"
+    rows = torch.from_numpy(np.repeat(np.arange(len(relevant)), counts))
+    columns = torch.from_numpy(np.concatenate(relevant))
+    relevant_scores = torch.full_like(scores, -torch.inf)
+    relevant_scores[rows, columns] = scores[rows, columns]
     scores[rows, columns] = -torch.inf
-    rank = (scores >= ours.amax(1, keepdim=True) - TIE).sum(1)
-    # The best wrong ones, then the best right ones, sorted as one list in which a right one is a TIE less.
-    k = min(TOP, scores.shape[1])
-    wrong, mine = scores.topk(k), ours.topk(k)
-    values, places = torch.cat([wrong.values, mine.values], 1), torch.cat([wrong.indices, mine.indices], 1)
-    behind = torch.cat([wrong.values, mine.values - TIE], 1)
-    order = behind.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return Found(rank, places.gather(1, order), order >= k, values.gather(1, order))
+    rank = (scores >= relevant_scores.amax(1, keepdim=True) - TIE).sum(1)
+    # The best irrelevant and the best relevant candidates, sorted as one list with TIE taken off the relevant ones.
+    k = min(TOP_K, scores.shape[1])
+    best_irrelevant = scores.topk(k)
+    best_relevant = relevant_scores.topk(k)
+    values = torch.cat([best_irrelevant.values, best_relevant.values], 1)
+    positions = torch.cat([best_irrelevant.indices, best_relevant.indices], 1)
+    sort_keys = torch.cat([best_irrelevant.values, best_relevant.values - TIE], 1)
+    order = sort_keys.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return RankedResults(rank, positions.gather(1, order), order >= k, values.gather(1, order))
 
 
-def recall(found: Tensor, right: Sequence[np.ndarray], candidates: int, ks: Sequence[int]) -> dict[str, float | int]:
-    """`r1 … rK` and, under `chance_r1 …`, what random order gives; `n` is the number of queries. All in 0 … 1."""
-    numbers: dict[str, float | int] = {"n": len(found)}
-    sizes = np.array([len(group) for group in right])
+def recall_at_k(
+    rank: Tensor, relevant: Sequence[np.ndarray], candidates: int, ks: Sequence[int]
+) -> dict[str, float | int]:
+    """Returns recall@k as `rK`, its chance level as `chance_rK`, both in 0 … 1, and the number of queries as `n`."""
+    numbers: dict[str, float | int] = {"n": len(rank)}
+    counts = np.array([len(group) for group in relevant])
     for k in ks:
-        numbers[f"r{k}"] = (found < k).double().mean().item()
-        numbers[f"chance_r{k}"] = float(chance(sizes, candidates, k).mean())
+        numbers[f"r{k}"] = (rank < k).double().mean().item()
+        numbers[f"chance_r{k}"] = float(chance_of_hit(counts, candidates, k).mean())
     return numbers
 
 
-def chance(right: np.ndarray, candidates: int, k: int) -> np.ndarray:
-    """Probability that k candidates drawn at random hold one of the `right` ones: 1 − C(n−m, k) / C(n, k)."""
+def chance_of_hit(relevant: np.ndarray, candidates: int, k: int) -> np.ndarray:
+    """Probability that k random candidates contain one of m relevant ones: 1 − C(n−m, k) / C(n, k).
+
+    `relevant` (Q,) holds m for each query, `candidates` is n.
+    """
     drawn = np.arange(min(k, candidates))
-    with np.errstate(divide="ignore"):  # log 0 where every draw that is left is right
-        return -np.expm1(np.log1p(-np.minimum(right[:, None] / (candidates - drawn), 1)).sum(1))
+    with np.errstate(divide="ignore"):  # log 0 where every remaining candidate is relevant
+        return -np.expm1(np.log1p(-np.minimum(relevant[:, None] / (candidates - drawn), 1)).sum(1))
 
 
 @dataclass(frozen=True)
-class Retrieved:
-    """What images found among the captions, and captions among the images."""
+class RetrievalResults:
+    """Images ranked for every caption (`t2i`) and captions ranked for every image (`i2t`)."""
 
-    relation: Relation
-    i2t: Found
-    t2i: Found
+    relevance: Relevance
+    i2t: RankedResults
+    t2i: RankedResults
 
     def numbers(self) -> dict[str, dict[str, float | int]]:
-        """Recall at 1, 5 and 10, `i2t` (one query an image) and `t2i` (one query a caption), over all candidates."""
+        """Returns recall@1, @5 and @10 over all candidates: `i2t` with a query per image, `t2i` per caption."""
         images, captions = len(self.i2t.rank), len(self.t2i.rank)
         return {
-            "i2t": recall(self.i2t.rank, self.relation.captions_of, captions, (1, 5, 10)),
-            "t2i": recall(self.t2i.rank, self.relation.images_of, images, (1, 5, 10)),
+            "i2t": recall_at_k(self.i2t.rank, self.relevance.captions_of, captions, (1, 5, 10)),
+            "t2i": recall_at_k(self.t2i.rank, self.relevance.images_of, images, (1, 5, 10)),
         }
 
 
-def retrieval(
+def rank_both_directions(
     images: Tensor, texts: Tensor, keys: Sequence[str], captions: Sequence[str], owners: Sequence[int]
-) -> Retrieved:
-    """Every image against every caption, both ways.
+) -> RetrievalResults:
+    """Ranks all captions for every image and all images for every caption.
 
-    images (N, E) and texts (C, E) are float32 unit rows; caption c was written for image `owners[c]`. Every image
+    images (N, E) and texts (C, E) are float32 unit embeddings; caption c belongs to image `owners[c]`. Every image
     needs a caption.
     """
-    relation = Relation.of(keys, captions, owners)
-    return Retrieved(relation, find(images, texts, relation.captions_of), find(texts, images, relation.images_of))
+    relevance = Relevance.from_pairs(keys, captions, owners)
+    return RetrievalResults(
+        relevance=relevance,
+        i2t=rank_candidates(images, texts, relevance.captions_of),
+        t2i=rank_candidates(texts, images, relevance.images_of),
+    )
 
 
-def wilson(hits: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The interval in which the true share lies at 95 %, for `hits` of `n` > 0 independent trials.
+def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Returns the 95 % confidence interval of a proportion: `successes` of `n` > 0 independent trials.
 
     Source: E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22 (1927).
     """
-    share, weight = hits / n, z * z / n
-    middle = share + weight / 2
-    half = z * math.sqrt(share * (1 - share) / n + weight / (4 * n))
-    return max(0.0, (middle - half) / (1 + weight)), min(1.0, (middle + half) / (1 + weight))
+    proportion = successes / n
+    weight = z * z / n
+    middle = proportion + weight / 2
+    half_width = z * math.sqrt(proportion * (1 - proportion) / n + weight / (4 * n))
+    return max(0.0, (middle - half_width) / (1 + weight)), min(1.0, (middle + half_width) / (1 + weight))

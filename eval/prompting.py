@@ -15,13 +15,13 @@ from clipwright.pipeline.core.nearest import nearest
 
 Kind = Literal["classes", "templates"]
 
-# A class: its name, then other names for it; the prompts of all of them are averaged.
-Names = tuple[str, ...]
+# The names of one class: the name it is reported under, then its synonyms. The prompts of all names are averaged.
+ClassNames = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Shipped:
-    """The sets of one origin, by name."""
+class PromptFile:
+    """The prompt sets of one file in prompts/, by name."""
 
     source: str
     classes: dict[str, list[Any]]
@@ -29,56 +29,58 @@ class Shipped:
 
 
 @cache
-def shipped() -> list[Shipped]:
-    """What prompts/ holds."""
+def prompt_files() -> list[PromptFile]:
     folder = Path(str(resources.files("clipwright") / "eval" / "prompts"))
     trees = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [Shipped(tree["_source"], tree["classes"], tree["templates"]) for tree in trees]
+    return [PromptFile(tree["_source"], tree["classes"], tree["templates"]) for tree in trees]
 
 
 def shipped_sets(kind: Kind) -> dict[str, list[Any]]:
-    return {name: found for origin in shipped() for name, found in getattr(origin, kind).items()}
+    """Returns the shipped sets of classes or of templates by name."""
+    return {name: entries for file in prompt_files() for name, entries in getattr(file, kind).items()}
 
 
-def listing() -> list[dict[str, Any]]:
-    """One row a set: its name, how many classes and templates it has (None: not of that kind), where it is from."""
-    return [
-        {
-            "name": name,
-            "classes": len(origin.classes[name]) if name in origin.classes else None,
-            "templates": len(origin.templates[name]) if name in origin.templates else None,
-            "source": origin.source.split()[0],  # the file itself says the rest
-        }
-        for origin in shipped()
-        for name in sorted(origin.classes.keys() | origin.templates.keys())
-    ]
+def list_prompt_sets() -> list[dict[str, Any]]:
+    """Returns one row per shipped set: `name`, the number of `classes` and `templates` (None if absent), `source`."""
+    rows = []
+    for file in prompt_files():
+        for name in sorted(file.classes.keys() | file.templates.keys()):
+            rows.append(
+                {
+                    "name": name,
+                    "classes": len(file.classes[name]) if name in file.classes else None,
+                    "templates": len(file.templates[name]) if name in file.templates else None,
+                    "source": file.source.split()[0],  # the address; the file adds license and date
+                }
+            )
+    return rows
 
 
-def load_classes(given: str | Sequence[Any]) -> list[Names]:
-    """Classes in label order, from a shipped set's name, a file, or a list of names."""
+def load_classes(given: str | Sequence[Any]) -> list[ClassNames]:
+    """Returns classes in label order, from the name of a shipped set, a file, or a list of names."""
     entries = _load("classes", given)
     if not entries:
-        raise _refused("classes", "an empty list", "name at least one class")
+        raise _invalid("classes", "an empty list", "name at least one class")
     classes = [tuple(entry) if isinstance(entry, list) else (entry,) for entry in entries]
     for names in classes:
         if not names or not all(isinstance(name, str) for name in names):
-            raise _refused("classes", f"{list(names)!r}, entry of {given}", "write a name or a list of names")
+            raise _invalid("classes", f"the entry {list(names)!r} in {given}", "write a name or a list of names")
     return classes
 
 
 def load_templates(given: str | Sequence[str]) -> list[str]:
-    """Templates with one `{}` each for the class name, from a shipped set's name, a file, or a list.
+    """Returns templates with one `{}` for the class name, from the name of a shipped set, a file, or a list.
 
-    `{c}`, as CLIP_benchmark writes it, is read as `{}`. E_CONFIG_VALUE names one that has no place for the name.
+    `{c}`, which CLIP_benchmark uses, is read as `{}`. Raises E_CONFIG_VALUE for a template without a placeholder.
     """
     templates = _load("templates", given)
     if not templates:
-        raise _refused("templates", "an empty list", 'give at least one, such as "a photo of a {}"')
+        raise _invalid("templates", "an empty list", 'give at least one, such as "a photo of a {}"')
     for i, template in enumerate(templates):
         plain = template.replace("{c}", "{}") if isinstance(template, str) else ""
         if plain.count("{}") != 1:
-            found = f"{template!r} has {plain.count('{}')} times {{}}, wanted once"
-            raise _refused("templates", found, "write {} where the class name goes")
+            found = f"{template!r} has {plain.count('{}')} placeholders {{}} (allowed: 1)"
+            raise _invalid("templates", found, "write {} where the class name goes")
         templates[i] = plain
     return templates
 
@@ -89,39 +91,39 @@ def _load(kind: Kind, given: str | Sequence[Any]) -> list[Any]:
     if "/" in given or given.endswith((".json", ".txt")):
         return _read(kind, Path(given))
     sets = shipped_sets(kind)
-    if given not in sets and "{}" in given:
-        raise _refused(kind, f"the text {given!r}", f"write a list: benchmark.{kind}='[\"{given}\"]'")
-    if given not in sets:
-        raise ClipwrightError(
-            "E_CONFIG_CHOICE",
-            f"no shipped {kind} of this name",
-            where=f"benchmark.{kind}: {given}",
-            found=f"there are {len(sets)}: {', '.join(sets)}",
-            fix=nearest(given, sets) or "see clipwright list prompts, or give a .json or .txt file, or a [list]",
-        )
-    return list(sets[given])
+    if given in sets:
+        return list(sets[given])
+    if "{}" in given:
+        raise _invalid(kind, f"the text {given!r}", f"write a list: benchmark.{kind}='[\"{given}\"]'")
+    raise ClipwrightError(
+        "E_CONFIG_CHOICE",
+        f"no shipped set of {kind} has this name",
+        where=f"benchmark.{kind}: {given}",
+        found=f"{len(sets)} sets are shipped: {', '.join(sets)}",
+        fix=nearest(given, sets) or "see `clipwright list prompts`, or give a .json or .txt file, or a [list]",
+    )
 
 
 def _read(kind: Kind, path: Path) -> list[Any]:
-    """A text file's lines, or a JSON file's list; a JSON object's list of that kind."""
+    """Returns the lines of a text file, a JSON list, or the list under `kind` of a JSON object."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix != ".json":
             return [line.strip() for line in text.splitlines() if line.strip()]
         tree = json.loads(text)
     except (OSError, ValueError) as error:
-        raise _unread(kind, path, getattr(error, "strerror", None) or str(error)) from None
-    found = tree.get(kind) if isinstance(tree, dict) else tree
-    if not isinstance(found, list):
-        raise _unread(kind, path, f"no list, nor an object with a list {kind!r}")
-    return found
+        raise _unreadable(kind, path, getattr(error, "strerror", None) or str(error)) from None
+    entries = tree.get(kind) if isinstance(tree, dict) else tree
+    if not isinstance(entries, list):
+        raise _unreadable(kind, path, f"neither a list nor an object with a list {kind!r}")
+    return entries
 
 
-def _unread(kind: Kind, path: Path, found: str) -> ClipwrightError:
-    fix = "write one a line in a .txt, or a list in a .json"
-    return ClipwrightError("E_INPUT", f"{kind} that cannot be read", where=path, found=found, fix=fix)
+def _unreadable(kind: Kind, path: Path, found: str) -> ClipwrightError:
+    fix = "write one per line in a .txt file, or a list in a .json file"
+    return ClipwrightError("E_INPUT", f"the file of {kind} cannot be read", where=path, found=found, fix=fix)
 
 
-def _refused(kind: Kind, found: str, fix: str) -> ClipwrightError:
-    what = "a prompt template that cannot be filled" if kind == "templates" else "a class without a name"
+def _invalid(kind: Kind, found: str, fix: str) -> ClipwrightError:
+    what = "the prompt templates are not valid" if kind == "templates" else "the classes are not valid"
     return ClipwrightError("E_CONFIG_VALUE", what, where=f"benchmark.{kind}", found=found, fix=fix)

@@ -1,4 +1,4 @@
-"""Image-text retrieval on a dataset: every image against every caption, both ways."""
+"""Image-text retrieval on a dataset: every image against every caption, in both directions."""
 
 from __future__ import annotations
 
@@ -8,116 +8,131 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import torch
 
-from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, Outcome
-from clipwright.eval.encode import Encoder, encode_images, encode_texts, pictures, pieces
-from clipwright.eval.metrics import Found, Retrieved, best, retrieval
+from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, Outcome, Score
+from clipwright.eval.encode import Encoder, dataset_images, encode_images, encode_texts, sidecar_slices
+from clipwright.eval.metrics import RankedResults, RetrievalResults, rank_both_directions
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.core.tables import align
 from clipwright.pipeline.folders.dataset import Dataset
-from clipwright.pipeline.model.folder import load_model
 
 
 @configclass
 class RetrievalConfig(BenchmarkConfig):
-    """Recall at 1, 5 and 10; needs `model` and `data`."""
+    """Recall@1, @5 and @10 in both directions. Needs `model` and `data`."""
 
 
 @dataclass(frozen=True)
 class Retrieval:
+    """Numbers: `{i2t, t2i: {r1, r5, r10, chance_r1, chance_r5, chance_r10, n}}`."""
+
     files: ClassVar[tuple[str, ...]] = ("queries.parquet",)
     config: RetrievalConfig
 
     def run(self, context: Context) -> Outcome:
-        runtime, place = context.runtime, context.place("data")
-        model = load_model(context.folder("model"))
-        data = Dataset(place, cache=runtime.cache)
-        answers = answer(model, data, batch=runtime.batch, workers=runtime.workers, quiet=context.quiet)
-        numbers = answers.found.numbers()
-        fingerprints = {"model": model.fingerprint, "data": data.fingerprint}
-        return Outcome(numbers, fingerprints, table(numbers), {"queries.parquet": answers.table()})
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Every image and caption of a dataset, and what each found."""
-
-    keys: list[str]
-    captions: list[str]
-    owners: list[int]  # the image that each caption was written for
-    found: Retrieved
-
-    def table(self) -> pa.Table:
-        """One row a query: `way` (i2t, t2i), `query` (key or caption), `key` (of the image it belongs to), `rank`
-        (wrong candidates before the best right one), and of the best five `top`, `right`, `score`."""
-        keys, captions = pa.array(self.keys, pa.string()), pa.array(self.captions, pa.string())
-        owners = keys.take(pa.array(self.owners, pa.int64()))
-        found = self.found
-        return pa.concat_tables(
-            [_queries("i2t", keys, keys, found.i2t, captions), _queries("t2i", captions, owners, found.t2i, keys)]
+        runtime = context.runtime
+        data = Dataset(context.data, cache=runtime.cache)
+        model = context.model
+        retrieval = retrieve(model, data, batch=runtime.batch, workers=runtime.workers, quiet=context.quiet)
+        numbers = retrieval.results.numbers()
+        return Outcome(
+            scores=scores(numbers),
+            numbers=numbers,
+            fingerprints={"model": model.fingerprint, "data": data.fingerprint},
+            tables={"queries.parquet": retrieval.table()},
         )
 
 
-def _queries(way: str, queries: pa.Array, keys: pa.Array, found: Found, candidates: pa.Array) -> pa.Table:
+@dataclass(frozen=True)
+class DatasetRetrieval:
+    """All images and captions of a dataset, and the results of each as a query."""
+
+    keys: list[str]
+    captions: list[str]
+    owners: list[int]  # caption → position of the image it belongs to
+    results: RetrievalResults
+
+    def table(self) -> pa.Table:
+        """One row per query: `way` (i2t or t2i), `query` (key or caption), `key` (of its image), `rank` (irrelevant
+        candidates before the first relevant one), and `top`, `right` and `score` of the top-5 candidates."""
+        keys, captions = pa.array(self.keys, pa.string()), pa.array(self.captions, pa.string())
+        caption_keys = keys.take(pa.array(self.owners, pa.int64()))
+        i2t = _query_rows("i2t", keys, keys, self.results.i2t, captions)
+        t2i = _query_rows("t2i", captions, caption_keys, self.results.t2i, keys)
+        return pa.concat_tables([i2t, t2i])
+
+
+def _query_rows(
+    direction: str, queries: pa.Array, keys: pa.Array, results: RankedResults, candidates: pa.Array
+) -> pa.Table:
     return pa.table(
         {
-            "way": pa.array([way] * len(queries), pa.string()),
+            "way": pa.array([direction] * len(queries), pa.string()),
             "query": queries,
             "key": keys,
-            "rank": pa.array(found.rank.numpy()),
-            "top": best(candidates.take(pa.array(found.top.flatten().numpy())), found),
-            "right": best(pa.array(found.right.flatten().numpy()), found),
-            "score": best(pa.array(found.score.flatten().numpy()), found),
+            "rank": pa.array(results.rank.numpy()),
+            "top": results.as_lists(candidates.take(pa.array(results.top.flatten().numpy()))),
+            "right": results.as_lists(pa.array(results.relevant.flatten().numpy())),
+            "score": results.as_lists(pa.array(results.score.flatten().numpy())),
         }
     )
 
 
-def answer(model: Encoder, data: Dataset, *, batch: int, workers: int, quiet: bool = False) -> Answers:
-    """What every image and every caption of `data` finds. An image that cannot be read is an error."""
+def retrieve(model: Encoder, data: Dataset, *, batch: int, workers: int, quiet: bool = False) -> DatasetRetrieval:
+    """Uses every image and every caption of `data` as a query. An image that cannot be read is an error."""
     if data.samples == 0:
         raise ClipwrightError(
-            "E_DATA_SMALL", "an empty dataset", where=data.folder, found="0 samples", fix="give one that has samples"
+            "E_DATA_SMALL",
+            "the dataset is empty",
+            where=data.folder,
+            found="0 samples",
+            fix="choose a dataset that has samples",
         )
     keys: list[str] = []
     images: list[torch.Tensor] = []
     with Progress("eval", data.samples, "images", quiet=quiet) as progress:
-        for names, rows in encode_images(model, pictures(data, range(data.samples)), batch=batch, workers=workers):
-            keys += names
-            images.append(rows)
-            progress.add(len(names))
-    captions = [texts for _, _, table in pieces(data, 0, data.samples) for texts in table["captions"].to_pylist()]
-    owners = [image for image, texts in enumerate(captions) for _ in texts]
-    flat = [text for texts in captions for text in texts]
+        sources = dataset_images(data, range(data.samples))
+        for batch_keys, embeddings in encode_images(model, sources, batch=batch, workers=workers):
+            keys += batch_keys
+            images.append(embeddings)
+            progress.add(len(batch_keys))
+    captions_of: list[list[str]] = []
+    for _, _, rows in sidecar_slices(data, 0, data.samples):
+        captions_of += rows["captions"].to_pylist()
+    owners = [image for image, captions in enumerate(captions_of) for _ in captions]
+    captions = [caption for captions in captions_of for caption in captions]
     texts: list[torch.Tensor] = []
-    with Progress("eval", len(flat), "captions", quiet=quiet) as progress:
-        for rows in encode_texts(model, flat, batch=batch):
-            texts.append(rows)
-            progress.add(len(rows))
-    assert len(keys) == data.samples == len(captions), (len(keys), data.samples, len(captions))
-    return Answers(keys, flat, owners, retrieval(torch.cat(images), torch.cat(texts), keys, flat, owners))
+    with Progress("eval", len(captions), "captions", quiet=quiet) as progress:
+        for embeddings in encode_texts(model, captions, batch=batch):
+            texts.append(embeddings)
+            progress.add(len(embeddings))
+    assert len(keys) == data.samples == len(captions_of), (len(keys), data.samples, len(captions_of))
+    results = rank_both_directions(torch.cat(images), torch.cat(texts), keys, captions, owners)
+    return DatasetRetrieval(keys, captions, owners, results)
 
 
 def score(model: Encoder, data: Dataset, *, batch: int, workers: int, quiet: bool = False) -> dict[str, Any]:
-    """`{i2t, t2i: {r1, r5, r10, chance_r1 …, n}}` over every image and every caption of `data`.
+    """Returns `{i2t, t2i: {r1, r5, r10, chance_r1 …, n}}` over every image and every caption of `data`.
 
-    The trainer's evaluation calls this as well, with the towers it holds.
+    The trainer's validation calls this too, with the towers in training.
     """
-    return answer(model, data, batch=batch, workers=workers, quiet=quiet).found.numbers()
+    return retrieve(model, data, batch=batch, workers=workers, quiet=quiet).results.numbers()
 
 
-def table(numbers: dict[str, Any]) -> str:
-    """The numbers for a person, in percent, chance in brackets."""
-    rows = [["retrieval", "R@1 (chance)", "R@5 (chance)", "R@10 (chance)", "queries"]]
-    for way, label in (("i2t", "image → text"), ("t2i", "text → image")):
-        cells = [f"{numbers[way][f'r{k}']:.1%} ({numbers[way][f'chance_r{k}']:.1%})" for k in (1, 5, 10)]
-        rows.append([label, *cells, str(numbers[way]["n"])])
-    return align(rows)
+def scores(numbers: dict[str, Any]) -> list[Score]:
+    """Recall@k in both directions. Captions of one image are not independent: only images have an interval."""
+    made = []
+    for direction, make_score in (("i2t", Score.of_proportion), ("t2i", Score.without_interval)):
+        section = numbers[direction]
+        for k in (1, 5, 10):
+            name = f"{direction}_recall@{k}"
+            made.append(make_score(name, section[f"r{k}"], section["n"], section[f"chance_r{k}"]))
+    return made
 
 
 BENCHMARKS.add(
     RetrievalConfig,
     Retrieval,
     {"retrieval": {}},
-    source="Karpathy and Fei-Fei 2015 (arXiv 1412.2306), section 4.2: recall at K both ways over all captions",
+    source="Karpathy and Fei-Fei 2015 (arXiv 1412.2306), section 4.2: recall@k in both directions over all captions",
 )

@@ -1,4 +1,4 @@
-"""Precision of text queries on an index whose rows say what they show."""
+"""Precision of text queries against an index whose metadata states what each row shows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, Outcome
-from clipwright.eval.search.query import Searcher, open_index
+from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, Outcome, Score
+from clipwright.eval.search.query import Searcher
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.nearest import nearest
@@ -22,25 +22,27 @@ from clipwright.pipeline.core.tables import align
 
 @configclass
 class SearchBenchmarkConfig(BenchmarkConfig):
-    """Mean precision at k; needs `index`, and `model` if it moved since the index was built.
+    """Mean precision at k. Needs `index`, and `model` if the model moved after the index was built.
 
-    `template` names metadata columns, as in `a {colour} {shape}`: one query for each combination of their values
-    found in the rows that `where` selects. Hits come from the whole index; one is right when its columns equal the
-    query's.
+    There is one query for each combination of values that the columns of `template` have in the rows selected by
+    `where`. Hits come from the complete index; a hit is relevant if it has the query's values in these columns.
     """
 
     template: str
+    """Query text with metadata columns as placeholders, such as `a {colour} {shape}`."""
     where: dict[str, Any] = field(default_factory=dict)
+    """Column → value that selects the rows from which the queries are made."""
     k: Annotated[int, Field(ge=1)] = 10
-    seed: int = 0  # which query is shown
+    """Hits per query."""
+    seed: int = 0
+    """Seed that draws the query shown in the report."""
 
 
-# One row a query: the keys of its hits, best first, which of them are right, and their cosines.
-_HITS = pa.schema(
+_HITS_SCHEMA = pa.schema(
     [
         ("query", pa.string()),
-        ("top", pa.list_(pa.string())),
-        ("right", pa.list_(pa.bool_())),
+        ("top", pa.list_(pa.string())),  # keys of the hits, best first
+        ("right", pa.list_(pa.bool_())),  # which of them are relevant
         ("score", pa.list_(pa.float32())),
     ]
 )
@@ -48,92 +50,111 @@ _HITS = pa.schema(
 
 @dataclass(frozen=True)
 class SearchBenchmark:
+    """Numbers: `n` (queries), `k, mean_precision_at_K, chance, queries`, and `query, hits_right` of the query that
+    `seed` draws."""
+
     files: ClassVar[tuple[str, ...]] = ("hits.parquet",)
     config: SearchBenchmarkConfig
 
     def run(self, context: Context) -> Outcome:
-        config = self.config
-        searcher = open_index(context.folder("index"), context.model)
+        searcher = context.index
         rows = searcher.index.rows
-        own = rows["metadata"].to_pylist() if "metadata" in rows.column_names else [{}] * len(rows)
-        columns = self._columns(own)
-        asked = sorted(self._combinations(own, columns), key=repr)
-        shown = [tuple(row[c] for c in columns) for row in own]
-        k = min(config.k, len(rows))
-        queries: list[dict[str, Any]] = []
-        found: list[dict[str, Any]] = []
-        with Progress("eval", len(asked), "queries", quiet=context.quiet) as progress:
-            for values in asked:
-                hits = self._hits(searcher, dict(zip(columns, values, strict=True)), k)
-                found.append(hits)
-                right = sum(hits["right"])
-                queries.append({"query": hits["query"], "hits_right": right, "relevant": shown.count(values)})
+        metadata = rows["metadata"].to_pylist() if "metadata" in rows.column_names else [{}] * len(rows)
+        columns = self._template_columns(list(metadata[0]))
+        combinations = sorted(self._combinations(metadata, columns), key=repr)
+        k = min(self.config.k, len(rows))
+        row_values = [tuple(row[column] for column in columns) for row in metadata]
+        queries, hits = [], []
+        with Progress("eval", len(combinations), "queries", quiet=context.quiet) as progress:
+            for values in combinations:
+                result = self._search(searcher, dict(zip(columns, values, strict=True)), k)
+                hits.append(result)
+                queries.append(
+                    {
+                        "query": result["query"],
+                        "hits_right": sum(result["right"]),
+                        "relevant": row_values.count(values),
+                    }
+                )
                 progress.add(1)
-        drawn = random.Random(config.seed).choice(queries)
-        numbers = {
+        numbers = self._numbers(queries, k, len(rows))
+        precision = numbers[f"mean_precision_at_{k}"]
+        return Outcome(
+            scores=[Score.without_interval(f"mean_precision@{k}", precision, len(queries), numbers["chance"])],
+            numbers=numbers,
+            fingerprints={"model": searcher.model.fingerprint, "index": searcher.index.manifest["fingerprint"]},
+            details=details(numbers),
+            tables={"hits.parquet": pa.Table.from_pylist(hits, _HITS_SCHEMA)},
+        )
+
+    def _numbers(self, queries: list[dict[str, Any]], k: int, rows: int) -> dict[str, Any]:
+        drawn = random.Random(self.config.seed).choice(queries)
+        return {
             "n": len(queries),
             "k": k,
-            f"mean_precision_at_{k}": float(np.mean([q["hits_right"] / k for q in queries])),
-            "chance": float(np.mean([q["relevant"] / len(rows) for q in queries])),
+            f"mean_precision_at_{k}": float(np.mean([query["hits_right"] / k for query in queries])),
+            "chance": float(np.mean([query["relevant"] / rows for query in queries])),
             "query": drawn["query"],
             "hits_right": drawn["hits_right"],
             "queries": queries,
         }
-        fingerprints = {"model": searcher.model.fingerprint, "index": searcher.index.manifest["fingerprint"]}
-        return Outcome(numbers, fingerprints, table(numbers), {"hits.parquet": pa.Table.from_pylist(found, _HITS)})
 
-    def _columns(self, own: list[dict[str, Any]]) -> list[str]:
-        """The columns that the template names; E_CONFIG_VALUE if it is none, E_COLUMN if the rows lack one."""
+    def _template_columns(self, available: list[str]) -> list[str]:
+        """Returns the columns that the template names. Raises E_CONFIG_VALUE if it names none, E_COLUMN."""
+        template = self.config.template
         try:
-            named = [name for _, name, _, _ in string.Formatter().parse(self.config.template) if name is not None]
+            named = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
         except ValueError as error:
-            raise self._bad("template", f"{self.config.template!r}: {error}", "close its braces") from None
+            raise self._no_queries("template", f"{template!r}: {error}", "close its braces") from None
         if not named:
-            raise self._bad("template", f"{self.config.template!r} names no column", "write one, such as {colour}")
-        have = list(own[0])
+            raise self._no_queries("template", f"{template!r} names no column", "name a column, such as {colour}")
         for name in (*named, *self.config.where):
-            if name not in have:
+            if name not in available:
                 raise ClipwrightError(
                     "E_COLUMN",
-                    "a metadata column that the index does not have",
+                    "the index has no such metadata column",
                     where=name,
-                    found=f"its columns are {', '.join(have) or 'none'}",
-                    fix=nearest(name, have) or "name one of its columns",
+                    found=f"its columns are {', '.join(available) or 'none'}",
+                    fix=nearest(name, available) or "name one of its columns",
                 )
         return list(dict.fromkeys(named))
 
-    def _combinations(self, own: list[dict[str, Any]], columns: list[str]) -> set[tuple[Any, ...]]:
+    def _combinations(self, metadata: list[dict[str, Any]], columns: list[str]) -> set[tuple[Any, ...]]:
+        """Returns the combinations of values in the selected rows, without those in which a value is missing."""
         where = self.config.where
-        found = {tuple(row[c] for c in columns) for row in own if all(row[c] == v for c, v in where.items())}
-        found = {values for values in found if None not in values}
-        if not found:
-            raise self._bad("where", f"no row of the index has {where}", "change it")
-        return found
+        combinations = set()
+        for row in metadata:
+            values = tuple(row[column] for column in columns)
+            if None not in values and all(row[column] == value for column, value in where.items()):
+                combinations.add(values)
+        if not combinations:
+            raise self._no_queries("where", f"no row of the index has {where}", "change it")
+        return combinations
 
-    def _hits(self, searcher: Searcher, values: dict[str, Any], k: int) -> dict[str, Any]:
-        """One query and its hits, a row of `hits.parquet`."""
+    def _search(self, searcher: Searcher, values: dict[str, Any], k: int) -> dict[str, Any]:
+        """Runs one query and returns its row of `hits.parquet`."""
         text = self.config.template.format(**values)
         hits = searcher.search(text=text, k=k)
-        right = [all(hit["metadata"][c] == v for c, v in values.items()) for hit in hits]
-        keys, scores = [hit["key"] for hit in hits], [hit["score"] for hit in hits]
-        return {"query": text, "top": keys, "right": right, "score": scores}
+        return {
+            "query": text,
+            "top": [hit["key"] for hit in hits],
+            "right": [all(hit["metadata"][column] == value for column, value in values.items()) for hit in hits],
+            "score": [hit["score"] for hit in hits],
+        }
 
-    def _bad(self, key: str, found: str, fix: str) -> ClipwrightError:
+    def _no_queries(self, key: str, found: str, fix: str) -> ClipwrightError:
         return ClipwrightError(
-            "E_CONFIG_VALUE", "a benchmark that asks nothing", where=f"benchmark.{key}", found=found, fix=fix
+            "E_CONFIG_VALUE", "the benchmark has no queries", where=f"benchmark.{key}", found=found, fix=fix
         )
 
 
-def table(numbers: dict[str, Any]) -> str:
-    """The numbers for a person."""
-    k = numbers["k"]
-    rows = [[q["query"], str(q["hits_right"]), str(q["relevant"])] for q in numbers["queries"]]
-    mean, chance = numbers[f"mean_precision_at_{k}"], numbers["chance"]
-    return (
-        align([["query", f"right of {k}", "in index"], *rows])
-        + f"\nmean precision@{k} {mean:.3f} over {numbers['n']} queries (chance {chance:.3f})"
-    )
+def details(numbers: dict[str, Any]) -> str:
+    """The relevant hits of every query, for a terminal."""
+    rows = [["query", f"relevant in top {numbers['k']}", "relevant in the index"]]
+    for query in numbers["queries"]:
+        rows.append([query["query"], f"{query['hits_right']:,}", f"{query['relevant']:,}"])
+    return align(rows)
 
 
-# The preset asks for what the rendered scenes of the demo show.
+# The preset's template fits the rendered scenes of the demo.
 BENCHMARKS.add(SearchBenchmarkConfig, SearchBenchmark, {"search": {"template": "a {colour} {shape}"}})

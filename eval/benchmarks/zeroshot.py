@@ -1,43 +1,44 @@
-"""Zero-shot classification of a labelled set."""
+"""Zero-shot classification of a labeled set."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, Outcome
-from clipwright.eval.labelled import open_labelled
+from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, Outcome, Score
+from clipwright.eval.labeled import open_labeled
 from clipwright.eval.prompting import load_classes, load_templates
-from clipwright.eval.zeroshot import answer, ask
+from clipwright.eval.zeroshot import classify, make_task
 from clipwright.pipeline.core.files import digest
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.tables import align
-from clipwright.pipeline.model.folder import load_model
 
-WORST = 10
+WORST_CLASSES = 10  # classes that are printed
 
 
 @configclass
 class ZeroshotConfig(BenchmarkConfig):
-    """Accuracy of images against the prompts of their classes; needs `model`, and `data`: a dataset folder or parquet.
+    """Accuracy of images classified by the prompts of their classes.
 
-    `classes`: the name of a shipped set (`clipwright list prompts`), a .json or .txt file, or a list; by default the
-    different labels of all rows, sorted. A class that is itself a list is one class of several names. `templates`:
-    likewise, each with one `{}` for the class name. `label`: the column that says what a row shows, as text or as a
-    number into `classes`, or a format over columns, `{colour} {shape}`; by default `class_name`, else `label`.
-    `where`: column → value that a row must have to be classified; classes come from all rows nevertheless.
+    Needs `model`, and `data`: a dataset folder or parquet files. In a list of classes, an entry that is itself a list
+    holds the names of one class, whose prompts are averaged.
     """
 
     classes: str | list[str | list[str]] | None = None
+    """Shipped set (`clipwright list prompts`), .json or .txt file, or list; null: the distinct labels, sorted."""
     templates: str | list[str] = field(default_factory=lambda: ["a photo of a {}"])
+    """Prompt templates with one `{}` for the class name: shipped set, .json or .txt file, or list."""
     label: str | None = None
+    """Column of class names or numbers, or a format such as `{colour} {shape}`; null: `class_name`, else `label`."""
     where: dict[str, Any] = field(default_factory=dict)
+    """Column → value that selects the rows to classify; classes are taken from all rows."""
 
 
 @dataclass(frozen=True)
 class Zeroshot:
-    """`n, classes, merged, templates, top1, top5, mean_per_class, chance, top1_low, top1_high` (95 %), `per_class`,
-    `confusion`, `confused`, and for each column of a label over several `COLUMN_top1`, `COLUMN_chance`."""
+    """Numbers: `n, classes, merged, templates, top1, top5, mean_per_class, chance, top1_low, top1_high` (95 %
+    confidence interval), `per_class, confusion, confused`, and for a label over several columns `COLUMN_top1` and
+    `COLUMN_chance` of each."""
 
     files: ClassVar[tuple[str, ...]] = ("predictions.parquet",)
     config: ZeroshotConfig
@@ -46,37 +47,60 @@ class Zeroshot:
         config, runtime = self.config, context.runtime
         templates = load_templates(config.templates)
         classes = None if config.classes is None else load_classes(config.classes)
-        data = open_labelled(context.place("data"), runtime.cache)
-        question = ask(data, classes, config.label, config.where)
-        model = load_model(context.folder("model"))
-        answers = answer(
-            model, data, question, templates, batch=runtime.batch, workers=runtime.workers, quiet=context.quiet
+        data = open_labeled(context.data, runtime.cache)
+        task = make_task(data, classes, config.label, config.where)
+        model = context.model
+        result = classify(
+            model, data, task, templates, batch=runtime.batch, workers=runtime.workers, quiet=context.quiet
         )
-        numbers = answers.numbers()
-        prompts = {"classes": digest(question.classes), "templates": digest(templates)}
-        fingerprints = {"model": model.fingerprint, "data": data.fingerprint, **prompts}
-        return Outcome(numbers, fingerprints, table(numbers), {"predictions.parquet": answers.table()})
+        numbers = result.numbers()
+        return Outcome(
+            scores=scores(numbers),
+            numbers=numbers,
+            fingerprints={
+                "model": model.fingerprint,
+                "data": data.fingerprint,
+                "classes": digest(task.classes),
+                "templates": digest(templates),
+            },
+            details=details(numbers),
+            tables={"predictions.parquet": result.table()},
+        )
 
 
-def table(numbers: dict[str, Any]) -> str:
-    """The numbers for a person, in percent."""
-    z = numbers
-    head = ["zero-shot", "top-1 (95 %)", "top-5", "mean per class", "chance", "images", "classes", "templates"]
-    top1 = f"{z['top1']:.1%} ({z['top1_low']:.1%} … {z['top1_high']:.1%})"
-    shares = [f"{z[name]:.1%}" for name in ("top5", "mean_per_class", "chance")]
-    rows = [head, ["all", top1, *shares, *(str(z[name]) for name in ("n", "classes", "templates"))]]
-    for name in (name.removesuffix("_top1") for name in z if name.endswith("_top1")):
-        rows.append([name, f"{z[f'{name}_top1']:.1%}", "", "", f"{z[f'{name}_chance']:.1%}", "", "", ""])
-    parts = [align(rows)]
-    if z["merged"]:
-        parts.append(f"{z['merged']} of the classes given have the name of another and are one with it")
-    shown = sorted((c for c in z["per_class"] if c["n"]), key=lambda c: c["top1"])[:WORST]
-    worst = [["worst classes", "top-1", "images"], *([c["name"], f"{c['top1']:.1%}", str(c["n"])] for c in shown)]
-    parts.append(align(worst))
-    if z["confused"]:
-        commonest = [[c["label"], c["predicted"], str(c["n"])] for c in z["confused"]]
-        parts.append(align([["commonest confusions", "taken for", "images"], *commonest], left=2))
-    return "\n\n".join(parts)
+def scores(numbers: dict[str, Any]) -> list[Score]:
+    """Top-1, top-5 and mean-per-class accuracy, and the top-1 accuracy of each column of the label."""
+    n, classes = numbers["n"], numbers["classes"]
+    top5_chance = min(5, classes) / classes
+    made = [
+        Score.of_proportion("top1", numbers["top1"], n, numbers["chance"]),
+        Score.of_proportion("top5", numbers["top5"], n, top5_chance),
+        Score.without_interval("mean_per_class", numbers["mean_per_class"], n, numbers["chance"]),
+    ]
+    for name in numbers:
+        if name.endswith("_top1"):
+            column = name.removesuffix("_top1")
+            made.append(Score.of_proportion(name, numbers[name], n, numbers[f"{column}_chance"]))
+    return made
+
+
+def details(numbers: dict[str, Any]) -> str:
+    """Counts, the worst classes and the most frequent confusions, for a terminal."""
+    counts = f"{numbers['classes']} classes, {numbers['templates']} templates"
+    if numbers["merged"]:
+        counts += f"; {numbers['merged']} classes share the name of another class and were merged with it"
+    sections = [counts]
+    tested = [row for row in numbers["per_class"] if row["n"]]
+    worst = [["worst classes", "top1", "n"]]
+    for row in sorted(tested, key=lambda row: row["top1"])[:WORST_CLASSES]:
+        worst.append([row["name"], f"{row['top1']:.4f}", f"{row['n']:,}"])
+    sections.append(align(worst))
+    if numbers["confused"]:
+        confusions = [["most frequent confusions", "predicted", "n"]]
+        for pair in numbers["confused"]:
+            confusions.append([pair["label"], pair["predicted"], f"{pair['n']:,}"])
+        sections.append(align(confusions, left=2))
+    return "\n\n".join(sections)
 
 
 BENCHMARKS.add(

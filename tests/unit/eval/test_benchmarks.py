@@ -1,4 +1,4 @@
-"""Benchmarks: right numbers from models whose answers are known, and refusals through the command."""
+"""Benchmarks: correct numbers for models whose answers are known, and errors through the command."""
 
 import json
 import re
@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from clipwright.eval.benchmarks import retrieval, search
-from clipwright.eval.benchmarks.base import BENCHMARKS, Context, EvalRuntime
+from clipwright.eval.benchmarks import retrieval
+from clipwright.eval.benchmarks.base import BENCHMARKS, Context, EvalRuntime, Score, score_table
 from clipwright.eval.search.query import Searcher
 from clipwright.eval.search.versions import open_version
+from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.folders.dataset import Dataset
 
 
-class Knowing:
-    """A stand-in model: sees number i in the i-th image it is shown and in every text that says `i`."""
+class CountingModel:
+    """A stand-in model: embeds the i-th image that it gets, and every text with the number i, as unit vector i."""
 
     embed_dim, fingerprint = 64, "f" * 64
 
@@ -35,18 +36,18 @@ class Knowing:
         return torch.eye(64)[[int(re.findall(r"\d+", text)[0]) for text in texts]]
 
 
-@pytest.mark.parametrize(("wrong", "share"), [(0, 1.0), (5, 18 / 23)])
+@pytest.mark.parametrize(("wrong", "recall"), [(0, 1.0), (5, 18 / 23)])
 @pytest.mark.parametrize("batch", [1, 7, 64])
-def test_retrieval_of_a_model_with_known_answers(make_dataset, batch, wrong, share, tmp_path):
+def test_retrieval_numbers_of_a_model_with_known_answers(make_dataset, batch, wrong, recall, tmp_path):
     data = Dataset(make_dataset(tmp_path / "data", 23, shard=5))
-    numbers = retrieval.score(Knowing(wrong), data, batch=batch, workers=2)
+    numbers = retrieval.score(CountingModel(wrong), data, batch=batch, workers=2)
     assert (numbers["i2t"]["n"], numbers["t2i"]["n"]) == (23, 46)
-    assert all(numbers[way][f"r{k}"] == pytest.approx(share) for way in ("i2t", "t2i") for k in (1, 5, 10))
+    assert all(numbers[direction][f"r{k}"] == pytest.approx(recall) for direction in ("i2t", "t2i") for k in (1, 5, 10))
     assert numbers["t2i"]["chance_r10"] == pytest.approx(10 / 23)
 
 
-class Coloured(Knowing):
-    """Answers every text with the first row that has the text's colour, as the index itself holds it."""
+class ColorModel(CountingModel):
+    """Embeds a text as the first row of the index that has the text's color."""
 
     def __init__(self, index) -> None:
         self.index = index
@@ -57,12 +58,11 @@ class Coloured(Knowing):
         return torch.from_numpy(np.stack([self.index.faiss.reconstruct(int(self.index.ids[i])) for i in first]))
 
 
-def test_search_counts_hits_of_equal_columns(indexed, monkeypatch):
+def test_search_counts_hits_with_equal_columns(indexed):
     index = open_version(indexed)
-    searcher = Searcher(index, Coloured(index))
-    monkeypatch.setattr(search, "open_index", lambda *_: searcher)
+    searcher = Searcher(index, ColorModel(index))
     config = BENCHMARKS.preset("search", template="a {colour} one", where={"held_out": True}, k=3, seed=1)
-    context = Context("search", None, None, str(indexed), EvalRuntime())
+    context = Context("search", open_index=lambda: searcher, runtime=EvalRuntime())
     outcome = BENCHMARKS.build(config).run(context)
     numbers = outcome.numbers
     assert [q["query"] for q in numbers["queries"]] == ["a green one", "a red one"]  # blue is not held out
@@ -74,11 +74,36 @@ def test_search_counts_hits_of_equal_columns(indexed, monkeypatch):
         assert (row["query"], row["top"]) == (query["query"], [hit["key"] for hit in hits])
         assert row["right"] == [hit["metadata"]["colour"] == colour for hit in hits]
         assert row["score"] == pytest.approx([hit["score"] for hit in hits])
-    rights = [q["hits_right"] for q in numbers["queries"]]
-    assert numbers["mean_precision_at_3"] == pytest.approx(sum(rights) / 6)
+    relevant_hits = [q["hits_right"] for q in numbers["queries"]]
+    precision = numbers["mean_precision_at_3"]
+    assert precision == pytest.approx(sum(relevant_hits) / 6)
+    assert outcome.scores == [Score("mean_precision@3", precision, None, None, 2, chance=numbers["chance"])]
     assert (numbers["n"], numbers["k"], numbers["chance"]) == (2, 3, pytest.approx(2.5 / 7))
     shown = [BENCHMARKS.build(replace(config, seed=seed)).run(context).numbers["query"] for seed in (*range(9), 0)]
     assert set(shown) == {"a green one", "a red one"} and shown[0] == shown[-1]
+
+
+def test_score_table_leaves_out_empty_columns() -> None:
+    scores = [Score.of_proportion("top1", 0.25, 1000, chance=0.1), Score.without_interval("mean_per_class", 0.5, 1000)]
+    assert score_table(scores).splitlines() == [
+        "score            value    95 % interval  chance      n",
+        "top1            0.2500  0.2241 … 0.2778  0.1000  1,000",
+        "mean_per_class  0.5000                           1,000",
+    ]
+    assert score_table([Score("loss", 2.0, None, None, 7, higher_is_better=False)]).splitlines() == [
+        "score   value  n",
+        "loss   2.0000  7",
+    ]
+
+
+def test_context_opens_an_input_once_and_names_a_missing_one() -> None:
+    opened = []
+    context = Context("retrieval", open_model=lambda: opened.append("model") or CountingModel(), runtime=EvalRuntime())
+    assert opened == [] and context.model is context.model and opened == ["model"]
+    for read, name in ((lambda: context.data, "data"), (lambda: context.index, "index")):
+        with pytest.raises(ClipwrightError, match="E_CONFIG_VALUE") as error:
+            read()
+        assert error.value.fix == f"add {name}=DIR" and "retrieval" in error.value.where
 
 
 def test_report_is_what_json_prints(cli, refused, model, small, indexed, tmp_path):
@@ -90,13 +115,23 @@ def test_report_is_what_json_prints(cli, refused, model, small, indexed, tmp_pat
     assert report["fingerprints"]["data"] == Dataset(small).fingerprint
     assert report["config"]["data"] == {"name": small.name, "fingerprint": Dataset(small).fingerprint}
     assert {"r1", "r5", "r10", "n"} <= report["retrieval"]["i2t"].keys() & report["retrieval"]["t2i"].keys()
+    directions = [(direction, k) for direction in ("i2t", "t2i") for k in (1, 5, 10)]
+    assert [score["name"] for score in report["scores"]] == [f"{direction}_recall@{k}" for direction, k in directions]
+    for (direction, k), score in zip(directions, report["scores"], strict=True):
+        section = report["retrieval"][direction]
+        assert (score["value"], score["chance"]) == (section[f"r{k}"], section[f"chance_r{k}"])
+        assert (score["n"], score["higher_is_better"]) == (section["n"], True)
+        if direction == "i2t":
+            assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1 and score["low"] < score["high"]
+        else:  # captions of one image are not independent
+            assert score["low"] is score["high"] is None
     again = cli("eval", "retrieval", f"model={model}", f"data={small}", "runtime.batch=2", "-o", out)
-    assert again.returncode == 0 and "R@10" in again.stdout
+    assert again.returncode == 0 and "t2i_recall@10" in again.stdout
     other = cli("eval", "search", f"index={indexed}", "benchmark.template={colour}", "-o", out)
     refused(other, "E_OUTPUT", 2, out, "--fresh")
 
 
-def test_search_suite_through_the_command(cli, indexed):
+def test_search_benchmark_through_the_command(cli, indexed):
     done = cli("eval", "search", f"index={indexed}", "benchmark.template={colour}", "benchmark.k=5", "--json")
     assert done.returncode == 0, done.stderr
     numbers = json.loads(done.stdout)["search"]
@@ -104,9 +139,7 @@ def test_search_suite_through_the_command(cli, indexed):
     assert numbers["mean_precision_at_5"] == pytest.approx(np.mean([q["hits_right"] for q in numbers["queries"]]) / 5)
 
 
-def test_what_cannot_be_measured_is_an_error(
-    quick_cli, refused, make_model, make_dataset, model, small, indexed, tmp_path
-):
+def test_unusable_inputs_are_errors(quick_cli, refused, make_model, make_dataset, model, small, indexed, tmp_path):
     broken = make_dataset(tmp_path / "broken", 7, shard=3, broken=4)
     key = Dataset(broken).sidecar(1)["key"][1].as_py()
     refused(

@@ -1,4 +1,4 @@
-"""Evaluation and embedding of a dataset behind https://, through a cache that holds two shards."""
+"""Evaluation and embedding of a dataset at an https:// address, through a cache that holds two shards."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from clipwright.eval.benchmarks.base import BENCHMARKS, Context, EvalRuntime
-from clipwright.eval.encode import encode_images, pictures
-from clipwright.eval.labelled import open_labelled
+from clipwright.eval.encode import dataset_images, encode_images
+from clipwright.eval.labeled import open_labeled
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.folders import remote
 from clipwright.pipeline.folders.cache import GB, CacheConfig
@@ -33,15 +33,17 @@ from clipwright.pipeline.model.folder import load_model
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files by whole or, `whole` being unset, by range."""
+    """Serves byte ranges of files; complete files only if `ignore_ranges` is set."""
 
-    whole = False
+    ignore_ranges = False
 
     def do_GET(self) -> None:
         data = Path(self.translate_path(self.path)).read_bytes()
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        first, last = (int(asked[1]), int(asked[2])) if asked and not self.whole else (0, len(data) - 1)
-        self.send_response(206 if asked and not self.whole else 200)
+        requested = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        first, last = (
+            (int(requested[1]), int(requested[2])) if requested and not self.ignore_ranges else (0, len(data) - 1)
+        )
+        self.send_response(206 if requested and not self.ignore_ranges else 200)
         self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
         self.send_header("Content-Length", str(last + 1 - first))
         self.end_headers()
@@ -51,12 +53,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """An authority's certificate, and a server's with its key."""
+def write_certificates(folder: Path) -> tuple[Path, Path]:
+    """Writes the certificate of an authority, and the certificate and key of a server; returns both paths."""
     now = datetime.datetime.now(datetime.UTC)
     root, own = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
 
-    def made(name: str, key: ec.EllipticCurvePrivateKey, authority: bool) -> bytes:
+    def make(name: str, key: ec.EllipticCurvePrivateKey, authority: bool) -> bytes:
         names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)]) for text in (name, "root")]
         builder = x509.CertificateBuilder(names[1], names[0], key.public_key(), x509.random_serial_number())
         builder = builder.not_valid_before(now - datetime.timedelta(days=1))
@@ -70,15 +72,15 @@ def certificate(folder: Path) -> tuple[Path, Path]:
         return builder.sign(root, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     plain = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    (folder / "root.pem").write_bytes(made("root", root, authority=True))
-    (folder / "own.pem").write_bytes(made("own", own, authority=False) + own.private_bytes(*plain))
+    (folder / "root.pem").write_bytes(make("root", root, authority=True))
+    (folder / "own.pem").write_bytes(make("own", own, authority=False) + own.private_bytes(*plain))
     return folder / "root.pem", folder / "own.pem"
 
 
 @pytest.fixture
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a server of `tmp_path` that a certificate in the environment vouches for."""
-    root, own = certificate(tmp_path)
+    """The address of a server of `tmp_path` whose certificate the environment trusts."""
+    root, own = write_certificates(tmp_path)
     monkeypatch.setenv("SSL_CERT_FILE", str(root))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path)))
     server.daemon_threads = True
@@ -92,7 +94,7 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
-def test_a_dataset_of_a_web_server_gives_what_a_local_one_gives(
+def test_remote_dataset_gives_the_results_of_a_local_dataset(
     tmp_path: Path, web: str, make_model: Any, make_dataset: Any, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = make_model(tmp_path / "model"), make_dataset(tmp_path / "data", 50, shard=10)
@@ -100,25 +102,26 @@ def test_a_dataset_of_a_web_server_gives_what_a_local_one_gives(
     bound = 2 * max(entry["tar_bytes"] for entry in entries) / GB
     places = {"local": str(data), "remote": f"{web}/data"}
     runtime = EvalRuntime(cache_dir=str(tmp_path / "cache"), cache_gb=bound, batch=7)
-    found = {}
+    results = {}
     for name, place in places.items():
         benchmark = BENCHMARKS.build(BENCHMARKS.preset("retrieval"))
-        given = Context("retrieval", model=str(model), data=place, index=None, runtime=runtime, quiet=True)
-        outcome = benchmark.run(given)
-        labelled = open_labelled(place, runtime.cache)
-        images = [picture.read() for picture in labelled.pictures(np.arange(3, 50, 7))]
-        found[name] = (outcome.numbers, outcome.fingerprints, labelled.name, labelled.read(["colour"]), images)
-    assert found["local"] == found["remote"]
+        opened = load_model(model)
+        context = Context("retrieval", open_model=lambda m=opened: m, data=place, runtime=runtime, quiet=True)
+        outcome = benchmark.run(context)
+        labeled = open_labeled(place, runtime.cache)
+        images = [image.read() for image in labeled.images(np.arange(3, 50, 7))]
+        results[name] = (outcome.numbers, outcome.fingerprints, labeled.name, labeled.read(["colour"]), images)
+    assert results["local"] == results["remote"]
     words = [f"model={model}", f"data={places['remote']}", f"runtime.cache_dir={tmp_path / 'cache'}"]
     done = cli("embed", *words, f"runtime.cache_gb={bound:.9f}", "-o", tmp_path / "embeddings", "--quiet")
     assert done.returncode == 0, done.stderr
-    rows = encode_images(load_model(model), pictures(Dataset(data), range(50)), batch=64, workers=1)
+    rows = encode_images(load_model(model), dataset_images(Dataset(data), range(50)), batch=64, workers=1)
     [(_, unit)] = list(rows)
     np.testing.assert_allclose(np.load(tmp_path / "embeddings" / "part-00000.npy"), unit.numpy(), atol=1e-3)
     assert json.loads((tmp_path / "embeddings" / "origin.json").read_text())["data"] == places["remote"]
     folders = list((tmp_path / "cache").glob("*/tars-*"))
-    held = [sum(tar.stat().st_size for tar in one.glob("*.tar")) for one in folders]
-    assert held and all(0 < size <= round(bound * GB) for size in held)
+    cached = [sum(tar.stat().st_size for tar in folder.glob("*.tar")) for folder in folders]
+    assert cached and all(0 < size <= round(bound * GB) for size in cached)
     end = time.monotonic() + 10
     while any(thread.name.startswith("fetch-") for thread in threading.enumerate()):
         assert time.monotonic() < end
@@ -130,10 +133,10 @@ def test_a_dataset_of_a_web_server_gives_what_a_local_one_gives(
             Dataset(places["remote"], cache=cache).image(0, 0)
         return caught.value
 
-    monkeypatch.setattr(Handler, "whole", True)
+    monkeypatch.setattr(Handler, "ignore_ranges", True)
     error = refused()
     assert error.code == "E_REMOTE" and "Range request not supported" in error.found
     monkeypatch.setattr(remote, "PAUSES", (0.0,))
     monkeypatch.delenv("SSL_CERT_FILE")
     remote._store.cache_clear()
-    assert refused().code == "E_REMOTE"  # nobody vouches for the server
+    assert refused().code == "E_REMOTE"  # the certificate is not trusted

@@ -1,4 +1,4 @@
-"""Zero-shot classification against a slow reference, models whose answers are known, and refusals."""
+"""Zero-shot classification against a slow reference, models whose answers are known, and errors."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import torch
 from PIL import Image
 
 from clipwright.eval import zeroshot
-from clipwright.eval.encode import Picture
-from clipwright.eval.labelled import open_labelled
-from clipwright.eval.metrics import TIE
-from clipwright.eval.prompting import listing, load_classes, load_templates, shipped_sets
+from clipwright.eval.encode import ImageSource
+from clipwright.eval.labeled import open_labeled
+from clipwright.eval.metrics import TIE, wilson_interval
+from clipwright.eval.prompting import list_prompt_sets, load_classes, load_templates, shipped_sets
 from clipwright.pipeline.core.tables import align, display_width
 
-COLOURS, SHAPES = ("red", "blue", "green", "분홍색"), ("star", "heart", "cross")
+COLORS, SHAPES = ("red", "blue", "green", "분홍색"), ("star", "heart", "cross")
 
 
 class Rows:
-    """A labelled set in memory; the picture of row i is the byte i."""
+    """A labeled set in memory; the image of row i is the byte i."""
 
     name, fingerprint = "rows", "0" * 64
 
@@ -38,13 +38,13 @@ class Rows:
     def read(self, columns: list[str]) -> pa.Table:
         return self.table.select(columns)
 
-    def pictures(self, rows: np.ndarray) -> Any:
+    def images(self, rows: np.ndarray) -> Any:
         for row in rows.tolist():
-            yield Picture(str(row), f"row {row}", "mend it", lambda row=row: bytes([row]))
+            yield ImageSource(str(row), f"row {row}", "fix it", lambda row=row: bytes([row]))
 
 
-class Vectors:
-    """A model that is two lookups: image by its byte, text by its words."""
+class LookupModel:
+    """A model that looks up the embedding of an image by its byte and of a text by its words."""
 
     def __init__(self, images: torch.Tensor, texts: dict[str, torch.Tensor]) -> None:
         self.images, self.texts = images, texts
@@ -65,8 +65,8 @@ def units(rows: int, dim: int, seed: int) -> torch.Tensor:
 
 
 def grid(count: int) -> Rows:
-    """Rows of all pairs of colour and shape, unevenly often."""
-    pairs = [(c, s) for c in COLOURS for s in SHAPES]
+    """Rows of all pairs of color and shape, unevenly often."""
+    pairs = [(c, s) for c in COLORS for s in SHAPES]
     shown = [pairs[(i * i) % len(pairs)] for i in range(count - len(pairs))] + pairs
     return Rows(
         colour=[c for c, _ in shown],
@@ -75,13 +75,15 @@ def grid(count: int) -> Rows:
     )
 
 
-def run(model: Any, data: Rows, templates: list[str], batch: int = 7, **question: Any) -> zeroshot.Answers:
-    asked = zeroshot.ask(data, **{"classes": None, "label": None, "where": {}, **question})
-    return zeroshot.answer(model, data, asked, templates, batch=batch, workers=2, quiet=True)
+def run(
+    model: Any, data: Rows, templates: list[str], batch: int = 7, *, label: str, where: dict[str, Any] | None = None
+) -> zeroshot.ClassificationResults:
+    task = zeroshot.make_task(data, None, label, where or {})
+    return zeroshot.classify(model, data, task, templates, batch=batch, workers=2, quiet=True)
 
 
-def mean_vector(texts: dict[str, torch.Tensor], prompts: list[str]) -> list[float]:
-    """Loops in float64: the mean of unit vectors, renormalised."""
+def mean_embedding(texts: dict[str, torch.Tensor], prompts: list[str]) -> list[float]:
+    """Loops in float64: the normalized mean of unit embeddings."""
     vectors = [[float(x) for x in texts[prompt]] for prompt in prompts]
     vectors = [[x / math.sqrt(sum(y * y for y in v)) for x in v] for v in vectors]
     mean = [sum(v[d] for v in vectors) / len(vectors) for d in range(len(vectors[0]))]
@@ -92,13 +94,13 @@ def mean_vector(texts: dict[str, torch.Tensor], prompts: list[str]) -> list[floa
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_numbers_equal_loops_in_float64(batch: int) -> None:
     data, templates = grid(60), ["a {}", "one {} here", "{}!"]
-    names = sorted(f"{c} {s}" for c in COLOURS for s in SHAPES)
+    names = sorted(f"{c} {s}" for c in COLORS for s in SHAPES)
     texts = {t.format(name): v for t in templates for name, v in zip(names, units(12, 6, len(t)), strict=True)}
     images = units(60, 6, 1)
-    answers = run(Vectors(images, texts), data, templates, batch, label="{colour} {shape}", where={"split": "test"})
-    z = answers.numbers()
+    result = run(LookupModel(images, texts), data, templates, batch, label="{colour} {shape}", where={"split": "test"})
+    z = result.numbers()
 
-    classes = [mean_vector(texts, [t.format(name) for t in templates]) for name in names]
+    classes = [mean_embedding(texts, [t.format(name) for t in templates]) for name in names]
     rows = data.table.to_pylist()
     chosen = [i for i, row in enumerate(rows) if row["split"] == "test"]
     hits, confusion, columns = {1: 0, 5: 0}, Counter(), Counter()
@@ -132,40 +134,43 @@ def test_numbers_equal_loops_in_float64(batch: int) -> None:
     for column, values in (("colour", 4), ("shape", 3)):
         assert z[f"{column}_top1"] == pytest.approx(columns[column] / len(chosen))
         assert z[f"{column}_chance"] == pytest.approx(1 / values)
-    table = answers.table().to_pylist()
+    table = result.table().to_pylist()
     assert [row["key"] for row in table] == [str(i) for i in chosen]
     assert sum(row["predicted"][0] == row["label"] for row in table) == hits[1]
     assert sum(row["label"] in row["predicted"] for row in table) == hits[5]
     assert all(row["score"] == sorted(row["score"], reverse=True) for row in table)
 
 
-def test_prompts_are_averaged_as_unit_vectors() -> None:
+def test_prompts_are_averaged_as_unit_embeddings() -> None:
     texts = dict(zip(["a x", "the x", "a y", "the y", "a z", "the z"], units(6, 5, 3), strict=True))
-    made = zeroshot.class_vectors(Vectors(units(1, 5, 0), texts), [("x", "y"), ("z",)], ["a {}", "the {}"], batch=4)
+    made = zeroshot.class_embeddings(
+        LookupModel(units(1, 5, 0), texts), [("x", "y"), ("z",)], ["a {}", "the {}"], batch=4
+    )
     for vector, names in zip(made.tolist(), (("x", "y"), ("z",)), strict=True):
-        wanted = mean_vector(texts, [f"{start} {name}" for name in names for start in ("a", "the")])
+        wanted = mean_embedding(texts, [f"{start} {name}" for name in names for start in ("a", "the")])
         assert vector == pytest.approx(wanted, abs=1e-6)
 
 
-def models(data: Rows, seed: int = 0) -> tuple[list[str], dict[str, torch.Tensor]]:
-    names = sorted(f"{c} {s}" for c in COLOURS for s in SHAPES)
+def one_hot_classes() -> tuple[list[str], dict[str, torch.Tensor]]:
+    """The 12 class names, each with a unit vector of its own."""
+    names = sorted(f"{c} {s}" for c in COLORS for s in SHAPES)
     return names, dict(zip(names, torch.eye(12), strict=True))
 
 
-def test_a_perfect_model_and_one_that_sees_colours_only() -> None:
+def test_perfect_model_and_model_that_sees_only_colors() -> None:
     data = grid(40)
-    names, texts = models(data)
+    names, texts = one_hot_classes()
     labels = [
         f"{c} {s}" for c, s in zip(data.table["colour"].to_pylist(), data.table["shape"].to_pylist(), strict=True)
     ]
     images = torch.stack([texts[label] for label in labels])
-    z = run(Vectors(images, texts), data, ["{}"], label="{colour} {shape}").numbers()
+    z = run(LookupModel(images, texts), data, ["{}"], label="{colour} {shape}").numbers()
     assert all(z[name] == 1.0 for name in ("top1", "top5", "mean_per_class", "colour_top1", "shape_top1"))
     assert z["confused"] == []
-    # Every shape of a colour ties: no shape is right, every colour is.
-    colours = {c: torch.eye(4)[i] for i, c in enumerate(COLOURS)}
-    blind = Vectors(
-        torch.stack([colours[label.split()[0]] for label in labels]), {n: colours[n.split()[0]] for n in names}
+    # All shapes of a color tie: no shape is correct, every color is.
+    colors = {c: torch.eye(4)[i] for i, c in enumerate(COLORS)}
+    blind = LookupModel(
+        torch.stack([colors[label.split()[0]] for label in labels]), {n: colors[n.split()[0]] for n in names}
     )
     z = run(blind, data, ["{}"], label="{colour} {shape}").numbers()
     assert (z["top1"], z["colour_top1"], z["shape_top1"]) == (0.0, 1.0, 0.0)
@@ -173,50 +178,50 @@ def test_a_perfect_model_and_one_that_sees_colours_only() -> None:
 
 
 @pytest.mark.parametrize("jitter", [0.0, TIE / 4])
-def test_a_constant_model_is_never_right(jitter: float) -> None:
+def test_constant_model_has_zero_accuracy(jitter: float) -> None:
     data = grid(40)
-    names, _ = models(data)
+    names, _ = one_hot_classes()
     vector = units(1, 8, 5)[0]
     texts = {
         name: torch.nn.functional.normalize(vector + jitter * units(1, 8, i)[0], dim=0) for i, name in enumerate(names)
     }
-    answers = run(Vectors(vector.repeat(40, 1), texts), data, ["{}"], label="{colour} {shape}")
-    z = answers.numbers()
+    result = run(LookupModel(vector.repeat(40, 1), texts), data, ["{}"], label="{colour} {shape}")
+    z = result.numbers()
     assert z["top1"] == z["top5"] == z["mean_per_class"] == z["colour_top1"] == z["shape_top1"] == z["top1_low"] == 0.0
-    assert all(row["label"] not in row["predicted"] for row in answers.table().to_pylist())
+    assert all(row["label"] not in row["predicted"] for row in result.table().to_pylist())
 
 
-def test_chance_of_a_column_where_pairs_are_missing() -> None:
-    """Red has two shapes, blue one: who knows the colour guesses a shape with 1/2 or 1."""
+def test_chance_level_of_a_column_with_missing_pairs() -> None:
+    """Red has two shapes, blue has one: given the color, a shape is guessed with probability 1/2 or 1."""
     data = Rows(colour=["red", "red", "red", "blue"], shape=["star", "heart", "star", "star"])
-    asked = zeroshot.ask(data, None, "{colour} {shape}", {})
-    assert zeroshot.column_chance(asked, "shape") == pytest.approx((3 * 1 / 2 + 1) / 4)
+    task = zeroshot.make_task(data, None, "{colour} {shape}", {})
+    assert zeroshot.column_chance(task, "shape") == pytest.approx((3 * 1 / 2 + 1) / 4)
 
 
-def test_classes_of_one_name_are_one() -> None:
+def test_classes_of_equal_name_are_merged() -> None:
     data = Rows(label=[0, 1, 2, 2, 3])
     classes = [("missile",), ("cat",), ("missile", "rocket"), ("dog",)]
-    asked = zeroshot.ask(data, classes, None, {})
-    assert asked.classes == [("missile", "rocket"), ("cat",), ("dog",)] and asked.merged == 1
-    assert asked.labels.tolist() == [0, 1, 0, 0, 2]
-    imagenet = zeroshot.ask(Rows(label=list(range(1000))), load_classes("imagenet"), None, {})
+    task = zeroshot.make_task(data, classes, None, {})
+    assert task.classes == [("missile", "rocket"), ("cat",), ("dog",)] and task.merged == 1
+    assert task.labels.tolist() == [0, 1, 0, 0, 2]
+    imagenet = zeroshot.make_task(Rows(label=list(range(1000))), load_classes("imagenet"), None, {})
     assert (len(imagenet.classes), imagenet.merged) == (998, 2)
 
 
 def test_labels_may_be_numbers_names_or_a_format() -> None:
     data = Rows(class_name=["dog", "cat", "cat"], label=[7, 2, 2], kind=["a", "b", "b"])
-    assert zeroshot.ask(data, None, None, {}).names == ["cat", "dog"]
-    assert zeroshot.ask(data, None, "label", {}).names == ["cat", "dog"]
-    assert zeroshot.ask(data, None, "label", {}).labels.tolist() == [1, 0, 0]
-    some = zeroshot.ask(data, None, "{class_name}", {"kind": "b"})
+    assert zeroshot.make_task(data, None, None, {}).names == ["cat", "dog"]
+    assert zeroshot.make_task(data, None, "label", {}).names == ["cat", "dog"]
+    assert zeroshot.make_task(data, None, "label", {}).labels.tolist() == [1, 0, 0]
+    some = zeroshot.make_task(data, None, "{class_name}", {"kind": "b"})
     assert (some.names, some.rows.tolist(), some.labels.tolist(), some.values) == (["cat", "dog"], [1, 2], [0, 0], {})
-    given = zeroshot.ask(data, load_classes(["bird", "dog", "cat"]), None, {})
+    given = zeroshot.make_task(data, load_classes(["bird", "dog", "cat"]), None, {})
     assert given.labels.tolist() == [1, 2, 2]
 
 
 def test_shipped_prompts() -> None:
-    rows = {row["name"]: row for row in listing()}
-    assert len(rows) == len(listing())
+    rows = {row["name"]: row for row in list_prompt_sets()}
+    assert len(rows) == len(list_prompt_sets())
     assert (rows["imagenet"]["classes"], rows["imagenet"]["templates"]) == (1000, 80)
     assert (rows["imagenet_simple"]["classes"], rows["imagenet_simple"]["templates"]) == (None, 7)
     assert (rows["cifar10"]["classes"], rows["cifar10"]["templates"]) == (10, 18)
@@ -235,22 +240,22 @@ def test_prompts_from_files(tmp_path: Path) -> None:
     assert load_templates(str(tmp_path / "set.json")) == ["a {}."]
 
 
-def test_wide_letters_take_two_cells() -> None:
+def test_wide_letters_are_aligned_as_two_cells() -> None:
     assert [display_width(text) for text in ("ab", "분홍색", "e\u0301", "")] == [2, 6, 1, 0]
     lines = align([["class", "n"], ["분홍색 별", "7"], ["red star", "12"]]).splitlines()
     assert len({display_width(line) for line in lines}) == 1 and lines[1].endswith(" 7")
 
 
-def jpeg(i: int, colour: tuple[int, int, int] = (200, 40, 40)) -> bytes:
+def jpeg(i: int, color: tuple[int, int, int] = (200, 40, 40)) -> bytes:
     noise = np.random.default_rng(i).integers(-30, 30, (40, 48, 3))
     file = io.BytesIO()
-    Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(file, "JPEG")
+    Image.fromarray(np.clip(np.array(color) + noise, 0, 255).astype(np.uint8)).save(file, "JPEG")
     return file.getvalue()
 
 
 @pytest.fixture
-def labelled(tmp_path: Path) -> Path:
-    """Two files of three rows, one with bytes, one with structs would differ in type: both hold bytes here."""
+def labeled(tmp_path: Path) -> Path:
+    """Two files of three rows each. The images are bytes in both, as all files of a set need equal types."""
     for part in range(2):
         rows = [
             {
@@ -265,21 +270,21 @@ def labelled(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_tables_are_read_by_row_with_the_key_of_the_bytes(labelled: Path, tmp_path: Path, picture) -> None:
-    data = open_labelled(str(labelled / "set-*.parquet"))
+def test_table_images_are_read_by_row_and_have_the_key_of_their_bytes(labeled: Path, tmp_path: Path, picture) -> None:
+    data = open_labeled(str(labeled / "set-*.parquet"))
     assert (data.samples, data.columns) == (6, ["class_name", "label", "split"])
-    found = list(data.pictures(np.array([1, 2, 5])))
-    assert [p.read() for p in found] == [jpeg(1), jpeg(2), jpeg(5)]
-    assert found[2].where.endswith("set-1.parquet, row 2")
+    images = list(data.images(np.array([1, 2, 5])))
+    assert [image.read() for image in images] == [jpeg(1), jpeg(2), jpeg(5)]
+    assert images[2].where.endswith("set-1.parquet, row 2")
     structs = pa.array([{"bytes": jpeg(i), "path": None} for i in range(2)])
     pq.write_table(pa.table({"image": structs, "label": [0, 1]}), tmp_path / "structs.parquet")
-    again = list(open_labelled(tmp_path / "structs.parquet").pictures(np.array([1])))
-    assert again[0].key == found[0].key and again[0].read() == jpeg(1)
+    again = list(open_labeled(tmp_path / "structs.parquet").images(np.array([1])))
+    assert again[0].key == images[0].key and again[0].read() == jpeg(1)
 
 
-def test_through_the_command(cli, model, small, labelled: Path, tmp_path: Path) -> None:
+def test_zeroshot_through_the_command(cli, model, small, labeled: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    words = ("eval", "zeroshot", f"model={model}", f"data={labelled / 'set-*.parquet'}", "-o", out)
+    words = ("eval", "zeroshot", f"model={model}", f"data={labeled / 'set-*.parquet'}", "-o", out)
     done = cli(*words, "benchmark.where.split=b", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -298,7 +303,11 @@ def test_through_the_command(cli, model, small, labelled: Path, tmp_path: Path) 
     rows = table.to_pylist()
     assert sum(row["predicted"][0] == row["label"] for row in rows) == round(3 * z["top1"])
     assert [row["label"] for row in rows] == ["별", "heart", "별"]
-    # The same set as a dataset folder, its label a format over two columns, in words for a person.
+    low, high = wilson_interval(round(3 * z["top1"]), 3)
+    expected = {"value": z["top1"], "low": low, "high": high, "n": 3, "higher_is_better": True, "chance": 1 / 2}
+    assert report["scores"][0] == {"name": "top1", **expected}
+    assert [score["name"] for score in report["scores"]] == ["top1", "top5", "mean_per_class"]
+    # A dataset folder, a label format over two columns, and the text for a terminal.
     words = (
         "eval",
         "zeroshot",
@@ -311,7 +320,7 @@ def test_through_the_command(cli, model, small, labelled: Path, tmp_path: Path) 
     )
     done = cli(*words, "benchmark.where.held_out=true", 'benchmark.templates=["a {}", "the {}"]')
     assert done.returncode == 0, done.stderr
-    assert "colour" in done.stdout and "worst classes" in done.stdout
+    assert "colour_top1" in done.stdout and "worst classes" in done.stdout and "2 templates" in done.stdout
     assert pq.read_table(out / "predictions.parquet").num_rows == 5
     done = cli("eval", "retrieval", f"model={model}", f"data={small}", "-o", out, "--fresh", "--json")
     assert done.returncode == 0, done.stderr
@@ -326,16 +335,16 @@ def check_queries(table: pa.Table, numbers: dict[str, Any], data: Path) -> None:
     assert {field.name: field.type for field in table.schema} == kinds
     sidecar = pq.ParquetDataset(sorted(data.glob("*.parquet"))).read().to_pylist()
     captions = {row["key"]: row["captions"] for row in sidecar}
-    for way in ("i2t", "t2i"):
-        rows = [row for row in table.to_pylist() if row["way"] == way]
-        assert len(rows) == numbers[way]["n"]
+    for direction in ("i2t", "t2i"):
+        rows = [row for row in table.to_pylist() if row["way"] == direction]
+        assert len(rows) == numbers[direction]["n"]
         for k in (1, 5):
-            assert sum(row["rank"] < k for row in rows) / len(rows) == pytest.approx(numbers[way][f"r{k}"])
+            assert sum(row["rank"] < k for row in rows) / len(rows) == pytest.approx(numbers[direction][f"r{k}"])
         for row in rows:
             assert len(row["top"]) == len(row["right"]) == len(row["score"]) == 5
             first = row["right"].index(True) if any(row["right"]) else 5
             assert first == min(row["rank"], 5)
-            if way == "i2t":
+            if direction == "i2t":
                 assert row["query"] == row["key"]
                 assert row["right"] == [text in captions[row["key"]] for text in row["top"]]
             else:
@@ -343,8 +352,8 @@ def check_queries(table: pa.Table, numbers: dict[str, Any], data: Path) -> None:
                 assert row["right"] == [row["query"] in captions[key] for key in row["top"]]
 
 
-def test_bad_input(quick_cli, refused, model, labelled: Path, tmp_path: Path) -> None:
-    table = labelled / "set-0.parquet"
+def test_unusable_inputs_are_errors(quick_cli, refused, model, labeled: Path, tmp_path: Path) -> None:
+    table = labeled / "set-0.parquet"
 
     def wrong(code: str, exit_code: int, *named: object, data: object = table, words: tuple[str, ...] = ()) -> None:
         refused(quick_cli("eval", "zeroshot", f"model={model}", f"data={data}", *words), code, exit_code, *named)
@@ -371,26 +380,26 @@ def test_bad_input(quick_cli, refused, model, labelled: Path, tmp_path: Path) ->
     assert [path.name for path in out.iterdir()] == ["status.json"]
 
 
-def test_more_bad_input_in_process(tmp_path: Path) -> None:
+def test_unusable_labels_and_prompts_are_errors(tmp_path: Path) -> None:
     def code(call: Any) -> str:
         with pytest.raises(Exception) as error:
             call()
         return error.value.code  # pyright: ignore
 
     numbers = Rows(label=[0, 1, -1])
-    assert code(lambda: zeroshot.ask(numbers, [("a",), ("b",)], None, {})) == "E_CLASSES"
-    assert code(lambda: zeroshot.ask(Rows(label=[0, 1]), None, None, {})) == "E_CLASSES"
-    assert code(lambda: zeroshot.ask(Rows(label=["a", None]), None, None, {})) == "E_CLASSES"
-    assert code(lambda: zeroshot.ask(Rows(label=[0, 0], class_name=["a", "b"]), None, "label", {})) == "E_CLASSES"
-    assert code(lambda: zeroshot.ask(Rows(a=["x y", "x"], b=["z", "y z"]), None, "{a} {b}", {})) == "E_CLASSES"
-    assert code(lambda: zeroshot.ask(Rows(label=[0.5]), None, None, {})) == "E_COLUMN"
-    assert code(lambda: zeroshot.ask(Rows(label=["a"]), None, "{label", {})) == "E_CONFIG_VALUE"
-    assert code(lambda: zeroshot.ask(Rows(label=["a"]), None, "{label:>3}", {})) == "E_CONFIG_VALUE"
+    assert code(lambda: zeroshot.make_task(numbers, [("a",), ("b",)], None, {})) == "E_CLASSES"
+    assert code(lambda: zeroshot.make_task(Rows(label=[0, 1]), None, None, {})) == "E_CLASSES"
+    assert code(lambda: zeroshot.make_task(Rows(label=["a", None]), None, None, {})) == "E_CLASSES"
+    assert code(lambda: zeroshot.make_task(Rows(label=[0, 0], class_name=["a", "b"]), None, "label", {})) == "E_CLASSES"
+    assert code(lambda: zeroshot.make_task(Rows(a=["x y", "x"], b=["z", "y z"]), None, "{a} {b}", {})) == "E_CLASSES"
+    assert code(lambda: zeroshot.make_task(Rows(label=[0.5]), None, None, {})) == "E_COLUMN"
+    assert code(lambda: zeroshot.make_task(Rows(label=["a"]), None, "{label", {})) == "E_CONFIG_VALUE"
+    assert code(lambda: zeroshot.make_task(Rows(label=["a"]), None, "{label:>3}", {})) == "E_CONFIG_VALUE"
     pq.write_table(pa.table({"image": ["a.jpg"], "label": [0]}), tmp_path / "paths.parquet")
-    assert code(lambda: open_labelled(tmp_path / "paths.parquet")) == "E_COLUMN"
+    assert code(lambda: open_labeled(tmp_path / "paths.parquet")) == "E_COLUMN"
     (tmp_path / "set.csv").write_text("image,label\n")
-    assert code(lambda: open_labelled(tmp_path / "set.csv")) == "E_TABLE"
-    (tmp_path / "torn.json").write_text("[")
-    assert code(lambda: load_classes(str(tmp_path / "torn.json"))) == "E_INPUT"
+    assert code(lambda: open_labeled(tmp_path / "set.csv")) == "E_TABLE"
+    (tmp_path / "truncated.json").write_text("[")
+    assert code(lambda: load_classes(str(tmp_path / "truncated.json"))) == "E_INPUT"
     assert code(lambda: load_classes([])) == code(lambda: load_classes([["a"], [3]])) == "E_CONFIG_VALUE"
     assert code(lambda: load_templates(["{} and {}"])) == "E_CONFIG_VALUE"
