@@ -1,7 +1,7 @@
-"""Charts of a report as inline SVG: text stays text, colours follow the page's light or dark look.
+"""Charts of a report as inline SVG: text stays text, colors follow the page's light or dark theme.
 
-Drawn 340 units wide, what a phone shows one to one, so that no letter gets smaller than 14 pixels. Colours are Okabe
-and Ito's; what they say is also said by a line's style, a frame or a word.
+Charts are 340 units wide, which a phone shows at scale 1, so that no letter is smaller than 14 pixels. The colors are
+those of Okabe and Ito; a line style, a frame or a word always repeats what a color means.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 WIDTH, FONT = 340, 14
-POINTS = 500  # of a curve; more cannot be told apart
+POINTS = 500  # points per curve; more would not be visible
 INK, SOFT, LINE, BLUE, ORANGE = "#1b1f24", "#57606a", "#d5dae0", "#0072b2", "#b34700"
-_NAMES = {INK: "--ink", SOFT: "--soft", LINE: "--line", BLUE: "--right", ORANGE: "--wrong"}
+_VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line", BLUE: "--right", ORANGE: "--wrong"}
 _STYLE: dict[Any, Any] = {
     "font.size": FONT,
     "text.color": INK,
@@ -37,14 +37,14 @@ _STYLE: dict[Any, Any] = {
 
 
 def chart(title: str, height: float, paint: Callable[[Axes], None], margins: Sequence[float] = ()) -> Markup:
-    """An SVG of one set of axes that `paint` fills; the same numbers give the same bytes.
+    """Returns an SVG of one set of axes that `paint` fills; the same numbers give the same bytes.
 
-    `title` is read out where the picture cannot be seen. `margins`: left, right, top, bottom, in units.
+    `title` is the text for screen readers. `margins`: left, right, top, bottom, in units.
     """
     left, right, top, bottom = margins or (52, 14, 12, 46)
-    # The salt names the markers and clips, which several charts in one page must not share.
+    # The salt makes the ids of markers and clips unique among the charts of a page.
     with mpl.rc_context({**_STYLE, "svg.hashsalt": title}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has the fonts, and sets the text
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser renders the text with its own fonts
         figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
         box = (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (top + bottom) / height)
         paint(figure.add_axes(box))
@@ -54,28 +54,28 @@ def chart(title: str, height: float, paint: Callable[[Axes], None], margins: Seq
 
 
 def _inline(svg: str, title: str, height: float) -> Markup:
-    """Matplotlib's file as an element of a page: no prolog, the page's fonts and colours, a name for readers."""
+    """Turns Matplotlib's file into an element of a page: no prolog, the page's fonts and colors, a title."""
     body = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index(">", svg.index("<svg")) + 1 :], flags=re.DOTALL)
     body = re.sub(
         r' id="(?:figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|PatchCollection|legend)_\d+"', "", body
     )
     body = re.sub(r"font-family: [^;\"]*; ?", "", body)
-    for colour, name in _NAMES.items():
-        body = body.replace(colour, f"var({name})")
-    name, _, says = title.partition(". ")
+    for color, name in _VARIABLES.items():
+        body = body.replace(color, f"var({name})")
+    name, _, description = title.partition(". ")
     start = f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(title)}">'
-    return Markup(f"{start}<title>{escape(name)}</title><desc>{escape(says)}</desc>{body}")
+    return Markup(f"{start}<title>{escape(name)}</title><desc>{escape(description)}</desc>{body}")
 
 
 def thin(values: Sequence[float], limit: int = POINTS) -> list[float]:
-    """At most `limit` of the values, evenly spaced, the last one among them."""
+    """Returns at most `limit` of the values, evenly spaced and including the last."""
     if len(values) <= limit:
         return list(values)
     return [values[round(i * (len(values) - 1) / (limit - 1))] for i in range(limit)]
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about a twelfth of the values, free of a bias towards the first."""
+    """Returns the exponential moving average over about a twelfth of the values, without bias toward the first."""
     keep = 1 - 1 / max(2.0, len(values) / 12)
     mean, weight, means = 0.0, 0.0, []
     for value in values:
@@ -93,13 +93,13 @@ def curve(
     level: tuple[float, str] | None = None,
     percent: bool = False,
 ) -> Markup:
-    """Curves over training samples, each as measured (faint) and smoothed (bold); `level` a named horizontal line."""
+    """Plots curves over training samples, measured (faint) and smoothed (bold). `level`: a named horizontal line."""
 
     def paint(axes: Axes) -> None:
         x = thin([n / 1000 for n in samples])
-        for (name, values), colour, style in zip(lines.items(), (BLUE, ORANGE), ("-", "--"), strict=False):
-            axes.plot(x, thin(values), color=colour, alpha=0.35, linewidth=1)
-            axes.plot(x, thin(smooth(values)), color=colour, linewidth=2.5, linestyle=style, label=name)
+        for (name, values), color, style in zip(lines.items(), (BLUE, ORANGE), ("-", "--"), strict=False):
+            axes.plot(x, thin(values), color=color, alpha=0.35, linewidth=1)
+            axes.plot(x, thin(smooth(values)), color=color, linewidth=2.5, linestyle=style, label=name)
         if level is not None:
             axes.axhline(level[0], color=SOFT, linewidth=1.5, linestyle=":")
             axes.annotate(
@@ -126,30 +126,30 @@ def curve(
 
 
 def bars(title: str, rows: Sequence[tuple[str, float, float | None, str]]) -> Markup:
-    """Shares as bars: (label, share, the share to beat or None, its name); that to beat is a mark below the bar."""
-    heights = [48 if beat is None else 64 for _, _, beat, _ in rows]
+    """Plots shares as bars: (label, share, chance level or None, its name). A mark below the bar shows the chance."""
+    heights = [48 if chance is None else 64 for _, _, chance, _ in rows]
 
     def paint(axes: Axes) -> None:
         axes.set_axis_off()
         axes.set_xlim(0, 1)
         axes.set_ylim(sum(heights), 0)
         top = 0
-        for (label, share, beat, name), height in zip(rows, heights, strict=True):
+        for (label, share, chance, name), height in zip(rows, heights, strict=True):
             axes.text(0, top + 15, label, weight="bold")
             axes.text(1, top + 15, f"{100 * share:.0f} %", weight="bold", ha="right")
             axes.add_patch(Rectangle((0, top + 21), 1, 14, color=LINE, alpha=0.5, linewidth=0))
             axes.add_patch(Rectangle((0, top + 21), share, 14, color=BLUE, linewidth=0))
-            if beat is not None:
-                axes.plot([beat, beat], [top + 21, top + 40], color=ORANGE, linewidth=3, solid_capstyle="butt")
-                side = "left" if beat < 0.5 else "right"
-                axes.text(beat, top + 53, f"{name} {100 * beat:.0f} %", color=ORANGE, ha=side)
+            if chance is not None:
+                axes.plot([chance, chance], [top + 21, top + 40], color=ORANGE, linewidth=3, solid_capstyle="butt")
+                side = "left" if chance < 0.5 else "right"
+                axes.text(chance, top + 53, f"{name} {100 * chance:.0f} %", color=ORANGE, ha=side)
             top += height
 
     return chart(title, sum(heights) + 6, paint, (4, 4, 2, 4))
 
 
 def matrix(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> Markup:
-    """What pictures of each row's kind were called (a share for each of `names`), in percent; right is framed."""
+    """Plots a confusion matrix in percent of each row (a share for each of `names`); correct cells are framed."""
     left, top = 74, 74
     side = min(36.0, (WIDTH - left - 4) / len(names))
 
@@ -159,9 +159,9 @@ def matrix(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[
         for i, (kind, shares) in enumerate(rows):
             own = names.index(kind)
             for j, share in enumerate(shares):
-                colour, weight = (BLUE, "bold") if j == own else (ORANGE, "normal")
+                color, weight = (BLUE, "bold") if j == own else (ORANGE, "normal")
                 if share > 0:
-                    fill = Rectangle((j, i), 1, 1, color=colour, alpha=0.12 + 0.5 * share, linewidth=0)
+                    fill = Rectangle((j, i), 1, 1, color=color, alpha=0.12 + 0.5 * share, linewidth=0)
                     axes.add_patch(fill)
                 if share >= 0.005 or j == own:
                     text = f"{100 * share:.0f}"

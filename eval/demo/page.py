@@ -1,4 +1,4 @@
-"""The report page of a demo folder: one self-contained HTML file, made from what its steps left on disk."""
+"""The page of a demo folder: one self-contained HTML file, made from the output folders of its steps."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from clipwright.pipeline.core.log import format_duration
 from clipwright.pipeline.core.page import render
 
 PAGE = "report.html"
-PAIRS, QUERIES, WORST, CONFUSED = 12, 8, 8, 6
-SIDE, BYTES = 128, 8192  # a stored picture of more bytes is shown at this side
-SPLIT = 4  # a column of at most so many values splits the zero-shot score
+PAIRS, QUERIES, WORST, CONFUSED = 12, 8, 8, 6  # how many of each are shown
+MAX_BYTES, SMALL_SIDE = 8192, 128  # an image of more bytes is shown with this long side
+SPLIT_VALUES = 4  # columns with at most this many values split the zero-shot score
 # What every dataset's sidecar holds; the other columns are the user's own.
 _OWN = ("row", "key", "captions", "width", "height", "offset", "size", "sha256", "dhash", "source", "source_key")
 
 
 def write(folder: Path) -> dict[str, Any]:
-    """Writes `folder`/report.html; returns its path, its bytes and the headline numbers.
+    """Writes `folder`/report.html; returns its path, its size in bytes and the headline numbers.
 
-    Raises E_INPUT, E_UNFINISHED, E_FINGERPRINT and what the folders' readers raise; an older page then stays.
+    Raises E_INPUT, E_UNFINISHED, E_FINGERPRINT and what the readers of the folders raise; an older page is then kept.
     """
     demo = Demo(folder)
     page = render(Path(__file__).with_name(PAGE), **_values(demo))
@@ -38,45 +38,49 @@ def write(folder: Path) -> dict[str, Any]:
 
 
 def small(data: bytes) -> bytes:
-    """A picture as it is stored, or no larger than a page of two hundred can bear."""
-    if len(data) <= BYTES:
+    """Returns a stored image unchanged, or downscaled if it is too large for a page of two hundred images."""
+    if len(data) <= MAX_BYTES:
         return data
-    view = pixels.decode(data, min_side=SIDE)
+    view = pixels.decode(data, min_side=SMALL_SIDE)
     height, width = view.shape[:2]
-    scale = min(1.0, SIDE / max(height, width))
+    scale = min(1.0, SMALL_SIDE / max(height, width))
     view = pixels.resize(view, max(1, round(width * scale)), max(1, round(height * scale)))
     return pixels.encode(view, "jpeg", quality=80)
 
 
 def percent(share: float) -> str:
-    """A share for a person: whole percents, with a decimal near both ends; no line breaks before its sign."""
-    return f"{100 * share:.{0 if 0.1 <= share <= 0.99 or share in (0, 1) else 1}f}\N{NO-BREAK SPACE}%"
+    """Formats a share in whole percent, with one decimal near 0 and 1; the space before the sign does not break."""
+    decimals = 0 if 0.1 <= share <= 0.99 or share in (0, 1) else 1
+    return f"{100 * share:.{decimals}f}\N{NO-BREAK SPACE}%"
 
 
 def _values(demo: Demo) -> dict[str, Any]:
-    """What the template shows."""
+    """Returns the variables of the template."""
     ends = [datetime.datetime.fromisoformat(status["ended"]) for status in demo.status.values()]
-    begun = min(datetime.datetime.fromisoformat(status["started"]) for status in demo.status.values())
-    trained, wall = _trained_seconds(demo), (max(ends) - begun).total_seconds()
+    start = min(datetime.datetime.fromisoformat(status["started"]) for status in demo.status.values())
+    training_seconds, demo_seconds = _training_seconds(demo), (max(ends) - start).total_seconds()
     train = demo.status["run"]
+    versions = train["versions"]
+    facts = {
+        "Created": f"{max(ends):%d %B %Y, %H:%M} UTC",
+        "Version": f"clipwright {importlib.metadata.version('clipwright')}, Python {versions['python']}, "
+        f"torch {versions.get('torch', '?')}",
+        "Machine": train["host"],
+        "Training": format_duration(training_seconds),
+    }
+    # A step that had finished earlier records when it was checked again, not how long it took.
+    if demo_seconds >= training_seconds:
+        facts["Complete demo"] = format_duration(demo_seconds)
     return {
         "title": "clipwright demo",
-        "lead": "From pictures to a searchable model: what was made, learned and missed.",
+        "lead": "From image-text pairs to a searchable model: data, training, scores and search results.",
         "percent": percent,
-        "facts": {
-            "Made": f"{max(ends):%d %B %Y, %H:%M} UTC",
-            "Version": f"clipwright {importlib.metadata.version('clipwright')}, Python {train['versions']['python']}, "
-            f"torch {train['versions'].get('torch', '?')}",
-            "Machine": train["host"],
-            "Training": format_duration(trained),
-            # Steps that were found finished say when they were looked at again, not how long they took.
-            **({"Whole demo": format_duration(wall)} if wall >= trained else {}),
-        },
+        "facts": facts,
         "verdict": _verdict(demo),
         "commands": {name: status["command"].removesuffix(" --json") for name, status in demo.status.items()},
         "tiles": _tiles(demo),
         "data": _data(demo),
-        "training": _training(demo, trained),
+        "training": _training(demo, training_seconds),
         "zeroshot": _zeroshot(demo),
         "confusion": _confusion(demo),
         "retrieval": _retrieval(demo),
@@ -88,222 +92,251 @@ def _values(demo: Demo) -> dict[str, Any]:
 
 def _tiles(demo: Demo) -> list[dict[str, str]]:
     z, t2i, search = demo.zeroshot, demo.retrieval["t2i"], demo.search
-    told = [
-        ("Zero-shot", f"right among {z['classes']} names", z["top1"], z["chance"], "guessing"),
-        ("Shape", "named right", z["shape_top1"], z["shape_chance"], "from colour alone"),
-        ("Retrieval R@1", "text → picture", t2i["r1"], t2i["chance_r1"], "guessing"),
-        ("Retrieval R@10", "text → picture", t2i["r10"], t2i["chance_r10"], "guessing"),
-        ("Search", f"precision at {search['k']}", demo.precision, search["chance"], "guessing"),
+    scores = [
+        ("Zero-shot", f"top-1 of {z['classes']} classes", z["top1"], z["chance"], "chance"),
+        ("Shape", "top-1", z["shape_top1"], z["shape_chance"], "chance given the color"),
+        ("Retrieval", "recall@1, text → image", t2i["r1"], t2i["chance_r1"], "chance"),
+        ("Retrieval", "recall@10, text → image", t2i["r10"], t2i["chance_r10"], "chance"),
+        ("Search", f"precision@{search['k']}", demo.precision, search["chance"], "chance"),
     ]
-    return [
-        {
-            "name": name,
-            "what": what,
-            "share": percent(share),
-            "beat": f"{level}: {percent(beat)}",
-            "verdict": "✓ far above" if far_above(share, beat) else "somewhat above" if share > beat else "✗ not above",
-        }
-        for name, what, share, beat, level in told
-    ]
+    tiles = []
+    for name, measure, share, chance, chance_name in scores:
+        if far_above(share, chance):
+            verdict = "✓ far above chance"
+        elif share > chance:
+            verdict = "slightly above chance"
+        else:
+            verdict = "✗ not above chance"
+        tiles.append(
+            {
+                "name": name,
+                "measure": measure,
+                "share": percent(share),
+                "chance": f"{chance_name}: {percent(chance)}",
+                "verdict": verdict,
+            }
+        )
+    return tiles
 
 
-def far_above(share: float, beat: float) -> bool:
-    """Whether a model must have learned something to score so much.
+def far_above(share: float, chance: float) -> bool:
+    """Whether a score proves that the model learned something.
 
-    Not by ratio alone: one that gives every picture the same name can be six times as good as guessing, where few of
-    the names are asked for.
+    A ratio alone is not enough: where few of the classes occur, a model that predicts one class for every image can
+    score six times the chance level.
     """
-    return share >= 2 * beat and share >= beat + 0.15
+    return share >= 2 * chance and share >= chance + 0.15
 
 
 def _verdict(demo: Demo) -> str:
-    """In a sentence or two whether the model learned, and how one can tell."""
-    z, t = demo.zeroshot, demo.headline()["zeroshot"]
-    names = sorted({line["label"] for line in demo.predictions})
-    if not far_above(t["top1"], t["chance"]):
+    """States in a few sentences whether the model learned, and what shows it."""
+    z = demo.zeroshot
+    top1, chance = percent(z["top1"]), percent(z["chance"])
+    if not far_above(z["top1"], z["chance"]):
         return (
-            f"The model did not learn enough: of {z['n']:,} pictures it names {percent(t['top1'])} right, and guessing "
-            f"gives {percent(t['chance'])}. If the loss under Training is still falling, train on more samples "
-            "(schedule.samples); if it is not, run clipwright doctor."
+            f"The model did not learn enough: its top-1 accuracy on {z['n']:,} images is {top1}, and chance is "
+            f"{chance}. If the loss under Training is still falling, train on more samples (schedule.samples); "
+            "otherwise run clipwright doctor."
         )
-    if not demo.unseen:
-        return f"The model learned: it names {percent(t['top1'])} of {z['n']:,} new pictures right."
-    shapes = far_above(t["shape_top1"], t["shape_chance"])
-    learned = "learned what colours and shapes are, not pictures by heart" if shapes else "has hardly learned shapes"
-    pairs = f"{len(names)} pairs" if len(names) > 1 else "one pair"
+    if not demo.unseen_combinations:
+        return f"The model learned: its top-1 accuracy on {z['n']:,} new images is {top1}; chance is {chance}."
+    if far_above(z["shape_top1"], z["shape_chance"]):
+        verdict = "The model learned colors and shapes, and recognizes them in new combinations."
+    else:
+        verdict = "The model learned colors, but hardly learned shapes."
+    names = sorted({prediction["label"] for prediction in demo.predictions})
+    held_out = f"{len(names)} combinations" if len(names) > 1 else "one combination"
     return (
-        f"The model {learned}. Training showed every colour and every shape, but left out {pairs} of the two, such as "
-        f"“{names[0]}”; of {z['n']:,} pictures of what it left out, {percent(t['top1'])} are named right, where "
-        f"guessing gives {percent(t['chance'])}."
+        f"{verdict} Training showed every color and every shape, but not {held_out} of the two, such as “{names[0]}”. "
+        f"Of {z['n']:,} images of held-out combinations, {top1} are classified correctly; chance is {chance}."
     )
 
 
 def _data(demo: Demo) -> dict[str, Any]:
-    """What went in and what came out, and pairs as training saw them."""
-    made, samples = demo.train.manifest, demo.log[-1]["samples"]
-    times = samples / max(made["written"], 1)
-    places = [(shard, row) for shard, size in enumerate(demo.train.sizes) for row in range(size)]
-    drawn = random.Random(0).sample(places, min(PAIRS, len(places)))
+    """Counts of preparation, and pairs as training saw them."""
+    manifest, samples = demo.train.manifest, demo.log[-1]["samples"]
+    repeats = samples / max(manifest["written"], 1)
+    decimals = 1 if repeats >= 1 else 3
+    positions = [(shard, row) for shard, size in enumerate(demo.train.sizes) for row in range(size)]
+    drawn = random.Random(0).sample(positions, min(PAIRS, len(positions)))
     return {
         "counts": [
-            ("pairs in", made["rows_in"]),
-            ("merged with a twin", made["merged"]),
-            ("rejected", made["rejected"]),
-            ("training pictures", made["written"]),
-            ("seen in training", samples),
-            ("new pictures for the tests", demo.test.samples),
+            ("input pairs", manifest["rows_in"]),
+            ("merged duplicates", manifest["merged"]),
+            ("rejected", manifest["rejected"]),
+            ("training images", manifest["written"]),
+            ("training samples", samples),
+            ("test images", demo.test.samples),
         ],
-        "says": f"{made['rows_in']:,} pairs went in, {made['written']:,} became training pictures; training saw "
-        f"{samples:,}, each picture {times:.{1 if times >= 1 else 3}f} times on average. The tests "
-        f"below are made with {demo.test.samples:,} other pictures.",
+        "text": f"{manifest['written']:,} training images were made from {manifest['rows_in']:,} pairs. Training used "
+        f"{samples:,} samples: each image {repeats:.{decimals}f} times on average. The scores below are measured on "
+        f"{demo.test.samples:,} other images.",
         "pairs": [
-            {"image": small(demo.train.image(*place)), "captions": _ends(demo.train.record(*place)["captions"])}
-            for place in drawn
+            {
+                "image": small(demo.train.image(*position)),
+                "captions": _first_and_last(demo.train.record(*position)["captions"]),
+            }
+            for position in drawn
         ],
     }
 
 
-def _ends(captions: list[str]) -> list[str]:
-    """The first and the last: of captions in two languages, one of each."""
+def _first_and_last(captions: list[str]) -> list[str]:
+    """Of captions in two languages, one of each."""
     return captions if len(captions) < 2 else [captions[0], captions[-1]]
 
 
-def _trained_seconds(demo: Demo) -> float:
-    """Time spent training, from the log: it holds after a resume and when the folder is looked at again."""
-    before = [{"samples": 0}, *demo.log]
-    return sum((b["samples"] - a["samples"]) / b["samples_per_s"] for a, b in zip(before, demo.log, strict=False))
+def _training_seconds(demo: Demo) -> float:
+    """Training time, computed from the log so that it also holds for a resumed run."""
+    seconds = 0.0
+    previous_samples = 0
+    for line in demo.log:
+        seconds += (line["samples"] - previous_samples) / line["samples_per_s"]
+        previous_samples = line["samples"]
+    return seconds
 
 
 def _training(demo: Demo, seconds: float) -> dict[str, Any]:
     log, batch = demo.log, demo.batch
-    x, chance = [line["samples"] for line in log], math.log(batch)
-    loss = [line["loss"] for line in log]
-    image, text, rate = ([line[k] for line in log] for k in ("acc_image", "acc_text", "samples_per_s"))
-    says = {
-        "loss": f"The loss goes from {loss[0]:.2f} to {loss[-1]:.2f}; a model that only guesses stays at {chance:.2f}, "
-        f"the logarithm of the batch of {batch}.",
-        "accuracy": f"Among the {batch} of a batch, {percent(image[-1])} of the pictures find a caption of theirs at "
-        f"the end, and {percent(text[-1])} of the captions their picture; guessing finds {percent(1 / batch)}.",
-        "rate": f"{statistics.median(rate):.0f} samples a second in the middle; "
-        f"{percent(statistics.median([line['data_share'] for line in log]))} of the time was spent waiting for data, "
-        f"{max(line['memory_gb'] for line in log):.1f} GB of memory was used. "
-        f"Training took {format_duration(seconds)}.",
-    }
-    level = (chance, f"guessing: {chance:.2f}")
-    figures = [
-        ("Loss", says["loss"], plots.curve(f"Loss. {says['loss']}", x, {"loss": loss}, label="loss", level=level)),
-        (
-            "Accuracy inside the batch",
-            says["accuracy"],
-            plots.curve(
-                f"Accuracy inside the batch. {says['accuracy']}",
-                x,
-                {"picture → caption": image, "caption → picture": text},
-                label="right, %",
-                percent=True,
-            ),
-        ),
-        ("Speed", says["rate"], plots.curve(f"Speed. {says['rate']}", x, {"rate": rate}, label="samples a second")),
-    ]
-    keys = ("step", "samples", "loss", "acc_image", "acc_text", "samples_per_s")
-    # A long run's table is thinned like its curves, only more.
+    samples = [line["samples"] for line in log]
+    loss, chance_loss = [line["loss"] for line in log], math.log(batch)
+    image_accuracy, text_accuracy = [line["acc_image"] for line in log], [line["acc_text"] for line in log]
+    rate = [line["samples_per_s"] for line in log]
+    waiting = statistics.median([line["data_share"] for line in log])
+    memory = max(line["memory_gb"] for line in log)
+    loss_text = (
+        f"The loss goes from {loss[0]:.2f} to {loss[-1]:.2f}. Chance is {chance_loss:.2f}, the logarithm of the batch "
+        f"size {batch}."
+    )
+    accuracy_text = (
+        f"In a batch of {batch}, {percent(image_accuracy[-1])} of the images rank a caption of theirs first at the "
+        f"end, and {percent(text_accuracy[-1])} of the captions rank their image first; chance is {percent(1 / batch)}."
+    )
+    rate_text = (
+        f"The median speed is {statistics.median(rate):.0f} samples per second. {percent(waiting)} of the time was "
+        f"spent waiting for data; peak memory was {memory:.1f} GB. Training took {format_duration(seconds)}."
+    )
+    loss_figure = plots.curve(
+        f"Loss. {loss_text}", samples, {"loss": loss}, label="loss", level=(chance_loss, f"chance: {chance_loss:.2f}")
+    )
+    accuracy_figure = plots.curve(
+        f"Accuracy within the batch. {accuracy_text}",
+        samples,
+        {"image → text": image_accuracy, "text → image": text_accuracy},
+        label="accuracy, %",
+        percent=True,
+    )
+    rate_figure = plots.curve(f"Speed. {rate_text}", samples, {"rate": rate}, label="samples per second")
+    columns = ("step", "samples", "loss", "acc_image", "acc_text", "samples_per_s")
+    # The table of a long run is thinned more than its curves.
     rows = [log[int(i)] for i in plots.thin(range(len(log)), 40)]
-    return {"figures": figures, "columns": keys, "rows": [[line[k] for k in keys] for line in rows]}
+    return {
+        "figures": [
+            ("Loss", loss_text, loss_figure),
+            ("Accuracy within the batch", accuracy_text, accuracy_figure),
+            ("Speed", rate_text, rate_figure),
+        ],
+        "columns": columns,
+        "rows": [[line[column] for column in columns] for line in rows],
+    }
 
 
 def _zeroshot(demo: Demo) -> dict[str, Any]:
-    """The scores beside what they must beat, and how they fall apart by the columns of the test set."""
-    z, found = demo.zeroshot, demo.predictions
-    rows = [demo.pictures.row(line["key"]) for line in found]
-    kind = " of combinations that training never showed" if demo.unseen else ""
-    says = (
-        f"{percent(z['top1'])} of {z['n']:,} pictures{kind} get their own of {z['classes']} names; guessing gives "
-        f"{percent(z['chance'])}. Shape is named right in {percent(z['shape_top1'])} of pictures; knowing only the "
-        f"colour would give {percent(z['shape_chance'])}."
+    """The scores with their chance levels, and the score split by the columns of the test set."""
+    z, predictions = demo.zeroshot, demo.predictions
+    rows = [demo.test_images.row(prediction["key"]) for prediction in predictions]
+    kind = " of combinations that training never showed" if demo.unseen_combinations else ""
+    text = (
+        f"Top-1 accuracy is {percent(z['top1'])} on {z['n']:,} images{kind}, with {z['classes']} classes; chance is "
+        f"{percent(z['chance'])}. The shape is correct for {percent(z['shape_top1'])} of the images; chance given the "
+        f"color is {percent(z['shape_chance'])}."
     )
     bars = [
-        ("Colour and shape", z["top1"], z["chance"], "guessing"),
-        ("Shape", z["shape_top1"], z["shape_chance"], "knowing only the colour"),
-        ("Colour", z["colour_top1"], z["colour_chance"], "guessing"),
+        ("Color and shape", z["top1"], z["chance"], "chance"),
+        ("Shape", z["shape_top1"], z["shape_chance"], "chance given the color"),
+        ("Color", z["colour_top1"], z["colour_chance"], "chance"),
     ]
-    parts = []
+    splits = []
     for name in (name for name in rows[0] if name not in _OWN):
-        by: dict[Any, list[bool]] = defaultdict(list)
-        for row, line in zip(rows, found, strict=True):
-            by[row[name]].append(line["label"] == line["predicted"][0])
-        if 1 < len(by) <= SPLIT:
-            parts.append(_split(name.removeprefix("input_"), by))
+        correct: dict[Any, list[bool]] = defaultdict(list)
+        for row, prediction in zip(rows, predictions, strict=True):
+            correct[row[name]].append(prediction["label"] == prediction["predicted"][0])
+        if 1 < len(correct) <= SPLIT_VALUES:
+            splits.append(_split(name.removeprefix("input_"), correct))
     return {
-        "says": says,
-        "bars": plots.bars(f"Zero-shot. {says}", bars),
+        "text": text,
+        "bars": plots.bars(f"Zero-shot. {text}", bars),
         "rows": bars,
-        "parts": parts,
-        "range": f"{percent(z['top1_low'])} to {percent(z['top1_high'])}",
+        "splits": splits,
+        "interval": f"{percent(z['top1_low'])} to {percent(z['top1_high'])}",
     }
 
 
-def _split(column: str, by: dict[Any, list[bool]]) -> dict[str, Any]:
-    """The zero-shot score for each value of a column; prep writes `input_size` where a user's column is `size`."""
-    share = {value: sum(right) / len(right) for value, right in sorted(by.items(), key=lambda item: str(item[0]))}
-    rows = [(f"{value} ({len(by[value])} pictures)", right, None, "") for value, right in share.items()]
-    best, worst = max(share, key=lambda value: share[value]), min(share, key=lambda value: share[value])
-    says = f"Easiest: {best}, {percent(share[best])} right. Hardest: {worst}, {percent(share[worst])}."
-    if share[best] == share[worst]:
-        says = f"All alike: {percent(share[best])} right."
-    return {"name": column, "says": says, "rows": rows, "figure": plots.bars(f"Zero-shot by {column}. {says}", rows)}
+def _split(column: str, correct: dict[Any, list[bool]]) -> dict[str, Any]:
+    """The accuracy for each value of a column. `clipwright prep` stores a user's column `size` as `input_size`."""
+    accuracy = {value: sum(correct[value]) / len(correct[value]) for value in sorted(correct, key=str)}
+    rows = [(f"{value} ({len(correct[value])} images)", share, None, "") for value, share in accuracy.items()]
+    best, worst = max(accuracy, key=lambda value: accuracy[value]), min(accuracy, key=lambda value: accuracy[value])
+    if accuracy[best] == accuracy[worst]:
+        text = f"All values: {percent(accuracy[best])} correct."
+    else:
+        text = f"Easiest: {best}, {percent(accuracy[best])} correct. "
+        text += f"Hardest: {worst}, {percent(accuracy[worst])} correct."
+    return {"name": column, "text": text, "rows": rows, "figure": plots.bars(f"Zero-shot by {column}. {text}", rows)}
 
 
 def _confusion(demo: Demo) -> dict[str, Any]:
-    """By colour and by shape: 48 names a side cannot be read, and each mistake is one of the two."""
+    """Confusion by shape and by color, as a matrix of all 48 classes would be too large to read."""
     z = demo.zeroshot
     names = [row["name"] for row in z["per_class"]]
     tables = []
-    for part, title in ((-1, "Shape"), (0, "Colour")):
-        kinds = list(dict.fromkeys(name.split()[part] for name in names))
+    for word, title in ((-1, "Shape"), (0, "Color")):
+        kinds = list(dict.fromkeys(name.split()[word] for name in names))
         counts = Counter[tuple[str, str]]()
         for name, row in zip(names, z["confusion"], strict=True):
-            for other, n in zip(names, row, strict=True):
-                counts[name.split()[part], other.split()[part]] += n
-        totals = {kind: sum(counts[kind, other] for other in kinds) for kind in kinds}
-        rows = [(a, [counts[a, b] / totals[a] for b in kinds]) for a in kinds if totals[a]]
-        right = {kind: counts[kind, kind] / totals[kind] for kind, _ in rows}
-        worst = min(right, key=lambda kind: right[kind])
-        says = (
-            f"Hardest is {worst}: right in {percent(right[worst])} of its pictures."
-            if right[worst] < 1
-            else f"No {title.lower()} was mistaken for another."
-        )
-        figure = plots.matrix(f"{title}: what a row's pictures were called, in percent. {says}", kinds, rows)
-        tables.append({"title": title, "says": says, "figure": figure, "names": kinds, "rows": rows, "totals": totals})
-    wrong = z["n"] - round(z["top1"] * z["n"])
+            for predicted, n in zip(names, row, strict=True):
+                counts[name.split()[word], predicted.split()[word]] += n
+        totals = {kind: sum(counts[kind, predicted] for predicted in kinds) for kind in kinds}
+        tested = [kind for kind in kinds if totals[kind]]
+        rows = [(kind, [counts[kind, predicted] / totals[kind] for predicted in kinds]) for kind in tested]
+        accuracy = {kind: counts[kind, kind] / totals[kind] for kind in tested}
+        worst = min(tested, key=lambda kind: accuracy[kind])
+        if accuracy[worst] < 1:
+            text = f"Hardest: {worst}, {percent(accuracy[worst])} correct."
+        else:
+            text = f"No {title.lower()} was confused with another."
+        figure = plots.matrix(f"{title}: predictions for each row, in percent. {text}", kinds, rows)
+        tables.append({"title": title, "text": text, "figure": figure, "names": kinds, "rows": rows, "totals": totals})
     return {
         "tables": tables,
         "confused": z["confused"][:CONFUSED],
-        "wrong": wrong,
+        "errors": z["n"] - round(z["top1"] * z["n"]),
         "classes": [row for row in z["per_class"] if row["n"]],
     }
 
 
 def _retrieval(demo: Demo) -> dict[str, Any]:
-    """Captions with the pictures found for them: some drawn by seed, and those whose own picture came last."""
-    asked = {row["query"]: row for row in reversed(demo.queries) if row["way"] == "t2i"}
-    asked = dict(sorted(asked.items()))
-    drawn = random.Random(0).sample(list(asked.values()), min(QUERIES, len(asked)))
-    worst = sorted(asked.values(), key=lambda row: (-row["rank"], row["query"]))[:WORST]
+    """Captions with their top-5 images: a random sample, and those whose first relevant image ranks lowest."""
+    by_caption = {row["query"]: row for row in reversed(demo.queries) if row["way"] == "t2i"}
+    queries = [by_caption[caption] for caption in sorted(by_caption)]
+    drawn = random.Random(0).sample(queries, min(QUERIES, len(queries)))
+    worst = sorted(queries, key=lambda row: (-row["rank"], row["query"]))[:WORST]
+    if worst and worst[0]["rank"]:
+        worst_text = f"The {len(worst)} captions whose first relevant image ranks lowest."
+    else:
+        worst_text = "Every caption has a relevant image at rank 1."
     t2i = demo.retrieval["t2i"]
     return {
-        "says": f"{percent(t2i['r1'])} of {t2i['n']:,} captions find a right picture at once, {percent(t2i['r10'])} "
-        f"among the first ten; guessing gives {percent(t2i['chance_r1'])} and {percent(t2i['chance_r10'])}. "
-        "Right, framed and marked ✓, is the picture the caption was written for or another with the very same caption; "
-        "a picture that fits but was described in other words is not. Numbers are cosine similarities. The last of a "
-        "row, dashed, is the picture the caption was written for, with the rank of the first right one.",
-        "drawn": [_found(demo, row) | {"own": _hit(demo, row["key"])} for row in drawn],
-        "worst": [_found(demo, row) | {"own": _hit(demo, row["key"])} for row in worst],
-        "drawn_says": f"{len(drawn)} captions, and the five nearest pictures.",
-        "worst_says": f"The {len(worst)} captions whose right picture came last."
-        if worst and worst[0]["rank"]
-        else "No caption was missed: a right picture came first for each.",
-        "ways": [("text → picture", t2i), ("picture → text", demo.retrieval["i2t"])],
+        "text": f"Recall@1 is {percent(t2i['r1'])} and recall@10 is {percent(t2i['r10'])} over {t2i['n']:,} captions; "
+        f"chance is {percent(t2i['chance_r1'])} and {percent(t2i['chance_r10'])}. "
+        "An image is relevant (framed, marked ✓) if the caption was written for it or if it has exactly the same "
+        "caption; an image that fits but has other captions does not count. Numbers are cosine similarities. The last "
+        "image of a row (dashed) is the caption's own image, with the rank of the first relevant image.",
+        "drawn": [_query_row(demo, row) | {"own": _hit(demo, row["key"])} for row in drawn],
+        "worst": [_query_row(demo, row) | {"own": _hit(demo, row["key"])} for row in worst],
+        "drawn_text": f"{len(drawn)} random captions and their top-5 images.",
+        "worst_text": worst_text,
+        "directions": [("text → image", t2i), ("image → text", demo.retrieval["i2t"])],
     }
 
 
@@ -311,22 +344,21 @@ def _search(demo: Demo) -> dict[str, Any]:
     k = demo.search["k"]
     drawn = random.Random(0).sample(demo.hits, min(QUERIES, len(demo.hits)))
     return {
-        "says": f"{demo.search['n']} questions to the index of {demo.test.samples:,} pictures: on average "
-        f"{percent(demo.precision)} of the first {k} hits show what was asked for; guessing gives "
-        f"{percent(demo.search['chance'])}.",
-        "drawn": [_found(demo, row) | {"right": sum(row["right"])} for row in drawn],
+        "text": f"{demo.search['n']} text queries against the index of {demo.test.samples:,} images. "
+        f"Mean precision@{k} is {percent(demo.precision)}; chance is {percent(demo.search['chance'])}.",
+        "drawn": [_query_row(demo, row) | {"relevant": sum(row["right"])} for row in drawn],
         "queries": demo.search["queries"],
         "k": k,
     }
 
 
-def _found(demo: Demo, row: dict[str, Any]) -> dict[str, Any]:
+def _query_row(demo: Demo, row: dict[str, Any]) -> dict[str, Any]:
     hits = [
-        _hit(demo, key) | {"right": right, "score": score}
-        for key, right, score in zip(row["top"], row["right"], row["score"], strict=True)
+        _hit(demo, key) | {"relevant": relevant, "score": score}
+        for key, relevant, score in zip(row["top"], row["right"], row["score"], strict=True)
     ]
     return {"query": row["query"], "rank": row.get("rank", 0) + 1, "hits": hits}
 
 
 def _hit(demo: Demo, key: str) -> dict[str, Any]:
-    return {"image": small(demo.pictures.image(key)), "caption": demo.pictures.row(key)["captions"][0]}
+    return {"image": small(demo.test_images.image(key)), "caption": demo.test_images.row(key)["captions"][0]}

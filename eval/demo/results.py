@@ -1,4 +1,4 @@
-"""A finished demo folder, opened: what its steps left on disk, checked to belong together."""
+"""Opens a finished demo folder: the outputs of its steps, checked to belong together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.folders.records import read_manifest
 
 CONFIG, REPORT = "config.yaml", "report.json"
-# The folders of a demo in the order they are made, and the file without which each is not there.
+# The folders of a demo in the order of its steps, each with a file that it must contain.
 STEPS = {
     "shards": "manifest.json",
     "test": "manifest.json",
@@ -30,14 +30,25 @@ STEPS = {
     "index": "current",
     "search": "hits.parquet",
 }
-PAIR = ("colour", "shape")  # the columns of which training leaves out some combinations
-# What the page shows of each file. A demo whose steps are somebody's own may lack it.
-_KEYS = {
+COMBINATION = ("colour", "shape")  # the columns of which training leaves out some combinations
+# The keys and columns of each file that the page shows. A demo with changed steps may lack them.
+_REQUIRED = {
     STATUS: ("command", "started", "ended", "host", "versions"),
     "log.jsonl": ("step", "samples", "loss", "acc_image", "acc_text", "samples_per_s", "data_share", "memory_gb"),
     "zeroshot": (
-        *("n", "classes", "top1", "top1_low", "top1_high", "chance", "per_class", "confusion", "confused"),
-        *("colour_top1", "colour_chance", "shape_top1", "shape_chance"),
+        "n",
+        "classes",
+        "top1",
+        "top1_low",
+        "top1_high",
+        "chance",
+        "per_class",
+        "confusion",
+        "confused",
+        "colour_top1",
+        "colour_chance",
+        "shape_top1",
+        "shape_chance",
     ),
     "retrieval": ("t2i", "i2t"),
     "search": ("n", "k", "chance", "queries"),
@@ -53,151 +64,163 @@ class Demo:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise ClipwrightError(
-                "E_INPUT", "no demo folder", where=folder, found="there is no such folder", fix="clipwright demo -o DIR"
+                "E_INPUT",
+                "the demo folder does not exist",
+                where=folder,
+                found="no such folder",
+                fix="run `clipwright demo -o DIR`",
             )
         self.folder = folder
-        self.status: dict[str, dict[str, Any]] = {}  # of all steps, once every one of them has ended well
-        self.status = {name: self._status(name) for name in STEPS}
+        self.status: dict[str, dict[str, Any]] = {}  # stays empty until the status of every step was checked
+        self.status = {name: self._finished_status(name) for name in STEPS}
         self.train, self.test = Dataset(folder / "shards"), Dataset(folder / "test")
-        self.batch = self._batch()
-        self.log = self._json("run", "log.jsonl", _KEYS["log.jsonl"])
-        self.zeroshot = self._scores("zeroshot", "zeroshot")
-        self.retrieval, self.search = self._scores("retrieval", "retrieval"), self._scores("search", "search")
-        self.predictions = self._table("zeroshot", "predictions.parquet")
-        self.queries = self._table("retrieval", "queries.parquet")
-        self.hits = self._table("search", "hits.parquet")
-        self.pictures = Pictures(self.test)
-        self.unseen = self._unseen()
+        self.batch = self._global_batch()
+        self.log = self._read_json("run", "log.jsonl", _REQUIRED["log.jsonl"])
+        self.zeroshot = self._numbers("zeroshot", "zeroshot")
+        self.retrieval, self.search = self._numbers("retrieval", "retrieval"), self._numbers("search", "search")
+        self.predictions = self._read_table("zeroshot", "predictions.parquet")
+        self.queries = self._read_table("retrieval", "queries.parquet")
+        self.hits = self._read_table("search", "hits.parquet")
+        self.test_images = ImagesByKey(self.test)
+        self.unseen_combinations = self._has_unseen_combinations()
 
     @property
     def precision(self) -> float:
         return self.search[f"mean_precision_at_{self.search['k']}"]
 
     def headline(self) -> dict[str, Any]:
-        """The numbers that say whether the demo worked, each with its chance level."""
+        """Returns the numbers that show whether the demo worked, with their chance levels."""
         t2i = self.retrieval["t2i"]
         return {
-            "zeroshot": {k: self.zeroshot[k] for k in ("n", "top1", "chance", "shape_top1", "shape_chance")},
-            "retrieval": {k: t2i[k] for k in ("n", "r1", "r10", "chance_r1", "chance_r10")},
+            "zeroshot": {key: self.zeroshot[key] for key in ("n", "top1", "chance", "shape_top1", "shape_chance")},
+            "retrieval": {key: t2i[key] for key in ("n", "r1", "r10", "chance_r1", "chance_r10")},
             "search": {"n": self.search["n"], "precision": self.precision, "chance": self.search["chance"]},
         }
 
     def text(self, step: str, name: str) -> str:
-        """A file of a step as it stands."""
+        """Returns the content of a step's file."""
         path = self.folder / step / name
         if not path.is_file():
-            raise self._unfinished(step, f"no {name} in it")
+            raise self._unfinished(step, f"it has no {name}")
         try:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise self._unfinished(step, f"its {name} cannot be read: {error}") from None
 
-    def _unseen(self) -> bool:
-        """Whether the zero-shot test asks only for colours and shapes that training showed, but never together."""
-        asked = {tuple(self.pictures.row(line["key"]).get(name) for name in PAIR) for line in self.predictions}
+    def _has_unseen_combinations(self) -> bool:
+        """Whether training showed every color and shape of the zero-shot test, but none of their combinations."""
         shards = [self.train.sidecar(shard) for shard in range(len(self.train.sizes))]
-        if not all(set(PAIR) <= set(shard.column_names) for shard in shards):
+        if not all(set(COMBINATION) <= set(shard.column_names) for shard in shards):
             return False
-        shown = {pair for shard in shards for pair in zip(*(shard[name].to_pylist() for name in PAIR), strict=True)}
-        apart = all({pair[i] for pair in asked} <= {pair[i] for pair in shown} for i in range(len(PAIR)))
-        return apart and not asked & shown
+        trained = set()
+        for shard in shards:
+            trained.update(zip(*(shard[name].to_pylist() for name in COMBINATION), strict=True))
+        tested = set()
+        for prediction in self.predictions:
+            row = self.test_images.row(prediction["key"])
+            tested.add(tuple(row.get(name) for name in COMBINATION))
+        for i in range(len(COMBINATION)):
+            if not {values[i] for values in tested} <= {values[i] for values in trained}:
+                return False
+        return not tested & trained
 
-    def _batch(self) -> int:
+    def _global_batch(self) -> int:
         try:
             return int(read_yaml(self.folder / "run" / CONFIG)["schedule"]["global_batch"])
         except (KeyError, TypeError, ValueError):
             raise self._unfinished("run", f"its {CONFIG} has no schedule.global_batch") from None
 
-    def _status(self, step: str) -> dict[str, Any]:
-        """How a step ended, if it ended well."""
+    def _finished_status(self, step: str) -> dict[str, Any]:
+        """Returns the status of a step that ended without an error."""
         if not (self.folder / step).is_dir():
-            raise self._unfinished(step, "there is no such folder")
+            raise self._unfinished(step, "no such folder")
         if not (self.folder / step / STATUS).is_file():
-            raise self._unfinished(step, f"no {STATUS}: its command was killed or still runs")
-        [status] = self._json(step, STATUS, ("exit_code",))
+            raise self._unfinished(step, f"it has no {STATUS}: its command was killed or is still running")
+        [status] = self._read_json(step, STATUS, ("exit_code",))
         if status["exit_code"] != 0:
             raise self._unfinished(step, f"its command ended with exit code {status['exit_code']}")
-        self._complete(step, STATUS, status, _KEYS[STATUS])
+        self._require_keys(step, STATUS, status, _REQUIRED[STATUS])
         if not (self.folder / step / STEPS[step]).is_file():
-            raise self._unfinished(step, f"no {STEPS[step]} in it")
+            raise self._unfinished(step, f"it has no {STEPS[step]}")
         return status
 
-    def _scores(self, step: str, benchmark: str) -> dict[str, Any]:
-        """A step's numbers, if they were measured on this folder's model and test set."""
-        [report] = self._json(step, REPORT, ())
+    def _numbers(self, step: str, benchmark: str) -> dict[str, Any]:
+        """Returns a step's numbers, which must be those of this folder's model and test set."""
+        [report] = self._read_json(step, REPORT, ())
         if report.get("benchmark") != benchmark:
-            raise self._unfinished(step, f"its {REPORT} holds no {benchmark} numbers")
-        self._complete(step, REPORT, report, (benchmark, "fingerprints"))
-        numbers, made_from = report[benchmark], report["fingerprints"]
-        self._complete(step, f"{REPORT}, {benchmark},", numbers, _KEYS[benchmark])
+            raise self._unfinished(step, f"its {REPORT} has no {benchmark} numbers")
+        self._require_keys(step, REPORT, report, (benchmark, "fingerprints"))
+        numbers, fingerprints = report[benchmark], report["fingerprints"]
+        self._require_keys(step, f"{REPORT}, {benchmark},", numbers, _REQUIRED[benchmark])
         model = read_manifest(self.folder / "model", "model")
-        here = {"model": model["fingerprint"], "data": self.test.fingerprint}
-        for name, fingerprint in here.items():
-            if made_from.get(name, fingerprint) != fingerprint:
+        expected = {"model": model["fingerprint"], "data": self.test.fingerprint}
+        for name, fingerprint in expected.items():
+            if fingerprints.get(name, fingerprint) != fingerprint:
                 raise ClipwrightError(
                     "E_FINGERPRINT",
-                    f"scores of another {'model' if name == 'model' else 'test set'}",
+                    f"the scores are of another {'model' if name == 'model' else 'test set'}",
                     where=self.folder / step / REPORT,
-                    found=f"{made_from[name][:16]}…, the folder's own is {fingerprint[:16]}…",
-                    fix=self._again(step),
+                    found=f"they are of {fingerprints[name][:16]}…, the demo has {fingerprint[:16]}…",
+                    fix=self._rerun_hint(step),
                 )
         return numbers
 
-    def _json(self, step: str, name: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-        """The object of a JSON file, or those of a file of one a line; at least one, each with `keys`."""
+    def _read_json(self, step: str, name: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+        """Returns the objects of a .jsonl file, or the object of a .json file; at least one, each with `keys`."""
         text = self.text(step, name)
+        documents = text.splitlines() if name.endswith(".jsonl") else [text]
         try:
-            found = [json.loads(part) for part in (text.splitlines() if name.endswith("l") else [text])]
+            trees = [json.loads(document) for document in documents]
         except ValueError as error:
             raise self._unfinished(step, f"its {name} cannot be read: {error}") from None
-        if not found:
+        if not trees:
             raise self._unfinished(step, f"its {name} is empty")
-        for tree in found:
-            self._complete(step, name, tree, keys)
-        return found
+        for tree in trees:
+            self._require_keys(step, name, tree, keys)
+        return trees
 
-    def _complete(self, step: str, name: str, tree: Any, keys: tuple[str, ...]) -> None:
-        """Refuses what is no object, or one without what the page shows of it."""
+    def _require_keys(self, step: str, name: str, tree: Any, keys: tuple[str, ...]) -> None:
         if not isinstance(tree, dict):
-            raise self._unfinished(step, f"its {name} cannot be read: not an object but {str(tree)[:40]}")
+            raise self._unfinished(step, f"its {name} cannot be read: {str(tree)[:40]} is not an object")
         for key in keys:
             if key not in tree:
                 raise self._unfinished(step, f"its {name} has no {key}, which the page shows")
 
-    def _table(self, step: str, name: str) -> list[dict[str, Any]]:
+    def _read_table(self, step: str, name: str) -> list[dict[str, Any]]:
         try:
             table = pq.read_table(self.folder / step / name)
         except (pa.ArrowException, OSError) as error:
             raise self._unfinished(step, f"its {name} cannot be read: {error}") from None
-        self._complete(step, name, dict.fromkeys(table.column_names), _KEYS[name])
+        self._require_keys(step, name, dict.fromkeys(table.column_names), _REQUIRED[name])
         return table.to_pylist()
 
     def _unfinished(self, step: str, found: str) -> ClipwrightError:
         return ClipwrightError(
             "E_UNFINISHED",
-            f"a demo without its step {step}",
+            f"the demo's step {step} is missing or did not finish",
             where=self.folder / step,
             found=found,
-            fix=self._again(step),
+            fix=self._rerun_hint(step),
         )
 
-    def _again(self, step: str) -> str:
-        """The command that makes one step, and the one that makes all that is missing."""
-        own = self.folder / CONFIG
-        shipped = Path(str(resources.files("clipwright") / "configs" / "demo.yaml"))
-        tree = read_yaml(own) if own.is_file() else {}
-        tree = tree if {"seed", "steps"} <= tree.keys() else read_yaml(shipped)
-        ends = f"-o {{demo}}/{step}"
-        line = next((line for line in tree["steps"].values() if line.endswith(ends)), "")
-        demo = shlex.quote(str(self.folder))
-        alone = f"clipwright {line.format(demo=demo, seed=tree['seed'])}" if line else f"make {step}"
-        if step == "run" and self.status:  # finished, so that the same command would leave what lies there
-            return f"run `{alone} --fresh`"
-        return f"run `{alone}`, or `clipwright demo -o {demo}`, which goes on where it stopped"
+    def _rerun_hint(self, step: str) -> str:
+        """Names the command that runs this step again, and the one that runs all missing steps."""
+        own_config = self.folder / CONFIG
+        tree = read_yaml(own_config) if own_config.is_file() else {}
+        if not {"seed", "steps"} <= tree.keys():
+            tree = read_yaml(Path(str(resources.files("clipwright") / "configs" / "demo.yaml")))
+        command = f"make {step}"
+        for line in tree["steps"].values():
+            if line.endswith(f"-o {{demo}}/{step}"):
+                command = f"clipwright {line.format(demo=shlex.quote(str(self.folder)), seed=tree['seed'])}"
+                break
+        if step == "run" and self.status:  # the run has finished: without --fresh the command would leave it unchanged
+            return f"run `{command} --fresh`"
+        return f"run `{command}`, or `clipwright demo -o {shlex.quote(str(self.folder))}` to resume the demo"
 
 
-class Pictures:
-    """Pictures and rows of a dataset by key."""
+class ImagesByKey:
+    """Images and sidecar rows of a dataset by key."""
 
     def __init__(self, data: Dataset) -> None:
         self.data = data
