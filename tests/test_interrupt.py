@@ -42,7 +42,7 @@ COMMANDS = {
     "doctor": (["doctor", *TRAIN], ("clipwright.pipeline.doctor.speed", "module.Engine", "step"), ["*"]),
     "embed": (
         ["embed", "model=model", "data=data"],
-        ("clipwright.eval.embed", "module", "_vectors"),
+        ("clipwright.eval.embed", "module", "_embeddings"),
         ["manifest.json", "part-*"],
     ),
     "index": (

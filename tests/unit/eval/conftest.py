@@ -1,4 +1,4 @@
-"""Tiny model and dataset folders, and the command line as a user runs it."""
+"""Small model and dataset folders, and the command line as a user runs it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from clipwright.pipeline.model.folder import save_model
 from clipwright.pipeline.model.two_tower import ModelConfig, build_model
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}
 
 
 def _make_model(folder: Path, dim: int = 16, seed: int = 0, scale: float = 1.0) -> Path:
@@ -35,8 +35,15 @@ def _make_model(folder: Path, dim: int = 16, seed: int = 0, scale: float = 1.0) 
         ModelConfig,
         overrides=[
             f"embed_dim={dim}",
-            *("image.name=vit_nano", "image.image_size=32", "image.dim=32", "image.depth=1", "image.heads=2"),
-            *("text.width=32", "text.depth=1", "text.heads=2", "text.context=24"),
+            "image.name=vit_nano",
+            "image.image_size=32",
+            "image.dim=32",
+            "image.depth=1",
+            "image.heads=2",
+            "text.width=32",
+            "text.depth=1",
+            "text.heads=2",
+            "text.context=24",
         ],
     )
     tokenizer = TOKENIZERS.build(tree.value.tokenizer)
@@ -46,17 +53,17 @@ def _make_model(folder: Path, dim: int = 16, seed: int = 0, scale: float = 1.0) 
     return folder
 
 
-def _picture(i: int) -> bytes:
-    """A noisy JPEG, another for every number."""
-    colour = list(COLOURS.values())[i % 3]
+def _image(i: int) -> bytes:
+    """A JPEG of noise, different for every number."""
+    color = list(COLORS.values())[i % 3]
     noise = np.random.default_rng(i).integers(-30, 30, (40, 48, 3))
     file = io.BytesIO()
-    Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(file, "JPEG")
+    Image.fromarray(np.clip(np.array(color) + noise, 0, 255).astype(np.uint8)).save(file, "JPEG")
     return file.getvalue()
 
 
 def _make_dataset(folder: Path, samples: int, shard: int = 400, broken: int | None = None) -> Path:
-    """A dataset folder of the design's format; sample `broken` holds bytes that are no image. Each has two captions."""
+    """A dataset folder with two captions per sample. The bytes of sample `broken` are not an image."""
     folder.mkdir(parents=True)
     total, shards = DatasetFingerprint(), []
     for number, first in enumerate(range(0, samples, shard)):
@@ -71,49 +78,57 @@ def _write_shard(folder: Path, stem: str, numbers: range, total: DatasetFingerpr
     rows = []
     with tarfile.open(folder / f"{stem}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for i in numbers:
-            data = _picture(i) if i != broken else b"no image"
+            data = _image(i) if i != broken else b"no image"
             key = hashlib.sha256(data).hexdigest()[:32]
             member = tarfile.TarInfo(f"{key}.jpg")
             member.size = len(data)
             offset = tar.offset + 512
             tar.addfile(member, io.BytesIO(data))
-            colour = list(COLOURS)[i % 3]
+            color = list(COLORS)[i % 3]
             rows.append(
                 {
-                    **{"row": i, "key": key, "captions": [f"a {colour} picture, number {i}", f"picture {i}"]},
-                    **{"width": 48, "height": 40, "offset": offset, "size": len(data)},
-                    **{
-                        "sha256": hashlib.sha256(data).hexdigest(),
-                        "dhash": i,
-                        "source": f"{i}.jpg",
-                        "source_key": None,
-                    },
-                    **{"id": f"user-{i}", "colour": colour, "held_out": i % 3 != 2},
+                    "row": i,
+                    "key": key,
+                    "captions": [f"a {color} image, number {i}", f"image {i}"],
+                    "width": 48,
+                    "height": 40,
+                    "offset": offset,
+                    "size": len(data),
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                    "dhash": i,
+                    "source": f"{i}.jpg",
+                    "source_key": None,
+                    "id": f"user-{i}",
+                    "colour": color,
+                    "held_out": i % 3 != 2,
                 }
             )
             total.sample(key, rows[-1]["sha256"], rows[-1]["captions"])
         total.shard(len(numbers))
     pq.write_table(pa.Table.from_pylist(rows), folder / f"{stem}.parquet")
     return {
-        **{"sidecar": f"{stem}.parquet", "sidecar_sha256": file_sha256(folder / f"{stem}.parquet")},
-        **{"tar": f"{stem}.tar", "tar_bytes": (folder / f"{stem}.tar").stat().st_size},
-        **{"tar_sha256": file_sha256(folder / f"{stem}.tar"), "samples": len(numbers)},
+        "sidecar": f"{stem}.parquet",
+        "sidecar_sha256": file_sha256(folder / f"{stem}.parquet"),
+        "tar": f"{stem}.tar",
+        "tar_bytes": (folder / f"{stem}.tar").stat().st_size,
+        "tar_sha256": file_sha256(folder / f"{stem}.tar"),
+        "samples": len(numbers),
     }
 
 
 def _cli(*words: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """`clipwright WORDS` in a process of its own, or in several under torchrun."""
-    told = list(map(str, words))
+    """Runs `clipwright WORDS` in a process of its own, or in several under torchrun."""
+    arguments = list(map(str, words))
     if ranks == 1:
-        return sys.modules["conftest_root"].fork_server().run(told, Path.cwd(), dict(os.environ), 120)
+        return sys.modules["conftest_root"].fork_server().run(arguments, Path.cwd(), dict(os.environ), 120)
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     return subprocess.run(
-        [sys.executable, "-m", *launcher, "clipwright", *told], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", *launcher, "clipwright", *arguments], capture_output=True, text=True, timeout=120
     )
 
 
 def _refused(done: subprocess.CompletedProcess[str], code: str, exit_code: int, *named: object) -> None:
-    """The command ended with this code as its last word, named the culprit, and offered a remedy."""
+    """Checks that the last line on stderr is an error of this code that names the culprit and a remedy."""
     assert done.returncode == exit_code, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"error[{code}]: "), done.stderr
@@ -144,8 +159,8 @@ def make_dataset():
 
 
 @pytest.fixture(scope="session")
-def picture():
-    return _picture
+def image():
+    return _image
 
 
 @pytest.fixture(scope="session")
@@ -177,16 +192,16 @@ def indexed(tmp_path_factory: pytest.TempPathFactory, embedded: Path) -> Path:
 
 @pytest.fixture
 def quick_cli(monkeypatch, capfd):
-    """`clipwright WORDS` in this process, which holds torch already: ten refusals cost seconds, not a minute."""
+    """Runs `clipwright WORDS` in this process, which has imported torch already: faster for many expected errors."""
     from clipwright.cli import app
 
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
 
-    def call(*words: object) -> SimpleNamespace:
+    def run(*words: object) -> SimpleNamespace:
         capfd.readouterr()
         code = app(list(map(str, words)), standalone_mode=False)
         printed = capfd.readouterr()
         return SimpleNamespace(returncode=code, stdout=printed.out, stderr=printed.err)
 
-    return call
+    return run

@@ -1,4 +1,4 @@
-"""Embedding folders: the same rows from one process and from two, whole or absent."""
+"""Embedding folders: the same rows from one process and from two, complete or absent."""
 
 import json
 import os
@@ -19,13 +19,13 @@ from clipwright.pipeline.folders.dataset import Dataset
 
 def read(folder: Path) -> tuple[np.ndarray, list[dict]]:
     names = sorted(json.loads((folder / "manifest.json").read_text())["files"])
-    vectors = [np.load(folder / name) for name in names if name.endswith(".npy")]
+    embeddings = [np.load(folder / name) for name in names if name.endswith(".npy")]
     rows = [row for name in names if name.endswith(".parquet") for row in pq.read_table(folder / name).to_pylist()]
-    return np.concatenate(vectors).astype(np.float32), rows
+    return np.concatenate(embeddings).astype(np.float32), rows
 
 
 def srun(*words: object) -> subprocess.CompletedProcess[str]:
-    """`clipwright WORDS` in two processes that know each other by Slurm's variables alone."""
+    """`clipwright WORDS` in two processes that are started with Slurm's variables only."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     tasks = [
@@ -39,8 +39,8 @@ def srun(*words: object) -> subprocess.CompletedProcess[str]:
         )
         for rank in range(2)
     ]
-    said = [task.communicate(timeout=120) for task in tasks]
-    out, errors = ("".join(texts) for texts in zip(*said, strict=True))
+    printed = [task.communicate(timeout=120) for task in tasks]
+    out, errors = ("".join(texts) for texts in zip(*printed, strict=True))
     return subprocess.CompletedProcess([], max(task.returncode for task in tasks), out, errors)
 
 
@@ -57,25 +57,25 @@ def test_one_process_ignores_a_local_rank_that_a_shell_left_set(model, small, tm
 def test_one_and_two_processes_agree(cli, make_dataset, samples, model, tmp_path):
     data = make_dataset(tmp_path / "data", samples, shard=3 if samples < 10 else 400)
     keys = [key for s in range(len(Dataset(data).sizes)) for key in Dataset(data).sidecar(s)["key"].to_pylist()]
-    found = {}
+    folders = {}
     for ranks in (1, 2):
         out = tmp_path / f"ranks-{ranks}"
         words = ("embed", f"model={model}", f"data={data}", "-o", out)
         done = srun(*words) if (ranks, samples) == (2, 7) else cli(*words, ranks=ranks)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("embedded") == 1
-        vectors, rows = found[ranks] = read(out)
+        embeddings, rows = folders[ranks] = read(out)
         assert [row["key"] for row in rows] == keys and len(set(keys)) == samples
-        assert len(vectors) == samples
-        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=2e-3)
+        assert len(embeddings) == samples
+        np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=2e-3)
         assert not list(out.glob(".*"))
         assert json.loads((out / "status.json").read_text())["exit_code"] == 0
     assert len(list((tmp_path / "ranks-2").glob("part-*.npy"))) == min(samples, 2)
-    np.testing.assert_allclose(found[1][0], found[2][0], atol=1e-3)
-    assert found[1][1] == found[2][1]
+    np.testing.assert_allclose(folders[1][0], folders[2][0], atol=1e-3)
+    assert folders[1][1] == folders[2][1]
 
 
-def test_rows_say_what_they_are(embedded, small):
+def test_rows_describe_their_sample(embedded, small):
     _, rows = read(embedded)
     data = Dataset(small)
     row, sidecar = rows[4], data.sidecar(1).slice(1, 1).to_pylist()[0]
@@ -86,15 +86,15 @@ def test_rows_say_what_they_are(embedded, small):
         assert tar.read(row["size"]) == data.image(1, 1)
 
 
-def test_text_has_a_row_for_each_caption(cli, model, small, tmp_path):
+def test_text_embeddings_have_a_row_per_caption(cli, model, small, tmp_path):
     done = cli("embed", f"model={model}", f"data={small}", "what=text", "runtime.batch=4", "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    vectors, rows = read(tmp_path / "out")
-    assert len(vectors) == len(rows) == 14
+    embeddings, rows = read(tmp_path / "out")
+    assert len(embeddings) == len(rows) == 14
     assert [row["caption"] for row in rows] == [caption for row in rows[::2] for caption in row["captions"]]
 
 
-def test_again_is_already_done_and_other_inputs_are_refused(cli, refused, model, small, embedded, tmp_path):
+def test_finished_folder_is_kept_and_other_inputs_are_refused(cli, refused, model, small, embedded, tmp_path):
     out = shutil.copytree(embedded, tmp_path / "out")
     before = file_sha256(out / "manifest.json")
     again = cli("embed", f"model={model}", f"data={small}", "-o", out)
@@ -105,7 +105,7 @@ def test_again_is_already_done_and_other_inputs_are_refused(cli, refused, model,
     assert json.loads(fresh.stdout)["rows"] == 14 and len(read(out)[0]) == 14
 
 
-def test_unfinished_folder_is_finished(cli, refused, model, small, embedded, tmp_path):
+def test_unfinished_folder_is_completed(cli, refused, model, small, embedded, tmp_path):
     out = shutil.copytree(embedded, tmp_path / "out")
     (out / "manifest.json").unlink()
     (out / ".part-00007.npy.partial").write_bytes(b"left by a killed process")
@@ -116,7 +116,7 @@ def test_unfinished_folder_is_finished(cli, refused, model, small, embedded, tmp
 
 
 @pytest.mark.xdist_group("ranks")
-def test_one_failing_rank_fails_all_and_leaves_nothing(cli, make_dataset, model, tmp_path):
+def test_failing_rank_fails_all_ranks_and_leaves_no_files(cli, make_dataset, model, tmp_path):
     data = make_dataset(tmp_path / "data", 7, shard=3, broken=5)
     key = Dataset(data).sidecar(1)["key"][2].as_py()
     for ranks, exit_code in ((1, 3), (2, 1)):  # torchrun turns every failure into 1
@@ -130,7 +130,7 @@ def test_one_failing_rank_fails_all_and_leaves_nothing(cli, make_dataset, model,
         assert [path.name for path in out.iterdir()] == ["status.json"]
 
 
-def test_refuses_what_is_not_what_it_says(cli, refused, make_model, model, small, tmp_path):
+def test_corrupt_inputs_are_refused(cli, refused, make_model, model, small, tmp_path):
     out = tmp_path / "out"
     changed = shutil.copytree(small, tmp_path / "changed")
     tar = changed / "set-000002.tar"
@@ -145,20 +145,20 @@ def test_refuses_what_is_not_what_it_says(cli, refused, make_model, model, small
     refused(cli("embed", f"model={broken}", f"data={small}", "-o", out), "E_NONFINITE", 1, "image ")
 
 
-def test_does_not_write_into_a_folder_of_other_things(cli, refused, model, small, tmp_path):
+def test_folder_with_other_files_is_refused(cli, refused, model, small, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     refused(cli("embed", f"model={model}", f"data={small}", "-o", tmp_path), "E_OUTPUT", 2, tmp_path, "notes.txt")
     assert {path.name for path in tmp_path.iterdir()} <= {"notes.txt", "status.json"}
 
 
 def embed_folder(out: Path) -> dict[str, bytes]:
-    left = {path.name: path.read_bytes() for path in out.iterdir()}
-    return {name: data for name, data in left.items() if name not in ("config.yaml", "status.json", "origin.json")}
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    return {name: data for name, data in files.items() if name not in ("config.yaml", "status.json", "origin.json")}
 
 
 @pytest.fixture
 def one_thread():
-    """As torchrun gives its ranks: the last bits depend on it."""
+    """The number of threads that torchrun sets for its ranks; the last bits of the results depend on it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -166,7 +166,7 @@ def one_thread():
 
 
 @pytest.mark.xdist_group("ranks")
-def test_parts_of_a_job_array_give_the_folder_of_as_many_ranks(cli, quick_cli, model, small, tmp_path, one_thread):
+def test_job_array_gives_the_folder_of_as_many_ranks(cli, quick_cli, model, small, tmp_path, one_thread):
     words = ("embed", f"model={model}", f"data={small}", "-o")
     assert cli(*words, tmp_path / "ranks", ranks=2).returncode == 0
     out = tmp_path / "parts"
@@ -174,20 +174,20 @@ def test_parts_of_a_job_array_give_the_folder_of_as_many_ranks(cli, quick_cli, m
     assert done.stdout.startswith("part 2/2: embedded 4 images") and not (out / "status.json").exists()
     done = quick_cli(*words, out, "runtime.part=finish")
     assert done.returncode == 3 and "error[E_UNFINISHED]" in done.stderr and "1 of 2 parts" in done.stderr
-    assert "are not there: 1" in done.stderr and not (out / "manifest.json").exists()
+    assert "are missing: 1" in done.stderr and not (out / "manifest.json").exists()
     assert "part 2/2: already embedded: 4" in quick_cli(*words, out, "runtime.part=2/2").stdout
-    # What a killed part left has no receipt; one of another model counts for nothing.
+    # A part without a receipt is embedded again; receipts of other inputs do not count.
     (out / ".part-00001.json.partial").unlink()
     assert "part 2/2: embedded 4" in quick_cli(*words, out, "runtime.part=2/2").stdout
     assert "part 1/2: embedded 3" in quick_cli(*words, out, "runtime.part=1/2").stdout
     done = quick_cli(*words, out, "what=text", "runtime.part=finish")
-    assert done.returncode == 3 and "no part is there" in done.stderr
-    # A file that changed behind its receipt; a finish that was stopped between two names.
-    vectors = (out / ".part-00000.npy.partial").read_bytes()
-    (out / ".part-00000.npy.partial").write_bytes(vectors[:-1] + bytes([vectors[-1] ^ 1]))
+    assert done.returncode == 3 and "no part of this model and dataset" in done.stderr
+    # A file that changed after its receipt was written; a `finish` that was interrupted between two renames.
+    content = (out / ".part-00000.npy.partial").read_bytes()
+    (out / ".part-00000.npy.partial").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     done = quick_cli(*words, out, "runtime.part=finish")
     assert done.returncode == 3 and "error[E_EMBED_HASH]" in done.stderr and ".part-00000.npy" in done.stderr
-    (out / ".part-00000.npy.partial").write_bytes(vectors)
+    (out / ".part-00000.npy.partial").write_bytes(content)
     (out / ".part-00001.npy.partial").rename(out / "part-00001.npy")
     assert quick_cli(*words, out, "runtime.part=finish").returncode == 0
     assert embed_folder(out) == embed_folder(tmp_path / "ranks")

@@ -270,7 +270,7 @@ def labeled(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_table_images_are_read_by_row_and_have_the_key_of_their_bytes(labeled: Path, tmp_path: Path, picture) -> None:
+def test_table_images_are_read_by_row_and_have_the_key_of_their_bytes(labeled: Path, tmp_path: Path) -> None:
     data = open_labeled(str(labeled / "set-*.parquet"))
     assert (data.samples, data.columns) == (6, ["class_name", "label", "split"])
     images = list(data.images(np.array([1, 2, 5])))

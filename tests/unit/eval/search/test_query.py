@@ -9,38 +9,41 @@ from clipwright.eval.search.query import open_index
 
 
 def test_text_query_as_json(cli, indexed, model):
-    done = cli("search", indexed, "text=a  red\tpicture", "k=50", "--json")
+    done = cli("search", indexed, "text=a  red\timage", "k=50", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["query"] == {"text": "a  red\tpicture"} and result["k"] == 50
+    assert result["query"] == {"text": "a  red\timage"} and result["k"] == 50
     assert [hit["rank"] for hit in result["hits"]] == list(range(1, 8))  # the index has seven rows
     assert len({hit["key"] for hit in result["hits"]}) == 7
     scores = [hit["score"] for hit in result["hits"]]
     assert scores == sorted(scores, reverse=True)
-    assert open_index(indexed, model).search(text="a red picture", k=50) == result["hits"]
+    assert open_index(indexed, model).search(text="a red image", k=50) == result["hits"]
 
 
-def test_image_query_finds_the_image_itself(cli, picture, indexed, tmp_path):
+def test_image_query_finds_the_image_itself(cli, image, indexed, tmp_path):
     searcher = open_index(indexed)
     for i in range(7):
-        (tmp_path / "query.jpg").write_bytes(picture(i))
+        (tmp_path / "query.jpg").write_bytes(image(i))
         best = searcher.search(image=tmp_path / "query.jpg", k=1)[0]
         assert best["source"] == f"{i}.jpg" and abs(best["score"] - 1) < 1e-3
     done = cli("search", indexed, f"image={tmp_path / 'query.jpg'}", "k=2")
     assert done.returncode == 0, done.stderr
     first = done.stdout.splitlines()[1]
-    assert first.split()[0] == "1" and "picture, number 6" in first and "6.jpg" in first
+    assert first.split()[0] == "1" and "image, number 6" in first and "6.jpg" in first
 
 
-def test_unusable_queries_are_refused(quick_cli, refused, picture, indexed, tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(picture(0)[:300])
+def test_unusable_queries_are_refused(quick_cli, refused, image, indexed, tmp_path):
+    (tmp_path / "truncated.jpg").write_bytes(image(0)[:300])
     refused(quick_cli("search", indexed), "E_USAGE", 2, "text, image", "neither")
     refused(quick_cli("search", indexed, "text=a", "image=b"), "E_USAGE", 2, "both")
     refused(quick_cli("search", indexed, "text=a", "k=0"), "E_CONFIG_VALUE", 2, "k (command line)")
     refused(quick_cli("search", indexed, "text= "), "E_CAP_EMPTY", 3, "text")
     refused(quick_cli("search", indexed, f"image={tmp_path / 'none.jpg'}"), "E_INPUT", 3, tmp_path / "none.jpg")
     refused(
-        quick_cli("search", indexed, f"image={tmp_path / 'broken.jpg'}"), "E_IMG_TRUNCATED", 3, tmp_path / "broken.jpg"
+        quick_cli("search", indexed, f"image={tmp_path / 'truncated.jpg'}"),
+        "E_IMG_TRUNCATED",
+        3,
+        tmp_path / "truncated.jpg",
     )
 
 

@@ -1,4 +1,4 @@
-"""Index folders: vectors and rows that belong together, or no index at all."""
+"""Index folders: embeddings and rows that belong together, or an error."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from clipwright.pipeline.folders.records import file_entries, write_manifest
 
 
 def make_embeddings(folder: Path, sizes: list[int], dim: int = 24, seed: int = 0) -> np.ndarray:
-    """An embedding folder of random unit rows in parts of the given sizes; returns the rows."""
+    """Writes an embedding folder of random unit rows in parts of the given sizes; returns the rows."""
     folder.mkdir(parents=True)
     rows = np.random.default_rng(seed).standard_normal((sum(sizes), dim)).astype(np.float32)
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
@@ -38,13 +38,13 @@ def make_index(embeddings: Path, out: Path, *, fresh: bool = False) -> dict:
 
 
 def rewrite_manifest(version: Path, **changes) -> None:
-    """A manifest that agree_to_stop with the files as they now are: what only the later checks can catch."""
+    """Writes a manifest with the hashes of the current files, so that only the later checks can fail."""
     manifest = json.loads((version / "manifest.json").read_text())
     manifest["files"] = file_entries(version, manifest["files"])
     (version / "manifest.json").write_text(json.dumps({**manifest, **changes}))
 
 
-def test_every_row_finds_itself_over_uneven_parts(tmp_path):
+def test_every_row_is_its_own_top1_hit_over_uneven_parts(tmp_path):
     rows = make_embeddings(tmp_path / "e", [3, 1, 17, 5, 2, 31, 1, 8, 4, 11, 6, 9])
     make_index(tmp_path / "e", tmp_path / "index")
     index = open_version(tmp_path / "index")
@@ -61,7 +61,7 @@ def test_equal_inputs_give_equal_folders(tmp_path):
     assert first["fingerprint"] == second["fingerprint"] and first["files"] == second["files"]
 
 
-def test_versions_follow_one_another_and_ids_are_never_used_twice(tmp_path):
+def test_versions_are_numbered_and_ids_are_never_reused(tmp_path):
     make_embeddings(tmp_path / "e", [5, 9], seed=1)
     make_embeddings(tmp_path / "f", [4], seed=2)
     out = tmp_path / "index"
@@ -76,7 +76,7 @@ def test_versions_follow_one_another_and_ids_are_never_used_twice(tmp_path):
     assert open_version(out).ids.tolist() == [18, 19, 20, 21]
 
 
-def test_a_damaged_version_is_built_again(tmp_path):
+def test_corrupt_version_is_built_again(tmp_path):
     make_embeddings(tmp_path / "e", [5, 9])
     make_index(tmp_path / "e", tmp_path / "index")
     (tmp_path / "index/versions/000001/index.faiss").write_bytes(b"")
@@ -84,7 +84,7 @@ def test_a_damaged_version_is_built_again(tmp_path):
     assert len(open_version(tmp_path / "index").ids) == 14
 
 
-def test_killed_build_leaves_the_old_version_current(tmp_path, monkeypatch):
+def test_interrupted_build_keeps_the_current_version(tmp_path, monkeypatch):
     make_embeddings(tmp_path / "e", [5, 9], seed=1)
     make_embeddings(tmp_path / "f", [4], seed=2)
     make_index(tmp_path / "e", tmp_path / "index")
@@ -97,14 +97,14 @@ def test_killed_build_leaves_the_old_version_current(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["index.faiss", "rows-00000.parquet"])
-def test_no_changed_file_is_ever_read(name, tmp_path, monkeypatch):
+def test_changed_files_are_never_read(name, tmp_path, monkeypatch):
     make_embeddings(tmp_path / "e", [40])
     make_index(tmp_path / "e", tmp_path / "index")
     file = tmp_path / "index/versions/000001" / name
     content = file.read_bytes()
     monkeypatch.setattr("faiss.read_index", lambda *_: pytest.fail("faiss read a changed file"))
-    for damaged in (content[:-1], content[:100], b"", content + b"\0", *(flip(content, i) for i in range(0, 400, 37))):
-        file.write_bytes(damaged)
+    for corrupt in (content[:-1], content[:100], b"", content + b"\0", *(flip(content, i) for i in range(0, 400, 37))):
+        file.write_bytes(corrupt)
         with pytest.raises(ClipwrightError) as error:
             open_version(tmp_path / "index")
         assert error.value.code == "E_INDEX_HASH" and name in error.value.where
@@ -117,8 +117,8 @@ def flip(content: bytes, at: int) -> bytes:
     return content[:at] + bytes([content[at] ^ 0x40]) + content[at + 1 :]
 
 
-def test_swapped_rows_and_vectors_are_refused(tmp_path):
-    """Each hash is right, the pairing is not: only counts, ids and canaries can tell."""
+def test_swapped_rows_and_embeddings_are_refused(tmp_path):
+    """Every hash is correct but the pairing is wrong: only counts, ids and canaries show it."""
     make_embeddings(tmp_path / "e", [40], seed=1)
     make_embeddings(tmp_path / "f", [40], seed=2)
     for name in ("e", "f"):
@@ -126,7 +126,7 @@ def test_swapped_rows_and_vectors_are_refused(tmp_path):
     version, other = (tmp_path / f"index-{name}/versions/000001" for name in ("e", "f"))
     rows = pq.read_table(version / "rows-00000.parquet")
 
-    def found() -> str:
+    def reason() -> str:
         with pytest.raises(ClipwrightError) as error:
             open_version(tmp_path / "index-e")
         assert error.value.code == "E_INDEX_ROWS"
@@ -134,26 +134,26 @@ def test_swapped_rows_and_vectors_are_refused(tmp_path):
 
     pq.write_table(rows.take(list(range(39, -1, -1))), version / "rows-00000.parquet")
     rewrite_manifest(version)
-    assert "ids" in found()
+    assert "ids" in reason()
     pq.write_table(rows, version / "rows-00000.parquet")
     rewrite_manifest(version, dimension=25)
-    assert "40 × 24" in found() and "40 × 25" in found()
+    assert "40 × 24" in reason() and "40 × 25" in reason()
     canaries = json.loads((version / "manifest.json").read_text())["canaries"]
     canaries[3]["top1"] += 1
     rewrite_manifest(version, dimension=24, canaries=canaries)
-    assert f"id {canaries[3]['id']}" in found()
+    assert f"id {canaries[3]['id']}" in reason()
     assert other.exists()
 
 
-def test_commands_name_what_is_wrong(quick_cli, refused, embedded, indexed, tmp_path):
+def test_commands_name_the_corrupt_file(quick_cli, refused, embedded, indexed, tmp_path):
     again = quick_cli("index", "build", "flat", f"embeddings={embedded}", "-o", indexed, "--json")
     assert json.loads(again.stdout)["name"] == "000001" and not json.loads(again.stdout)["made"]
 
-    damaged = shutil.copytree(embedded, tmp_path / "damaged")
-    (damaged / "part-00000.npy").write_bytes(flip((embedded / "part-00000.npy").read_bytes(), 150))
+    corrupt = shutil.copytree(embedded, tmp_path / "corrupt")
+    (corrupt / "part-00000.npy").write_bytes(flip((embedded / "part-00000.npy").read_bytes(), 150))
     out = tmp_path / "out"
     refused(
-        quick_cli("index", "build", f"embeddings={damaged}", "-o", out), "E_EMBED_HASH", 3, damaged / "part-00000.npy"
+        quick_cli("index", "build", f"embeddings={corrupt}", "-o", out), "E_EMBED_HASH", 3, corrupt / "part-00000.npy"
     )
     refused(quick_cli("index", "build", f"embeddings={indexed}", "-o", out), "E_MANIFEST", 3, indexed)
     assert not out.exists()
