@@ -1,4 +1,4 @@
-"""Output folders: which may be written into, and where what they were made from lies."""
+"""Output folders: which of them may be written to, and the paths of the inputs they were made from."""
 
 from __future__ import annotations
 
@@ -36,19 +36,21 @@ def _refused(folder: Path, found: str) -> ClipwrightError:
 
 
 def write_origin(folder: Path, **places: str | Path) -> None:
-    """Writes `origin.json`: where inputs lay, relative to `folder`, for readers that want to find them again.
+    """Writes `origin.json`: the paths of the inputs, relative to `folder`, so that later commands find them.
 
-    Not part of any identity: a moved folder is the same folder, only its inputs must then be named.
+    It is not part of any identity: a moved folder stays the same, but its inputs must then be named.
     """
-    found = {
-        name: str(place) if is_remote(str(place)) else os.path.relpath(Path(place).resolve(), folder.resolve())
-        for name, place in places.items()
-    }
-    write_json(folder / ORIGIN, found)
+    recorded = {}
+    for name, place in places.items():
+        if is_remote(str(place)):
+            recorded[name] = str(place)
+        else:
+            recorded[name] = os.path.relpath(Path(place).resolve(), folder.resolve())
+    write_json(folder / ORIGIN, recorded)
 
 
 def read_origin(folder: Path) -> dict[str, str]:
-    """Name → path or address of what `folder` was made from, as recorded; empty if nothing was."""
+    """Returns the recorded inputs of `folder`: name → path or address. Empty if none are recorded."""
     try:
         places = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
     except (OSError, ValueError):

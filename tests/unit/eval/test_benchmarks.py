@@ -87,7 +87,7 @@ def test_score_table_leaves_out_empty_columns() -> None:
     scores = [Score.of_proportion("top1", 0.25, 1000, chance=0.1), Score.without_interval("mean_per_class", 0.5, 1000)]
     assert score_table(scores).splitlines() == [
         "score            value    95 % interval  chance      n",
-        "top1            0.2500  0.2241 … 0.2778  0.1000  1,000",
+        "top1            0.2500  0.2242 … 0.2778  0.1000  1,000",
         "mean_per_class  0.5000                           1,000",
     ]
     assert score_table([Score("loss", 2.0, None, None, 7, higher_is_better=False)]).splitlines() == [
