@@ -36,22 +36,22 @@ def doctor(call: Call) -> None:
     """Check this machine; with a training config also its data, model, speed and gradients; check=NAME: one check."""
     import time
 
-    from clipwright.pipeline.doctor.base import Context, Found, asked_for, checks, failure, report
+    from clipwright.pipeline.doctor.base import CheckResult, Context, checks, failure, report, take_requested_check
 
-    call.writes_status = False  # -o says where a run would go; nothing is written
-    context = Context(call, asked_for(call))
+    call.writes_status = False  # -o names the folder of the planned run; nothing is written
+    context = Context(call, take_requested_check(call))
     for check in [] if context.only else checks("environment"):
-        context.rows[check.name] = check.outcome(context)
+        context.results[check.name] = check.evaluate(context)
     try:
-        from clipwright.pipeline.doctor.run import examine
+        from clipwright.pipeline.doctor.run import run_checks
     except (ImportError, OSError) as error:
-        context.rows["device"] = Found("FAIL", f"a library cannot be loaded: {error}", fix="install clipwright anew")
+        context.results["device"] = CheckResult("FAIL", f"a library does not load: {error}", fix="reinstall clipwright")
         report(context)
     else:
-        examine(context)
+        run_checks(context)
     if (error := failure(context)) is not None:
         if not context.is_rank0:
-            time.sleep(2)  # launchers stop all ranks when one ends: the first must have said what was wrong by then
+            time.sleep(2)  # a launcher stops all ranks when one exits, so rank 0 must print its report first
             raise typer.Exit(error.exit_code)
         raise error
 

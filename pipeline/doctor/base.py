@@ -1,7 +1,7 @@
-"""What `clipwright doctor` is made of: checks in groups, what they found, and the table they are told in.
+"""The parts of `clipwright doctor`: checks in groups, their results, and the table that shows them.
 
-A new check is one decorated function in its group's file; a new group is a file and its name in GROUPS. Nothing here
-imports torch: a machine where torch cannot be loaded is one to be told so.
+A new check is one decorated function in the file of its group; a new group is one file and its name in GROUPS. This
+file imports no torch, so that doctor can report a machine on which torch does not load.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from clipwright.pipeline.tokenizers.base import Tokenizer
     from clipwright.pipeline.train.config import Parts, RunConfig
 
-# Each a module of this folder, in the order they are run; the first needs no torch, those after `network` a config.
+# Modules of this package, in the order they run. The first needs no torch; those after `network` need a config.
 GROUPS = ("environment", "device", "network", "data", "model", "speed", "loss", "gradients")
 
 Status = Literal["ok", "warn", "FAIL", "skip"]
-_COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "bold red", "skip": "dim"}
+_STYLES = {"ok": "green", "warn": "yellow", "FAIL": "bold red", "skip": "dim"}
 
 
 @dataclass(frozen=True)
-class Found:
-    """What one check found, what it needs, and what to do where the two differ."""
+class CheckResult:
+    """Result of one check: what was found, what is needed, and the fix if the two differ."""
 
     status: Status
     found: str
@@ -50,71 +50,73 @@ class Found:
 
 @dataclass
 class Context:
-    """What checks know. Those behind `rows` and `predicted` are made by the check that bears their name."""
+    """State shared by the checks of one command. A field without default is set by the check named beside it."""
 
     call: Call
-    only: str = ""  # the check that was asked for; with it goes what it needs
-    rows: dict[str, Found] = field(default_factory=dict)
-    predicted: dict[str, Any] = field(default_factory=dict)
+    only: str = ""  # the requested check; empty: all checks
+    results: dict[str, CheckResult] = field(default_factory=dict)
+    predicted: dict[str, Any] = field(default_factory=dict)  # figures for --json
     world: World = field(init=False)
-    without_data: bool = False  # whether no check looks at the dataset, which then need not be named
+    without_data: bool = False  # no check reads the dataset, so data.train may be missing
     resolved: Resolved[RunConfig] = field(init=False)  # by `config`
-    dataset: Datasets = field(init=False)
-    tokenizer: Tokenizer = field(init=False)
-    odd_tokens: float = field(init=False)  # by `captions`: share of tokens for what the vocabulary lacks
-    parts: Parts = field(init=False)  # by `step`
-    batch: Batch = field(init=False)  # by `step`: this rank's first
+    dataset: Datasets = field(init=False)  # by `dataset`
+    tokenizer: Tokenizer = field(init=False)  # by `tokenizer`
+    unknown_share: float = field(init=False)  # by `captions`: share of unknown tokens
+    components: Parts = field(init=False)  # by `step`
+    batch: Batch = field(init=False)  # by `step`: the first batch of this rank
 
     @property
     def config(self) -> RunConfig:
         return self.resolved.value
 
     def load(self) -> Resolved[RunConfig]:
-        """The training config as the command line says it."""
+        """Resolves the training config of the command line."""
         return self.call.load({"data": {"train": "none"}} if self.without_data else None)
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this process is the one that speaks."""
+        """Whether this process prints the report; true before the process group exists."""
         return not hasattr(self, "world") or self.world.is_rank0
 
     @property
-    def asked(self) -> bool:
-        """Whether a config was given; without one the environment alone is looked at."""
+    def has_config(self) -> bool:
+        """Whether the command line names a config or a check; otherwise only the machine is checked."""
         return self.call.config is not None or bool(self.call.overrides) or bool(self.only)
 
 
 @dataclass(frozen=True)
 class Check:
-    """A check: `needs` are the names of earlier ones without which it cannot be tried."""
+    """A check; `needs` names earlier checks that must have passed."""
 
     name: str
     needs: tuple[str, ...]
-    run: Callable[[Context], Found]
+    run: Callable[[Context], CheckResult]
 
-    def outcome(self, context: Context) -> Found:
-        """What it found; an error it met is a failure with the error's words, never a traceback."""
-        unmet = next((name for name in self.needs if context.rows[name].status in ("FAIL", "skip")), None)
-        if unmet is not None:
-            before = context.rows[unmet]
-            return before if before.status == "skip" else Found("skip", f"not tried: `{unmet}` failed")
+    def evaluate(self, context: Context) -> CheckResult:
+        """Runs the check. An exception becomes a FAIL result with its message, never a traceback."""
+        for name in self.needs:
+            earlier = context.results[name]
+            if earlier.status == "skip":
+                return earlier
+            if earlier.status == "FAIL":
+                return CheckResult("skip", f"not run: check `{name}` failed")
         try:
             return self.run(context)
         except ClipwrightError as error:
-            return Found("FAIL", f"{error.code}: {error.what} — {error.where} — {error.found}", fix=error.fix)
-        except Exception as error:  # whatever is broken here is what doctor is asked about
+            return CheckResult("FAIL", f"{error.code}: {error.what} — {error.where} — {error.found}", fix=error.fix)
+        except Exception as error:  # doctor's job is to report any failure
             if context.call.debug:
                 traceback.print_exc()
-            return Found("FAIL", f"{type(error).__name__}: {error}", fix="run again with --debug to see where")
+            return CheckResult("FAIL", f"{type(error).__name__}: {error}", fix="run again with --debug to see where")
 
 
 _CHECKS: dict[str, dict[str, Check]] = {}
 
 
-def check(name: str, *needs: str) -> Callable[[Callable[[Context], Found]], Callable[[Context], Found]]:
-    """Registers a function as the check `name` of its file's group."""
+def check(name: str, *needs: str) -> Callable[[Callable[[Context], CheckResult]], Callable[[Context], CheckResult]]:
+    """Registers a function as check `name` in the group of its file."""
 
-    def register(run: Callable[[Context], Found]) -> Callable[[Context], Found]:
+    def register(run: Callable[[Context], CheckResult]) -> Callable[[Context], CheckResult]:
         group = run.__module__.rpartition(".")[2]
         _CHECKS.setdefault(group, {})[name] = Check(name, needs, run)
         return run
@@ -123,72 +125,77 @@ def check(name: str, *needs: str) -> Callable[[Callable[[Context], Found]], Call
 
 
 def checks(group: str) -> list[Check]:
-    """The checks of a group, in the order they stand in its file."""
+    """Returns the checks of a group, in the order of its file."""
     importlib.import_module(f"{__package__}.{group}")
     return list(_CHECKS[group].values())
 
 
-def asked_for(call: Call) -> str:
-    """NAME of `check=NAME` on the command line, which is no part of the training config and is taken out of it."""
-    names = [word.removeprefix("check=") for word in call.overrides if word.startswith("check=")]
-    call.overrides = [word for word in call.overrides if not word.startswith("check=")]
+def take_requested_check(call: Call) -> str:
+    """Removes `check=NAME` from the overrides, since it is not part of the training config; returns NAME or ""."""
+    names = [override.removeprefix("check=") for override in call.overrides if override.startswith("check=")]
+    call.overrides = [override for override in call.overrides if not override.startswith("check=")]
     return names[-1] if names else ""
 
 
-def chosen(only: str) -> list[Check]:
-    """The check `only` behind all that it needs, in order; E_CONFIG_CHOICE when there is none of this name."""
-    every = {one.name: one for group in GROUPS for one in checks(group)}
-    if only not in every:
+def with_prerequisites(name: str) -> list[Check]:
+    """Returns check `name` preceded by all checks it needs; E_CONFIG_CHOICE if there is no such check."""
+    all_checks = {item.name: item for group in GROUPS for item in checks(group)}
+    if name not in all_checks:
         raise ClipwrightError(
             "E_CONFIG_CHOICE",
             "unknown check",
-            where=f"check={only}",
+            where=f"check={name}",
             found="doctor has no check of this name",
-            fix=nearest(only, every) or f"choose one of {', '.join(every)}",
+            fix=nearest(name, all_checks) or f"choose one of {', '.join(all_checks)}",
         )
-    wanted = {only}
-    for one in reversed(every.values()):
-        wanted |= set(one.needs) if one.name in wanted else set()
-    return [one for one in every.values() if one.name in wanted]
+    wanted = {name}
+    for item in reversed(all_checks.values()):
+        if item.name in wanted:
+            wanted |= set(item.needs)
+    return [item for item in all_checks.values() if item.name in wanted]
 
 
 def report(context: Context) -> None:
-    """Prints the table or, with --json, the object."""
-    call, rows = context.call, context.rows
-    listed = [{"name": name, **dataclasses.asdict(found)} for name, found in rows.items()]
-    then = ["train", *call.words, *call.overrides, "-o", "RUN"]
-    if not context.asked:
-        then = ["doctor", "photos", "data.train=DIR"]
-    good = all(found.status != "FAIL" for found in rows.values())
-    text = "" if call.quiet else table(rows)
-    call.finish({"checks": listed, **context.predicted}, text, then=f"clipwright {shlex.join(then)}" if good else "")
+    """Prints the table, or the JSON object with --json."""
+    call, results = context.call, context.results
+    rows = [{"name": name, **dataclasses.asdict(result)} for name, result in results.items()]
+    next_command = ["doctor", "photos", "data.train=DIR"]
+    if context.has_config:
+        next_command = ["train", *call.words, *call.overrides, "-o", "RUN"]
+    passed = all(result.status != "FAIL" for result in results.values())
+    call.finish(
+        {"checks": rows, **context.predicted},
+        "" if call.quiet else table(results),
+        then=f"clipwright {shlex.join(next_command)}" if passed else "",
+    )
 
 
-def table(rows: dict[str, Found]) -> str:
-    """Status, check, found, need, fix; as wide as the terminal, elsewhere one line a check."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def table(results: dict[str, CheckResult]) -> str:
+    """Formats status, check, found, need, fix: wrapped on a terminal, one line per check elsewhere."""
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("", "check", "found", "need", "fix"):
-        made.add_column(title, no_wrap=title in ("", "check"), overflow="fold")
-    for name, found in rows.items():
-        cells = (name, found.found, found.need, found.fix)
-        made.add_row(Text(found.status, _COLOURS[found.status]), *(Text(" ".join(cell.split())) for cell in cells))
-    terminal = sys.stdout.isatty()
-    console = Console(file=sys.stdout, width=None if terminal else 10_000, highlight=False)
+        grid.add_column(title, no_wrap=title in ("", "check"), overflow="fold")
+    for name, result in results.items():
+        cells = [Text(" ".join(cell.split())) for cell in (name, result.found, result.need, result.fix)]
+        grid.add_row(Text(result.status, _STYLES[result.status]), *cells)
+    width = None if sys.stdout.isatty() else 10_000
+    console = Console(file=sys.stdout, width=width, highlight=False)
     with console.capture() as captured:
-        console.print(made)
+        console.print(grid)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def failure(context: Context) -> ClipwrightError | None:
-    """The error that doctor ends with if a check failed."""
-    failed = {name: found for name, found in context.rows.items() if found.status == "FAIL"}
+    """Returns the error that ends the command if a check failed."""
+    failed = {name: result for name, result in context.results.items() if result.status == "FAIL"}
     if not failed:
         return None
-    first, found = next(iter(failed.items()))
+    name, result = next(iter(failed.items()))
+    count = f"{len(failed)} of {len(context.results)} checks failed"
     return ClipwrightError(
         "E_DOCTOR",
-        "checks that failed",
+        count,
         where=", ".join(failed),
-        found=f"{len(failed)} of {len(context.rows)}; {first}: {found.found}",
-        fix=found.fix or "mend what the table names",
+        found=f"{name}: {result.found}",
+        fix=result.fix or "fix what the table lists",
     )

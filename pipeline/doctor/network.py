@@ -1,4 +1,4 @@
-"""The ranks against each other: who answers, how soon, and how fast they sum."""
+"""Checks of the process group: which ranks answer, their latency, and the all-reduce rate."""
 
 from __future__ import annotations
 
@@ -12,92 +12,105 @@ import torch
 import torch.distributed as dist
 
 from clipwright.pipeline.distributed.group import World, broadcast_object
-from clipwright.pipeline.doctor.base import Context, Found, check
+from clipwright.pipeline.doctor.base import CheckResult, Context, check
+from clipwright.pipeline.measure import synchronize
 
-ANSWER = 60.0  # seconds that a rank has to answer at all
-ROUNDS, SUMS = 8, 4  # pings of each rank, and sums of all, of which the first is not timed
-NUMBERS = 2**22  # summed over ranks at once, 16 MiB
-SLOW, LATE = 10, 5e-3  # a ping is slow that takes so many times the others' median, and so many seconds more
+ANSWER_SECONDS = 60.0  # timeout for the first answer of a rank
+PINGS = 8  # timed round trips per rank
+ALL_REDUCES = 4  # the first is not timed
+ALL_REDUCE_NUMBERS = 2**22  # 16 MiB of float32
+# A rank is slow if its round trip is this many times the median and this many seconds above it.
+SLOW_RATIO = 10
+SLOW_SECONDS = 5e-3
 
 
-def silent(world: World, seconds: float = ANSWER) -> Found | None:
-    """What to say of ranks that joined and do not answer; nothing where all do. No rank may exchange anything then."""
+def find_silent_ranks(world: World, seconds: float = ANSWER_SECONDS) -> CheckResult | None:
+    """Returns a FAIL result that names the ranks that joined but do not answer, or None.
+
+    After a FAIL no rank may start another collective.
+    """
     if world.size == 1:
         return None
-    # NCCL cannot name who is missing.
-    group: Any = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    group: Any = None
+    if dist.get_backend() != "gloo":  # NCCL cannot name the missing ranks
+        group = dist.new_group(backend="gloo")
     try:
         dist.monitored_barrier(group, timeout=timedelta(seconds=seconds), wait_all_ranks=True)
     except RuntimeError as error:
-        named = re.search(r"Ranks ([\d, ]+) failed", str(error))
-        ranks = [int(number) for number in re.findall(r"\d+", named[1])] if named else [0]
+        match = re.search(r"Ranks ([\d, ]+) failed", str(error))
+        ranks = [int(number) for number in re.findall(r"\d+", match[1])] if match else [0]
         nodes = sorted({rank // world.local_size for rank in ranks})
-        found = f"no answer from {_list('rank', ranks)} of {world.size} (on {_list('node', nodes)}, counted from 0)"
-        fix = "see whether it runs there, and whether a firewall lets all ports between these machines through"
-        return Found("FAIL", found, f"an answer within {seconds:g} s", fix)
+        return CheckResult(
+            "FAIL",
+            f"no answer from {_names('rank', ranks)} of {world.size} (on {_names('node', nodes)}, counted from 0)",
+            f"an answer within {seconds:g} s",
+            "check that the process runs there, and that a firewall lets all ports between these machines through",
+        )
     return None
 
 
-def _list(kind: str, numbers: list[int]) -> str:
-    return f"{kind}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+def _names(kind: str, numbers: list[int]) -> str:
+    plural = "s" if len(numbers) > 1 else ""
+    return f"{kind}{plural} {', '.join(map(str, numbers))}"
 
 
 @check("ping")
-def ping(context: Context) -> Found:
-    """The way from rank 0 to each other rank and back, and a sum over all ranks."""
+def ping(context: Context) -> CheckResult:
+    """Round trips from rank 0 to every other rank, and the rate of an all-reduce."""
     world = context.world
     if world.size == 1:
-        return Found("ok", "one process")
+        return CheckResult("ok", "one process")
     times = round_trips(world)
-    rate = sum_rate(world)
-    context.predicted["ping"] = {"seconds": times, "sum_bytes_per_s": rate}
-    backend = dist.get_backend()
-    median, slowest = statistics.median(times), max(range(len(times)), key=times.__getitem__)
+    rate = all_reduce_rate(world)
+    context.predicted["ping"] = {"seconds": times, "all_reduce_bytes_per_s": rate}
+    median = statistics.median(times)
+    slowest = max(range(len(times)), key=lambda index: times[index])
     found = (
-        f"{median * 1e3:.2g} ms there and back, at most {times[slowest] * 1e3:.2g} ms (rank {slowest + 1}); "
-        f"{NUMBERS * 4 / 2**20:.0f} MiB summed over {world.size} ranks at {rate / 1e9:.2g} GB/s by {backend}"
+        f"round trip {median * 1e3:.2g} ms, at most {times[slowest] * 1e3:.2g} ms (rank {slowest + 1}); "
+        f"all-reduce of {ALL_REDUCE_NUMBERS * 4 / 2**20:.0f} MiB over {world.size} ranks at {rate / 1e9:.2g} GB/s "
+        f"by {dist.get_backend()}"
     )
-    if times[slowest] > max(SLOW * median, median + LATE):
-        fix = f"look at the network of rank {slowest + 1}'s machine; the slowest rank sets the pace of all"
-        return Found("warn", found, f"no rank {SLOW} times as far away as the others", fix)
-    return Found("ok", found)
+    if times[slowest] > max(SLOW_RATIO * median, median + SLOW_SECONDS):
+        return CheckResult(
+            "warn",
+            found,
+            f"no round trip above {SLOW_RATIO} times the median",
+            f"check the network of rank {slowest + 1}'s machine; the slowest rank sets the pace of all ranks",
+        )
+    return CheckResult("ok", found)
 
 
 def round_trips(world: World) -> list[float]:
-    """Seconds from rank 0 to rank 1, 2, … and back, the median of a few; known to all ranks."""
-    word, times = torch.zeros(1, device=world.device), []
+    """Returns seconds of a round trip from rank 0 to ranks 1, 2, …, each a median; the same on all ranks."""
+    message = torch.zeros(1, device=world.device)
+    medians: list[float] = []
     for other in range(1, world.size):
-        took = []
-        for _ in range(ROUNDS + 1):  # the first one opens the way
+        seconds: list[float] = []
+        for _ in range(PINGS + 1):  # the first round trip opens the connection
             started = time.perf_counter()
             if world.is_rank0:
-                dist.send(word, other)
-                dist.recv(word, other)
-                _settled(word)
+                dist.send(message, other)
+                dist.recv(message, other)
+                synchronize(world.device)
             elif world.rank == other:
-                dist.recv(word, 0)
-                dist.send(word, 0)
-            took.append(time.perf_counter() - started)
-        times.append(statistics.median(took[1:]))
-    told = broadcast_object(times)
-    assert isinstance(told, list)
-    return told
+                dist.recv(message, 0)
+                dist.send(message, 0)
+            seconds.append(time.perf_counter() - started)
+        medians.append(statistics.median(seconds[1:]))
+    shared = broadcast_object(medians)
+    assert isinstance(shared, list)
+    return shared
 
 
-def sum_rate(world: World) -> float:
-    """Bytes a second of a tensor that is summed over all ranks, the best of a few; known to all ranks."""
-    numbers, took = torch.zeros(NUMBERS, device=world.device), []
-    for _ in range(SUMS):
+def all_reduce_rate(world: World) -> float:
+    """Returns bytes per second of an all-reduce, the best of a few; the same on all ranks."""
+    numbers = torch.zeros(ALL_REDUCE_NUMBERS, device=world.device)
+    seconds: list[float] = []
+    for _ in range(ALL_REDUCES):
         started = time.perf_counter()
         dist.all_reduce(numbers)
-        _settled(numbers)
-        took.append(time.perf_counter() - started)
-    told = broadcast_object(NUMBERS * 4 / min(took[1:]))
-    assert isinstance(told, float)
-    return told
-
-
-def _settled(tensor: torch.Tensor) -> None:
-    """Waits for a GPU to have done what it was told."""
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+        synchronize(world.device)
+        seconds.append(time.perf_counter() - started)
+    shared = broadcast_object(ALL_REDUCE_NUMBERS * 4 / min(seconds[1:]))
+    assert isinstance(shared, float)
+    return shared

@@ -1,4 +1,4 @@
-"""The part of `clipwright doctor` that needs torch: its checks, on every rank of a group."""
+"""Runs the checks that need torch, on every rank of the process group."""
 
 from __future__ import annotations
 
@@ -7,38 +7,52 @@ import os
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.distributed.group import all_gather_object, barrier, process_group
 from clipwright.pipeline.distributed.launcher_env import read_launcher_env
-from clipwright.pipeline.doctor.base import GROUPS, Check, Context, Found, checks, chosen, report
-from clipwright.pipeline.doctor.network import silent
+from clipwright.pipeline.doctor.base import (
+    GROUPS,
+    Check,
+    CheckResult,
+    Context,
+    checks,
+    report,
+    with_prerequisites,
+)
+from clipwright.pipeline.doctor.network import find_silent_ranks
 
-JOIN = 600.0  # seconds that ranks may take to meet
-_WORST = ("FAIL", "warn", "skip", "ok")
+RENDEZVOUS_SECONDS = 600.0
+_WORST_FIRST = ("FAIL", "warn", "skip", "ok")
 
 
-def examine(context: Context) -> None:
-    """Runs the checks behind `environment` and reports; under a launcher the first rank speaks for all."""
-    todo = chosen(context.only) if context.only else []
-    if not context.only:
-        todo = [one for group in (GROUPS[1:] if context.asked else GROUPS[1:3]) for one in checks(group)]
-    context.without_data = all(one.name != "dataset" for one in todo)
-    if context.asked and read_launcher_env(os.environ).world_size > 1:
-        context.load()  # a refused config waits for no peer
-    with process_group(JOIN) as world:
+def run_checks(context: Context) -> None:
+    """Runs the checks after `environment` and reports them; with several ranks, rank 0 prints the report."""
+    if context.only:
+        selected = with_prerequisites(context.only)
+    else:
+        groups = GROUPS[1:] if context.has_config else GROUPS[1:3]
+        selected = [item for group in groups for item in checks(group)]
+    context.without_data = all(item.name != "dataset" for item in selected)
+    if context.has_config and read_launcher_env(os.environ).world_size > 1:
+        context.load()  # refuse a bad config before the rendezvous
+    with process_group(RENDEZVOUS_SECONDS) as world:
         context.world = world
-        if (nobody := silent(world)) is not None:
-            context.rows["ping"] = nobody
+        silent = find_silent_ranks(world)
+        if silent is not None:
+            context.results["ping"] = silent
             if world.is_rank0:
                 report(context)
             return
-        with Progress("doctor", len(todo), "checks", quiet=context.call.quiet or not world.is_rank0) as progress:
-            for one in todo:
-                progress.rename(f"doctor: {one.name}")
-                context.rows[one.name] = agreed(one, context)
-                progress.add(1, failed=int(context.rows[one.name].status == "FAIL"))
+        quiet = context.call.quiet or not world.is_rank0
+        with Progress("doctor", len(selected), "checks", quiet=quiet) as progress:
+            for item in selected:
+                progress.rename(f"doctor: {item.name}")
+                result = worst_over_ranks(item, context)
+                context.results[item.name] = result
+                progress.add(1, failed=int(result.status == "FAIL"))
         if world.is_rank0:
             report(context)
-        barrier()  # the others wait: a launcher stops all when one ends
+        barrier()  # a launcher stops all ranks when one exits, so wait until rank 0 has printed
 
 
-def agreed(one: Check, context: Context) -> Found:
-    """The worst of what the ranks found, so that all of them go on alike."""
-    return min(all_gather_object(one.outcome(context)), key=lambda found: _WORST.index(found.status))
+def worst_over_ranks(item: Check, context: Context) -> CheckResult:
+    """Runs a check on every rank and returns the worst result, the same on all ranks."""
+    results = all_gather_object(item.evaluate(context))
+    return min(results, key=lambda result: _WORST_FIRST.index(result.status))

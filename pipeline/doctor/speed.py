@@ -1,4 +1,4 @@
-"""A short real measurement: the run's own loader, engine and step."""
+"""A short real measurement with the run's own loader, engine and step."""
 
 from __future__ import annotations
 
@@ -13,123 +13,131 @@ from torch import Tensor
 
 from clipwright.pipeline.core.log import format_duration
 from clipwright.pipeline.distributed.group import any_rank
-from clipwright.pipeline.doctor.base import Context, Found, check
-from clipwright.pipeline.doctor.model import autocast, forget_peak, free_on
+from clipwright.pipeline.doctor.base import CheckResult, Context, check
+from clipwright.pipeline.doctor.model import autocast, free_device_memory
+from clipwright.pipeline.measure import peak_memory, reset_peak_memory, seconds_of
 from clipwright.pipeline.train.engine import Engine, micro_batches
-from clipwright.pipeline.train.logging import peak_memory
 
-WARM, LEAST, MOST, SECONDS = 3, 3, 64, 8.0  # steps before, and steps or seconds of the measurement
-SHARE = 0.2  # of its time that a step may wait for data
+WARMUP_STEPS = 3
+MIN_STEPS = 3
+MAX_STEPS = 64
+MAX_SECONDS = 8.0  # of measured steps
+DATA_SHARE = 0.2  # of the step time that may be spent waiting for data
 
 
 @dataclass
-class Times:
-    """Seconds of each measured step, of which it waited for data; processor seconds of all of them together."""
+class StepTimes:
+    """Measured steps: seconds per step, seconds of it spent waiting for data, and CPU seconds of all steps."""
 
     steps: list[float] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
-    processor: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 @check("speed", "step", "shards")
-def speed(context: Context) -> Found:
-    """Predicted samples a second, time and peak memory, and what a step spends its time on."""
+def speed(context: Context) -> CheckResult:
+    """Predicts samples per second, duration and peak memory, and where a step spends its time."""
     config, world, batch = context.config, context.world, context.batch
-    forget_peak(world.device)
-    towers, device = context.parts.towers, world.device
+    reset_peak_memory(world.device)
+    towers, device = context.components.towers, world.device
     parts = micro_batches(batch, config.runtime.micro_batch)
     image = tower_seconds(context, lambda: towers.encode_image(parts[0].images(device)), len(parts))
     text = tower_seconds(context, lambda: towers.encode_text(parts[0].tokens.to(device)), len(parts))
-    times = measure(context)
-    size = config.schedule.global_batch
-    each, waited = statistics.median(times.steps), sum(times.waits) / sum(times.steps)
-    shares = {"data": waited, "image tower": image / each, "text tower": text / each}
-    shares["loss and optimiser"] = max(1 - sum(shares.values()), 0.0)
+    times = measure_steps(context)
+    global_batch = config.schedule.global_batch
+    step_seconds = statistics.median(times.steps)
+    data_share = sum(times.waits) / sum(times.steps)
+    shares = {"data": data_share, "image tower": image / step_seconds, "text tower": text / step_seconds}
+    shares["loss and optimizer"] = max(1 - sum(shares.values()), 0.0)
+    seconds = config.schedule.steps * step_seconds
     context.predicted |= {
-        "samples_per_s": size / each,
-        "processor_s_per_sample": times.processor / len(times.steps) / (size // world.size),
-        "data_share": waited,
-        "seconds": config.schedule.steps * each,
+        "samples_per_s": global_batch / step_seconds,
+        "cpu_s_per_sample": times.cpu_seconds / len(times.steps) / (global_batch // world.size),
+        "data_share": data_share,
+        "seconds": seconds,
         "memory_gb": peak_memory(world.device) / 2**30,
         "measured_steps": len(times.steps),
         "shares": shares,
     }
-    took = format_duration(context.predicted["seconds"])
-    return Found(
-        "ok", f"{size / each:.0f} samples/s, {config.schedule.samples:,} in {took}, {len(times.steps)} steps timed"
+    return CheckResult(
+        "ok",
+        f"{global_batch / step_seconds:.0f} samples/s, {config.schedule.samples:,} samples in {format_duration(seconds)}, "
+        f"{len(times.steps)} steps measured",
     )
 
 
 @check("bottleneck", "speed")
-def bottleneck(context: Context) -> Found:
+def bottleneck(context: Context) -> CheckResult:
     """What a step spends most of its time on."""
     shares: dict[str, float] = context.predicted["shares"]
-    order = sorted(shares, key=lambda name: -shares[name])
-    context.predicted["bottleneck"] = order[0]
-    found = ", ".join(f"{name} {shares[name]:.0%}" for name in order)
-    if shares["data"] > SHARE:
-        fix = "raise runtime.workers, or prepare smaller pictures (images.resize, images.size)"
-        return Found("warn", found, f"at most {SHARE:.0%} waiting for data", fix)
-    return Found("ok", found, f"at most {SHARE:.0%} waiting for data")
+    names = sorted(shares, key=lambda name: -shares[name])
+    context.predicted["bottleneck"] = names[0]
+    found = ", ".join(f"{name} {shares[name]:.0%}" for name in names)
+    need = f"at most {DATA_SHARE:.0%} waiting for data"
+    if shares["data"] > DATA_SHARE:
+        fix = "raise runtime.workers, or prepare smaller images (images.resize, images.size)"
+        return CheckResult("warn", found, need, fix)
+    return CheckResult("ok", found, need)
 
 
 @check("peak memory", "speed")
-def memory(context: Context) -> Found:
-    """The measured peak of all ranks here against what this machine has."""
+def memory(context: Context) -> CheckResult:
+    """The measured peak of all local ranks against the memory of this machine."""
     peak = int(context.predicted["memory_gb"] * 2**30)
-    local = context.world.local_size if context.world.device.type == "cpu" else 1
-    free, found = free_on(context) + peak, f"{peak / 2**30:.1f} GiB a rank"
-    need = f"at most 90% of the {free / 2**30:.1f} GiB there are; ranks here: {local}"
-    if peak * local > 0.9 * free:
-        return Found("warn", found, need, "lower runtime.micro_batch or schedule.global_batch, or use fewer ranks here")
-    return Found("ok", found, need)
+    local_ranks = context.world.local_size if context.world.device.type == "cpu" else 1
+    total = free_device_memory(context) + peak
+    found = f"{peak / 2**30:.1f} GiB per rank"
+    need = f"at most 90% of {total / 2**30:.1f} GiB; local ranks: {local_ranks}"
+    if peak * local_ranks > 0.9 * total:
+        fix = "lower runtime.micro_batch or schedule.global_batch, or use fewer ranks on this machine"
+        return CheckResult("warn", found, need, fix)
+    return CheckResult("ok", found, need)
 
 
 def tower_seconds(context: Context, encode: Callable[[], Tensor], parts: int) -> float:
-    """Seconds of a tower's forward and backward, the second of two; of several micro-batches the forward is twofold."""
-    seconds = 0.0
-    for _ in range(2):
-        synchronize(context)
-        started = time.perf_counter()
-        with autocast(context), torch.no_grad():
-            if parts > 1:
+    """Returns seconds of a tower's forward and backward passes over `parts` micro-batches, after one warmup.
+
+    With several micro-batches the forward pass runs twice (GradCache).
+    """
+
+    def forward_backward() -> None:
+        if parts > 1:
+            with autocast(context), torch.no_grad():
                 encode()
         with autocast(context):
             out = encode()
         out.sum().backward()
-        synchronize(context)
-        seconds = time.perf_counter() - started
-    context.parts.towers.zero_grad(set_to_none=True)
+
+    device = context.world.device
+    seconds_of(forward_backward, device)
+    seconds = seconds_of(forward_backward, device)
+    context.components.towers.zero_grad(set_to_none=True)
     return seconds * parts
 
 
-def synchronize(context: Context) -> None:
-    if context.world.device.type == "cuda":
-        torch.cuda.synchronize(context.world.device)
+def measure_steps(context: Context) -> StepTimes:
+    """Runs real steps: a warmup, then up to MAX_SECONDS; all ranks take the same number.
 
-
-def measure(context: Context) -> Times:
-    """Real steps, some to warm up and then for SECONDS; all ranks take equally many.
-
-    Beside the last that warms up lies what a save copies, so that the peak of memory is a run's.
+    The copies that a save makes exist during the last warmup step, so that the peak memory is that of a run.
     """
-    config, world, parts = context.config, context.world, context.parts
-    size = config.schedule.global_batch
-    engine = Engine(parts.towers, parts.loss, config, world)
-    parts.towers.train()
-    times = Times()
-    with closing(parts.loader.batches(0)) as batches:
-        for turn in range(WARM + min(MOST, max(LEAST, config.schedule.steps))):
-            started, processor = time.perf_counter(), time.process_time()
+    config, world, components = context.config, context.world, context.components
+    global_batch = config.schedule.global_batch
+    engine = Engine(components.towers, components.loss, config, world)
+    components.towers.train()
+    times = StepTimes()
+    steps = WARMUP_STEPS + min(MAX_STEPS, max(MIN_STEPS, config.schedule.steps))
+    with closing(components.loader.batches(0)) as batches:
+        for step in range(steps):
+            started, cpu_started = time.perf_counter(), time.process_time()
             batch = next(batches)
-            copied = (engine.weights(), engine.optimizer_state()) if turn == WARM - 1 else ()
-            engine.step(batch, turn, config.schedule.factor(turn * size), measure=False)
-            del copied
-            if turn >= WARM:
+            copies = (engine.weights(), engine.optimizer_state()) if step == WARMUP_STEPS - 1 else ()
+            engine.step(batch, step, config.schedule.factor(step * global_batch), measure=False)
+            del copies
+            if step >= WARMUP_STEPS:
                 times.steps.append(time.perf_counter() - started)
                 times.waits.append(batch.wait_seconds)
-                times.processor += time.process_time() - processor
-            late = len(times.steps) >= LEAST and sum(times.steps) > SECONDS
-            if any_rank(late, world.device):
+                times.cpu_seconds += time.process_time() - cpu_started
+            enough = len(times.steps) >= MIN_STEPS and sum(times.steps) > MAX_SECONDS
+            if any_rank(enough, world.device):
                 break
     return times

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ from clipwright.pipeline.core.command import Call
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import format_duration
 from clipwright.pipeline.distributed.group import World
+from clipwright.pipeline.measure import peak_memory
 from clipwright.pipeline.towers.base import parameter_count
 from clipwright.pipeline.train import run_folder
 from clipwright.pipeline.train.config import Parts, RunConfig
@@ -61,15 +60,6 @@ def header(config: RunConfig, parts: Parts, world: World, threads: int) -> str:
         f"{world} · {world.device.type} · precision {config.precision} · "
         f"ZeRO {config.runtime.zero} · {threads} threads · seed {config.seed}"
     )
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes so far: on a GPU what torch has allocated, on a CPU this process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Rather than getrusage, whose figure starts with that of the process that started this one.
-    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    return int(found[1] if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
 
 
 def step_line(record: dict[str, Any], steps: int, eta: float) -> str:

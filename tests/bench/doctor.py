@@ -1,6 +1,6 @@
-"""What doctor predicts against what the run then logs: `python tests/bench/doctor.py [CASE …] [--quick]`.
+"""Doctor's predictions against what the run then logs: `python tests/bench/doctor.py [CASE …] [--quick]`.
 
-Doctor and short runs of the same config alternate, so that a neighbour slows both. `photos` and `cifar10` need the
+Doctor and short runs of the same config alternate, so that other load slows both. `photos` and `cifar10` need the
 development data in ../shared/data beside the checkout.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 CASES: dict[str, tuple[list[str], list[str]]] = {
-    # case → how its dataset is prepared, and its training config
+    # case → arguments of `prep`, and of `train`
     "scenes": (["scenes", "source.count=2000", "source.combinations=train"], ["scenes"]),
     "photos": (
         [
@@ -35,25 +35,27 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["cifar10"],
     ),
 }
-WARM = 4  # steps that start a run up and are left out of its figures
+WARMUP_STEPS = 4  # excluded from the figures
 
 
-def clipwright(*words: str) -> tuple[str, float]:
-    """stdout of a command and its processor seconds."""
+def clipwright(*arguments: str) -> tuple[str, float]:
+    """Runs a command; returns its stdout and its CPU seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-m", "clipwright", *words], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "clipwright", *arguments], stdout=subprocess.PIPE, text=True, check=True
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return done.stdout, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 def logged(config: list[str], run: Path, steps: int) -> tuple[float, float, float]:
-    """Samples a second and processor seconds a sample behind the first WARM steps, and the peak memory in GiB."""
-    words = ["train", *config, "runtime.log_every=1", "--quiet", "-o", str(run)]
-    _, start = clipwright(*words, f"runtime.stop_at={WARM}")
-    _, whole = clipwright(*words, f"runtime.stop_at={WARM + steps}", "--fresh")
+    """Returns samples per second, CPU seconds per sample (both after the warmup) and peak memory in GiB of a run."""
+    arguments = ["train", *config, "runtime.log_every=1", "--quiet", "-o", str(run)]
+    _, start = clipwright(*arguments, f"runtime.stop_at={WARMUP_STEPS}")
+    _, whole = clipwright(*arguments, f"runtime.stop_at={WARMUP_STEPS + steps}", "--fresh")
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    rate = statistics.median(line["samples_per_s"] for line in lines[WARM:])
-    return rate, (whole - start) / (lines[-1]["samples"] - lines[WARM - 1]["samples"]), lines[-1]["memory_gb"]
+    rate = statistics.median(line["samples_per_s"] for line in lines[WARMUP_STEPS:])
+    return rate, (whole - start) / (lines[-1]["samples"] - lines[WARMUP_STEPS - 1]["samples"]), lines[-1]["memory_gb"]
 
 
 def measure(case: str, runs: int, steps: int, folder: Path) -> list[dict[str, Any]]:
@@ -64,11 +66,11 @@ def measure(case: str, runs: int, steps: int, folder: Path) -> list[dict[str, An
     pairs = []
     for turn in range(runs):
         predicted = json.loads(clipwright("doctor", *config, "--json", "--quiet")[0])
-        names = ("samples_per_s", "processor_s_per_sample", "memory_gb")
+        names = ("samples_per_s", "cpu_s_per_sample", "memory_gb")
         pairs.append(([predicted[name] for name in names], logged(config, folder / f"{case}-{turn}", steps)))
     lines = []
     for number, (metric, unit) in enumerate(
-        [("samples_per_s", "1/s"), ("processor_s_per_sample", "s"), ("peak_memory", "GiB")]
+        [("samples_per_s", "1/s"), ("cpu_s_per_sample", "s"), ("peak_memory", "GiB")]
     ):
         ours = [predicted[number] for predicted, _ in pairs]
         theirs = [found[number] for _, found in pairs]
@@ -76,7 +78,7 @@ def measure(case: str, runs: int, steps: int, folder: Path) -> list[dict[str, An
         line = {"case": case, "metric": metric, "unit": unit, "ours": round(statistics.median(ours), 4)}
         line |= {"reference": round(statistics.median(theirs), 4), "ratio": round(ratio, 3)}
         line["reference_is"] = (
-            f"the run itself, {steps} steps behind the first {WARM}; a ratio of 1 is a right prediction"
+            f"the run itself, {steps} steps after the first {WARMUP_STEPS}; a ratio of 1 is an exact prediction"
         )
         lines.append({**line, "runs": runs})
     return lines

@@ -1,4 +1,4 @@
-"""Runs single checks of doctor for its tests."""
+"""Runs single checks of doctor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from clipwright.pipeline.core.command import COMMANDS, Call
 from clipwright.pipeline.distributed.group import World
-from clipwright.pipeline.doctor.base import GROUPS, Context, Found, checks
+from clipwright.pipeline.doctor.base import GROUPS, CheckResult, Context, checks
 
 
 def call(*overrides: str, out: Path | None = None, config: str | None = None) -> Call:
@@ -17,19 +17,19 @@ def call(*overrides: str, out: Path | None = None, config: str | None = None) ->
 
 
 def context(world: World, *overrides: str, out: Path | None = None) -> Context:
-    made = Context(call(*overrides, out=out))
-    made.world = world
-    return made
+    state = Context(call(*overrides, out=out))
+    state.world = world
+    return state
 
 
-def run(made: Context, *until: str) -> Found:
-    """Runs checks in order until the last of `until`, which it gives."""
+def run(state: Context, *until: str) -> CheckResult:
+    """Runs the checks named in `until`, in order; returns the result of the last."""
     for group in GROUPS:
-        for one in checks(group):
-            if group == "environment" or one.name not in until:
+        for item in checks(group):
+            if group == "environment" or item.name not in until:
                 continue
-            made.rows[one.name] = one.outcome(made)
-    return made.rows[until[-1]]
+            state.results[item.name] = item.evaluate(state)
+    return state.results[until[-1]]
 
 
 DATA = ("config", "dataset")

@@ -21,11 +21,10 @@ from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.data.order import key64
 from clipwright.pipeline.distributed import exchange
 from clipwright.pipeline.distributed.group import World, all_gather_object, process_group
-from clipwright.pipeline.doctor.model import forget_peak
+from clipwright.pipeline.measure import peak_memory, reset_peak_memory
 from clipwright.pipeline.towers.base import IMAGE_TOWERS
 from clipwright.pipeline.train import engine as engine_module
 from clipwright.pipeline.train.engine import Engine, micro_batches
-from clipwright.pipeline.train.logging import peak_memory
 
 
 def trained(layout: Layout, world: World, spoil: Callable[[Engine], Any] | None = None) -> dict[str, Any]:
@@ -244,7 +243,7 @@ def exchanged(world: World) -> dict[str, int]:
     found = {}
     for name, kind in exchange.EXCHANGES.items():
         own = torch.zeros(8192, 512)
-        forget_peak(world.device)
+        reset_peak_memory(world.device)
         before = peak_memory(world.device)
         kind({"text": own}).reduce(lambda block: [block["text"] + 1], ["sum"])
         found[name] = peak_memory(world.device) - before

@@ -24,15 +24,15 @@ def run_rank(rank: int, out: Path) -> None:
     os.environ.update({name: str(value) for name, value in variables.items()})
     torch.set_num_threads(1)
     with process_group() as world:
-        assert network.silent(world) is None
-        seen = {"trips": network.round_trips(world), "rate": network.sum_rate(world)}
+        assert network.find_silent_ranks(world) is None
+        seen = {"trips": network.round_trips(world), "rate": network.all_reduce_rate(world)}
         barrier()
         if rank == 2:
             time.sleep(600)  # until it is killed
         started = time.monotonic()
-        found = network.silent(dataclasses.replace(world, local_size=2), SECONDS)
+        found = network.find_silent_ranks(dataclasses.replace(world, local_size=2), SECONDS)
         assert found is not None
-        seen |= {"said": dataclasses.asdict(found), "seconds": time.monotonic() - started}
+        seen |= {"reported": dataclasses.asdict(found), "seconds": time.monotonic() - started}
         (out / f"{rank}.json").write_text(json.dumps(seen))
 
 

@@ -1,4 +1,4 @@
-"""The one process that doctor's tests are."""
+"""A process group of one rank for doctor's tests."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def world() -> Iterator[World]:
             patch.delenv(name, raising=False)
         with process_group() as made:
             yield made
-        # Or every command that a later test starts would take itself for a rank.
+        # Otherwise every command of a later test would start as a rank.
         assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
