@@ -50,6 +50,7 @@ def speed(context: Context) -> CheckResult:
     shares = {"data": data_share, "image tower": image / step_seconds, "text tower": text / step_seconds}
     shares["loss and optimizer"] = max(1 - sum(shares.values()), 0.0)
     seconds = config.schedule.steps * step_seconds
+    duration = format_duration(seconds)
     context.predicted |= {
         "samples_per_s": global_batch / step_seconds,
         "cpu_s_per_sample": times.cpu_seconds / len(times.steps) / (global_batch // world.size),
@@ -61,7 +62,7 @@ def speed(context: Context) -> CheckResult:
     }
     return CheckResult(
         "ok",
-        f"{global_batch / step_seconds:.0f} samples/s, {config.schedule.samples:,} samples in {format_duration(seconds)}, "
+        f"{global_batch / step_seconds:.0f} samples/s, {config.schedule.samples:,} samples in {duration}, "
         f"{len(times.steps)} steps measured",
     )
 
