@@ -94,7 +94,7 @@ def data_verify(call: Call) -> None:
     """Read every byte of a dataset folder against its manifest."""
     from pathlib import Path
 
-    from clipwright.data_prep.inspect.verify import refuse, verify
+    from clipwright.data_prep.inspect.verify import require_ok, verify
 
     result = verify(Path(call.load().value.data), quiet=call.quiet)
     _report(call, result)
@@ -104,7 +104,7 @@ def data_verify(call: Call) -> None:
         lines.append(f"verify: every byte is what the manifest says, fingerprint {result['fingerprint']}")
     then = f"clipwright data stats {result['data']}" if result["ok"] else ""
     call.finish(result, "\n".join(lines), then=then)
-    refuse(result)
+    require_ok(result)
 
 
 @command(
@@ -128,7 +128,7 @@ def data_stats(call: Call) -> None:
 @command(
     data_app,
     "data index",
-    kind="clipwright.data_prep.foreign.index:IndexConfig",
+    kind="clipwright.data_prep.foreign.index:ForeignIndexConfig",
     subject="data",
     metavar="FOLDER",
     output=False,

@@ -1,4 +1,4 @@
-"""Which captions of a row are kept: in the one normal form, each text once, bad ones left out."""
+"""Caption selection: normalized, each text once, invalid captions dropped."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from clipwright.data_prep.sources.base import Caption
 from clipwright.pipeline.core.captions import CaptionError, normalise
 
 
-def choose(texts: Iterable[Caption]) -> tuple[list[str], int]:
-    """The captions to keep, in order, and how many were dropped as bad.
+def select_captions(captions: Iterable[Caption]) -> tuple[list[str], int]:
+    """Returns the captions to keep, in order, and the number of invalid captions that were dropped.
 
-    A repeated text is kept once and is not bad. Raises CaptionError, that of the first bad caption, when none is
-    left.
+    A repeated text is kept once and does not count as invalid. Raises the CaptionError of the first invalid caption
+    if no caption is left.
     """
     kept: dict[str, None] = {}
     dropped = 0
-    first: CaptionError | None = None
-    for text in texts:
+    first_error: CaptionError | None = None
+    for caption in captions:
         try:
-            kept[normalise(_text(text))] = None
+            kept[normalise(_decode(caption))] = None
         except CaptionError as error:
             dropped += 1
-            first = first or error
+            first_error = first_error or error
     if not kept:
-        raise first or CaptionError("E_CAP_EMPTY", "no caption")
+        raise first_error or CaptionError("E_CAP_EMPTY", "no caption")
     return list(kept), dropped
 
 
-def _text(text: Caption) -> str:
-    if text is None:
+def _decode(caption: Caption) -> str:
+    if caption is None:
         raise CaptionError("E_CAP_EMPTY", "no caption")
-    if isinstance(text, tuple):
-        raise CaptionError(*text)
-    if isinstance(text, str):
-        return text
+    if isinstance(caption, tuple):
+        raise CaptionError(*caption)
+    if isinstance(caption, str):
+        return caption
     try:
-        return text.decode("utf-8")
+        return caption.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CaptionError("E_CAP_ENCODING", f"not valid UTF-8 at byte {error.start}") from None

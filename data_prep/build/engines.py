@@ -1,4 +1,4 @@
-"""Where the work runs: in this process, or in a pool of worker processes on this machine."""
+"""Where preparation work runs: in this process, or in a pool of worker processes on this machine."""
 
 from __future__ import annotations
 
@@ -12,70 +12,86 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, forkserver
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pyarrow as pa
+from pydantic import Field
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.plugins import import_plugin
+from clipwright.pipeline.core.registry import configclass
 
 S = TypeVar("S")
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Loaded once by the fork server, so that a worker starts in milliseconds. webdataset brings torch.
+# Loaded once by the fork server, so that a worker starts in milliseconds. webdataset imports torch.
 PRELOAD = ["clipwright.data_prep.build.shards", "webdataset.writer"]
+TASKS_PER_WORKER = 2  # queued at a time: no worker waits for work, and an interrupt leaves little to finish
 
+# State of a worker process.
 _state: Any = None
-_busy = _ending = False
+_is_running_task = False
+_stop_requested = False
 
 
-class Engine:
-    """Runs tasks on `workers` processes that share a pickled `state`; one worker means in this process.
+@configclass
+class WorkerRuntime:
+    """How a command runs its worker processes. Nothing here changes the result."""
 
-    `plugins` are (path, sha256) of files that workers import before they unpickle the state. As a context manager
-    it lets running tasks finish when left by an exception (Ctrl-C, SIGTERM, a failed task) and stops at once when
-    interrupted again.
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Number of worker processes; 0 uses one per CPU core."""
+
+
+class WorkerPool:
+    """Runs tasks on `workers` processes that share a pickled `state`. One worker means: in this process.
+
+    `plugins` are (path, sha256) of files that each worker imports before it unpickles the state. When the context
+    manager exits on an exception (Ctrl-C, SIGTERM, a failed task), running tasks finish first; a second interrupt
+    kills the workers.
     """
 
     def __init__(self, workers: int, state: Any, plugins: Iterable[tuple[str, str]] = ()) -> None:
-        self.workers, self._shared = workers, state
-        self._pool: ProcessPoolExecutor | None = None
+        self.workers = workers
+        self._state = state
+        self._executor: ProcessPoolExecutor | None = None
         if workers > 1:
-            # Not fork: pyarrow and a caller's torch have threads, whose locks a fork would copy as they are.
+            # Not fork: pyarrow, and torch in a caller, have threads whose locks a fork would copy in a locked state.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(PRELOAD)
-            _start_server()
-            self._pool = ProcessPoolExecutor(
-                workers, mp_context=context, initializer=_start, initargs=(pickle.dumps(state), list(plugins))
+            _start_fork_server()
+            self._executor = ProcessPoolExecutor(
+                workers, mp_context=context, initializer=_start_worker, initargs=(pickle.dumps(state), list(plugins))
             )
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._pool is None:
+        if self._executor is None:
             return
         try:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._executor.shutdown(wait=True, cancel_futures=True)
         except BaseException:
-            for process in list((self._pool._processes or {}).values()):
+            for process in list((self._executor._processes or {}).values()):
                 process.kill()
             raise
 
     def run(self, function: Callable[[S, T], R], tasks: Iterable[T]) -> Iterator[R]:
-        """`function(state, task)` of each task, in the order they end. A dead worker is E_WORKER."""
-        if self._pool is None:
+        """Yields `function(state, task)` of each task in order of completion. Raises E_WORKER if a worker dies."""
+        if self._executor is None:
             for task in tasks:
-                yield function(self._shared, task)
+                yield function(self._state, task)
             return
-        left = iter(tasks)
+        pending = iter(tasks)
         running: set[Future[R]] = set()
         try:
             while True:
-                # Two a worker: none waits for work, and an interrupt leaves little to finish.
-                while len(running) < 2 * self.workers and (task := next(left, None)) is not None:
-                    running.add(self._pool.submit(_call, function, task))
+                while len(running) < TASKS_PER_WORKER * self.workers:
+                    task = next(pending, None)
+                    if task is None:
+                        break
+                    running.add(self._executor.submit(_run_task, function, task))
                 if not running:
                     return
                 done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -86,65 +102,65 @@ class Engine:
                 "E_WORKER",
                 "a worker process died",
                 where=f"one of {self.workers} workers",
-                found="it was killed, most often for memory",
-                fix="run the same command again, it goes on where it stopped; fewer runtime.workers need less memory",
+                found="it was killed, most likely because memory ran out",
+                fix="run the same command again to resume; a smaller runtime.workers needs less memory",
             ) from None
 
 
-def _start_server() -> None:
-    """Starts the fork server deaf to SIGTERM: sent to the whole process group, it must not take the workers along."""
+def worker_count(requested: int, tasks: int) -> int:
+    """Returns the number of worker processes: `requested` (0: one per CPU core), but at most one per task."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(requested or cores, tasks))
+
+
+def _start_fork_server() -> None:
+    """Starts the fork server with SIGTERM ignored: a SIGTERM to the process group must not kill the workers."""
     if threading.current_thread() is not threading.main_thread():
         forkserver.ensure_running()
         return
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        forkserver.ensure_running()  # an ignored signal stays ignored in what is started meanwhile
+        forkserver.ensure_running()  # a child process inherits ignored signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def workers_for(wanted: int, tasks: int) -> int:
-    """How many processes to use: `wanted`, or with 0 one a core, but never more than there are tasks."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(wanted or cores, tasks))
-
-
-def _start(state: bytes, plugins: list[tuple[str, str]]) -> None:
-    """A worker's start: it leaves Ctrl-C to its parent, ends with it, and keeps to one core."""
+def _start_worker(state: bytes, plugins: list[tuple[str, str]]) -> None:
+    """Sets up a worker: it ignores Ctrl-C, exits with its parent and uses one core."""
     global _state
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _on_sigterm)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), daemon=True).start()
     pa.set_cpu_count(1)
     for path, digest in plugins:
         import_plugin(Path(path), digest)
-    _state = pickle.loads(state)  # our own parent's bytes
+    _state = pickle.loads(state)  # these bytes come from our own parent process
 
 
-def _end_with(sentinel: int) -> None:
-    # A parent that was killed cannot tell its workers; they would wait for work for ever.
+def _exit_with_parent(sentinel: int) -> None:
+    # A parent that is killed cannot stop its workers; without this they would wait for tasks forever.
     connection.wait([sentinel])
     os._exit(1)
 
 
-def _terminate(number: int, frame: object) -> None:
-    """SIGTERM, which launchers send to every process: a worker ends, but not in the middle of a task."""
-    global _ending
-    if not _busy:
+def _on_sigterm(number: int, frame: object) -> None:
+    """Handles SIGTERM, which launchers send to every process: the worker exits, but not in the middle of a task."""
+    global _stop_requested
+    if not _is_running_task:
         os._exit(0)
-    _ending = True
+    _stop_requested = True
 
 
-def _call(function: Callable[[Any, T], R], task: T) -> R:
-    global _busy
-    _busy = True
+def _run_task(function: Callable[[Any, T], R], task: T) -> R:
+    global _is_running_task
+    _is_running_task = True
     try:
         return function(_state, task)
     finally:
-        _busy = False
-        if _ending:
+        _is_running_task = False
+        if _stop_requested:
             os._exit(0)

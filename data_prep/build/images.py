@@ -1,4 +1,4 @@
-"""Which size and which bytes an image is stored with."""
+"""The size and the encoding in which an image is stored."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from clipwright.pipeline import pixels
 from clipwright.pipeline.core.registry import configclass
 
 EXTENSION = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+DHASH_MIN_SIDE = 64  # pixels; the difference hash needs only 9 x 8 of them
 
 
 @configclass
 class ImagesConfig:
-    """How images are stored; they are only ever made smaller.
+    """How images are stored. Images are never enlarged.
 
-    `resize` bounds the shortest or the longest side by `size` pixels, or keeps the size. A JPEG, PNG or WebP that
-    needs no change passes byte for byte, whatever `format` says. Everything else is stored upright as `format`: a
-    file that is too large, of another format, transparent, animated, or with any EXIF, XMP or text in it (turned or
-    not), so that no place, name or serial number of a camera gets into a dataset.
+    A JPEG, PNG or WebP that needs no change is copied byte for byte, whatever `format` is. Every other image is
+    stored upright and re-encoded as `format`: one that is too large, of another format, transparent or animated, and
+    one with EXIF, XMP or text metadata, so that no location, name or camera serial number enters a dataset.
     """
 
     resize: Literal["keep", "shortest", "longest"] = "keep"
+    """Side limited to `size`: shortest or longest; keep stores the original size."""
     size: Annotated[int, Field(ge=1, le=pixels.MAX_SIDE)] = 256
+    """Limit of that side in pixels; larger images are scaled down, smaller ones are left alone."""
     format: pixels.Format = "jpeg"
+    """Encoding of images that are re-encoded: jpeg, png or webp."""
     quality: Annotated[int, Field(ge=1, le=100)] = 90
+    """JPEG or WebP quality of images that are re-encoded."""
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredImage:
     """An image as it is stored: file extension, bytes, their SHA-256, size in pixels, difference hash."""
 
     extension: str
@@ -44,40 +48,42 @@ class Stored:
 
 
 def target_size(width: int, height: int, config: ImagesConfig) -> tuple[int, int]:
-    """Upright (width, height) after resizing, in pixels."""
+    """Returns the upright (width, height) after resizing, in pixels."""
     if config.resize == "keep":
         return width, height
-    side = (min if config.resize == "shortest" else max)(width, height)
+    side = min(width, height) if config.resize == "shortest" else max(width, height)
     if side <= config.size:
         return width, height
     return max(1, round(width * config.size / side)), max(1, round(height * config.size / side))
 
 
-def store(image: bytes | np.ndarray, config: ImagesConfig) -> Stored:
-    """What is stored of original bytes or of pixels uint8 (H, W, 3). Raises PixelError."""
+def store_image(image: bytes | np.ndarray, config: ImagesConfig) -> StoredImage:
+    """Returns how original bytes, or pixels uint8 (H, W, 3), are stored. Raises PixelError."""
     if isinstance(image, bytes):
         header = pixels.probe(image)
-        wanted = target_size(header.width, header.height, config)
-        if header.plain and wanted == (header.width, header.height):
-            # Decoded all the same, to know that it is whole; the hash needs 9 x 8 pixels of it.
-            seen = pixels.decode(image, min_side=64)
-            return _stored(EXTENSION[header.format], image, wanted, pixels.dhash(seen))
-        # Twice the wanted side is decoded, where the DCT can: an eighth of the work, and the filter still sees enough.
-        shown = pixels.decode(image, min_side=2 * min(wanted))
-        wanted = target_size(shown.shape[1], shown.shape[0], config) if _turned(shown, wanted) else wanted
+        size = target_size(header.width, header.height, config)
+        if header.plain and size == (header.width, header.height):
+            # Decoded even though the bytes are kept: this proves that the image is intact.
+            decoded = pixels.decode(image, min_side=DHASH_MIN_SIDE)
+            return _stored(EXTENSION[header.format], image, size, pixels.dhash(decoded))
+        # DCT scaling down to twice the target size saves most of the decoding and leaves enough for the resize filter.
+        decoded = pixels.decode(image, min_side=2 * min(size))
+        if _was_rotated(decoded, size):
+            size = target_size(decoded.shape[1], decoded.shape[0], config)
     else:
-        shown = image
-        wanted = target_size(shown.shape[1], shown.shape[0], config)
-    if (shown.shape[1], shown.shape[0]) != wanted:
-        shown = pixels.resize(shown, *wanted)
-    data = pixels.encode(shown, config.format, config.quality)
-    return _stored(EXTENSION[config.format], data, wanted, pixels.dhash(shown))
+        decoded = image
+        size = target_size(decoded.shape[1], decoded.shape[0], config)
+    if (decoded.shape[1], decoded.shape[0]) != size:
+        decoded = pixels.resize(decoded, *size)
+    data = pixels.encode(decoded, config.format, config.quality)
+    return _stored(EXTENSION[config.format], data, size, pixels.dhash(decoded))
 
 
-def _turned(shown: np.ndarray, wanted: tuple[int, int]) -> bool:
-    """Whether decoding found an orientation that the header did not show (a PNG's EXIF may follow its pixels)."""
-    return (shown.shape[1] > shown.shape[0]) != (wanted[0] > wanted[1])
+def _was_rotated(decoded: np.ndarray, size: tuple[int, int]) -> bool:
+    """Whether decoding applied an orientation that the header did not show: a PNG's EXIF may follow its pixels."""
+    return (decoded.shape[1] > decoded.shape[0]) != (size[0] > size[1])
 
 
-def _stored(extension: str, data: bytes, size: tuple[int, int], dhash: int) -> Stored:
-    return Stored(extension, data, hashlib.sha256(data).hexdigest(), size[0], size[1], dhash)
+def _stored(extension: str, data: bytes, size: tuple[int, int], dhash: int) -> StoredImage:
+    width, height = size
+    return StoredImage(extension, data, hashlib.sha256(data).hexdigest(), width, height, dhash)

@@ -1,279 +1,244 @@
-"""Preparation: plan → engine → shards → finish, from a source of pairs to a dataset folder."""
+"""Preparation: source → plan → shards → finish. Writes a dataset folder from a source of image-text pairs."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import AfterValidator, Field
 
 from clipwright.data_prep.build import output
-from clipwright.data_prep.build.engines import Engine, workers_for
+from clipwright.data_prep.build.engines import WorkerPool, WorkerRuntime, worker_count
+from clipwright.data_prep.build.finish import Contents, finish, no_samples, write_rejects
 from clipwright.data_prep.build.images import ImagesConfig
-from clipwright.data_prep.build.plan import CHUNK, WORK, Duplicates, Job, Plan, make_plan
+from clipwright.data_prep.build.plan import ROWS_PER_TASK, WORK, DuplicatePolicy, Job, Plan, make_plan
 from clipwright.data_prep.build.shards import REJECTS, read_receipt, rejects_path, write_shard
 from clipwright.data_prep.sources.base import SOURCES, Source, SourceConfig
 from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import atomic_write, write_json
+from clipwright.pipeline.core.files import write_json
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.part import Part
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.folders.records import DatasetFingerprint, file_entries, write_manifest
 
 
 @configclass
 class ShardsConfig:
-    """Shards NAME-000000.tar, NAME-000001.tar, … of so many samples each."""
+    """The shards NAME-000000.tar, NAME-000001.tar, …"""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,40}$")] = "data"
+    """Prefix of the shard file names."""
     samples: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    """Samples per shard."""
 
 
-@configclass
-class RuntimeConfig:
-    """How a run is carried out, which changes nothing about its result. `workers: 0` takes one a core."""
-
-    workers: Annotated[int, Field(ge=0, le=1024)] = 0
-
-
-def _checked_part(text: str) -> str:
+def _validated_part(text: str) -> str:
     Part.read(text, planned=True)
     return text
 
 
 @configclass
-class PrepRuntime(RuntimeConfig):
-    """`part`: what of the work this process does, where a job array shares it; all of it without.
+class PrepRuntime(WorkerRuntime):
+    """How preparation runs. Nothing here changes the result.
 
-    `plan` decides what goes where, `plan/K/N` hashes a share of the images for it, `K/N` writes the K-th of N parts of
-    the shards, and `finish` joins them. Only `finish` is needed beside the parts: the first of them plans.
+    In a job array, `part=K/N` writes the K-th of N parts of the shards, and `finish` joins them when all are done. The
+    first part makes the plan. For large inputs `plan` makes it beforehand, after `plan/K/N` has hashed the K-th of N
+    parts of the images.
     """
 
-    part: Annotated[str, AfterValidator(_checked_part)] = ""
+    part: Annotated[str, AfterValidator(_validated_part)] = ""
+    """Job-array part to run: K/N, plan, plan/K/N or finish; empty does everything in one process."""
 
 
 @configclass
 class PrepConfig:
-    """From pairs to a dataset folder.
-
-    `duplicates` says what becomes of rows with equal image bytes: `merge` gives the first all captions, `first` drops
-    the others, `keep` keeps all under numbered keys.
-    """
+    """From image-text pairs to a dataset folder."""
 
     source: Annotated[SourceConfig, Choice(SOURCES)]
+    """Where the pairs come from; `name` selects the source."""
     images: ImagesConfig = field(default_factory=ImagesConfig)
+    """How images are stored."""
     shards: ShardsConfig = field(default_factory=ShardsConfig)
-    duplicates: Duplicates = "merge"
+    """Name and size of the shards."""
+    duplicates: DuplicatePolicy = "merge"
+    """Rows with equal images: merge their captions into the first, keep only the first, or keep all (numbered keys)."""
     runtime: PrepRuntime = field(default_factory=PrepRuntime)
+    """How preparation runs; not part of the dataset's identity."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run gives back: its manifest, whether the folder was finished before, lines about unused input."""
+    """The result of a run: the manifest, whether an earlier run had finished it, and notes about unused input."""
 
     manifest: dict[str, Any]
     already: bool
     notes: list[str]
 
 
-def open_source(config: PrepConfig, *, folder: Path | None = None, quiet: bool = False) -> Source:
-    """The source a config names, scanned; E_PREP_EMPTY when it has no row.
-
-    Where an unfinished run of the output `folder` has scanned the same files, its scan is taken.
-    """
-    source = SOURCES.build(config.source)
-    if source.count == 0:
-        raise ClipwrightError(
-            "E_PREP_EMPTY",
-            "no rows",
-            where=f"source {config.source.name}",
-            found="the input has 0 rows, or source.where leaves none",
-            fix="check source.path and source.where",
-        )
-    known = None if folder is None else folder / WORK / output.SCAN
-    if known is None or not known.is_file() or not source.recall(json.loads(known.read_text(encoding="utf-8"))):
-        source.scan(quiet=quiet)
-    return source
-
-
-def identity_of(resolved: Resolved[PrepConfig], source: Source) -> dict[str, Any]:
-    """The config as identity: no runtime, files by name and content."""
-    identity = {**resolved.identity(), "source": source.identity()}
-    return json.loads(json.dumps(identity, default=str))  # a date in `where` is a date to YAML, not to JSON
-
-
 def prepare(resolved: Resolved[PrepConfig], folder: Path, *, fresh: bool = False, quiet: bool = False) -> Prepared:
-    """Writes the dataset folder that a config describes, or goes on where an earlier run of it stopped.
+    """Writes the dataset folder that a config describes, or resumes an unfinished run of the same config.
 
-    Shards, sidecars and manifest depend on input and config alone, not on workers. With `runtime.part=finish` the
-    shards must have been written by parts. Raises ClipwrightError: E_PREP_EMPTY when no sample could be written,
-    E_UNFINISHED, E_RESUME, E_OUTPUT, E_WORKER, and what the source raises.
+    Shards, sidecars and manifest depend on input and config only, not on the number of workers. With
+    `runtime.part=finish` the parts must have written all shards. Raises E_PREP_EMPTY if no sample could be written,
+    E_UNFINISHED, E_RESUME, E_OUTPUT, E_WORKER, and the source's errors.
     """
     config = resolved.value
     source = open_source(config, folder=None if fresh else folder, quiet=quiet)
-    identity = identity_of(resolved, source)
+    identity = run_identity(resolved, source)
     if fresh:
         output.clear(folder)
-    if (manifest := output.finished(folder, identity)) is not None:
+    manifest = output.finished(folder, identity)
+    if manifest is not None:
         return Prepared(manifest, True, list(source.notes))
     with output.claim(folder):
-        begin(resolved, folder, source, identity)
-        job = job_of(config, source, folder)
-        receipts = _run(job, config, plugins_of(resolved), quiet)
+        start_run(resolved, folder, source, identity)
+        job = make_job(config, source, folder)
+        receipts = _write_all_shards(job, config, plugin_hashes(resolved), quiet)
         manifest = _finish(job, config, identity, receipts)
         output.release(folder)
     return Prepared(manifest, False, list(source.notes))
 
 
-def begin(resolved: Resolved[PrepConfig], folder: Path, source: Source, identity: dict[str, Any]) -> None:
-    """Notes in the folder what this run is, and what it found in its source."""
+def open_source(config: PrepConfig, *, folder: Path | None = None, quiet: bool = False) -> Source:
+    """Opens and scans the source that a config names. Raises E_PREP_EMPTY if it has no rows.
+
+    If an unfinished run in the output `folder` has scanned the same files, its scan is used.
+    """
+    source = SOURCES.build(config.source)
+    if source.count == 0:
+        raise ClipwrightError(
+            "E_PREP_EMPTY",
+            "the input has no rows",
+            where=f"source {config.source.name}",
+            found="0 rows, possibly after source.where",
+            fix="check source.path and source.where",
+        )
+    saved_scan = None if folder is None else folder / WORK / output.SCAN
+    reused = False
+    if saved_scan is not None and saved_scan.is_file():
+        reused = source.load_scan(json.loads(saved_scan.read_text(encoding="utf-8")))
+    if not reused:
+        source.scan(quiet=quiet)
+    return source
+
+
+def run_identity(resolved: Resolved[PrepConfig], source: Source) -> dict[str, Any]:
+    """Returns the config as identity: without `runtime`, and files by name and content hash."""
+    identity = {**resolved.identity(), "source": source.identity()}
+    return json.loads(json.dumps(identity, default=str))  # YAML reads dates in source.where; JSON has none
+
+
+def start_run(resolved: Resolved[PrepConfig], folder: Path, source: Source, identity: dict[str, Any]) -> None:
+    """Records the run's identity, and the scan of its source, in the folder."""
     output.start(folder, identity, resolved.yaml())
-    if (found := source.scanned()) is not None:
-        write_json(folder / WORK / output.SCAN, found)
+    scan = source.scan_result()
+    if scan is not None:
+        write_json(folder / WORK / output.SCAN, scan)
 
 
-def job_of(config: PrepConfig, source: Source, folder: Path) -> Job:
+def make_job(config: PrepConfig, source: Source, folder: Path) -> Job:
     return Job(source, config.images, config.duplicates, folder, config.shards.name)
 
 
-def plugins_of(resolved: Resolved[PrepConfig]) -> list[tuple[str, str]]:
-    return [
-        (path, plugin["sha256"])
-        for path, plugin in zip(resolved.tree.get("plugins", []), resolved.plugins, strict=True)
-    ]
+def plugin_hashes(resolved: Resolved[PrepConfig]) -> list[tuple[str, str]]:
+    """Returns (path, sha256) of each plugin the config names."""
+    paths = resolved.tree.get("plugins", [])
+    return [(path, plugin["sha256"]) for path, plugin in zip(paths, resolved.plugins, strict=True)]
 
 
-def _run(job: Job, config: PrepConfig, plugins: list[tuple[str, str]], quiet: bool) -> list[dict[str, Any]]:
-    """Plans, then writes the shards that are not there yet; the receipts of all, in order."""
-    with pool(job, config, plugins) as engine:
-        plan = planned(job, engine, quiet)
-        numbers = range(plan.shards(config.shards.samples))
-        if config.runtime.part == "finish":
-            require_shards(job, numbers)
-        return write_shards(job, config, engine, plan, numbers, quiet)
+def start_pool(job: Job, config: PrepConfig, plugins: list[tuple[str, str]]) -> WorkerPool:
+    shard_tasks = -(-job.source.count // config.shards.samples)
+    hash_tasks = 1 if job.source.distinct else -(-job.source.count // ROWS_PER_TASK)
+    workers = worker_count(config.runtime.workers, max(shard_tasks, hash_tasks))
+    return WorkerPool(workers, job, plugins)
 
 
-def pool(job: Job, config: PrepConfig, plugins: list[tuple[str, str]]) -> Engine:
-    most = max(
-        -(-job.source.count // config.shards.samples), 1 if job.source.distinct else -(-job.source.count // CHUNK)
-    )
-    return Engine(workers_for(config.runtime.workers, most), job, plugins)
-
-
-def write_shards(
-    job: Job, config: PrepConfig, engine: Engine, plan: Plan, numbers: range, quiet: bool
-) -> list[dict[str, Any]]:
-    """Writes those of the shards `numbers` that are not there yet; the receipts of them all, in order."""
-    size = config.shards.samples
-    receipts: dict[int, dict[str, Any]] = {}
-    for number in numbers:
-        if (receipt := read_receipt(job.folder, number)) is not None:
-            receipts[number] = receipt
-    todo = plan.tasks(size, [number for number in numbers if number not in receipts])
-    begun = sum(map(_rows, receipts.values()))
-    rows = round(job.source.count * len(numbers) / max(plan.shards(size), 1))  # of a part, about
-    with Progress("prep", rows, "rows", quiet=quiet, already_done=begun) as progress:
-        for receipt in engine.run(write_shard, todo):
-            receipts[receipt["shard"]] = receipt
-            progress.add(_rows(receipt), sum(receipt["rejects"].values()) - receipt["merged"])
-    return [receipts[number] for number in sorted(receipts)]
-
-
-def require_shards(job: Job, numbers: range) -> None:
-    """E_UNFINISHED unless all shards are written."""
-    missing = [number for number in numbers if read_receipt(job.folder, number) is None]
-    if missing:
-        some = ", ".join(map(str, missing[:6])) + (", …" if len(missing) > 6 else "")
-        raise ClipwrightError(
-            "E_UNFINISHED",
-            "parts that are missing or did not finish",
-            where=job.folder,
-            found=f"{len(missing)} of {len(numbers)} shards are not written: {some}",
-            fix="run the parts again (they write only what is missing), or leave runtime.part out to write it here",
-        )
-
-
-def _rows(receipt: dict[str, Any]) -> int:
-    """How many rows of the plan a shard accounts for."""
-    return receipt["samples"] + sum(receipt["rejects"].values())
-
-
-def planned(job: Job, engine: Engine, quiet: bool) -> Plan:
-    """The plan, made and written down where it is not there yet."""
+def load_or_make_plan(job: Job, pool: WorkerPool, quiet: bool) -> Plan:
+    """Returns the plan; makes and saves it if the folder has none."""
     if job.source.distinct:
-        return make_plan(job, engine)
+        return make_plan(job, pool)
     path = job.folder / output.PLAN
     if path.is_file():
         return Plan.load(path)
-    plan = make_plan(job, engine, quiet=quiet)
+    plan = make_plan(job, pool, quiet=quiet)
     plan.save(path)
     return plan
 
 
+def write_shards(
+    job: Job, config: PrepConfig, pool: WorkerPool, plan: Plan, numbers: range, quiet: bool
+) -> list[dict[str, Any]]:
+    """Writes those of the shards `numbers` that are missing. Returns the receipts of all `numbers`, in order."""
+    shard_samples = config.shards.samples
+    receipts: dict[int, dict[str, Any]] = {}
+    for number in numbers:
+        receipt = read_receipt(job.folder, number)
+        if receipt is not None:
+            receipts[number] = receipt
+    tasks = plan.tasks(shard_samples, [number for number in numbers if number not in receipts])
+    rows_done = sum(map(_rows_covered, receipts.values()))
+    # For one part of a job array, its share of all rows is an estimate.
+    rows = round(job.source.count * len(numbers) / max(plan.shard_count(shard_samples), 1))
+    with Progress("prep", rows, "rows", quiet=quiet, already_done=rows_done) as progress:
+        for receipt in pool.run(write_shard, tasks):
+            receipts[receipt["shard"]] = receipt
+            rejected = sum(receipt["rejects"].values()) - receipt["merged"]
+            progress.add(_rows_covered(receipt), rejected)
+    return [receipts[number] for number in sorted(receipts)]
+
+
+def _write_all_shards(
+    job: Job, config: PrepConfig, plugins: list[tuple[str, str]], quiet: bool
+) -> list[dict[str, Any]]:
+    with start_pool(job, config, plugins) as pool:
+        plan = load_or_make_plan(job, pool, quiet)
+        numbers = range(plan.shard_count(config.shards.samples))
+        if config.runtime.part == "finish":
+            _require_shards(job, numbers)
+        return write_shards(job, config, pool, plan, numbers, quiet)
+
+
+def _require_shards(job: Job, numbers: range) -> None:
+    """Raises E_UNFINISHED unless all shards are written."""
+    missing = [number for number in numbers if read_receipt(job.folder, number) is None]
+    if missing:
+        listed = ", ".join(map(str, missing[:6]))
+        if len(missing) > 6:
+            listed += ", …"
+        raise ClipwrightError(
+            "E_UNFINISHED",
+            "some parts are missing or did not finish",
+            where=job.folder,
+            found=f"{len(missing)} of {len(numbers)} shards are not written: {listed}",
+            fix="run the parts again (they write only what is missing), or leave out runtime.part to write them here",
+        )
+
+
+def _rows_covered(receipt: dict[str, Any]) -> int:
+    """Returns how many plan rows a shard accounts for."""
+    return receipt["samples"] + sum(receipt["rejects"].values())
+
+
 def _finish(job: Job, config: PrepConfig, identity: dict[str, Any], receipts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Joins the rejects, checks that every row stands exactly once, fingerprints, and writes the manifest last."""
-    rejects = pa.concat_tables([pq.read_table(rejects_path(job.folder, r["shard"])) for r in receipts])
-    rejects = rejects.sort_by("row")
-    sink = pa.BufferOutputStream()
-    pq.write_table(rejects.cast(REJECTS), sink, compression="zstd")
-    atomic_write(job.folder / output.REJECTS, sink.getvalue().to_pybytes())
-    reasons = Counter(rejects["reason"].to_pylist())
-    written, merged = sum(r["samples"] for r in receipts), reasons.get("merged", 0)
-    if written == 0:
-        raise _empty(job, reasons, rejects)
-    shards = [r for r in receipts if r["samples"]]
-    fingerprint = DatasetFingerprint()
-    seen = np.zeros(job.source.count, dtype=np.int64)
-    np.add.at(seen, rejects["row"].to_numpy(), 1)
-    for sidecar in _sidecars(job.folder, shards, fingerprint):
-        np.add.at(seen, sidecar, 1)
-    assert (seen == 1).all(), "a plan row that stands not exactly once"
-    names = ("sidecar", "sidecar_bytes", "sidecar_sha256", "tar", "tar_bytes", "tar_sha256", "samples")
-    others = [name for name in (output.PLAN, output.REJECTS) if (job.folder / name).is_file()]
-    body = {
-        "name": config.shards.name,
-        "shards": [{name: shard[name] for name in names} for shard in shards],
-        "rows_in": job.source.count,
-        "written": written,
-        "merged": merged,
-        "rejected": rejects.num_rows - merged,
-        "rejects": dict(sorted((reason, n) for reason, n in reasons.items() if reason != "merged")),
-        "captions": sum(r["captions"] for r in receipts),
-        "captions_dropped": sum(r["captions_dropped"] for r in receipts),
-        "files": file_entries(job.folder, others),
-        "identity": identity,
-    }
-    return write_manifest(job.folder, "dataset", fingerprint.hexdigest(), body)
-
-
-def _sidecars(folder: Path, shards: list[dict[str, Any]], fingerprint: DatasetFingerprint) -> Iterator[np.ndarray]:
-    """Feeds each sidecar to the fingerprint and gives its plan rows."""
-    for shard in shards:
-        table = pq.read_table(folder / shard["sidecar"], columns=["row", "key", "sha256", "captions"])
-        columns = (table[name].to_pylist() for name in ("key", "sha256", "captions"))
-        for key, sha256, captions in zip(*columns, strict=True):
-            fingerprint.sample(key, sha256, captions)
-        fingerprint.shard(shard["samples"])
-        yield table["row"].to_numpy()
-
-
-def _empty(job: Job, reasons: Counter[str], rejects: pa.Table) -> ClipwrightError:
-    first = rejects.slice(0, 1).to_pylist()[0]
-    counts = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common())
-    # So that the mended input is not held against this run.
-    output.release(job.folder)
-    return ClipwrightError(
-        "E_PREP_EMPTY",
-        "no sample could be written",
-        where=job.folder / output.REJECTS,
-        found=f"{job.source.count} rows: {counts}; the first is {first['source']}: {first['detail']}",
-        fix="look at the rejects, mend the input or the column names, and run again",
+    """Joins the shards' rejects and finishes the dataset. Raises E_PREP_EMPTY if no shard has a sample."""
+    tables = [pq.read_table(rejects_path(job.folder, receipt["shard"])) for receipt in receipts]
+    rejects = pa.concat_tables(tables).sort_by("row").cast(REJECTS)
+    shards = [receipt for receipt in receipts if receipt["samples"]]
+    if not shards:
+        write_rejects(job.folder, rejects)
+        output.release(job.folder)  # so that a run with the corrected input is not refused as another config
+        fix = "look at the rejects, correct the input or the column names, and run again"
+        raise no_samples(job.folder / output.REJECTS, rejects, fix=fix)
+    contents = Contents(
+        name=config.shards.name,
+        rows_in=job.source.count,
+        shards=shards,
+        rejects=rejects,
+        captions_dropped=sum(receipt["captions_dropped"] for receipt in receipts),
+        identity=identity,
     )
+    return finish(job.folder, contents)

@@ -1,4 +1,4 @@
-"""The plan: which row leads a sample, which rows are its twins, and which rows go to which shard."""
+"""The plan: which row leads a sample, which rows duplicate its image, and which rows go to which shard."""
 
 from __future__ import annotations
 
@@ -12,77 +12,85 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipwright.data_prep.build.engines import Engine
+from clipwright.data_prep.build.engines import WorkerPool
 from clipwright.data_prep.build.images import ImagesConfig
 from clipwright.data_prep.sources.base import Record, Source
 from clipwright.pipeline import pixels
 from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.core.log import Progress
 
-Duplicates = Literal["merge", "first", "keep"]
-WORK = ".prep"  # what a run keeps in its output until it has finished
-CHUNK = 1024  # rows hashed by one task
+DuplicatePolicy = Literal["merge", "first", "keep"]
+WORK = ".prep"  # subfolder of the output with everything needed to resume; removed when the run finishes
+ROWS_PER_TASK = 1024  # rows hashed by one task
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all shards of a run share; it travels to the workers once."""
+    """What all shards of a run share. It is sent to each worker once."""
 
     source: Source
     images: ImagesConfig
-    duplicates: Duplicates
+    duplicates: DuplicatePolicy
     folder: Path
     name: str
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """The rows that lead the samples of one shard, their twins by leading row, and what the plan knows of them.
+    """The leading rows of one shard and what the plan knows about them.
 
-    `copies`: row → number of the copy, for second and later rows of an image that are kept. `keys`: keys of the
-    leading rows as they were when the plan was made, or None where they were not looked at.
+    `duplicate_rows` maps a leading row to the rows that duplicate its image. `copies` maps a row to its copy number,
+    for the second and later rows of an image under `duplicates=keep`. `keys` holds the keys of the leading rows as
+    they were when the plan was made, or None if the images were not hashed.
     """
 
     number: int
     rows: np.ndarray
-    twins: dict[int, list[int]]
+    duplicate_rows: dict[int, list[int]]
     copies: dict[int, int]
     keys: list[str] | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """For each row: its key (S32, empty when it has no image; None when not looked at), leading row, copy number."""
+    """The decision for each row.
+
+    `keys` are the image keys (S32, empty for a row without an image), or None if the images were not hashed.
+    `leaders` are the leading row of each row: its own number, or that of the first row with an equal image.
+    `copies` are copy numbers, 0 for the first row of an image.
+    """
 
     keys: np.ndarray | None
-    heads: np.ndarray
+    leaders: np.ndarray
     copies: np.ndarray
 
-    def tasks(self, samples: int, numbers: Iterable[int]) -> Iterator[ShardTask]:
-        """The shards `numbers`, of `samples` leading rows each; twins go where their leading row goes."""
-        rows = np.arange(len(self.heads))
-        leading = np.flatnonzero(self.heads == rows)
-        following = np.flatnonzero(self.heads != rows)
-        following = following[np.argsort(self.heads[following], kind="stable")]
-        of = self.heads[following]
+    def tasks(self, shard_samples: int, numbers: Iterable[int]) -> Iterator[ShardTask]:
+        """Yields the tasks of the shards `numbers`, each with `shard_samples` leading rows and their duplicates."""
+        is_leader = self.leaders == np.arange(len(self.leaders))
+        leading = np.flatnonzero(is_leader)
+        duplicates = np.flatnonzero(~is_leader)
+        duplicates = duplicates[np.argsort(self.leaders[duplicates], kind="stable")]
+        leaders = self.leaders[duplicates]
         for number in numbers:
-            mine = leading[number * samples : (number + 1) * samples]
-            first, last = np.searchsorted(of, [mine[0], mine[-1] + 1])
-            twins: dict[int, list[int]] = {}
-            for head, row in zip(of[first:last].tolist(), following[first:last].tolist(), strict=True):
-                twins.setdefault(head, []).append(row)
-            again = mine[self.copies[mine] > 0]
-            copies = dict(zip(again.tolist(), self.copies[again].tolist(), strict=True))
-            keys = None if self.keys is None else [key.decode() for key in self.keys[mine].tolist()]
-            yield ShardTask(number, mine, twins, copies, keys)
+            rows = leading[number * shard_samples : (number + 1) * shard_samples]
+            first, last = np.searchsorted(leaders, [rows[0], rows[-1] + 1])
+            duplicate_rows: dict[int, list[int]] = {}
+            for leader, row in zip(leaders[first:last].tolist(), duplicates[first:last].tolist(), strict=True):
+                duplicate_rows.setdefault(leader, []).append(row)
+            later_copies = rows[self.copies[rows] > 0]
+            copies = dict(zip(later_copies.tolist(), self.copies[later_copies].tolist(), strict=True))
+            keys = None if self.keys is None else [key.decode() for key in self.keys[rows].tolist()]
+            yield ShardTask(number, rows, duplicate_rows, copies, keys)
 
-    def shards(self, samples: int) -> int:
-        return -(-int((self.heads == np.arange(len(self.heads))).sum()) // samples)
+    def shard_count(self, shard_samples: int) -> int:
+        samples = int((self.leaders == np.arange(len(self.leaders))).sum())
+        return -(-samples // shard_samples)
 
     def save(self, path: Path) -> None:
         assert self.keys is not None
-        names = pa.array([key.decode() or None for key in self.keys.tolist()], pa.string())
-        table = pa.table({"row": np.arange(len(self.heads)), "key": names, "head": self.heads, "copy": self.copies})
+        keys = pa.array([key.decode() or None for key in self.keys.tolist()], pa.string())
+        rows = np.arange(len(self.leaders))
+        table = pa.table({"row": rows, "key": keys, "head": self.leaders, "copy": self.copies})
         out = io.BytesIO()
         pq.write_table(table, out, compression="zstd")
         atomic_write(path, out.getvalue())
@@ -95,66 +103,73 @@ class Plan:
 
 
 def record_key(record: Record) -> str:
-    """The key of a row's image, or an empty string when it has none."""
+    """Returns the key of a row's image, or an empty string if the row has none."""
     if record.image is None:
         return ""
-    return pixels.bytes_key(record.image) if isinstance(record.image, bytes) else pixels.pixel_key(record.image)
+    if isinstance(record.image, bytes):
+        return pixels.bytes_key(record.image)
+    return pixels.pixel_key(record.image)
 
 
 def hash_rows(job: Job, rows: range) -> tuple[int, list[str]]:
-    """Where a stretch of rows starts, and the keys of its rows."""
+    """Returns the first of the consecutive `rows` and the keys of all of them."""
     return rows.start, [record_key(record) for record in job.source.read(rows)]
 
 
-def make_plan(job: Job, engine: Engine, *, quiet: bool = False) -> Plan:
-    """Hashes all rows on `engine`, where the source has not, and decides what to do with equal images."""
+def make_plan(job: Job, pool: WorkerPool, *, quiet: bool = False) -> Plan:
+    """Hashes all rows on `pool`, unless the source has hashed them, and resolves duplicate images."""
     count = job.source.count
     if job.source.distinct:
         return Plan(None, np.arange(count), np.zeros(count, dtype=np.int64))
-    if (known := job.source.keys()) is not None:
-        return decide(known, job.duplicates)
-    keys, there = np.zeros(count, dtype="S32"), np.zeros(count, dtype=bool)
+    source_keys = job.source.keys()
+    if source_keys is not None:
+        return resolve_duplicates(source_keys, job.duplicates)
+    keys = np.zeros(count, dtype="S32")
+    hashed = np.zeros(count, dtype=bool)
     for path in (job.folder / WORK).glob("keys-*.npy"):
-        share = np.load(path, allow_pickle=False)
+        part_keys = np.load(path, allow_pickle=False)
         start = int(path.stem.removeprefix("keys-"))
-        keys[start : start + len(share)], there[start : start + len(share)] = share, True
-    todo = [rows for rows in chunks(range(count)) if not there[rows.start : rows.stop].all()]
-    for start, found in _hash(job, engine, todo, quiet):
-        keys[start : start + len(found)] = found
-    return decide(keys, job.duplicates)
+        stop = start + len(part_keys)
+        keys[start:stop] = part_keys
+        hashed[start:stop] = True
+    missing = [rows for rows in _split(range(count)) if not hashed[rows.start : rows.stop].all()]
+    for start, task_keys in _hash(job, pool, missing, quiet):
+        keys[start : start + len(task_keys)] = task_keys
+    return resolve_duplicates(keys, job.duplicates)
 
 
-def hash_share(job: Job, engine: Engine, rows: range, *, quiet: bool = False) -> None:
-    """Hashes some of the rows for the plan that another process will make."""
-    found = [keys for _, keys in sorted(_hash(job, engine, list(chunks(rows)), quiet))]
-    share = np.array([key for keys in found for key in keys], dtype="S32")
+def hash_part(job: Job, pool: WorkerPool, rows: range, *, quiet: bool = False) -> None:
+    """Hashes the rows of one job-array part and saves the keys for the process that makes the plan."""
+    results = sorted(_hash(job, pool, list(_split(rows)), quiet))
+    keys = np.array([key for _, task_keys in results for key in task_keys], dtype="S32")
     out = io.BytesIO()
-    np.save(out, share)
+    np.save(out, keys)
     atomic_write(job.folder / WORK / f"keys-{rows.start:012d}.npy", out.getvalue())
 
 
-def chunks(rows: range) -> Iterator[range]:
-    return (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
-
-
-def _hash(job: Job, engine: Engine, todo: list[range], quiet: bool) -> Iterator[tuple[int, list[str]]]:
-    with Progress("prep: plan", sum(map(len, todo)), "rows", quiet=quiet) as progress:
-        for start, found in engine.run(hash_rows, todo):
-            yield start, found
-            progress.add(len(found))
-
-
-def decide(keys: np.ndarray, duplicates: Duplicates) -> Plan:
-    """Equal keys in plan order: the first leads and the others follow it, or each is a numbered copy (keep)."""
+def resolve_duplicates(keys: np.ndarray, duplicates: DuplicatePolicy) -> Plan:
+    """Groups rows with equal keys: the first one in plan order leads, or (`keep`) each gets a copy number."""
     rows = np.arange(len(keys))
-    heads, copies = rows.copy(), np.zeros_like(rows)
+    leaders = rows.copy()
+    copies = np.zeros_like(rows)
     order = np.argsort(keys, kind="stable")
     order = order[keys[order] != b""]
     if len(order):
-        starts = np.r_[True, keys[order][1:] != keys[order][:-1]]
-        first = np.flatnonzero(starts)[np.cumsum(starts) - 1]
+        starts_group = np.r_[True, keys[order][1:] != keys[order][:-1]]
+        group_start = np.flatnonzero(starts_group)[np.cumsum(starts_group) - 1]
         if duplicates == "keep":
-            copies[order] = np.arange(len(order)) - first
+            copies[order] = np.arange(len(order)) - group_start
         else:
-            heads[order] = order[first]
-    return Plan(keys, heads, copies)
+            leaders[order] = order[group_start]
+    return Plan(keys, leaders, copies)
+
+
+def _split(rows: range) -> Iterator[range]:
+    return (rows[start : start + ROWS_PER_TASK] for start in range(0, len(rows), ROWS_PER_TASK))
+
+
+def _hash(job: Job, pool: WorkerPool, tasks: list[range], quiet: bool) -> Iterator[tuple[int, list[str]]]:
+    with Progress("prep: plan", sum(map(len, tasks)), "rows", quiet=quiet) as progress:
+        for start, keys in pool.run(hash_rows, tasks):
+            yield start, keys
+            progress.add(len(keys))

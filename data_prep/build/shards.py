@@ -1,4 +1,4 @@
-"""One shard: a deterministic tar, its sidecar and its rejects, staged and renamed, with a receipt written last."""
+"""One shard: a deterministic tar, its sidecar and its rejects. Files are staged, renamed, and recorded in a receipt."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipwright.data_prep.build.captions import choose
-from clipwright.data_prep.build.images import Stored, store
+from clipwright.data_prep.build.captions import select_captions
+from clipwright.data_prep.build.images import StoredImage, store_image
 from clipwright.data_prep.build.plan import WORK, Job, ShardTask, record_key
 from clipwright.data_prep.sources.base import Record
 from clipwright.pipeline.core.captions import CaptionError
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import canonical_json, fsync_folder, write_json
 from clipwright.pipeline.pixels import PixelError
+
+# Columns of a sample that its JSON member repeats.
+JSON_COLUMNS = ("key", "captions", "width", "height", "sha256", "source", "source_key")
+_TAR_BLOCK = 512  # bytes
 
 SIDECAR = pa.schema(
     [
@@ -54,7 +58,7 @@ REJECTS = pa.schema(
 
 
 def user_columns(schema: pa.Schema) -> pa.Schema:
-    """A source's columns as the sidecar names them: one of a name that the sidecar uses itself gets `input_` before."""
+    """Renames the source's columns for the sidecar: a name that the sidecar itself uses gets the prefix `input_`."""
     taken = {*SIDECAR.names, *schema.names}
     fields: list[pa.Field] = []
     for field in schema:
@@ -75,89 +79,143 @@ def rejects_path(folder: Path, number: int) -> Path:
     return folder / WORK / f"rejects-{number:06d}.parquet"
 
 
+def read_receipt(folder: Path, number: int) -> dict[str, Any] | None:
+    """Returns the receipt of a shard that an earlier run finished, or None if its files are missing or cut off."""
+    path = receipt_path(folder, number)
+    if not path.is_file():
+        return None
+    receipt = json.loads(path.read_text(encoding="utf-8"))
+    if "tar" not in receipt:
+        return receipt
+    for kind in ("tar", "sidecar"):
+        file = folder / receipt[kind]
+        if not file.is_file() or file.stat().st_size != receipt.get(f"{kind}_bytes"):
+            return None
+    return receipt
+
+
 def write_shard(job: Job, task: ShardTask) -> dict[str, Any]:
     """Writes one shard and returns its receipt: counts, file names, sizes and hashes.
 
-    Nothing lies under a final name before all of it is on disk; the receipt, written last, says that it is.
+    Files get their final names only when all of them are on disk. The receipt is written last.
     """
-    shard = _Shard(job, task.number)
+    shard = _ShardWriter(job, task.number)
     try:
-        twins = {record.row: replace(record, image=None) for record in job.source.read(_twin_rows(task))}
-        known = task.keys or [None] * len(task.rows)
-        for record, key in zip(job.source.read(task.rows.tolist()), known, strict=True):
-            shard.sample(record, [twins[row] for row in task.twins.get(record.row, [])], key, task.copies)
-        return shard.close()
+        duplicate_rows = sorted(row for rows in task.duplicate_rows.values() for row in rows)
+        # Their images are equal to the leading row's, so only the rest is kept in memory.
+        duplicates = {record.row: replace(record, image=None) for record in job.source.read(duplicate_rows)}
+        planned_keys = task.keys or [None] * len(task.rows)
+        for record, planned_key in zip(job.source.read(task.rows.tolist()), planned_keys, strict=True):
+            followers = [duplicates[row] for row in task.duplicate_rows.get(record.row, [])]
+            shard.add(record, followers, planned_key, task.copies.get(record.row, 0))
+        return shard.finish()
     except OSError as error:
         raise ClipwrightError(
             "E_OUTPUT",
-            "a shard that cannot be written",
+            "a shard could not be written",
             where=shard.tar_path,
             found=str(error),
-            fix="free space or mend permissions and run the same command again; it goes on where it stopped",
+            fix="free disk space or fix the permissions, then run the same command again to resume",
         ) from error
     finally:
         with suppress(OSError, ValueError):
-            shard.tar.close()  # before its file, into which it flushes
+            shard.tar.close()  # first, because it flushes into the file
         shard.file.close()
 
 
-def _twin_rows(task: ShardTask) -> list[int]:
-    return sorted(row for rows in task.twins.values() for row in rows)
-
-
-class _Shard:
+class _ShardWriter:
     """A shard being written."""
 
     def __init__(self, job: Job, number: int) -> None:
-        # webdataset imports torch, for which only workers wait.
+        # webdataset imports torch. Only workers pay for that.
         from webdataset.writer import TarWriter  # noqa: PLC0415
 
-        self.job, self.number = job, number
-        self.stem = f"{job.name}-{number:06d}"
-        self.tar_path, self.sidecar_path = job.folder / f"{self.stem}.tar", job.folder / f"{self.stem}.parquet"
+        self.job = job
+        self.number = number
+        stem = f"{job.name}-{number:06d}"
+        self.tar_path = job.folder / f"{stem}.tar"
+        self.sidecar_path = job.folder / f"{stem}.parquet"
         self.file: BinaryIO = _staged(self.tar_path).open("wb")
-        self.hashing = _Hashing(self.file)
+        self.hashing = _HashingFile(self.file)
         self.tar = TarWriter(cast(Any, self.hashing), mtime=0, user="", group="", encoder=False)
         self.rows: list[dict[str, Any]] = []
         self.columns: list[pa.RecordBatch] = []
         self.rejects: list[dict[str, Any]] = []
-        self.merged = self.dropped = 0
+        self.merged = 0
+        self.captions_dropped = 0
 
-    def sample(self, record: Record, twins: list[Record], known: str | None, copies: dict[int, int]) -> None:
-        """Writes a row and accounts for its twins, or rejects them all for the same reason."""
-        key, merge = record_key(record), self.job.duplicates == "merge"
-        if known is not None and key != known:
+    def add(self, record: Record, duplicates: list[Record], planned_key: str | None, copy: int) -> None:
+        """Writes a leading row and accounts for its duplicates, or rejects all of them for the same reason."""
+        key = record_key(record)
+        if planned_key is not None and key != planned_key:
             raise ClipwrightError(
                 "E_INPUT",
-                "an image that changed while it was read",
+                "an image changed while it was being prepared",
                 where=f"{record.source}, {record.source_key}",
-                found=f"its key was {known or 'none'} and is {key or 'none'}",
-                fix="leave the input alone while it is prepared, and run again with --fresh",
+                found=f"its key was {planned_key or 'none'} and is now {key or 'none'}",
+                fix="do not modify the input during preparation, and run again with --fresh",
             )
+        merge = self.job.duplicates == "merge"
+        captions = list(record.captions)
+        if merge:
+            for duplicate in duplicates:
+                captions.extend(duplicate.captions)
         try:
             if record.image is None:
                 assert record.reject is not None, record.source
                 raise PixelError(*record.reject)
-            captions, dropped = choose([*record.captions, *(c for t in twins if merge for c in t.captions)])
-            stored = store(record.image, self.job.images)
+            kept_captions, dropped = select_captions(captions)
+            stored = store_image(record.image, self.job.images)
         except (PixelError, CaptionError) as error:
-            self._refuse(record, twins, key, error)
+            code, detail = error.args
+            self._reject(record, code, detail, key)
+            for duplicate in duplicates:
+                self._reject(duplicate, code, f"same image as row {record.row}, which was refused: {detail}", key)
             return
-        self.dropped += dropped
-        key += f"_{copies[record.row]}" if record.row in copies else ""
-        self._write(record, key, captions, stored)
+        self.captions_dropped += dropped
+        if copy:
+            key = f"{key}_{copy}"
+        self._write(record, key, kept_captions, stored)
         reason = "merged" if merge else "duplicate"
-        for twin in twins:
-            self._reject(twin, reason, f"same image as row {record.row}", key, (record.row, key))
-        self.merged += len(twins) if merge else 0
+        for duplicate in duplicates:
+            self._reject(duplicate, reason, f"same image as row {record.row}", key, kept_row=record.row)
+        if merge:
+            self.merged += len(duplicates)
 
-    def _refuse(self, record: Record, twins: list[Record], key: str, error: PixelError | CaptionError) -> None:
-        code, detail = error.args
-        self._reject(record, code, detail, key)
-        for twin in twins:
-            self._reject(twin, code, f"same image as row {record.row}, which was refused: {detail}", key)
+    def finish(self) -> dict[str, Any]:
+        """Writes sidecar and rejects, gives all files their final names, writes and returns the receipt."""
+        self.tar.close()
+        receipt: dict[str, Any] = {
+            "shard": self.number,
+            "samples": len(self.rows),
+            "merged": self.merged,
+            "rejects": dict(sorted(Counter(row["reason"] for row in self.rejects).items())),
+            "captions": sum(len(row["captions"]) for row in self.rows),
+            "captions_dropped": self.captions_dropped,
+        }
+        if self.rows:
+            _sync_and_close(self.file)
+            sidecar = self._write_sidecar()
+            _staged(self.tar_path).replace(self.tar_path)
+            _staged(self.sidecar_path).replace(self.sidecar_path)
+            receipt.update(
+                tar=self.tar_path.name,
+                tar_bytes=self.hashing.bytes,
+                tar_sha256=self.hashing.sha256.hexdigest(),
+                sidecar=self.sidecar_path.name,
+                sidecar_bytes=sidecar.bytes,
+                sidecar_sha256=sidecar.sha256.hexdigest(),
+            )
+        else:
+            _staged(self.tar_path).unlink()
+        rejects = rejects_path(self.job.folder, self.number)
+        _write_table(pa.Table.from_pylist(self.rejects, schema=REJECTS), rejects)
+        _staged(rejects).replace(rejects)
+        fsync_folder(self.job.folder)
+        write_json(receipt_path(self.job.folder, self.number), receipt)
+        return receipt
 
-    def _write(self, record: Record, key: str, captions: list[str], stored: Stored) -> None:
+    def _write(self, record: Record, key: str, captions: list[str], stored: StoredImage) -> None:
         row = {
             "row": record.row,
             "key": key,
@@ -170,76 +228,56 @@ class _Shard:
             "source": record.source,
             "source_key": record.source_key,
         }
-        named = ("key", "captions", "width", "height", "sha256", "source", "source_key")
-        about = {name: row[name] for name in named} | {"columns": plain_columns(record.columns)}
+        metadata = {name: row[name] for name in JSON_COLUMNS}
+        metadata["columns"] = json_columns(record.columns)
         members = {
             stored.extension: stored.data,
-            "json": canonical_json(about).encode(),
+            "json": canonical_json(metadata).encode(),
             "txt": captions[0].encode(),
         }
-        # TarWriter sorts members by extension; each takes a header block and its data, padded to blocks of 512.
-        start = self.tar.tarstream.offset
-        before = sum(512 + -(-len(members[name]) // 512) * 512 for name in members if name < stored.extension)
+        # TarWriter sorts members by extension. Each has a header block and data padded to full blocks.
+        offset = self.tar.tarstream.offset + _TAR_BLOCK
+        for extension, data in members.items():
+            if extension < stored.extension:
+                offset += _TAR_BLOCK + -(-len(data) // _TAR_BLOCK) * _TAR_BLOCK
         self.tar.write({"__key__": key, **members})
-        self.rows.append({**row, "offset": start + before + 512})
+        self.rows.append({**row, "offset": offset})
         self.columns.append(record.columns)
 
-    def _reject(self, record: Record, reason: str, detail: str, key: str, kept: tuple[int, str] | None = None) -> None:
-        row: dict[str, Any] = {"row": record.row, "reason": reason, "detail": detail, "source": record.source}
-        row["key"] = key or None
-        if kept is not None:
-            texts = [_plain(text) for text in record.captions if not isinstance(text, tuple)]
-            whole = {"captions": texts, "source_key": record.source_key}
-            row |= {"kept_row": kept[0], "kept_key": kept[1]}
-            row["record"] = canonical_json({**whole, "columns": plain_columns(record.columns)})
+    def _reject(self, record: Record, reason: str, detail: str, key: str, kept_row: int | None = None) -> None:
+        """Records a row that is not written. With `kept_row`, `key` is the key under which that row was written."""
+        row: dict[str, Any] = {
+            "row": record.row,
+            "reason": reason,
+            "detail": detail,
+            "source": record.source,
+            "key": key or None,
+        }
+        if kept_row is not None:
+            content = {
+                "captions": [_json_value(text) for text in record.captions if not isinstance(text, tuple)],
+                "source_key": record.source_key,
+                "columns": json_columns(record.columns),
+            }
+            row.update(kept_row=kept_row, kept_key=key, record=canonical_json(content))
         self.rejects.append(row)
 
-    def close(self) -> dict[str, Any]:
-        self.tar.close()
-        receipt: dict[str, Any] = {
-            "shard": self.number,
-            "samples": len(self.rows),
-            "merged": self.merged,
-            "rejects": dict(sorted(Counter(row["reason"] for row in self.rejects).items())),
-            "captions": sum(len(row["captions"]) for row in self.rows),
-            "captions_dropped": self.dropped,
-        }
-        if self.rows:
-            _seal(self.file)
-            sidecar = self._write_sidecar()
-            _staged(self.tar_path).replace(self.tar_path)
-            _staged(self.sidecar_path).replace(self.sidecar_path)
-            receipt |= {
-                "tar": self.tar_path.name,
-                "tar_bytes": self.hashing.bytes,
-                "tar_sha256": self.hashing.sha256.hexdigest(),
-                "sidecar": self.sidecar_path.name,
-                "sidecar_bytes": sidecar.bytes,
-                "sidecar_sha256": sidecar.sha256.hexdigest(),
-            }
-        else:
-            _staged(self.tar_path).unlink()
-        part = rejects_path(self.job.folder, self.number)
-        _write_table(pa.Table.from_pylist(self.rejects, schema=REJECTS), part)
-        _staged(part).replace(part)
-        fsync_folder(self.job.folder)
-        write_json(receipt_path(self.job.folder, self.number), receipt)
-        return receipt
-
-    def _write_sidecar(self) -> _Hashing:
-        ours = pa.Table.from_pylist(self.rows, schema=SIDECAR)
-        named = user_columns(self.job.source.columns)
-        theirs = pa.Table.from_batches(self.columns, schema=self.job.source.columns).combine_chunks()
-        for field, column in zip(named, theirs.columns, strict=True):
-            ours = ours.append_column(field, column)
-        return _write_table(ours, self.sidecar_path)
+    def _write_sidecar(self) -> _HashingFile:
+        table = pa.Table.from_pylist(self.rows, schema=SIDECAR)
+        source_schema = self.job.source.columns
+        source_table = pa.Table.from_batches(self.columns, schema=source_schema).combine_chunks()
+        for field, column in zip(user_columns(source_schema), source_table.columns, strict=True):
+            table = table.append_column(field, column)
+        return _write_table(table, self.sidecar_path)
 
 
-class _Hashing:
-    """A file that knows the bytes and the SHA-256 of what was written to it."""
+class _HashingFile:
+    """A file that counts and hashes (SHA-256) the bytes written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.bytes = 0
 
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
@@ -251,61 +289,47 @@ def _staged(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def _seal(file: BinaryIO) -> None:
+def _sync_and_close(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
 
 
-def _write_table(table: pa.Table, path: Path) -> _Hashing:
-    """Writes parquet under the staged name of `path`, to disk; returns what knows its size and SHA-256."""
+def _write_table(table: pa.Table, path: Path) -> _HashingFile:
+    """Writes parquet to disk under the staged name of `path`; returns the closed file with its size and SHA-256."""
     with _staged(path).open("wb") as file:
-        hashing = _Hashing(file)
+        hashing = _HashingFile(file)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         hashing.write(sink.getvalue().to_pybytes())
-        _seal(file)
+        _sync_and_close(file)
     return hashing
 
 
-def plain_columns(columns: pa.RecordBatch) -> dict[str, Any]:
-    """One row of typed columns as values that JSON can hold."""
-    made: dict[str, Any] = {}
+def json_columns(columns: pa.RecordBatch) -> dict[str, Any]:
+    """Returns one row of typed columns as values that JSON can hold."""
+    values: dict[str, Any] = {}
     for field, column in zip(columns.schema, columns.columns, strict=True):
         if pa.types.is_temporal(field.type):
-            column = column.cast(pa.string())  # Python has no nanoseconds
+            column = column.cast(pa.string())  # Python datetimes have no nanoseconds
         try:
-            made[field.name] = _plain(column[0].as_py())
+            values[field.name] = _json_value(column[0].as_py())
         except UnicodeDecodeError:
-            made[field.name] = None
-    return made
+            values[field.name] = None
+    return values
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): _json_value(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_json_value(item) for item in value]
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
-    return value if isinstance(value, (bool, int, float, type(None))) else str(value)
-
-
-def read_receipt(folder: Path, number: int) -> dict[str, Any] | None:
-    """The receipt of a shard that an earlier run finished, if its files are there as it says."""
-    path = receipt_path(folder, number)
-    if not path.is_file():
-        return None
-    receipt = json.loads(path.read_text(encoding="utf-8"))
-    tar = receipt.get("tar")
-    if tar is None:
-        return receipt
-    for kind in ("tar", "sidecar"):
-        path = folder / receipt[kind]
-        if not path.is_file() or path.stat().st_size != receipt.get(f"{kind}_bytes"):
-            return None
-    return receipt
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return str(value)

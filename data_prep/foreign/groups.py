@@ -1,4 +1,4 @@
-"""The samples of a tar that others made: groups of adjacent members of one key, or why a group is no sample."""
+"""Samples of a foreign tar: groups of adjacent members with one key, or the reason why a group is not a sample."""
 
 from __future__ import annotations
 
@@ -11,74 +11,86 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipwright.data_prep.build.captions import choose
+from clipwright.data_prep.build.captions import select_captions
+from clipwright.data_prep.build.images import DHASH_MIN_SIDE
 from clipwright.data_prep.build.shards import REJECTS, SIDECAR, WORK, receipt_path, rejects_path
 from clipwright.data_prep.foreign import json_columns
 from clipwright.data_prep.foreign.tars import HashingReader, Member, TarError, members, shown
 from clipwright.data_prep.sources.base import Caption
-from clipwright.data_prep.sources.folder import READ, UNREAD
+from clipwright.data_prep.sources.folder import DECODED_SUFFIXES, OTHER_IMAGE_SUFFIXES
 from clipwright.pipeline import pixels
 from clipwright.pipeline.core.captions import CaptionError
 from clipwright.pipeline.core.files import atomic_write, write_json
 
-PART = SIDECAR.append(pa.field("about", pa.string()))  # what a tar's samples are, with the objects of JSON members
-_IMAGES = frozenset((*READ, *UNREAD))
+# The samples of one tar while a run is unfinished: a sidecar's columns and the JSON member's object as text.
+TAR_ROWS = SIDECAR.append(pa.field("metadata", pa.string()))
+_IMAGES = frozenset((*DECODED_SUFFIXES, *OTHER_IMAGE_SUFFIXES))
 _CAPTIONS = ("txt", "json")
-_CUT_AT = 100  # bytes of a name in a tar without extended headers
+_OLD_NAME_LIMIT = 100  # bytes; a tar without extended headers cuts longer names off
 # WebDataset's rule: the key ends at the first dot of the base name. Hidden files have no key.
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 
 
 @dataclass
 class _Group:
-    """Adjacent members of one key; the data of image and caption files only, and the first thing wrong with it."""
+    """Adjacent members with one key, by extension, with the data of image and caption files.
+
+    `header` is the offset of the first member's header, `problem` the first problem as (code, detail).
+    """
 
     key: str
     header: int
-    parts: dict[str, tuple[Member, bytes]] = field(default_factory=dict)
+    files: dict[str, tuple[Member, bytes]] = field(default_factory=dict)
     problem: tuple[str, str] | None = None
 
     def add(self, extension: str, member: Member, data: bytes) -> None:
         if member.refused:
-            self.problem = self.problem or ("E_TAR_MEMBER", f"{shown(member.name)}: {member.refused}")
-        elif extension in self.parts:
-            self.problem = self.problem or ("E_PAIR_DUPLICATE", f"{shown(member.name)} stands in it twice")
-        wanted = extension in _IMAGES or extension in _CAPTIONS
-        self.parts.setdefault(extension, (member, data if wanted else b""))
+            self.report("E_TAR_MEMBER", f"{shown(member.name)}: {member.refused}")
+        elif extension in self.files:
+            self.report("E_PAIR_DUPLICATE", f"{shown(member.name)} stands in it twice")
+        needed = extension in _IMAGES or extension in _CAPTIONS
+        self.files.setdefault(extension, (member, data if needed else b""))
+
+    def report(self, code: str, detail: str) -> None:
+        """Records a problem, unless there is an earlier one."""
+        if self.problem is None:
+            self.problem = (code, detail)
 
 
 def tar_stat(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
+    """Returns size and modification time, by which an unchanged tar is recognized when a run resumes."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
-def part_path(folder: Path, number: int) -> Path:
-    return folder / WORK / f"part-{number:06d}.parquet"
+def tar_rows_path(folder: Path, number: int) -> Path:
+    return folder / WORK / f"rows-{number:06d}.parquet"
 
 
 def scan_tar(folder: Path, task: tuple[int, str]) -> dict[str, Any]:
-    """Reads one tar; leaves its rows, its rejects and, last, a receipt in the work folder, and returns that."""
+    """Reads tar (number, name) of `folder`; writes its rows and rejects and, last, its receipt, which it returns."""
     number, name = task
     path = folder / name
     stat = tar_stat(path)
-    scan = _Scan(name)
+    size = stat[0]
+    scan = _TarScan(name)
     with path.open("rb") as file:
-        reader = HashingReader(file, stat[0])
+        reader = HashingReader(file, size)
         scan.read(reader)
-        reader.pass_over(stat[0])  # whatever stands behind the place where it could not go on
-    rows, rejects = scan.close()
-    atomic_write(part_path(folder, number), parquet_bytes(rows, PART))
+        reader.skip(size)  # hash the rest of a tar that could not be read to its end
+    rows, rejects = scan.finish()
+    atomic_write(tar_rows_path(folder, number), parquet_bytes(rows, TAR_ROWS))
     atomic_write(rejects_path(folder, number), parquet_bytes(rejects, REJECTS))
     receipt = {
         "number": number,
         "tar": name,
         "stat": stat,
-        "tar_bytes": reader.place,
+        "tar_bytes": reader.position,
         "tar_sha256": reader.sha256.hexdigest(),
-        "groups": scan.count,
+        "groups": scan.groups,
         "samples": len(rows),
-        "captions_dropped": scan.dropped,
-        "columns": json_columns.kinds_of(row["about"] for row in rows),
+        "captions_dropped": scan.captions_dropped,
+        "columns": json_columns.kinds_of(row["metadata"] for row in rows),
         "ignored": scan.ignored,
     }
     write_json(receipt_path(folder, number), receipt)
@@ -92,15 +104,17 @@ def parquet_bytes(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-class _Scan:
-    """The groups of one tar as rows and rejects; `row` counts from 0 in each tar."""
+class _TarScan:
+    """The groups of one tar as rows and rejects. Rows are numbered from 0 in each tar."""
 
     def __init__(self, tar: str) -> None:
         self.tar = tar
         self.rows: dict[int, dict[str, Any]] = {}
         self.rejects: dict[int, dict[str, Any]] = {}
-        self.places: dict[str, list[tuple[int, int]]] = {}  # of each key: number and header of its groups
-        self.count = self.dropped = self.ignored = 0
+        self.places: dict[str, list[tuple[int, int]]] = {}  # key → (row, header offset) of each group that has it
+        self.groups = 0
+        self.captions_dropped = 0
+        self.ignored = 0  # members that belong to no sample
 
     def read(self, reader: HashingReader) -> None:
         group: _Group | None = None
@@ -112,34 +126,42 @@ class _Scan:
                     continue
                 if group is None or group.key != key:
                     if group is not None:
-                        self._group(group)
+                        self._close(group)
                     group = _Group(key, member.header)
                 group.add(extension, member, data)
         except TarError as error:
-            code, detail, ended = error.args
-            if ended and group is not None:
-                self._group(group)
+            code, detail, after_end = error.args
+            if after_end and group is not None:
+                self._close(group)
                 group = None
-            # Without an end mark the last group may lack members that were to come.
-            group = group or _Group("", reader.place)
-            group.problem = group.problem or (code, detail)
+            # Without an end-of-archive mark, members of the last group may be missing, so it is rejected.
+            if group is None:
+                group = _Group("", reader.position)
+            group.report(code, detail)
         if group is not None:
-            self._group(group)
+            self._close(group)
 
-    def close(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Rows and rejects, once a key is known to stand in one place only."""
+    def finish(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Returns rows and rejects. Rejects every group whose key occurs in another group of the tar."""
         for places in self.places.values():
-            if len(places) > 1:
-                spots = ", ".join(str(header) for _, header in places[:4])
-                for row, _ in places:
-                    self.rows.pop(row, None)
-                    detail = f"members of this key stand apart, or it is used again: at offsets {spots}"
-                    self.rejects[row] = {**self.rejects.get(row, {}), "reason": "E_PAIR_DUPLICATE", "detail": detail}
-                    self.rejects[row] |= {"row": row, "source": self.tar}
-        return [self.rows[row] for row in sorted(self.rows)], [self.rejects[row] for row in sorted(self.rejects)]
+            if len(places) == 1:
+                continue
+            offsets = ", ".join(str(header) for _, header in places[:4])
+            for row, _ in places:
+                self.rows.pop(row, None)
+                detail = f"members of this key stand apart, or it is used again: at offsets {offsets}"
+                self._reject(row, "E_PAIR_DUPLICATE", detail)
+        rows = [self.rows[row] for row in sorted(self.rows)]
+        rejects = [self.rejects[row] for row in sorted(self.rejects)]
+        return rows, rejects
 
-    def _group(self, group: _Group) -> None:
-        row, self.count = self.count, self.count + 1
+    def _reject(self, row: int, code: str, detail: str) -> None:
+        self.rejects[row] = {"row": row, "reason": code, "detail": detail, "source": self.tar}
+
+    def _close(self, group: _Group) -> None:
+        """Turns a complete group into a row or a reject."""
+        row = self.groups
+        self.groups += 1
         if group.key:
             self.places.setdefault(group.key, []).append((row, group.header))
         try:
@@ -149,84 +171,106 @@ class _Scan:
         except (TarError, pixels.PixelError, CaptionError) as error:
             code, detail = error.args[:2]
             place = f"group {shown(group.key)} at offset {group.header}" if group.key else f"offset {group.header}"
-            self.rejects[row] = {"row": row, "reason": code, "detail": f"{place}: {detail}", "source": self.tar}
+            self._reject(row, code, f"{place}: {detail}")
 
     def _sample(self, group: _Group) -> dict[str, Any]:
-        """A group as a row of the sidecar. Raises TarError, PixelError, CaptionError for one that is no sample."""
+        """Returns a group as a row of TAR_ROWS. Raises TarError, PixelError or CaptionError if it is not a sample."""
         member, data = _image(group)
         header = pixels.probe(data)
-        about, problem = _about(group)
-        captions, dropped = choose(_captions(group, about, problem))
-        sha256 = hashlib.sha256(data).hexdigest()
-        made = {
+        metadata, problem = _metadata(group)
+        captions, dropped = select_captions(_captions(group, metadata, problem))
+        decoded = pixels.decode(data, min_side=DHASH_MIN_SIDE)  # proves that the image is intact
+        self.captions_dropped += dropped
+        return {
             "key": pixels.bytes_key(data),
             "captions": captions,
             "width": header.width,
             "height": header.height,
             "offset": member.offset,
             "size": member.size,
-            "sha256": sha256,
-            "dhash": pixels.dhash(pixels.decode(data, min_side=64)),  # decoded, to know that it is whole
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "dhash": pixels.dhash(decoded),
             "source": self.tar,
             "source_key": group.key,
-            "about": json_columns.text_of(about),
+            "metadata": json_columns.metadata_text(metadata),
         }
-        self.dropped += dropped
-        return made
 
 
 def _split(member: Member) -> tuple[str, str]:
-    """A member's key and extension; no key for one that is no part of a sample."""
+    """Returns a member's key and extension; the key is empty for a member that belongs to no sample."""
     name = member.name.removeprefix("./")
-    if (match := _NAME.fullmatch(name)) is not None:
+    match = _NAME.fullmatch(name)
+    if match is not None:
         return match[1], match[2].lower()
-    # A link or device is never passed over, nor a name that was cut off before its extension.
-    cut = "." not in name and len(name.encode("utf-8", "surrogateescape")) >= _CUT_AT
-    return (name or "/", "") if member.refused or cut else ("", "")
+    # A link or device is always reported, and so is a name that was cut off before its extension.
+    cut_off = "." not in name and len(name.encode("utf-8", "surrogateescape")) >= _OLD_NAME_LIMIT
+    if member.refused or cut_off:
+        return name or "/", ""
+    return "", ""
 
 
 def _image(group: _Group) -> tuple[Member, bytes]:
-    """The one image of a group. Raises TarError where there is none, or more than one."""
-    found = [extension for extension in group.parts if extension in _IMAGES]
-    dotted: dict[str, set[str]] = {}
-    for extension in group.parts:
-        stem, dot, last = extension.rpartition(".")
-        if dot and (last in _IMAGES or last in _CAPTIONS):
-            dotted.setdefault(stem, set()).add("image" if last in _IMAGES else "caption")
-    pairs = [stem for stem, kinds in dotted.items() if len(kinds) == 2]
-    if pairs or (not found and any("image" in kinds for kinds in dotted.values())):
-        name = shown(f"{group.key}.{next(iter(pairs or dotted))}")
-        raise TarError("E_PAIR_KEY", f"a dot in the key {name}, which WebDataset's readers end at the first one")
-    if list(group.parts) == [""]:
+    """Returns the only image of a group. Raises TarError if there is none, or more than one."""
+    images = [extension for extension in group.files if extension in _IMAGES]
+    _check_dots(group, has_image=bool(images))
+    if list(group.files) == [""]:
         raise TarError("E_PAIR_KEY", f"a name of {len(group.key)} characters without extension, which was cut off")
-    if len(found) != 1:
-        named = ", ".join(f".{extension}" for extension in list(group.parts)[:6])
-        many = f"{len(found)} images" if found else "no image"
-        raise TarError("E_PAIR_IMAGE", f"{many} among its members {shown(named)}")
-    return group.parts[found[0]]
+    if len(images) != 1:
+        listed = ", ".join(f".{extension}" for extension in list(group.files)[:6])
+        count = f"{len(images)} images" if images else "no image"
+        raise TarError("E_PAIR_IMAGE", f"{count} among its members {shown(listed)}")
+    return group.files[images[0]]
 
 
-def _about(group: _Group) -> tuple[dict[str, Any], str]:
-    """The object of the JSON member, empty where there is none, and what is wrong with it."""
-    if "json" not in group.parts:
+def _check_dots(group: _Group, *, has_image: bool) -> None:
+    """Raises TarError if the members show a dot in the key: it ends at the first dot, so samples would be mixed up.
+
+    The sign is an image and a caption whose extensions share a prefix (`a.b.jpg` and `a.b.txt`), or such an image
+    alone in a group that has no other. `mask.png` beside `jpg` is a valid extension.
+    """
+    dotted: dict[str, set[str]] = {}
+    for extension in group.files:
+        stem, dot, last = extension.rpartition(".")
+        if dot and last in _IMAGES:
+            dotted.setdefault(stem, set()).add("image")
+        elif dot and last in _CAPTIONS:
+            dotted.setdefault(stem, set()).add("caption")
+    pairs = [stem for stem, kinds in dotted.items() if len(kinds) == 2]
+    image_only = not has_image and any("image" in kinds for kinds in dotted.values())
+    if pairs or image_only:
+        key = shown(f"{group.key}.{next(iter(pairs or dotted))}")
+        raise TarError("E_PAIR_KEY", f"a dot in the key {key}, which WebDataset's readers end at the first one")
+
+
+def _metadata(group: _Group) -> tuple[dict[str, Any], str]:
+    """Returns the object of the JSON member, empty if there is none, and the problem with it, if any."""
+    if "json" not in group.files:
         return {}, ""
     try:
-        about = json_columns.parse(group.parts["json"][1])
-        json_columns.text_of(about if isinstance(about, dict) else {})  # may be too deep to be written again
+        value = json_columns.parse(group.files["json"][1])
+        metadata = value if isinstance(value, dict) else {}
+        json_columns.metadata_text(metadata)  # fails if it is nested too deeply to be written again
     except (ValueError, RecursionError) as error:
         return {}, f"the JSON member cannot be read: {str(error)[:200]}"
-    return about if isinstance(about, dict) else {}, ""
+    return metadata, ""
 
 
-def _captions(group: _Group, about: dict[str, Any], problem: str) -> list[Caption]:
-    """The list `captions` of the JSON member if it has one, else the text member, else `caption` of the JSON."""
-    if isinstance(several := about.get("captions"), list):
-        return [text if isinstance(text, str) else ("E_CAP_FILE", "`captions` holds no texts") for text in several]
-    if "txt" in group.parts:
-        return [group.parts["txt"][1]]
-    one = about.get("caption")
-    if isinstance(one, list):
-        return [text if isinstance(text, str) else ("E_CAP_FILE", "`caption` holds no texts") for text in one]
-    if problem or not isinstance(one, (str, type(None))):
-        return [("E_CAP_FILE", problem or "`caption` of the JSON member is no text")]
-    return [one]
+def _captions(group: _Group, metadata: dict[str, Any], problem: str) -> list[Caption]:
+    """Returns the JSON member's list `captions` if it has one, else the text member, else the JSON's `caption`."""
+    captions = metadata.get("captions")
+    if isinstance(captions, list):
+        return [_text(caption, "captions") for caption in captions]
+    if "txt" in group.files:
+        return [group.files["txt"][1]]
+    caption = metadata.get("caption")
+    if isinstance(caption, list):
+        return [_text(item, "caption") for item in caption]
+    if problem:
+        return [("E_CAP_FILE", problem)]
+    if caption is None or isinstance(caption, str):
+        return [caption]
+    return [("E_CAP_FILE", "`caption` of the JSON member is no text")]
+
+
+def _text(value: Any, name: str) -> Caption:
+    return value if isinstance(value, str) else ("E_CAP_FILE", f"`{name}` holds no texts")

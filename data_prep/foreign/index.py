@@ -1,11 +1,10 @@
-"""`data index`: a manifest and sidecars beside tars that others made, which stay as they are."""
+"""`data index`: a manifest and sidecars for tars that another tool wrote. The tars are not modified."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,39 +15,36 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipwright.data_prep.build import output
-from clipwright.data_prep.build.engines import Engine, workers_for
-from clipwright.data_prep.build.pack import RuntimeConfig
-from clipwright.data_prep.build.plan import Duplicates, Plan, decide
+from clipwright.data_prep.build.engines import WorkerPool, WorkerRuntime, worker_count
+from clipwright.data_prep.build.finish import Contents, finish, no_samples
+from clipwright.data_prep.build.plan import DuplicatePolicy, resolve_duplicates
 from clipwright.data_prep.build.shards import REJECTS, SIDECAR, WORK, receipt_path, rejects_path, user_columns
 from clipwright.data_prep.foreign import json_columns
-from clipwright.data_prep.foreign.groups import parquet_bytes, part_path, scan_tar, tar_stat
+from clipwright.data_prep.foreign.groups import parquet_bytes, scan_tar, tar_rows_path, tar_stat
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import STATUS, atomic_write, canonical_json, write_json
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.folders.records import (
-    MANIFEST,
-    DatasetFingerprint,
-    file_entries,
-    read_manifest,
-    write_manifest,
-)
+from clipwright.pipeline.folders.records import MANIFEST, read_manifest
 
-SUFFIX = ".sidecar.parquet"  # not .parquet: img2dataset leaves a table of that name beside each tar
+SUFFIX = ".sidecar.parquet"  # not .parquet: img2dataset writes a table of that name for each tar
 
 
 @configclass
-class IndexConfig:
-    """The folder of tars, and what becomes of images that stand in it more than once, as in `prep`."""
+class ForeignIndexConfig:
+    """Sidecars and a manifest for a folder of WebDataset tars that another tool wrote."""
 
     data: str
-    duplicates: Duplicates = "merge"
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """Folder of tars. They are only read."""
+    duplicates: DuplicatePolicy = "merge"
+    """Samples with equal images: merge their captions into the first, keep only the first, or keep all."""
+    runtime: WorkerRuntime = field(default_factory=WorkerRuntime)
+    """How the command runs; does not change the result."""
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """What a run gives back: its manifest, whether it was finished before, how many members are no part of a pair."""
+    """The result of a run: the manifest, whether an earlier run had finished it, and how many members were ignored."""
 
     manifest: dict[str, Any]
     already: bool
@@ -56,24 +52,26 @@ class Indexed:
 
 
 def find_tars(folder: Path) -> list[str]:
-    """Names of the tars of a folder, sorted. Raises E_INPUT, E_PREP_EMPTY."""
+    """Returns the names of the tars in a folder, sorted. Raises E_INPUT, E_PREP_EMPTY."""
     if not folder.is_dir():
-        found = "it is a file" if folder.exists() else "there is no such folder"
-        raise ClipwrightError("E_INPUT", "no folder of tars", where=folder, found=found, fix="check the path")
+        found = "it is a file" if folder.exists() else "no such folder"
+        raise ClipwrightError(
+            "E_INPUT", "the folder of tars does not exist", where=folder, found=found, fix="check the path"
+        )
     names = sorted(path.name for path in folder.glob("*.tar") if path.is_file())
     if not names:
         raise ClipwrightError(
-            "E_PREP_EMPTY", "a folder without tars", where=folder, found="no *.tar in it", fix="check the path"
+            "E_PREP_EMPTY", "the folder has no tars", where=folder, found="no *.tar in it", fix="check the path"
         )
     return names
 
 
-def index(config: IndexConfig, *, fresh: bool = False, quiet: bool = False) -> Indexed:
-    """Writes sidecars, rejects and the manifest of a folder of tars, or goes on where an earlier run stopped.
+def index(config: ForeignIndexConfig, *, fresh: bool = False, quiet: bool = False) -> Indexed:
+    """Writes sidecars, rejects and manifest for a folder of tars, or resumes an unfinished run.
 
-    A row is a group of adjacent members of one key; what its JSON member says fills the user's own columns. Files
-    depend on tars and `duplicates` alone. Raises E_INPUT, E_PREP_EMPTY, E_OUTPUT for a folder that is a dataset of
-    another making, E_RESUME, E_DATA_HASH when it was finished with other tars or settings.
+    A row is a group of adjacent members with one key. The names in its JSON member become the user's columns. The
+    files written depend only on the tars and on `duplicates`. Raises E_INPUT, E_PREP_EMPTY, E_OUTPUT for a folder
+    that holds another dataset, E_RESUME or E_DATA_HASH if the tars or the settings changed since it was finished.
     """
     folder = Path(config.data)
     names = find_tars(folder)
@@ -88,7 +86,7 @@ def index(config: IndexConfig, *, fresh: bool = False, quiet: bool = False) -> I
     with output.claim(folder):
         write_json(folder / WORK / output.IDENTITY, identity)
         receipts = _scan_all(folder, names, config, quiet)
-        manifest = _Finish(folder, receipts, config.duplicates).write(identity)
+        manifest = _write_dataset(folder, receipts, config.duplicates, identity)
         output.release(folder)
     return Indexed(manifest, False, sum(receipt["ignored"] for receipt in receipts))
 
@@ -135,150 +133,162 @@ def _clear(folder: Path, names: list[str]) -> None:
     shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
-def _scan_all(folder: Path, names: list[str], config: IndexConfig, quiet: bool) -> list[dict[str, Any]]:
-    """The receipts of all tars, in order; those that an earlier run has read are not read again."""
+def _scan_all(folder: Path, names: list[str], config: ForeignIndexConfig, quiet: bool) -> list[dict[str, Any]]:
+    """Returns the receipts of all tars, in order. Tars that an earlier run has read are not read again."""
     receipts: dict[int, dict[str, Any]] = {}
     for number, name in enumerate(names):
         path = receipt_path(folder, number)
         receipt = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if receipt.get("stat") == tar_stat(folder / name) and receipt.get("tar") == name and "columns" in receipt:
             receipts[number] = receipt
-    todo = [(number, name) for number, name in enumerate(names) if number not in receipts]
+    tasks = [(number, name) for number, name in enumerate(names) if number not in receipts]
     with (
-        Engine(workers_for(config.runtime.workers, len(todo)), folder) as engine,
+        WorkerPool(worker_count(config.runtime.workers, len(tasks)), folder) as pool,
         Progress("index", len(names), "tars", quiet=quiet, already_done=len(receipts)) as progress,
     ):
-        for receipt in engine.run(scan_tar, todo):
+        for receipt in pool.run(scan_tar, tasks):
             receipts[receipt["number"]] = receipt
             progress.add(1, receipt["samples"] == 0)
     return [receipts[number] for number in sorted(receipts)]
 
 
-class _Finish:
-    """From what all tars hold to sidecars, rejects and manifest."""
+def _write_dataset(
+    folder: Path, receipts: list[dict[str, Any]], duplicates: DuplicatePolicy, identity: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes sidecars, rejects and manifest of the scanned tars. Raises E_PREP_EMPTY if no tar has a sample."""
+    scanned = _ScannedTars(folder, receipts, duplicates)
+    rejects = scanned.rejects()
+    if scanned.samples == 0:
+        output.release(folder)
+        fix = "a sample is KEY.jpg with KEY.txt or KEY.json: fix the tars, or make new ones with `clipwright prep`"
+        raise no_samples(folder, rejects, fix=fix)
+    staged = [scanned.stage_sidecar(number) for number in range(len(receipts))]
+    shards = [shard for shard in staged if shard is not None]
+    for shard in shards:
+        (folder / WORK / shard["sidecar"]).replace(folder / shard["sidecar"])
+    contents = Contents(
+        name="tars",
+        rows_in=scanned.rows_in,
+        shards=shards,
+        rejects=rejects,
+        captions_dropped=sum(receipt["captions_dropped"] for receipt in receipts),
+        identity=identity,
+        foreign=True,
+    )
+    return finish(folder, contents)
 
-    def __init__(self, folder: Path, receipts: list[dict[str, Any]], duplicates: Duplicates) -> None:
-        self.folder, self.receipts, self.duplicates = folder, receipts, duplicates
-        self.firsts = np.concatenate([[0], np.cumsum([r["groups"] for r in receipts])]).tolist()
-        self.starts = np.concatenate([[0], np.cumsum([r["samples"] for r in receipts])]).tolist()
-        keys = [self._part(number, ["key"])["key"].to_pylist() for number in range(len(receipts))]
-        self.keys = np.array([key.encode() for part in keys for key in part], dtype="S32")
-        self.plan: Plan = decide(self.keys, duplicates)
-        self.following = self.plan.heads != np.arange(len(self.keys))
-        self.rejects = [pq.read_table(rejects_path(folder, number)) for number in range(len(receipts))]
-        self.kinds = json_columns.together(receipt["columns"] for receipt in receipts)
-        own = json_columns.schema_of(self.kinds)
-        named = user_columns(own)
-        self.schema = pa.schema([*SIDECAR, *named])
-        self.names = dict(zip(own.names, named.names, strict=True))  # of columns, in the JSON and in the sidecar
-        self.twins: dict[int, list[str]] = {}  # captions that leading rows take over
-        self.captions = 0
-        self.fingerprint = DatasetFingerprint()
 
-    def write(self, identity: dict[str, Any]) -> dict[str, Any]:
-        """Sidecars under staged names, then all under their own, the manifest last. E_PREP_EMPTY without a sample."""
-        rejects = self._all_rejects()
-        reasons = Counter(row["reason"] for row in rejects)
-        if not len(self.keys):
-            raise self._empty(rejects, reasons)
-        shards = [made for number in range(len(self.receipts)) if (made := self._shard(number)) is not None]
-        staged = {self.folder / shard["sidecar"]: self.folder / WORK / shard["sidecar"] for shard in shards}
-        atomic_write(self.folder / WORK / output.REJECTS, parquet_bytes(rejects, REJECTS))
-        staged[self.folder / output.REJECTS] = self.folder / WORK / output.REJECTS
-        for final, work in staged.items():
-            work.replace(final)
-        merged = reasons.pop("merged", 0)
-        body = {
-            "name": "tars",
-            "foreign": True,
-            "shards": shards,
-            "rows_in": self.firsts[-1],
-            "written": sum(shard["samples"] for shard in shards),
-            "merged": merged,
-            "rejected": reasons.total(),
-            "rejects": dict(sorted(reasons.items())),
-            "captions": self.captions,
-            "captions_dropped": sum(receipt["captions_dropped"] for receipt in self.receipts),
-            "files": file_entries(self.folder, [output.REJECTS]),
-            "identity": identity,
-        }
-        assert body["rows_in"] == body["written"] + merged + body["rejected"], "a row that stands not exactly once"
-        return write_manifest(self.folder, "dataset", self.fingerprint.hexdigest(), body)
+class _ScannedTars:
+    """The rows of all scanned tars, with duplicate images resolved over the complete dataset.
 
-    def _part(self, number: int, columns: list[str] | None = None) -> pa.Table:
-        return pq.read_table(part_path(self.folder, number), columns=columns)
+    Rows and samples are counted over all tars: tar n has the rows from `first_rows[n]` and the samples from
+    `first_samples[n]`.
+    """
 
-    def _all_rejects(self) -> list[dict[str, Any]]:
-        """The rejects of all tars and the followers of equal images, whose captions are handed to the first."""
-        rows = [
-            {**row, "row": row["row"] + first}
-            for first, table in zip(self.firsts, self.rejects, strict=False)
-            for row in table.to_pylist()
-        ]
-        follows = np.flatnonzero(self.following)
-        numbers = np.searchsorted(self.starts, follows, side="right") - 1
-        heads: dict[int, int] = {}  # leading sample → its row
-        for number in np.unique(np.searchsorted(self.starts, self.plan.heads[follows], side="right") - 1).tolist():
-            known = self._part(number, ["row"])["row"].to_pylist()
-            heads |= {self.starts[number] + i: self.firsts[number] + row for i, row in enumerate(known)}
-        for number in np.unique(numbers).tolist():
-            table = self._part(number)
-            for place in follows[numbers == number].tolist():
-                twin = table.slice(place - self.starts[number], 1).to_pylist()[0]
-                head = int(self.plan.heads[place])
-                if self.duplicates == "merge":
-                    self.twins.setdefault(head, []).extend(twin["captions"])
-                rows.append(_follower(twin, heads[head], self.firsts[number], self.duplicates))
-        return sorted(rows, key=lambda row: row["row"])
+    def __init__(self, folder: Path, receipts: list[dict[str, Any]], duplicates: DuplicatePolicy) -> None:
+        self.folder = folder
+        self.receipts = receipts
+        self.duplicates: DuplicatePolicy = duplicates
+        self.first_rows: list[int] = np.cumsum([0, *(receipt["groups"] for receipt in receipts)]).tolist()
+        self.first_samples: list[int] = np.cumsum([0, *(receipt["samples"] for receipt in receipts)]).tolist()
+        self.rows_in = self.first_rows[-1]
+        self.samples = self.first_samples[-1]
+        keys = [key for number in range(len(receipts)) for key in self._rows(number, ["key"])["key"].to_pylist()]
+        self.plan = resolve_duplicates(np.array([key.encode() for key in keys], dtype="S32"), duplicates)
+        self.is_duplicate = self.plan.leaders != np.arange(self.samples)
+        self.extra_captions: dict[int, list[str]] = {}  # leading sample → captions merged into it
+        self.kinds = json_columns.combine(receipt["columns"] for receipt in receipts)
+        json_schema = json_columns.schema_of(self.kinds)
+        columns = user_columns(json_schema)
+        self.sidecar_schema = pa.schema([*SIDECAR, *columns])
+        self.column_names = dict(zip(json_schema.names, columns.names, strict=True))  # JSON name → sidecar name
 
-    def _shard(self, number: int) -> dict[str, Any] | None:
-        """One sidecar, staged, and its entry in the manifest; None where no sample is left."""
-        start, receipt = self.starts[number], self.receipts[number]
+    def rejects(self) -> pa.Table:
+        """Returns the rejected and the duplicate rows of all tars, and collects the captions to merge."""
         rows: list[dict[str, Any]] = []
-        for i, row in enumerate(self._part(number).to_pylist()):
-            if self.following[start + i]:
+        for number, first_row in enumerate(self.first_rows[:-1]):
+            for row in pq.read_table(rejects_path(self.folder, number)).to_pylist():
+                rows.append({**row, "row": row["row"] + first_row})
+        duplicates = np.flatnonzero(self.is_duplicate)
+        leader_rows = self._leader_rows(duplicates)
+        tars = self._tar_of(duplicates)
+        for number in np.unique(tars).tolist():
+            table = self._rows(number)
+            for sample in duplicates[tars == number].tolist():
+                row = table.slice(sample - self.first_samples[number], 1).to_pylist()[0]
+                leader = int(self.plan.leaders[sample])
+                if self.duplicates == "merge":
+                    self.extra_captions.setdefault(leader, []).extend(row["captions"])
+                row["row"] += self.first_rows[number]
+                rows.append(_duplicate_reject(row, leader_rows[leader], self.duplicates))
+        rows.sort(key=lambda row: row["row"])
+        return pa.Table.from_pylist(rows, schema=REJECTS)
+
+    def stage_sidecar(self, number: int) -> dict[str, Any] | None:
+        """Writes one tar's sidecar to the work folder; returns its manifest entry, or None if no sample is left.
+
+        Call `rejects` first: it collects the captions of the duplicates.
+        """
+        receipt = self.receipts[number]
+        rows: list[dict[str, Any]] = []
+        for sample, row in enumerate(self._rows(number).to_pylist(), start=self.first_samples[number]):
+            if self.is_duplicate[sample]:
                 continue
-            copy = int(self.plan.copies[start + i])
-            own = json_columns.row_of(row.pop("about"), self.kinds)
-            row |= {self.names[name]: value for name, value in own.items()}
-            row["row"] += self.firsts[number]
-            row["key"] += f"_{copy}" if copy else ""
-            row["captions"] = list(dict.fromkeys([*row["captions"], *self.twins.get(start + i, [])]))
-            self.captions += len(row["captions"])
-            self.fingerprint.sample(row["key"], row["sha256"], row["captions"])
+            values = json_columns.row_of(row.pop("metadata"), self.kinds)
+            for name, value in values.items():
+                row[self.column_names[name]] = value
+            row["row"] += self.first_rows[number]
+            copy = int(self.plan.copies[sample])
+            if copy:
+                row["key"] += f"_{copy}"
+            captions = [*row["captions"], *self.extra_captions.get(sample, [])]
+            row["captions"] = list(dict.fromkeys(captions))
             rows.append(row)
         if not rows:
             return None
-        self.fingerprint.shard(len(rows))
-        name, data = receipt["tar"].removesuffix(".tar") + SUFFIX, parquet_bytes(rows, self.schema)
+        name = receipt["tar"].removesuffix(".tar") + SUFFIX
+        data = parquet_bytes(rows, self.sidecar_schema)
         atomic_write(self.folder / WORK / name, data)
-        made = {"sidecar": name, "sidecar_bytes": len(data), "sidecar_sha256": hashlib.sha256(data).hexdigest()}
-        return made | {"samples": len(rows)} | {key: receipt[key] for key in ("tar", "tar_bytes", "tar_sha256")}
+        return {
+            "sidecar": name,
+            "sidecar_bytes": len(data),
+            "sidecar_sha256": hashlib.sha256(data).hexdigest(),
+            "tar": receipt["tar"],
+            "tar_bytes": receipt["tar_bytes"],
+            "tar_sha256": receipt["tar_sha256"],
+            "samples": len(rows),
+        }
 
-    def _empty(self, rejects: list[dict[str, Any]], reasons: Counter[str]) -> ClipwrightError:
-        counts = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common()) or "no groups of members"
-        first = "".join(f"; the first is {one['source']}: {one['detail']}" for one in rejects[:1])
-        output.release(self.folder)
-        return ClipwrightError(
-            "E_PREP_EMPTY",
-            "tars without a single sample",
-            where=self.folder,
-            found=f"{len(rejects)} rows: {counts}{first}",
-            fix="a sample is KEY.jpg beside KEY.txt or KEY.json: mend the tars or make them with `clipwright prep`",
-        )
+    def _rows(self, number: int, columns: list[str] | None = None) -> pa.Table:
+        return pq.read_table(tar_rows_path(self.folder, number), columns=columns)
+
+    def _tar_of(self, samples: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.first_samples, samples, side="right") - 1
+
+    def _leader_rows(self, duplicates: np.ndarray) -> dict[int, int]:
+        """Returns the plan row of each sample in the tars that hold leaders of `duplicates`."""
+        plan_rows: dict[int, int] = {}
+        for number in np.unique(self._tar_of(self.plan.leaders[duplicates])).tolist():
+            rows = self._rows(number, ["row"])["row"].to_pylist()
+            for sample, row in enumerate(rows, start=self.first_samples[number]):
+                plan_rows[sample] = self.first_rows[number] + row
+        return plan_rows
 
 
-def _follower(twin: dict[str, Any], head: int, first: int, duplicates: str) -> dict[str, Any]:
-    """A row whose image stands earlier, as the rejects tell it."""
-    columns = json.loads(twin["about"] or "{}")
-    whole = {"captions": twin["captions"], "source_key": twin["source_key"], "columns": columns}
+def _duplicate_reject(row: dict[str, Any], leader_row: int, duplicates: DuplicatePolicy) -> dict[str, Any]:
+    """Returns the reject of a row whose image an earlier row has."""
+    content = {
+        "captions": row["captions"],
+        "source_key": row["source_key"],
+        "columns": json.loads(row["metadata"] or "{}"),
+    }
     return {
-        "row": twin["row"] + first,
+        "row": row["row"],
         "reason": "merged" if duplicates == "merge" else "duplicate",
-        "detail": f"same image as row {head}",
-        "source": twin["source"],
-        "key": twin["key"],
-        "kept_row": head,
-        "kept_key": twin["key"],
-        "record": canonical_json(whole),
+        "detail": f"same image as row {leader_row}",
+        "source": row["source"],
+        "key": row["key"],
+        "kept_row": leader_row,
+        "kept_key": row["key"],
+        "record": canonical_json(content),
     }

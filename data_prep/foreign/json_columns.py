@@ -1,4 +1,4 @@
-"""The JSON members of tars that others made, as typed columns of a sidecar."""
+"""JSON members of foreign tars as typed columns of a sidecar."""
 
 from __future__ import annotations
 
@@ -11,64 +11,75 @@ import pyarrow as pa
 
 from clipwright.pipeline.core.files import canonical_json
 
-CAPTIONS = ("caption", "captions")  # never columns: a sample's captions are looked for there
-MOST = 256  # names in a dataset; of more, the objects stay whole, as text in one column
-WHOLE = "json"
+CAPTION_NAMES = ("caption", "captions")  # become the sample's captions, never columns
+MAX_COLUMNS = 256  # a dataset with more names keeps each object as JSON text in one column
+OBJECT_COLUMN = "json"
+_EXACT_IN_FLOAT64 = 2**53
 
-# What was seen under each name: "" (nothing but null), bool, int, big (an int that no float64 is sure to hold), float,
-# text, or list: before one of them. None: too many names.
+# The kind of the values under each name: "" (only null), bool, int, big (an integer that float64 may not represent),
+# float, text, or list: followed by one of these. None instead of a dictionary: there are too many names.
 Kinds = dict[str, str] | None
 _TYPES = {"bool": pa.bool_(), "int": pa.int64(), "big": pa.int64(), "float": pa.float64()}
+_LIST = "list:"
 
 
 def parse(data: bytes) -> Any:
-    """A JSON text; numbers that JSON does not know, NaN and Infinity, are null. Raises ValueError, RecursionError."""
-    return json.loads(data, parse_constant=lambda _: None, parse_float=_finite)
+    """Parses JSON; NaN, infinities and numbers beyond float64 become null. Raises ValueError, RecursionError."""
+    return json.loads(data, parse_constant=lambda _: None, parse_float=_finite_or_none)
 
 
-def text_of(about: dict[str, Any]) -> str:
-    """An object without its captions, as canonical JSON in valid UTF-8; empty if nothing is left."""
-    left = {name: value for name, value in about.items() if name not in CAPTIONS}
-    return canonical_json(left).encode("utf-8", "replace").decode() if left else ""
+def metadata_text(metadata: dict[str, Any]) -> str:
+    """Returns an object without its captions as canonical JSON in valid UTF-8; empty if nothing is left."""
+    columns = {name: value for name, value in metadata.items() if name not in CAPTION_NAMES}
+    return canonical_json(columns).encode("utf-8", "replace").decode() if columns else ""
 
 
 def kinds_of(texts: Iterable[str]) -> Kinds:
-    """What stands under each name of some objects, as `text_of` gives them."""
-    found: dict[str, str] = {}
+    """Returns the kind of each name over some objects, which are texts made by `metadata_text`."""
+    kinds: dict[str, str] = {}
     for text in texts:
-        for name, value in (json.loads(text) if text else {}).items():
-            found[name] = _common(found.get(name, ""), _kind(value))
-            if len(found) > MOST:
+        for name, value in _object(text).items():
+            kinds[name] = _common(kinds.get(name, ""), _kind(value))
+            if len(kinds) > MAX_COLUMNS:
                 return None
-    return found
+    return kinds
 
 
-def together(parts: Iterable[Kinds]) -> Kinds:
-    """What stands under each name in all of some parts."""
-    found: dict[str, str] = {}
-    for part in parts:
-        for name, kind in (part or {}).items():
-            found[name] = _common(found.get(name, ""), kind)
-        if part is None or len(found) > MOST:
+def combine(all_kinds: Iterable[Kinds]) -> Kinds:
+    """Returns the kind of each name over several results of `kinds_of`."""
+    combined: dict[str, str] = {}
+    for kinds in all_kinds:
+        if kinds is None:
             return None
-    return found
+        for name, kind in kinds.items():
+            combined[name] = _common(combined.get(name, ""), kind)
+        if len(combined) > MAX_COLUMNS:
+            return None
+    return combined
 
 
 def schema_of(kinds: Kinds) -> pa.Schema:
-    """Columns sorted by name. Objects, lists of lists and values of several kinds are text, all but texts as JSON."""
+    """Returns the columns, sorted by name. Objects, nested lists and values of mixed kinds become text columns.
+
+    In a text column, strings are stored as they are and all other values as JSON.
+    """
     if kinds is None:
-        return pa.schema([(WHOLE, pa.string())])
+        return pa.schema([(OBJECT_COLUMN, pa.string())])
     return pa.schema([(name, _type(kinds[name])) for name in sorted(kinds)])
 
 
 def row_of(text: str, kinds: Kinds) -> dict[str, Any]:
-    """An object as a row of that schema."""
+    """Returns an object as a row of that schema."""
     if kinds is None:
-        return {WHOLE: text or None}
-    return {name: _cast(value, kinds[name]) for name, value in (json.loads(text) if text else {}).items()}
+        return {OBJECT_COLUMN: text or None}
+    return {name: _cast(value, kinds[name]) for name, value in _object(text).items()}
 
 
-def _finite(text: str) -> float | None:
+def _object(text: str) -> dict[str, Any]:
+    return json.loads(text) if text else {}
+
+
+def _finite_or_none(text: str) -> float | None:
     value = float(text)
     return value if math.isfinite(value) else None
 
@@ -79,36 +90,44 @@ def _kind(value: Any) -> str:
     if isinstance(value, bool):
         return "bool"
     if isinstance(value, int):
-        return "int" if abs(value) <= 2**53 else "big" if -(2**63) <= value < 2**63 else "text"
+        if abs(value) <= _EXACT_IN_FLOAT64:
+            return "int"
+        return "big" if -(2**63) <= value < 2**63 else "text"
     if isinstance(value, float):
         return "float"
     if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
-        inner = ""
+        item_kind = ""
         for item in value:
-            inner = _common(inner, _kind(item))
-        return f"list:{inner}"
+            item_kind = _common(item_kind, _kind(item))
+        return f"{_LIST}{item_kind}"
     return "text"
 
 
-def _common(one: str, other: str) -> str:
-    """The kind that holds both."""
-    if one == other or not one or not other:
-        return one or other
-    if one.startswith("list:") and other.startswith("list:"):
-        return f"list:{_common(one[5:], other[5:])}"
-    pair = {one, other}
-    return "float" if pair == {"int", "float"} else "big" if pair == {"int", "big"} else "text"
+def _common(first: str, second: str) -> str:
+    """Returns the kind that holds values of both kinds."""
+    if first == second or not first or not second:
+        return first or second
+    if first.startswith(_LIST) and second.startswith(_LIST):
+        return _LIST + _common(first.removeprefix(_LIST), second.removeprefix(_LIST))
+    pair = {first, second}
+    if pair == {"int", "float"}:
+        return "float"
+    return "big" if pair == {"int", "big"} else "text"
 
 
 def _type(kind: str) -> pa.DataType:
-    return pa.list_(_type(kind[5:])) if kind.startswith("list:") else _TYPES.get(kind, pa.string())
+    if kind.startswith(_LIST):
+        return pa.list_(_type(kind.removeprefix(_LIST)))
+    return _TYPES.get(kind, pa.string())
 
 
 def _cast(value: Any, kind: str) -> Any:
     if value is None:
         return None
-    if kind.startswith("list:"):
-        return [_cast(item, kind[5:]) for item in value]
+    if kind.startswith(_LIST):
+        return [_cast(item, kind.removeprefix(_LIST)) for item in value]
     if kind == "float":
         return float(value)
-    return value if kind != "text" or isinstance(value, str) else canonical_json(value)
+    if kind == "text" and not isinstance(value, str):
+        return canonical_json(value)
+    return value

@@ -1,7 +1,7 @@
-"""The members of a tar that somebody else made, read once from front to back; nothing in it is trusted or unpacked.
+"""Members of a tar that another tool wrote, read once from start to end. Nothing in it is trusted or unpacked.
 
-The headers are read here and not by tarfile, which takes a broken header for the end of the archive, reads extended
-headers of any size into memory and follows sparse maps. POSIX.1-2001 (pax) and GNU long names are understood.
+The headers are parsed here and not by tarfile, which takes a malformed header for the end of the archive, reads
+extended headers of any size into memory and follows sparse maps. POSIX.1-2001 (pax) and GNU long names are supported.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 BLOCK = tarfile.BLOCKSIZE
-MAX_MEMBER = 64 << 20  # bytes of an image, text or JSON
+MAX_MEMBER_BYTES = 64 << 20  # of an image, text or JSON
 MAX_MEMBERS = 1_000_000
-MAX_NAME = 1024  # characters
-_MAX_EXTENDED = 1 << 20  # bytes of an extended header
+MAX_NAME_CHARACTERS = 1024
+_MAX_EXTENDED_BYTES = 1 << 20  # of an extended header
+_READ_BYTES = 1 << 20
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-_PAX, _LONG_NAME = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE), tarfile.GNUTYPE_LONGNAME
-_EMPTY = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)  # have no data
-_PASSED = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)  # extended headers that decide neither name nor size
-_KINDS = {
+_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_LONG_NAME = tarfile.GNUTYPE_LONGNAME
+_WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+_SKIPPED = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)  # extended headers that set neither name nor size
+_REFUSED_KINDS = {
     tarfile.LNKTYPE: "a hard link",
     tarfile.SYMTYPE: "a symbolic link",
     tarfile.CHRTYPE: "a device",
@@ -32,35 +34,44 @@ _KINDS = {
 
 
 class TarError(ValueError):
-    """A tar that cannot be read on, or a group of it that is no sample; `args`: code, detail, after the end mark."""
+    """A tar that cannot be read further, or a group of its members that is not a valid sample.
 
-    def __init__(self, code: str, detail: str, ended: bool = False) -> None:
-        super().__init__(code, detail, ended)
+    `args` are code, detail, and whether the error is after the end-of-archive mark.
+    """
+
+    def __init__(self, code: str, detail: str, after_end: bool = False) -> None:
+        super().__init__(code, detail, after_end)
 
 
 class HashingReader:
-    """A file read once from start to end, which knows its place and the SHA-256 of what was read."""
+    """A file read once from start to end. Keeps its `position` and the SHA-256 of the bytes read."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size, self.sha256, self.place = file, size, hashlib.sha256(), 0
+        self.file = file
+        self.size = size
+        self.sha256 = hashlib.sha256()
+        self.position = 0
 
     def read(self, size: int) -> bytes:
-        data = self.file.read(min(size, self.size - self.place))  # a header may claim any size
+        data = self.file.read(min(size, self.size - self.position))  # a header may claim any size
         self.sha256.update(data)
-        self.place += len(data)
+        self.position += len(data)
         return data
 
-    def pass_over(self, size: int) -> int:
-        """Reads and forgets; how many bytes there were."""
+    def skip(self, size: int) -> int:
+        """Reads and discards up to `size` bytes; returns how many there were."""
         left = size
-        while left > 0 and (data := self.read(min(left, 1 << 20))):
+        while left > 0:
+            data = self.read(min(left, _READ_BYTES))
+            if not data:
+                break
             left -= len(data)
         return size - left
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar: name, place of its header and of its data; `refused` says why it is no plain, safe file."""
+    """A file in a tar: name, positions of header and data, size. `refused` is why it is not a plain, safe file."""
 
     name: str
     header: int
@@ -70,60 +81,81 @@ class Member:
 
 
 def members(reader: HashingReader) -> Iterator[tuple[Member, bytes]]:
-    """Files, links and devices of a tar, no folders, with their data; of a refused one it is not kept.
+    """Yields files, links and devices of a tar with their data (empty for a refused member). Folders are left out.
 
-    Reads to the end of the file. Raises TarError at the first place where it cannot go on.
+    Reads to the end of the file. Raises TarError where it cannot read further.
     """
-    name, size, sparse = "", None, False
+    long_name = ""
+    long_size: int | None = None
+    sparse = False
     for _ in range(MAX_MEMBERS):
-        header = reader.place
-        info = _header(reader, header)
+        header = reader.position
+        info = _read_header(reader, header)
         if info is None:
             return
         if info.type in _PAX:
-            records = _records(_extended(reader, info, header), header)
-            name, size = records.get("path", name), _number(records.get("size"), header)
+            records = _pax_records(_read_extended(reader, info, header), header)
+            long_name = records.get("path", long_name)
+            long_size = _pax_size(records.get("size"), header)
             sparse = any(key.startswith("GNU.sparse") for key in records)
             continue
-        if info.type in (_LONG_NAME, *_PASSED):
-            data = _extended(reader, info, header)
-            if info.type == _LONG_NAME:
-                name = data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        if info.type == _LONG_NAME:
+            data = _read_extended(reader, info, header)
+            long_name = data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
             continue
-        found, length = name or info.name, info.size if size is None else size
-        kind = _KINDS.get(info.type, "" if info.type in _FILES else "a member of an odd type")
-        kind = "a sparse file" if sparse else kind
-        name, size, sparse = "", None, False
-        if info.type == tarfile.DIRTYPE or (info.type in _FILES and found.endswith("/")):
+        if info.type in _SKIPPED:
+            _read_extended(reader, info, header)
             continue
-        offset, length = reader.place, 0 if info.type in _EMPTY else length
-        refused = kind or _unsafe(found, length)
-        data = b"" if refused else reader.read(length)
-        got = reader.pass_over(length) if refused else len(data)
-        if got != length:
-            raise TarError("E_TAR_TRUNCATED", f"the file ends after {got} of {length} bytes of {shown(found)}")
-        reader.pass_over(-length % BLOCK)
-        yield Member(found, header, offset, length, refused), data
+        name = long_name or info.name
+        size = info.size if long_size is None else long_size
+        kind = "a sparse file" if sparse else _refused_kind(info.type)
+        long_name, long_size, sparse = "", None, False
+        is_folder = info.type == tarfile.DIRTYPE or (info.type in _FILES and name.endswith("/"))
+        if is_folder:
+            continue
+        if info.type in _WITHOUT_DATA:
+            size = 0
+        yield _read_member(reader, name, header, size, kind)
     raise TarError("E_TAR", f"more than {MAX_MEMBERS} headers")
 
 
 def shown(name: str) -> str:
-    """A member's name for a message: whatever is odd in it is escaped, and it is short."""
+    """Returns a member's name for a message: shortened, with every unusual character escaped."""
     text = ascii(name)[1:-1]
     return text if len(text) <= 200 else text[:199] + "…"
 
 
-def _header(reader: HashingReader, start: int) -> tarfile.TarInfo | None:
-    """The next header; None at the end of the archive, behind which nothing but zeros may stand."""
+def _read_member(reader: HashingReader, name: str, header: int, size: int, kind: str) -> tuple[Member, bytes]:
+    offset = reader.position
+    refused = kind or _unsafe(name, size)
+    if refused:
+        data = b""
+        available = reader.skip(size)
+    else:
+        data = reader.read(size)
+        available = len(data)
+    if available != size:
+        raise TarError("E_TAR_TRUNCATED", f"the file ends after {available} of {size} bytes of {shown(name)}")
+    reader.skip(-size % BLOCK)
+    return Member(name, header, offset, size, refused), data
+
+
+def _refused_kind(kind: bytes) -> str:
+    """Returns what a member is if it is not a plain file, else an empty string."""
+    if kind in _REFUSED_KINDS:
+        return _REFUSED_KINDS[kind]
+    return "" if kind in (*_FILES, tarfile.DIRTYPE) else "a member of an odd type"
+
+
+def _read_header(reader: HashingReader, start: int) -> tarfile.TarInfo | None:
+    """Returns the next header, or None at the end of the archive, after which only zero bytes may follow."""
     block = reader.read(BLOCK)
     if not block:
         return None
     if len(block) < BLOCK:
         raise TarError("E_TAR_TRUNCATED", f"the file ends inside a header at offset {start}")
     if not block.strip(b"\0"):
-        while rest := reader.read(1 << 20):
-            if rest.strip(b"\0"):
-                raise TarError("E_TAR", f"something stands behind its end mark at offset {start}", ended=True)
+        _check_end(reader, start)
         return None
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -134,42 +166,51 @@ def _header(reader: HashingReader, start: int) -> tarfile.TarInfo | None:
     return info
 
 
-def _extended(reader: HashingReader, info: tarfile.TarInfo, start: int) -> bytes:
-    if info.size > _MAX_EXTENDED:
-        raise TarError("E_TAR", f"an extended header of {info.size} bytes at offset {start}, {_MAX_EXTENDED} allowed")
+def _check_end(reader: HashingReader, start: int) -> None:
+    while rest := reader.read(_READ_BYTES):
+        if rest.strip(b"\0"):
+            raise TarError("E_TAR", f"something stands behind its end mark at offset {start}", after_end=True)
+
+
+def _read_extended(reader: HashingReader, info: tarfile.TarInfo, start: int) -> bytes:
+    if info.size > _MAX_EXTENDED_BYTES:
+        detail = f"an extended header of {info.size} bytes at offset {start}, {_MAX_EXTENDED_BYTES} allowed"
+        raise TarError("E_TAR", detail)
     data = reader.read(info.size)
     if len(data) != info.size:
         raise TarError("E_TAR_TRUNCATED", f"the file ends inside an extended header at offset {start}")
-    reader.pass_over(-info.size % BLOCK)
+    reader.skip(-info.size % BLOCK)
     return data
 
 
-def _records(data: bytes, start: int) -> dict[str, str]:
-    """The records `LENGTH KEY=VALUE\\n` of a pax header."""
-    found: dict[str, str] = {}
+def _pax_records(data: bytes, start: int) -> dict[str, str]:
+    """Parses the records `LENGTH KEY=VALUE\\n` of a pax header."""
+    records: dict[str, str] = {}
     while data.strip(b"\0"):
-        length, _, _ = data[:20].partition(b" ")
-        size = int(length) if length.isdigit() else 0
-        key, equals, value = data[len(length) + 1 : size].partition(b"=")
-        if not len(length) + 3 < size <= len(data) or not equals:
+        digits, _, _ = data[:20].partition(b" ")
+        length = int(digits) if digits.isdigit() else 0
+        key, equals, value = data[len(digits) + 1 : length].partition(b"=")
+        if not len(digits) + 3 < length <= len(data) or not equals:
             raise TarError("E_TAR", f"a broken extended header at offset {start}")
-        found[key.decode("utf-8", "replace")] = value.removesuffix(b"\n").decode("utf-8", "surrogateescape")
-        data = data[size:]
-    return found
+        records[key.decode("utf-8", "replace")] = value.removesuffix(b"\n").decode("utf-8", "surrogateescape")
+        data = data[length:]
+    return records
 
 
-def _number(text: str | None, start: int) -> int | None:
-    if text is None or (text.isascii() and text.isdigit() and len(text) < 20):
-        return None if text is None else int(text)
+def _pax_size(text: str | None, start: int) -> int | None:
+    if text is None:
+        return None
+    if text.isascii() and text.isdigit() and len(text) < 20:
+        return int(text)
     raise TarError("E_TAR", f"an extended header with a size of {shown(text)} at offset {start}")
 
 
 def _unsafe(name: str, size: int) -> str:
-    """Why a file is refused, by its name and size; the data is not looked at."""
+    """Returns why a file is refused by its name or size; its data is not inspected."""
     if name.startswith("/") or ".." in name.split("/"):
         return "a name that leads out of a folder"
-    if len(name) > MAX_NAME:
-        return f"a name of {len(name)} characters, {MAX_NAME} allowed"
-    if not name.isprintable():  # lone surrogates, which stand for bytes that are not UTF-8, are not
+    if len(name) > MAX_NAME_CHARACTERS:
+        return f"a name of {len(name)} characters, {MAX_NAME_CHARACTERS} allowed"
+    if not name.isprintable():  # also refuses lone surrogates, which represent bytes that are not UTF-8
         return "a name that is not printable text"
-    return f"{size} bytes, {MAX_MEMBER} allowed" if size > MAX_MEMBER else ""
+    return f"{size} bytes, {MAX_MEMBER_BYTES} allowed" if size > MAX_MEMBER_BYTES else ""

@@ -1,4 +1,4 @@
-"""Every byte of a dataset folder against its manifest and sidecars."""
+"""Verification of a dataset folder: every byte against its manifest and sidecars."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import tarfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,270 +16,288 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipwright.data_prep.build.finish import add_to_fingerprint, count_reasons
 from clipwright.data_prep.build.images import EXTENSION
 from clipwright.data_prep.build.output import REJECTS
-from clipwright.data_prep.foreign.tars import HashingReader
+from clipwright.data_prep.build.shards import JSON_COLUMNS
+from clipwright.data_prep.foreign.tars import BLOCK, HashingReader
 from clipwright.data_prep.inspect.dataset_files import open_dataset, read_part
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import file_sha256
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.folders.records import MANIFEST, DatasetFingerprint
 
-_NAMED = ("key", "captions", "width", "height", "sha256", "source", "source_key")
-_NEEDED = ("row", *_NAMED, "offset", "size")
-_BLOCK = tarfile.BLOCKSIZE
+_COLUMNS = ("row", *JSON_COLUMNS, "offset", "size")  # read from each sidecar
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a file; `key` and `offset` of the first sample that is not as it should be, if any is."""
+    """A problem with a file, with key and offset of the first bad sample if a sample is affected."""
 
     file: str
-    found: str
+    problem: str
     key: str | None = None
     offset: int | None = None
 
     def __str__(self) -> str:
-        sample = "" if self.key is None else f" sample {self.key}"
-        place = "" if self.offset is None else f" at offset {self.offset}"
-        return f"{self.file}:{sample}{place}{':' if sample or place else ''} {self.found}"
+        place = self.file
+        if self.key is not None or self.offset is not None:
+            place += ":"
+        if self.key is not None:
+            place += f" sample {self.key}"
+        if self.offset is not None:
+            place += f" at offset {self.offset}"
+        return f"{place}: {self.problem}"
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """One shard: its faults, and its sidecar if that is whole."""
+class _CheckedShard:
+    """The faults of one shard, and its sidecar if that is intact."""
 
     faults: list[Fault]
     sidecar: pa.Table | None
 
 
-_Walk = Callable[[HashingReader, list[dict[str, Any]]], None]
+_CompareTar = Callable[[HashingReader, list[dict[str, Any]]], None]
 
 
-class _Wrong(ValueError):
-    """The first place where a tar is not as its sidecar says; `args`: what, key, offset."""
+class _Mismatch(ValueError):
+    """The first difference between a tar and its sidecar; `args` are problem, key, offset."""
 
 
 def verify(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Reads all of a dataset folder and returns what was found, `faults` first of all; writes nothing.
+    """Reads a complete dataset folder and returns the result, with all problems under `faults`. Writes nothing.
 
-    Raises E_INPUT or E_MANIFEST only where there is no manifest to compare with.
+    Raises E_INPUT or E_MANIFEST only if there is no valid manifest to compare with.
     """
     manifest = open_dataset(folder)
     shards = manifest["shards"]
     faults = _check_files(folder, manifest["files"])
-    rejects = None
+    rejects: pa.Table | None = None
     if not any(fault.file == REJECTS for fault in faults):
         try:
             rejects = read_part(folder / REJECTS, ["row", "reason"])
         except ClipwrightError as error:
-            faults.append(Fault(REJECTS, f"it cannot be read: {error.found}"))
-    fingerprint: DatasetFingerprint | None = DatasetFingerprint()
-    rows = [] if rejects is None else [rejects["row"].to_numpy()]
-    bad = captions = 0
-    with Progress("verify", sum(shard["samples"] for shard in shards), "samples", quiet=quiet) as progress:
+            faults.append(Fault(REJECTS, f"the file cannot be read: {error.found}"))
+    samples = sum(shard["samples"] for shard in shards)
+    sidecars_intact = True
+    fingerprint = DatasetFingerprint()
+    rows: list[np.ndarray] = []
+    bad_shards = captions = 0
+    with Progress("verify", samples, "samples", quiet=quiet) as progress:
         for shard, checked in zip(shards, _check_shards(folder, manifest), strict=True):
             faults += checked.faults
-            bad += bool(checked.faults)
+            if checked.faults:
+                bad_shards += 1
             if checked.sidecar is None:
-                fingerprint = None
-            elif fingerprint is not None:
-                _feed(fingerprint, checked.sidecar)
+                sidecars_intact = False
+            elif sidecars_intact:
+                captions += add_to_fingerprint(fingerprint, checked.sidecar)
                 rows.append(checked.sidecar["row"].to_numpy())
-                captions += len(checked.sidecar["captions"].combine_chunks().flatten())
             progress.add(shard["samples"], shard["samples"] if checked.faults else 0)
-    if fingerprint is not None and rejects is not None:
-        counted = {"captions": captions, "fingerprint": fingerprint.hexdigest()}
-        faults += _check_whole(manifest, rejects, np.concatenate(rows), counted)
+    if sidecars_intact and rejects is not None:
+        totals = {"captions": captions, "fingerprint": fingerprint.hexdigest()}
+        faults += _check_totals(manifest, rejects, rows, totals)
     return {
         "data": str(folder),
         "fingerprint": manifest["fingerprint"],
         "shards": len(shards),
-        "shards_ok": len(shards) - bad,
-        "shards_bad": bad,
-        "samples": sum(shard["samples"] for shard in shards),
+        "shards_ok": len(shards) - bad_shards,
+        "shards_bad": bad_shards,
+        "samples": samples,
         "bytes": sum(shard["tar_bytes"] for shard in shards),
         "ok": not faults,
-        "faults": [asdict(fault) | {"text": str(fault)} for fault in faults],
+        "faults": [{**asdict(fault), "text": str(fault)} for fault in faults],
     }
 
 
-def refuse(result: dict[str, Any]) -> None:
+def require_ok(result: dict[str, Any]) -> None:
     """Raises the error of a result with faults: E_MANIFEST if only the manifest is wrong, else E_DATA_HASH."""
     faults = result["faults"]
     if not faults:
         return
-    only = all(fault["file"] == MANIFEST for fault in faults)
+    manifest_only = all(fault["file"] == MANIFEST for fault in faults)
     raise ClipwrightError(
-        "E_MANIFEST" if only else "E_DATA_HASH",
-        "a dataset that is not what its manifest says",
+        "E_MANIFEST" if manifest_only else "E_DATA_HASH",
+        "the dataset does not match its manifest",
         where=Path(result["data"]) / faults[0]["file"],
-        found=f"{result['shards_bad']} of {result['shards']} shards are bad; first {faults[0]['text']}",
-        fix="restore the files named, or make the dataset again with --fresh",
+        found=f"{result['shards_bad']} of {result['shards']} shards are bad; the first fault is {faults[0]['text']}",
+        fix="restore the named files, or make the dataset again with --fresh",
     )
 
 
 def _check_files(folder: Path, files: dict[str, Any]) -> list[Fault]:
-    """The plan and the rejects."""
-    faults = [] if REJECTS in files else [Fault(MANIFEST, f"names no {REJECTS}")]
+    """Checks the plan and the rejects."""
+    faults: list[Fault] = []
+    if REJECTS not in files:
+        faults.append(Fault(MANIFEST, f"the manifest does not list {REJECTS}"))
     for name, entry in files.items():
         path = folder / name
         if not path.is_file():
             faults.append(Fault(name, "the file is missing"))
         elif path.stat().st_size != entry["bytes"]:
-            faults.append(Fault(name, f"{path.stat().st_size} bytes, the manifest says {entry['bytes']}"))
+            faults.append(Fault(name, f"{path.stat().st_size} bytes, the manifest has {entry['bytes']}"))
         elif file_sha256(path) != entry["sha256"]:
-            faults.append(Fault(name, "its SHA-256 is not the manifest's"))
+            faults.append(Fault(name, "the SHA-256 differs from the manifest"))
     return faults
 
 
-def _check_shards(folder: Path, manifest: dict[str, Any]) -> Iterator[_Checked]:
-    """All shards, in order. Threads: hashing, which is nearly all of the work, releases the interpreter."""
-    walk = _walk_images if manifest.get("foreign") else _walk
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+def _check_shards(folder: Path, manifest: dict[str, Any]) -> Iterator[_CheckedShard]:
+    """Yields the results of all shards, in order. Threads suffice: hashing releases the interpreter lock."""
+    compare = _compare_images if manifest.get("foreign") else _compare_members
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pool = ThreadPoolExecutor(cores)
     try:
-        yield from pool.map(lambda shard: _check_shard(folder, shard, walk), manifest["shards"])
+        yield from pool.map(lambda shard: _check_shard(folder, shard, compare), manifest["shards"])
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _check_shard(folder: Path, shard: dict[str, Any], walk: _Walk) -> _Checked:
+def _check_shard(folder: Path, shard: dict[str, Any], compare: _CompareTar) -> _CheckedShard:
     sidecar, fault = _check_sidecar(folder, shard)
-    faults = [fault] if fault is not None else []
-    path, rows = folder / shard["tar"], None if sidecar is None else sidecar.to_pylist()
+    faults = [] if fault is None else [fault]
+    path = folder / shard["tar"]
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             reader = HashingReader(file, size)
-            if rows is not None:
-                walk(reader, rows)
-            while reader.read(1 << 20):
+            if sidecar is not None:
+                compare(reader, sidecar.to_pylist())
+            while reader.read(_READ_BYTES):
                 pass
         if size != shard["tar_bytes"]:
-            raise _Wrong(f"{size} bytes, the manifest says {shard['tar_bytes']}", None, None)
+            raise _Mismatch(f"{size} bytes, the manifest has {shard['tar_bytes']}", None, None)
         if reader.sha256.hexdigest() != shard["tar_sha256"]:
-            where = "" if rows is None else ", though every sample is as the sidecar says: headers or padding changed"
-            raise _Wrong(f"its SHA-256 is not the manifest's{where}", None, None)
+            problem = "the SHA-256 differs from the manifest"
+            if sidecar is not None:
+                problem += ", although every sample matches the sidecar: headers or padding have changed"
+            raise _Mismatch(problem, None, None)
     except FileNotFoundError:
         faults.append(Fault(shard["tar"], "the file is missing"))
     except OSError as error:
-        faults.append(Fault(shard["tar"], f"it cannot be read: {error.strerror}"))
-    except _Wrong as wrong:
-        faults.append(Fault(shard["tar"], *wrong.args))
-    return _Checked(faults, sidecar)
+        faults.append(Fault(shard["tar"], f"the file cannot be read: {error.strerror}"))
+    except _Mismatch as mismatch:
+        faults.append(Fault(shard["tar"], *mismatch.args))
+    return _CheckedShard(faults, sidecar)
 
 
 def _check_sidecar(folder: Path, shard: dict[str, Any]) -> tuple[pa.Table | None, Fault | None]:
+    """Returns a shard's sidecar, or None and the fault that makes it unusable."""
     name = shard["sidecar"]
     path = folder / name
     if not path.is_file():
         return None, Fault(name, "the file is missing")
     if file_sha256(path) != shard["sidecar_sha256"]:
-        return None, Fault(name, "its SHA-256 is not the manifest's")
+        return None, Fault(name, "the SHA-256 differs from the manifest")
     try:
-        table = pq.read_table(path, columns=list(_NEEDED))
+        table = pq.read_table(path, columns=list(_COLUMNS))
     except (pa.ArrowException, OSError) as error:
-        return None, Fault(name, f"it cannot be read: {str(error).splitlines()[0]}")
-    if absent := [column for column in _NEEDED if column not in table.column_names]:
-        return None, Fault(name, f"it has no column {', '.join(absent)}")
+        return None, Fault(name, f"the file cannot be read: {str(error).splitlines()[0]}")
+    missing = [column for column in _COLUMNS if column not in table.column_names]
+    if missing:
+        return None, Fault(name, f"missing columns: {', '.join(missing)}")
     if table.num_rows != shard["samples"]:
-        return None, Fault(name, f"{table.num_rows} rows, the manifest says {shard['samples']}")
+        return None, Fault(name, f"{table.num_rows} rows, the manifest has {shard['samples']}")
     return table, None
 
 
-def _walk(reader: HashingReader, rows: list[dict[str, Any]]) -> None:
-    """Compares a tar, member after member, with its sidecar's rows; raises _Wrong at the first difference."""
+def _compare_members(reader: HashingReader, rows: list[dict[str, Any]]) -> None:
+    """Compares a tar, member by member, with its sidecar's rows. Raises _Mismatch at the first difference."""
     for row in rows:
+        key = row["key"]
         names: list[str] = []
         for _ in range(3):
-            header = reader.place
-            name, offset, data = _member(reader, row["key"])
+            header = reader.position
+            name, offset, data = _read_member(reader, key)
             names.append(name)
             stem, _, extension = name.rpartition(".")
-            if stem != row["key"]:
-                raise _Wrong(f"a member {name!r} where {row['key']} should stand", row["key"], header)
-            problem = _compare(extension, offset, data, row)
+            if stem != key:
+                raise _Mismatch(f"the member is {name!r}, expected one of {key}", key, header)
+            problem = _member_problem(extension, offset, data, row)
             if problem:
-                raise _Wrong(problem, row["key"], offset)
-        kinds = {name.rpartition(".")[2] for name in names}
-        if names != sorted(names) or len(kinds) != 3 or not {"json", "txt"} < kinds:
-            raise _Wrong(f"its members are {', '.join(names)}", row["key"], None)
-    header = reader.place
-    if reader.read(_BLOCK).strip(b"\0"):
-        raise _Wrong("more members than the sidecar has rows", None, header)
+                raise _Mismatch(problem, key, offset)
+        extensions = {name.rpartition(".")[2] for name in names}
+        if names != sorted(names) or len(extensions) != 3 or not {"json", "txt"} < extensions:
+            raise _Mismatch(f"its members are {', '.join(names)}", key, None)
+    header = reader.position
+    if reader.read(BLOCK).strip(b"\0"):
+        raise _Mismatch("the tar has more members than the sidecar has rows", None, header)
 
 
-def _walk_images(reader: HashingReader, rows: list[dict[str, Any]]) -> None:
-    """The same of a tar that others made: of its members only the images are the sidecar's."""
+def _compare_images(reader: HashingReader, rows: list[dict[str, Any]]) -> None:
+    """Compares a foreign tar with its sidecar, which lists only the image members. Raises _Mismatch."""
     for row in rows:
-        reader.pass_over(row["offset"] - reader.place)
-        if reader.place != row["offset"]:
-            raise _Wrong(f"the sidecar says offset {row['offset']}", row["key"], reader.place)
+        reader.skip(row["offset"] - reader.position)
+        if reader.position != row["offset"]:
+            raise _Mismatch(f"the sidecar has offset {row['offset']}", row["key"], reader.position)
         sha256 = hashlib.sha256(reader.read(row["size"])).hexdigest()
         if sha256 != row["sha256"] or not row["key"].startswith(sha256[:32]):
-            raise _Wrong("the image's SHA-256 is not the sidecar's", row["key"], row["offset"])
+            raise _Mismatch("the image's SHA-256 differs from the sidecar", row["key"], row["offset"])
 
 
-def _member(reader: HashingReader, key: str) -> tuple[str, int, bytes]:
-    """The next member's name, the place of its data, and the data; `key` is the sample it should belong to."""
-    start = reader.place
-    header = reader.read(_BLOCK)
+def _read_member(reader: HashingReader, key: str) -> tuple[str, int, bytes]:
+    """Returns the next member's name, the offset of its data, and the data. `key` is the expected sample."""
+    start = reader.position
+    header = reader.read(BLOCK)
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise _Wrong(f"no tar header: {error}", key, start) from None
+        raise _Mismatch(f"the tar header is malformed: {error}", key, start) from None
     if info.size < 0:
-        raise _Wrong("a tar header of a negative size", key, start)
-    offset = reader.place
-    whole = reader.read(info.size)
-    reader.read(-info.size % _BLOCK)
-    if len(whole) != info.size:
-        raise _Wrong(f"the file ends after {len(whole)} of {info.size} bytes of {info.name}", key, offset)
-    return info.name, offset, whole
+        raise _Mismatch("the tar header has a negative size", key, start)
+    offset = reader.position
+    data = reader.read(info.size)
+    reader.read(-info.size % BLOCK)
+    if len(data) != info.size:
+        raise _Mismatch(f"the file ends after {len(data)} of {info.size} bytes of {info.name}", key, offset)
+    return info.name, offset, data
 
 
-def _compare(extension: str, offset: int, data: bytes, row: dict[str, Any]) -> str:
-    """What differs between a member and its sidecar row, if anything."""
+def _member_problem(extension: str, offset: int, data: bytes, row: dict[str, Any]) -> str:
+    """Returns how a member differs from its sidecar row, or an empty string."""
     if extension == "txt":
-        return "" if data == (row["captions"] or [""])[0].encode() else "the text is not the sidecar's first caption"
+        first_caption = row["captions"][0] if row["captions"] else ""
+        return "" if data == first_caption.encode() else "the text is not the sidecar's first caption"
     if extension == "json":
-        try:
-            about = json.loads(data)
-            differing = [name for name in _NAMED if about[name] != row[name]]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            return f"the JSON member cannot be read: {error}"
-        return f"the JSON member's {', '.join(differing)} differ from the sidecar" if differing else ""
+        return _json_problem(data, row)
     if extension not in EXTENSION.values():
-        return f"a member of the kind {extension!r}"
+        return f"the extension {extension!r} is not one of a sample"
     if (offset, len(data)) != (row["offset"], row["size"]):
-        return f"{len(data)} bytes of image, the sidecar says {row['size']} at {row['offset']}"
-    return "" if hashlib.sha256(data).hexdigest() == row["sha256"] else "the image's SHA-256 is not the sidecar's"
+        return f"the image has {len(data)} bytes, the sidecar has {row['size']} at offset {row['offset']}"
+    if hashlib.sha256(data).hexdigest() != row["sha256"]:
+        return "the image's SHA-256 differs from the sidecar"
+    return ""
 
 
-def _feed(fingerprint: DatasetFingerprint, sidecar: pa.Table) -> None:
-    columns = (sidecar[name].to_pylist() for name in ("key", "sha256", "captions"))
-    for key, sha256, captions in zip(*columns, strict=True):
-        fingerprint.sample(key, sha256, captions)
-    fingerprint.shard(sidecar.num_rows)
+def _json_problem(data: bytes, row: dict[str, Any]) -> str:
+    try:
+        metadata = json.loads(data)
+        differing = [name for name in JSON_COLUMNS if metadata[name] != row[name]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"the JSON member cannot be read: {error}"
+    return f"the JSON member's {', '.join(differing)} differ from the sidecar" if differing else ""
 
 
-def _check_whole(manifest: dict[str, Any], rejects: pa.Table, rows: np.ndarray, counted: dict[str, Any]) -> list[Fault]:
-    """What no single file shows: conservation of rows, reasons, and what was `counted` over all sidecars."""
-    reasons = Counter(rejects["reason"].to_pylist())
+def _check_totals(
+    manifest: dict[str, Any], rejects: pa.Table, sidecar_rows: list[np.ndarray], totals: dict[str, Any]
+) -> list[Fault]:
+    """Checks what no single file shows: the manifest's totals, and that every plan row occurs exactly once."""
+    rows = np.concatenate([rejects["row"].to_numpy(), *sidecar_rows])
+    reasons = count_reasons(rejects)
     merged = reasons.pop("merged", 0)
-    found = {
+    counted = {
         "rows_in": len(rows),
         "written": len(rows) - rejects.num_rows,
         "merged": merged,
         "rejected": reasons.total(),
         "rejects": dict(reasons),
-        **counted,
+        **totals,
     }
-    faults = [
-        Fault(MANIFEST, f"{name} is {manifest[name]}, the files say {value}")
-        for name, value in found.items()
-        if manifest[name] != value
-    ]
+    faults: list[Fault] = []
+    for name, value in counted.items():
+        if manifest[name] != value:
+            faults.append(Fault(MANIFEST, f"{name} is {manifest[name]}, but the files have {value}"))
     if not np.array_equal(np.sort(rows), np.arange(manifest["rows_in"])):
-        faults.append(Fault(MANIFEST, "not every plan row stands exactly once, in a sidecar or in the rejects"))
+        faults.append(Fault(MANIFEST, "not every plan row occurs exactly once in the sidecars and rejects"))
     return faults

@@ -1,4 +1,4 @@
-"""A static page of a dataset folder: what became of its rows, kept pairs, and rejected pairs with their reasons."""
+"""A static page about a dataset folder: row counts, kept pairs, and rejected pairs with their reasons."""
 
 from __future__ import annotations
 
@@ -36,99 +36,115 @@ from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.page import render
 from clipwright.pipeline.core.registry import configclass
 
-SIDE = 160  # pixels of the longer side of a picture on the page
-CAPTIONS, LETTERS = 5, 240  # shown of each sample, and of each caption and detail
+THUMBNAIL_SIDE = 160  # pixels, longer side
+MAX_CAPTIONS = 5  # shown per sample
+MAX_CHARACTERS = 240  # shown of each caption and detail
+_NOT_SHOWN = "so rejected images are not shown"
 
 
 @configclass
 class ViewConfig(DataConfig):
-    """Which dataset folder, how many pairs of each kind, few enough for a small page, and the seed that draws them."""
+    """What the page shows. The limits keep it small."""
 
     kept: Annotated[int, Field(ge=0, le=160)] = 48
+    """Number of kept pairs on the page."""
     rejected: Annotated[int, Field(ge=0, le=80)] = 24
+    """Number of rejected pairs on the page."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the random choice of pairs."""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One pair on the page. `picture` is a small JPEG, or None with `missing` saying why."""
+class PairOnPage:
+    """One pair on the page. `thumbnail` is a small JPEG, or None, with the reason in `missing`."""
 
-    picture: bytes | None
+    thumbnail: bytes | None
     missing: str
     captions: list[str]
-    more: int  # captions that are not shown
-    about: str
+    more_captions: int  # not shown
+    origin: str
     reason: str = ""
     detail: str = ""
 
 
 @dataclass
-class _Source:
-    """The rejected rows as the source gives them again, and a line on why it does not."""
+class _RejectedRows:
+    """The rejected rows as the source gives them now, or the problem why it cannot be read."""
 
     records: dict[int, Record] = field(default_factory=dict)
     problem: str = ""
 
 
 def view(config: ViewConfig, out: Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Writes `view.html` into `out`; the dataset and its source are only read. Raises E_INPUT, E_MANIFEST, E_OUTPUT."""
+    """Writes `view.html` into `out`. Dataset and source are only read. Raises E_INPUT, E_MANIFEST, E_OUTPUT."""
     folder = Path(config.data)
     manifest = open_dataset(folder)
     claim_report(out)
     rejects = read_part(folder / REJECTS, ["row", "reason", "detail", "source", "key"])
     chosen = _choose_rejects(rejects, config.rejected, config.seed)
-    foreign = _Source(problem="Rejected pictures stay in their tars and are not shown.")
-    source = foreign if manifest.get("foreign") else _read_source(folder, [row["row"] for row in chosen])
+    if manifest.get("foreign"):
+        rejected_rows = _RejectedRows(problem="Rejected images stay in their tars and are not shown.")
+    else:
+        rejected_rows = _read_source(folder, [row["row"] for row in chosen])
     with Progress("view", config.kept + len(chosen), "pairs", quiet=quiet) as progress:
-        kept = list(_counted(_kept(folder, manifest["shards"], config), progress))
-        refused = list(_counted((_refused(row, source) for row in chosen), progress))
+        kept = list(_with_progress(_kept_pairs(folder, manifest["shards"], config), progress))
+        rejected = list(_with_progress((_rejected_pair(row, rejected_rows) for row in chosen), progress))
     page = render(
         Path(__file__).parent / PAGE,
         title=f"Dataset {folder.resolve().name}",
-        lead="What became of every row, some of the pairs that were kept, and some that were not, with the reason.",
+        lead="Row counts, and samples of the kept pairs and of the rejected pairs with their reasons.",
         manifest=manifest,
         meanings={reason: _meaning(reason) for reason in manifest["rejects"]},
         kept=kept,
-        refused=refused,
-        problem=source.problem,
+        rejected=rejected,
+        problem=rejected_rows.problem,
     )
     atomic_write(out / PAGE, page)
-    result = {"data": str(folder), "page": str(out / PAGE), "bytes": len(page.encode()), "problem": source.problem}
-    return result | {"kept": len(kept), "rejected": len(refused), "fingerprint": manifest["fingerprint"]}
+    return {
+        "data": str(folder),
+        "page": str(out / PAGE),
+        "bytes": len(page.encode()),
+        "problem": rejected_rows.problem,
+        "kept": len(kept),
+        "rejected": len(rejected),
+        "fingerprint": manifest["fingerprint"],
+    }
 
 
 def _meaning(reason: str) -> str:
     if reason == "duplicate":
-        return "the same image as an earlier row, which was kept"
+        return "the image is equal to that of an earlier row, which was kept"
     return CODES[reason][1] if reason in CODES else ""
 
 
-def _counted(shown: Iterator[Shown], progress: Progress) -> Iterator[Shown]:
-    for pair in shown:
+def _with_progress(pairs: Iterator[PairOnPage], progress: Progress) -> Iterator[PairOnPage]:
+    for pair in pairs:
         yield pair
-        progress.add(1, pair.picture is None)
+        progress.add(1, pair.thumbnail is None)
 
 
-def _kept(folder: Path, shards: list[dict[str, Any]], config: ViewConfig) -> Iterator[Shown]:
-    """Samples drawn one from each of `kept` equal stretches of the dataset, so that every part is seen."""
+def _kept_pairs(folder: Path, shards: list[dict[str, Any]], config: ViewConfig) -> Iterator[PairOnPage]:
+    """Yields samples, one drawn from each of `kept` equal ranges of the dataset, so that they cover all of it."""
     ends = np.cumsum([shard["samples"] for shard in shards])
     total = int(ends[-1])
     edges = np.linspace(0, total, min(config.kept, total) + 1).astype(np.int64)
     draw = np.random.default_rng(config.seed)
-    places = [int(draw.integers(low, high)) for low, high in pairwise(edges)]
+    positions = np.array([draw.integers(low, high) for low, high in pairwise(edges)], dtype=np.int64)
+    shard_numbers = np.searchsorted(ends, positions, side="right")
     names = ("key", "captions", "width", "height", "offset", "size", "sha256", "source")
-    for number in np.unique(owners := np.searchsorted(ends, places, side="right")):
+    for number in np.unique(shard_numbers):
         shard = shards[number]
-        first = int(ends[number]) - shard["samples"]
-        mine = [place - first for place, owner in zip(places, owners, strict=True) if owner == number]
-        for row in read_sidecar(folder, shard, names).take(pa.array(mine)).to_pylist():
-            picture, missing = _stored(folder / shard["tar"], row)
-            about = f"{row['width']} × {row['height']} · {row['source']} · {row['key'][:12]}"
-            yield Shown(picture, missing, *_cut(row["captions"]), about)
+        start = int(ends[number]) - shard["samples"]
+        rows = positions[shard_numbers == number] - start
+        for row in read_sidecar(folder, shard, names).take(pa.array(rows)).to_pylist():
+            thumbnail, missing = _stored_thumbnail(folder / shard["tar"], row)
+            captions, more = _shorten_captions(row["captions"])
+            origin = f"{row['width']} × {row['height']} · {row['source']} · {row['key'][:12]}"
+            yield PairOnPage(thumbnail, missing, captions, more, origin)
 
 
-def _stored(path: Path, row: dict[str, Any]) -> tuple[bytes | None, str]:
-    """A kept picture made small, or why it cannot be shown."""
+def _stored_thumbnail(path: Path, row: dict[str, Any]) -> tuple[bytes | None, str]:
+    """Returns a thumbnail of a kept image, or None and the reason."""
     try:
         with path.open("rb") as file:
             file.seek(row["offset"])
@@ -136,58 +152,61 @@ def _stored(path: Path, row: dict[str, Any]) -> tuple[bytes | None, str]:
     except OSError as error:
         return None, f"{path.name}: {error.strerror}"
     if hashlib.sha256(data).hexdigest() != row["sha256"]:
-        return None, f"its bytes in {path.name} have changed: run clipwright data verify"
-    return _small(data)
+        return None, f"the image in {path.name} has changed; run clipwright data verify"
+    return _thumbnail(data)
 
 
-def _small(image: bytes | np.ndarray) -> tuple[bytes | None, str]:
+def _thumbnail(image: bytes | np.ndarray) -> tuple[bytes | None, str]:
     try:
-        shown = pixels.decode(image, min_side=SIDE) if isinstance(image, bytes) else image
+        decoded = pixels.decode(image, min_side=THUMBNAIL_SIDE) if isinstance(image, bytes) else image
     except pixels.PixelError as error:
-        return None, "too large to decode" if error.args[0] == "E_IMG_PIXELS" else "it does not decode"
-    height, width = shown.shape[:2]
-    if max(height, width) > SIDE:
-        scale = SIDE / max(height, width)
-        shown = pixels.resize(shown, max(1, round(width * scale)), max(1, round(height * scale)))
-    return pixels.encode(shown, "jpeg", 80), ""
+        code = error.args[0]
+        return None, "the image is too large to decode" if code == "E_IMG_PIXELS" else "the image cannot be decoded"
+    height, width = decoded.shape[:2]
+    if max(height, width) > THUMBNAIL_SIDE:
+        scale = THUMBNAIL_SIDE / max(height, width)
+        decoded = pixels.resize(decoded, max(1, round(width * scale)), max(1, round(height * scale)))
+    return pixels.encode(decoded, "jpeg", 80), ""
 
 
 def _choose_rejects(rejects: pa.Table, wanted: int, seed: int) -> list[dict[str, Any]]:
-    """Rejected rows, drawn by `seed`, one of each reason in turn; merged rows are not among them."""
+    """Returns rejected rows, drawn by `seed`, one of each reason in turn. Merged rows are left out."""
     reasons = np.array(rejects["reason"].to_pylist(), dtype=object)
     draw = np.random.default_rng(seed)
-    names = sorted({*reasons} - {"merged"})
-    piles = [draw.permutation(np.flatnonzero(reasons == name))[:wanted].tolist() for name in names]
-    turns = [place for place in chain.from_iterable(zip_longest(*piles)) if place is not None][:wanted]
-    found = rejects.take(pa.array(turns, pa.int64())).to_pylist()
-    return sorted(found, key=lambda row: (row["reason"], row["row"]))
+    per_reason: list[list[int]] = []
+    for reason in sorted({*reasons} - {"merged"}):
+        per_reason.append(draw.permutation(np.flatnonzero(reasons == reason))[:wanted].tolist())
+    in_turn = chain.from_iterable(zip_longest(*per_reason))
+    positions = [position for position in in_turn if position is not None][:wanted]
+    rows = rejects.take(pa.array(positions, pa.int64())).to_pylist()
+    return sorted(rows, key=lambda row: (row["reason"], row["row"]))
 
 
-def _read_source(folder: Path, rows: list[int]) -> _Source:
-    """Reads rows of the source again, as the folder's config names it, seen from where it was prepared."""
-    found = _Source()
+def _read_source(folder: Path, rows: list[int]) -> _RejectedRows:
+    """Reads rows of the source again. The dataset's config names it, relative to where `prep` was run."""
+    result = _RejectedRows()
     if not rows:
-        return found
+        return result
     try:
         tree = read_yaml(folder / CONFIG)
         if "plugins" in tree:
-            # A dataset may come from anyone: what its config names is not run.
-            found.problem = "The source is a plugin's, which is not run for a look: rejected pictures are not shown."
-            return found
-        with contextlib.chdir(_prepared_in(folder)):
+            # A dataset may come from anyone, so code that its config names is not run.
+            result.problem = f"The source is a plugin, which this command does not run, {_NOT_SHOWN}."
+            return result
+        with contextlib.chdir(_prep_folder(folder)):
             source = SOURCES.build(resolve(PrepConfig, base=tree).value.source)
-            inside = sorted(row for row in rows if row < source.count)
-            found.records = {record.row: record for record in source.read(inside)}
+            available = sorted(row for row in rows if row < source.count)
+            result.records = {record.row: record for record in source.read(available)}
     except ClipwrightError as error:
-        why = f"{error.what} — {error.where} — {error.found}"
-        found.problem = f"The source cannot be read again, so rejected pictures are not shown: {why}"
+        reason = " — ".join(part for part in (error.what, error.where, error.found) if part)
+        result.problem = f"The source cannot be read again, {_NOT_SHOWN}: {reason}"
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        found.problem = f"The source cannot be read again, so rejected pictures are not shown: {error}"
-    return found
+        result.problem = f"The source cannot be read again, {_NOT_SHOWN}: {error}"
+    return result
 
 
-def _prepared_in(folder: Path) -> Path:
-    """The folder in which `prep` ran, which relative paths of its config mean; this one where that is gone."""
+def _prep_folder(folder: Path) -> Path:
+    """Returns the folder in which `prep` was run, which its config paths are relative to; if gone, the current one."""
     try:
         place = Path(json.loads((folder / STATUS).read_text(encoding="utf-8"))["folder"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -195,19 +214,21 @@ def _prepared_in(folder: Path) -> Path:
     return place if place.is_dir() and os.access(place, os.X_OK) else Path()
 
 
-def _refused(row: dict[str, Any], source: _Source) -> Shown:
-    """A rejected row beside what the source holds for it now."""
-    record = source.records.get(row["row"])
-    picture, captions = None, []
+def _rejected_pair(row: dict[str, Any], rejected_rows: _RejectedRows) -> PairOnPage:
+    """Returns a rejected row with image and captions as the source has them now."""
+    record = rejected_rows.records.get(row["row"])
+    thumbnail: bytes | None = None
+    texts: list[str] = []
     if record is None:
         missing = "the source was not read"
     elif record.source != row["source"] or (record_key(record) or None) != row["key"]:
         missing = "the source has changed"
     else:
-        captions = [_text(caption) for caption in record.captions if isinstance(caption, (str, bytes))]
-        picture, missing = (None, "no image") if record.image is None else _small(record.image)
-    reason, detail = row["reason"], _shorten(row["detail"])
-    return Shown(picture, missing, *_cut(captions), f"{row['source']} · row {row['row']}", reason, detail)
+        texts = [_text(caption) for caption in record.captions if isinstance(caption, (str, bytes))]
+        thumbnail, missing = (None, "no image") if record.image is None else _thumbnail(record.image)
+    captions, more = _shorten_captions(texts)
+    origin = f"{row['source']} · row {row['row']}"
+    return PairOnPage(thumbnail, missing, captions, more, origin, row["reason"], _shorten(row["detail"]))
 
 
 def _text(caption: str | bytes) -> str:
@@ -215,10 +236,10 @@ def _text(caption: str | bytes) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
-def _cut(captions: list[str]) -> tuple[list[str], int]:
-    """The first captions, shortened, and how many more there are."""
-    return [_shorten(text) for text in captions[:CAPTIONS]], max(0, len(captions) - CAPTIONS)
+def _shorten_captions(captions: list[str]) -> tuple[list[str], int]:
+    """Returns the first captions, shortened, and how many more there are."""
+    return [_shorten(text) for text in captions[:MAX_CAPTIONS]], max(0, len(captions) - MAX_CAPTIONS)
 
 
 def _shorten(text: str) -> str:
-    return text if len(text) <= LETTERS else text[: LETTERS - 1] + "…"
+    return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"

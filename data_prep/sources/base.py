@@ -1,4 +1,4 @@
-"""What a source of image-text pairs is: rows that any worker can read in any order, and a name for their content."""
+"""The contract of a source: image-text pairs as numbered rows that any worker can read in any order."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ import pyarrow as pa
 
 from clipwright.pipeline.core.registry import Registry, configclass
 
-# A caption as found: text, bytes that are not valid UTF-8, nothing, or (E_CAP code, detail) where it cannot be read.
+# A caption as the source holds it: text, bytes that may not be valid UTF-8, nothing, or (E_CAP code, detail) if it
+# cannot be read.
 Caption = str | bytes | tuple[str, str] | None
 
 
 @configclass
 class SourceConfig:
-    """Fields every source has."""
+    """Fields of every source."""
 
     name: str
+    """Name of the source."""
 
 
 @dataclass(frozen=True)
 class Record:
     """One plan row as its source holds it.
 
-    `image` is the original bytes, or pixels uint8 (H, W, 3) where there are no bytes, or None with `reject` saying
-    (E_IMG code, detail). `captions` are as found. `columns` is one row of the source's typed columns; `source` says
-    where the row lies, relative to the input's root; `source_key` is the name the image has in the input, if any.
+    `image` is the original bytes, or pixels uint8 (H, W, 3) if there are no bytes, or None, with the (E_IMG code,
+    detail) in `reject`. `captions` are not normalized yet. `columns` is one row of the source's typed columns.
+    `source` is the row's location relative to the input's root; `source_key` is the image's name in the input, if any.
     """
 
     row: int
@@ -46,12 +48,12 @@ class Record:
 
 
 class Source(ABC):
-    """Rows 0 to count-1 of image-text pairs.
+    """Rows 0 to count - 1 of image-text pairs.
 
-    It is pickled to workers, so it holds plain values: not its config, whose class is made at run time.
-    `columns` is the schema of what a user keeps beside image and captions. `distinct` promises that no two rows
-    hold the same image, which saves the pass that looks for duplicates. `notes` are lines for the user about input
-    that is no row.
+    A source is pickled and sent to workers, so it holds plain values, not its config, whose class is made at run time.
+    `columns` is the schema of the user's columns besides image and captions. `distinct` promises that no two rows
+    have the same image, which saves the pass that looks for duplicates. `notes` are lines for the user about input
+    that is not used.
     """
 
     count: int
@@ -60,52 +62,54 @@ class Source(ABC):
     notes: Sequence[str] = ()
 
     def scan(self, *, quiet: bool = False) -> None:  # noqa: B027  most sources have nothing to scan
-        """Reads, once, what takes long enough to need a progress bar; `columns` and `notes` may be known only then.
+        """Reads the input once, for whatever takes long enough to need a progress bar.
 
-        It comes before `identity`; without it rows can be read, though perhaps without columns.
+        `identity` requires a scan; `columns` and `notes` may be incomplete without it. Rows can be read without it.
         """
 
-    def scanned(self) -> dict[str, Any] | None:
-        """What `scan` found, as JSON, for other processes of the same job; None where it found nothing."""
+    def scan_result(self) -> dict[str, Any] | None:
+        """Returns what `scan` learned as JSON, for other processes of the same job, or None if there is nothing."""
         return None
 
-    def recall(self, found: dict[str, Any]) -> bool:
-        """Takes what `scanned` gave in place of a scan; False where the input is not what it was, by sizes and times.
+    def load_scan(self, result: dict[str, Any]) -> bool:
+        """Uses a `scan_result` instead of scanning. Returns False if sizes or times of the input have changed.
 
-        The keys are then in the plan.
+        Keys are not restored: the plan holds them.
         """
         return False
 
     def keys(self) -> np.ndarray | None:
-        """Keys of all rows (S32, empty without image) where `scan` has found them; else the plan reads the images."""
+        """Returns the keys of all rows (S32, empty without an image) if `scan` computed them, else None."""
         return None
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What decides the rows: settings, and files by name and content hash, never by where they lie."""
+        """Returns what determines the rows: settings, and files by name and content hash, never by location."""
 
     @abstractmethod
     def read(self, rows: Sequence[int]) -> Iterator[Record]:
-        """The given plan rows, which are sorted, one after another; holds few images at a time."""
+        """Yields the given plan rows, which are sorted. Keeps only a few images in memory."""
 
 
 class PathError(ValueError):
-    """A path that is not followed; `args[0]` says why."""
+    """A path that is not followed; `args[0]` is the reason."""
 
 
 def open_inside(root: Path, name: str, *, walked: bool = False) -> io.FileIO:
-    """A plain file under `root`, which is resolved. Raises PathError if it is missing or leaves `root`.
+    """Opens a regular file under `root`, which must be resolved. Raises PathError if it is missing or leaves `root`.
 
-    `walked`: found by a walk that follows no link, so that only the file itself may be one: a fraction of the calls.
+    `walked` means that `name` comes from a walk that follows no links, so that only the file itself may be a link.
+    This saves most of the system calls.
     """
-    path, flags = f"{root}/{name}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe must not block
+    path = f"{root}/{name}"
     try:
         if not walked or os.path.islink(path):  # noqa: PTH114  a Path costs as much as the call
-            place = (root / name).resolve(strict=True)
-            if not place.is_relative_to(root):
+            target = (root / name).resolve(strict=True)
+            if not target.is_relative_to(root):
                 raise PathError(f"{name!r} leaves the root")
-            path = str(place)
-        handle = os.open(path, flags | os.O_NOFOLLOW)
+            path = str(target)
+        # O_NONBLOCK: opening a pipe must not block.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
             raise PathError(f"{name!r} is not a plain file")
@@ -117,7 +121,7 @@ def open_inside(root: Path, name: str, *, walked: bool = False) -> io.FileIO:
 
 
 def read_inside(root: Path, name: str, *, walked: bool = False) -> bytes:
-    """The bytes of a plain file under `root`. Raises PathError."""
+    """Returns the bytes of a regular file under `root`. Raises PathError."""
     with open_inside(root, name, walked=walked) as file:
         try:
             return file.readall()
@@ -126,12 +130,14 @@ def read_inside(root: Path, name: str, *, walked: bool = False) -> bytes:
 
 
 def read_image(root: Path, name: str, *, walked: bool = False) -> tuple[bytes | None, tuple[str, str] | None]:
-    """An image file's bytes, or None and why not, as a Record has them."""
+    """Returns `image` and `reject` of a Record for an image file."""
     try:
         data = read_inside(root, name, walked=walked)
     except PathError as error:
         return None, ("E_IMG_PATH", str(error))
-    return (data, None) if data else (None, ("E_IMG_EMPTY", "0 bytes"))
+    if not data:
+        return None, ("E_IMG_EMPTY", "0 bytes")
+    return data, None
 
 
 SOURCES: Registry[Source] = Registry("source", "clipwright.data_prep.sources")

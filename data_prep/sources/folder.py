@@ -31,86 +31,102 @@ from clipwright.pipeline.core.files import canonical_json
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.registry import configclass
 
-# The formats that pixels.py decodes, then those it does not: such a file is a row too, so that its refusal is told.
-READ = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "webp", "gif", "bmp", "dib", "tif", "tiff")
-UNREAD = ("avif", "heic", "heif", "jp2", "j2k", "jxl", "ico", "pbm", "pgm", "pnm", "ppm", "psd", "qoi", "svg", "tga")
-_IMAGES = frozenset(f".{suffix}" for suffix in (*READ, *UNREAD))
+# Formats that pixels.py decodes, and others: a file of these is a row too, so that it appears among the rejects.
+DECODED_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "webp", "gif", "bmp", "dib", "tif", "tiff")
+OTHER_IMAGE_SUFFIXES = (
+    "avif",
+    "heic",
+    "heif",
+    "jp2",
+    "j2k",
+    "jxl",
+    "ico",
+    "pbm",
+    "pgm",
+    "pnm",
+    "ppm",
+    "psd",
+    "qoi",
+    "svg",
+    "tga",
+)
+_IMAGES = frozenset(f".{suffix}" for suffix in (*DECODED_SUFFIXES, *OTHER_IMAGE_SUFFIXES))
 _CAPTIONS = (".txt", ".json")
-_KINDS = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
+_COLUMN_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
+_HASH_THREADS = 4
+_ROWS_PER_HASH_TASK = 64
 
 
 @configclass
 class FolderConfig(SourceConfig):
-    """Where the images are and how the files beside them are read.
+    """A folder of images with caption files.
 
-    `path`: a folder, walked with its subfolders. Beside `a.jpg` stands `a.txt`, a caption a line, or `a.json`, an
-    object with a caption or a list of them under the key `caption` (or `captions`); its other keys of one plain type
-    become columns. Where both stand, the text file's captions are taken. `encoding`: of the text and JSON files.
+    For `a.jpg`, captions come from `a.txt`, one per line, or from `a.json`, an object with a caption or a list of
+    captions under the key `caption` (or `captions`). If both exist, the text file's captions are used. The other keys
+    of the JSON objects become columns if all their values have one plain type.
     """
 
     path: str
+    """Folder with the images; subfolders are included."""
     caption: str = "caption"
+    """JSON key with the caption or list of captions."""
     encoding: str = "utf-8"
+    """Encoding of the text and JSON files."""
 
 
 class FolderSource(Source):
-    """Images of a folder in the order of their names; see FolderConfig."""
+    """Images of a folder, ordered by name. See FolderConfig."""
 
     def __init__(self, config: FolderConfig) -> None:
-        self.root, self.caption, self.encoding = _root(config.path), config.caption, _encoding(config.encoding)
-        self._images, self._beside, notes = _find_pairs(self.root)
-        self.count, self.notes = len(self._images), notes
+        self.root = _check_folder(config.path)
+        self.caption = config.caption
+        self.encoding = _check_encoding(config.encoding)
+        self._images, self._caption_suffixes, self.notes = _find_pairs(self.root)
+        self.count = len(self._images)
         self.columns = pa.schema([])  # until it is scanned
         self._digest: str | None = None
-        self._stamped = ""
+        self._scan_stamp = ""
         self._keys: np.ndarray | None = None
 
     def scan(self, *, quiet: bool = False) -> None:
-        """Finds the columns, and hashes every file once: for identity, and the images' keys for the plan."""
-        self._stamped = self._stamp()
-        self.columns, left_out = self._find_columns(quiet)
-        if left_out:
-            named = ", ".join(map(_printable, left_out))
-            note = f"keys that are no columns, being nested, empty or of mixed types: {named}"
+        """Determines the columns and hashes every file once, for the identity and for the keys of the images."""
+        self._scan_stamp = self._stamp()
+        self.columns, unusable = self._find_columns(quiet)
+        if unusable:
+            names = ", ".join(map(_printable, unusable))
+            note = f"JSON keys not stored as columns (nested, empty or of mixed types): {names}"
             self.notes = [*self.notes, note]
-        whole, keys = hashlib.sha256(), np.zeros(self.count, dtype="S32")
-        chunks = [range(start, min(start + 64, self.count)) for start in range(0, self.count, 64)]
-        pool = ThreadPoolExecutor(4)  # hashing and waiting for the disk release the interpreter
+        digest = hashlib.sha256()
+        keys = np.zeros(self.count, dtype="S32")
+        starts = range(0, self.count, _ROWS_PER_HASH_TASK)
+        tasks = [range(start, min(start + _ROWS_PER_HASH_TASK, self.count)) for start in starts]
+        pool = ThreadPoolExecutor(_HASH_THREADS)  # hashing and disk reads release the interpreter lock
         try:
             with Progress("hash", self.count, "images", quiet=quiet) as progress:
-                for rows, hashes in zip(chunks, pool.map(self._hash_rows, chunks), strict=True):
+                for rows, hashes in zip(tasks, pool.map(self._hash_rows, tasks), strict=True):
                     for row, files in zip(rows, hashes, strict=True):
-                        whole.update(f"{canonical_json(files)}\n".encode())
-                        keys[row] = files[0][1][:32]
+                        digest.update(f"{canonical_json(files)}\n".encode())
+                        _, image_sha256 = files[0]
+                        keys[row] = image_sha256[:32]
                     progress.add(len(rows))
         finally:
             pool.shutdown(cancel_futures=True)
-        self._digest, self._keys = whole.hexdigest(), keys
+        self._digest = digest.hexdigest()
+        self._keys = keys
 
-    def scanned(self) -> dict[str, Any]:
+    def scan_result(self) -> dict[str, Any]:
         columns = [[field.name, str(field.type)] for field in self.columns]
-        return {"columns": columns, "notes": list(self.notes), "sha256": self._digest, "stamp": self._stamped}
+        return {"columns": columns, "notes": list(self.notes), "sha256": self._digest, "stamp": self._scan_stamp}
 
-    def recall(self, found: dict[str, Any]) -> bool:
-        if found["stamp"] != self._stamp():
+    def load_scan(self, result: dict[str, Any]) -> bool:
+        if result["stamp"] != self._stamp():
             return False
-        kinds = {str(kind): kind for kind in _KINDS.values()}
-        self.columns = pa.schema([pa.field(name, kinds[kind]) for name, kind in found["columns"]])
-        self.notes, self._digest, self._stamped = found["notes"], found["sha256"], found["stamp"]
+        types = {str(kind): kind for kind in _COLUMN_TYPES.values()}
+        self.columns = pa.schema([pa.field(name, types[kind]) for name, kind in result["columns"]])
+        self.notes = result["notes"]
+        self._digest = result["sha256"]
+        self._scan_stamp = result["stamp"]
         return True
-
-    def _stamp(self) -> str:
-        """The settings, and every file's name, size and time of change: what a scan's result depends on, cheaply."""
-        made = hashlib.sha256(canonical_json([self.caption, self.encoding]).encode())
-        for row, image in enumerate(self._images):
-            for name in (image, *self._files(row)):
-                try:
-                    about = os.stat(f"{self.root}/{name}")  # noqa: PTH116  as above
-                except OSError:
-                    about = None
-                size, changed = (about.st_size, about.st_mtime_ns) if about else (-1, -1)
-                made.update(f"{_plain(name)}\0{size}\0{changed}\n".encode())
-        return made.hexdigest()
 
     def keys(self) -> np.ndarray | None:
         return self._keys
@@ -118,248 +134,292 @@ class FolderSource(Source):
     def identity(self) -> dict[str, Any]:
         if self._digest is None:
             self.scan(quiet=True)
-        settings = {"name": "folder", "caption": self.caption, "encoding": self.encoding}
-        return {**settings, "images": self.count, "sha256": self._digest}
+        return {
+            "name": "folder",
+            "caption": self.caption,
+            "encoding": self.encoding,
+            "images": self.count,
+            "sha256": self._digest,
+        }
 
     def read(self, rows: Sequence[int]) -> Iterator[Record]:
         for row in rows:
             name = self._images[row]
             image, reject = read_image(self.root, name, walked=True)
-            captions, about = self._captions(row)
-            columns = {field.name: _fit(about.get(field.name), field.type) for field in self.columns}
+            captions, metadata = self._read_captions(row)
+            columns = {field.name: _column_value(metadata.get(field.name), field.type) for field in self.columns}
             batch = pa.RecordBatch.from_pylist([columns], schema=self.columns)
-            yield Record(row, image, captions, batch, _plain(name), _plain(PurePosixPath(name).stem), reject)
+            source_key = _valid_utf8(PurePosixPath(name).stem)
+            yield Record(row, image, captions, batch, _valid_utf8(name), source_key, reject)
+
+    def _stamp(self) -> str:
+        """Returns a cheap hash of what a scan depends on: settings, and name, size and mtime of every file."""
+        stamp = hashlib.sha256(canonical_json([self.caption, self.encoding]).encode())
+        for row, image in enumerate(self._images):
+            for name in (image, *self._caption_files(row)):
+                size, modified = -1, -1
+                try:
+                    stat = os.stat(f"{self.root}/{name}")  # noqa: PTH116  a Path would cost as much as the call
+                    size, modified = stat.st_size, stat.st_mtime_ns
+                except OSError:
+                    pass
+                stamp.update(f"{_valid_utf8(name)}\0{size}\0{modified}\n".encode())
+        return stamp.hexdigest()
 
     def _hash_rows(self, rows: range) -> list[list[tuple[str, str]]]:
-        """For each row its files as (name, SHA-256, empty where there is nothing to read), the image first."""
+        """Returns for each row its files as (name, SHA-256), image first; the hash of an unreadable file is empty."""
         return [
-            [(_plain(name), _sha256(self.root, name)) for name in (self._images[row], *self._files(row))]
+            [
+                (_valid_utf8(name), _file_hash(self.root, name))
+                for name in (self._images[row], *self._caption_files(row))
+            ]
             for row in rows
         ]
 
-    def _files(self, row: int) -> list[str]:
-        """The caption files of a row, text before JSON."""
-        stem = os.path.splitext(self._images[row])[0]  # noqa: PTH122  Path loses what os.walk gave
-        return [stem + suffix for suffix in self._beside[row]]
+    def _caption_files(self, row: int) -> list[str]:
+        """Returns the caption files of a row, text before JSON."""
+        stem = os.path.splitext(self._images[row])[0]  # noqa: PTH122  a Path would normalize the name
+        return [stem + suffix for suffix in self._caption_suffixes[row]]
 
-    def _captions(self, row: int) -> tuple[list[Caption], dict[str, Any]]:
-        """A row's captions, or why there are none, and what its JSON holds beside them."""
-        found: list[Caption] = []
-        about: dict[str, Any] = {}
-        problem: list[Caption] = []
-        for name in self._files(row):
+    def _read_captions(self, row: int) -> tuple[list[Caption], dict[str, Any]]:
+        """Returns a row's captions, followed by the problems with its caption files, and its JSON object."""
+        captions: list[Caption] = []
+        metadata: dict[str, Any] = {}
+        problems: list[Caption] = []
+        for name in self._caption_files(row):
             try:
                 if name.lower().endswith(".json"):
-                    about = self._object(name)
-                    found = found or self._told(about, name)
+                    metadata = self._read_object(name)
+                    if not captions:
+                        captions = self._captions_of(metadata, name)
                 else:
-                    found = [line for line in _lines(self._text(name)) if line.strip()]
-            except _Unreadable as error:
-                problem.append(error.args)
-        if not found and not problem:
-            stem = PurePosixPath(_plain(self._images[row])).stem
-            looked = "no words in it" if self._beside[row] else "no such file"
-            problem.append(("E_CAP_EMPTY", f"{stem}.txt or {stem}.json beside the image: {looked}"))
-        return [*found, *problem], about  # what is amiss beside good captions is counted
+                    captions = [line for line in _split_lines(self._read_text(name)) if line.strip()]
+            except _CaptionFileError as error:
+                problems.append(error.args)
+        if not captions and not problems:
+            stem = PurePosixPath(_valid_utf8(self._images[row])).stem
+            found = "no words in it" if self._caption_suffixes[row] else "no such file"
+            problems.append(("E_CAP_EMPTY", f"{stem}.txt or {stem}.json beside the image: {found}"))
+        return [*captions, *problems], metadata
 
-    def _told(self, about: dict[str, Any], name: str) -> list[Caption]:
-        value = about.get(self.caption, about.get("captions"))
+    def _captions_of(self, metadata: dict[str, Any], name: str) -> list[Caption]:
+        value = metadata.get(self.caption, metadata.get("captions"))
         values = value if isinstance(value, list) else [value]
-        return [_words(item, name) for item in values if item is not None]
+        return [_caption(item, name) for item in values if item is not None]
 
-    def _text(self, name: str) -> str:
+    def _read_text(self, name: str) -> str:
         try:
             data = read_inside(self.root, name, walked=True)
             text = data.decode("utf-8-sig" if self.encoding == "utf-8" else self.encoding)
         except PathError as error:
-            raise _Unreadable("E_CAP_FILE", str(error)) from None
+            raise _CaptionFileError("E_CAP_FILE", str(error)) from None
         except UnicodeDecodeError as error:
-            where = f"byte {error.object[error.start]:#04x} at {error.start}"
-            wide = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-            other = "utf-16" if wide else "cp949, latin-1 or whichever it is"
-            detail = f"{_plain(name)} is not {self.encoding}, first at {where}; set source.encoding={other}"
-            raise _Unreadable("E_CAP_ENCODING", detail) from None
-        if "\0" in text:  # UTF-16 without its mark is valid UTF-8: a zero beside every letter
-            other = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
-            detail = f"{_plain(name)} is not text in {self.encoding}: it holds zero bytes; set source.encoding={other}"
-            raise _Unreadable("E_CAP_ENCODING", detail)
+            place = f"byte {error.object[error.start]:#04x} at {error.start}"
+            is_utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            encoding = "utf-16" if is_utf16 else "cp949, latin-1 or whichever it is"
+            detail = f"{_valid_utf8(name)} is not {self.encoding}, first at {place}; set source.encoding={encoding}"
+            raise _CaptionFileError("E_CAP_ENCODING", detail) from None
+        if "\0" in text:  # UTF-16 without a byte order mark is valid UTF-8, with a zero byte beside every letter
+            encoding = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
+            name, ours = _valid_utf8(name), self.encoding
+            detail = f"{name} is not text in {ours}: it holds zero bytes; set source.encoding={encoding}"
+            raise _CaptionFileError("E_CAP_ENCODING", detail)
         return text
 
-    def _object(self, name: str) -> dict[str, Any]:
-        text = self._text(name)
+    def _read_object(self, name: str) -> dict[str, Any]:
+        text = self._read_text(name)
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise _Unreadable("E_CAP_FILE", f"{_plain(name)} is not JSON: {error}") from None
+            raise _CaptionFileError("E_CAP_FILE", f"{_valid_utf8(name)} is not JSON: {error}") from None
         if not isinstance(value, dict):
-            raise _Unreadable("E_CAP_FILE", f"{_plain(name)} holds a {type(value).__name__}, an object is read")
-        return {_plain(key): item for key, item in value.items()}
+            detail = f"{_valid_utf8(name)} holds a {type(value).__name__}, an object is read"
+            raise _CaptionFileError("E_CAP_FILE", detail)
+        return {_valid_utf8(key): item for key, item in value.items()}
 
     def _find_columns(self, quiet: bool) -> tuple[pa.Schema, list[str]]:
-        """The columns that the JSON files make, in the order they are met, and the keys that cannot be one."""
-        kinds: dict[str, set[type]] = {}
-        rows = [row for row, beside in enumerate(self._beside) if ".json" in map(str.lower, beside)]
+        """Returns the columns that the JSON files define, in order of appearance, and the keys that cannot be one."""
+        value_types: dict[str, set[type]] = {}
+        rows = [row for row, suffixes in enumerate(self._caption_suffixes) if ".json" in map(str.lower, suffixes)]
         with Progress("columns", len(rows), "JSON files", quiet=quiet) as progress:
             for row in rows:
                 try:
-                    about = self._object(self._files(row)[-1])
-                except _Unreadable:
-                    about = {}  # its row says so
-                for key, value in about.items():
-                    met = kinds.setdefault(key, set())
+                    metadata = self._read_object(self._caption_files(row)[-1])
+                except _CaptionFileError:
+                    metadata = {}  # reported when the row is read
+                for key, value in metadata.items():
+                    types = value_types.setdefault(key, set())
                     if value is not None:
-                        met.add(type(value))
+                        types.add(type(value))
                 progress.add(1)
         fields: list[pa.Field] = []
-        left_out: list[str] = []
-        for key in (key for key in kinds if key not in (self.caption, "captions")):
-            met = {float} if kinds[key] == {int, float} else kinds[key]
-            kind = _KINDS.get(next(iter(met))) if len(met) == 1 else None
-            if kind is None:
-                left_out.append(key)
+        unusable: list[str] = []
+        for key, types in value_types.items():
+            if key in (self.caption, "captions"):
+                continue
+            if types == {int, float}:
+                types = {float}
+            column_type = _COLUMN_TYPES.get(next(iter(types))) if len(types) == 1 else None
+            if column_type is None:
+                unusable.append(key)
             else:
-                fields.append(pa.field(key, kind))
-        return pa.schema(fields), left_out
+                fields.append(pa.field(key, column_type))
+        return pa.schema(fields), unusable
 
 
-class _Unreadable(ValueError):
-    """A caption file that gives no captions; `args` are E_CAP code and detail."""
+class _CaptionFileError(ValueError):
+    """A caption file that cannot be used; `args` are E_CAP code and detail."""
 
 
-def _root(path: str) -> Path:
+def _check_folder(path: str) -> Path:
     root = Path(path)
     if not root.is_dir():
         is_file = root.exists()
         raise ClipwrightError(
             "E_INPUT",
-            "no input folder",
+            "the input folder does not exist",
             where=f"source.path: {path}",
-            found="it is a file" if is_file else f"there is no such folder, seen from {Path.cwd()}",
+            found="it is a file" if is_file else f"no such folder in {Path.cwd()}",
             fix="for a table, run `clipwright prep table`" if is_file else "check the path",
         )
     return root.resolve()
 
 
-def _encoding(name: str) -> str:
+def _check_encoding(name: str) -> str:
     try:
-        io.TextIOWrapper(io.BytesIO(), encoding=name)  # refuses codecs that are not of text
+        io.TextIOWrapper(io.BytesIO(), encoding=name)  # refuses codecs that do not encode text
         return codecs.lookup(name).name
     except (LookupError, ValueError) as error:
         raise ClipwrightError(
             "E_CONFIG_VALUE",
-            "an encoding that is not known",
+            "the encoding is unknown",
             where=f"source.encoding: {name}",
             found=str(error),
-            fix="name one that Python knows, such as utf-8, cp949, latin-1, shift_jis or utf-16",
+            fix="use an encoding of Python, such as utf-8, cp949, latin-1, shift_jis or utf-16",
         ) from None
 
 
 def _find_pairs(root: Path) -> tuple[list[str], list[tuple[str, ...]], list[str]]:
-    """Names of images under `root`, sorted; the suffixes of each one's caption files; lines about the rest.
+    """Returns the names of all images under `root`, sorted, the suffixes of their caption files, and notes.
 
-    Hidden and partial files are passed over. Folders that are links are not followed: they may lead out, or round.
+    Hidden and partial files are ignored. Linked folders are not followed: they may lead out of `root`, or in circles.
     """
-    found: list[tuple[str, tuple[str, ...]]] = []
+    pairs: list[tuple[str, tuple[str, ...]]] = []
     orphans: list[str] = []
-    linked: list[str] = []
-    for folder, folders, files in os.walk(root, onerror=_refuse):
-        place = "" if (place := os.path.relpath(folder, root)) == "." else f"{place}/"
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        linked += [place + name for name in folders if os.path.islink(f"{folder}/{name}")]  # noqa: PTH114
-        beside: dict[str, dict[str, str]] = {}
-        images: list[tuple[str, str]] = []
-        for name in sorted(files):
-            stem, suffix = os.path.splitext(name)  # noqa: PTH122  as above
-            kind = suffix.lower()
-            if name.startswith("."):
-                continue
-            if kind in _IMAGES:
-                images.append((stem, suffix))
-            elif kind in _CAPTIONS:
-                beside.setdefault(stem, {})[kind] = suffix
+    links: list[str] = []
+    for folder, subfolders, files in os.walk(root, onerror=_raise):
+        relative = os.path.relpath(folder, root)
+        prefix = "" if relative == "." else f"{relative}/"
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        links += [prefix + name for name in subfolders if os.path.islink(f"{folder}/{name}")]  # noqa: PTH114
+        images, caption_files = _sort_files(files)
         for stem, suffix in images:
-            captions = beside.get(stem, {})
-            found.append((f"{place}{stem}{suffix}", tuple(captions[kind] for kind in _CAPTIONS if kind in captions)))
-        lone = beside.keys() - {stem for stem, _ in images}
-        orphans += [f"{place}{stem}{suffix}" for stem in lone for suffix in beside[stem].values()]
-    if not found or not any(captions for _, captions in found):
-        raise _nothing(root, len(found), len(orphans))
-    found.sort()
-    said = ((orphans, "caption files without an image"), (linked, "linked folders that were not followed"))
-    notes = [f"{what}: {len(names)}, the first {_printable(min(names))}" for names, what in said if names]
-    return [name for name, _ in found], [captions for _, captions in found], notes
+            suffixes = caption_files.get(stem, {})
+            found = tuple(suffixes[kind] for kind in _CAPTIONS if kind in suffixes)
+            pairs.append((f"{prefix}{stem}{suffix}", found))
+        for stem in caption_files.keys() - {stem for stem, _ in images}:
+            orphans += [f"{prefix}{stem}{suffix}" for suffix in caption_files[stem].values()]
+    if not any(suffixes for _, suffixes in pairs):
+        raise _no_pairs(root, len(pairs), len(orphans))
+    pairs.sort()
+    notes: list[str] = []
+    if orphans:
+        notes.append(f"caption files without an image: {len(orphans)}, the first is {_printable(min(orphans))}")
+    if links:
+        notes.append(f"linked folders that were not followed: {len(links)}, the first is {_printable(min(links))}")
+    return [name for name, _ in pairs], [suffixes for _, suffixes in pairs], notes
 
 
-def _refuse(error: OSError) -> None:
+def _sort_files(files: list[str]) -> tuple[list[tuple[str, str]], dict[str, dict[str, str]]]:
+    """Returns a folder's images as (stem, suffix), and its caption files as stem → kind → suffix as written."""
+    images: list[tuple[str, str]] = []
+    caption_files: dict[str, dict[str, str]] = {}
+    for name in sorted(files):
+        if name.startswith("."):
+            continue
+        stem, suffix = os.path.splitext(name)  # noqa: PTH122  a Path would normalize the name
+        kind = suffix.lower()
+        if kind in _IMAGES:
+            images.append((stem, suffix))
+        elif kind in _CAPTIONS:
+            caption_files.setdefault(stem, {})[kind] = suffix
+    return images, caption_files
+
+
+def _raise(error: OSError) -> None:
     raise error
 
 
-def _nothing(root: Path, images: int, orphans: int) -> ClipwrightError:
+def _no_pairs(root: Path, images: int, orphans: int) -> ClipwrightError:
     if not images:
         return ClipwrightError(
             "E_PREP_EMPTY",
-            "a folder without images",
+            "the folder has no images",
             where=root,
-            found=f"no file in it or its subfolders ends in {', '.join(f'.{suffix}' for suffix in READ)}",
+            found=f"no file in it or its subfolders ends in {', '.join(f'.{suffix}' for suffix in DECODED_SUFFIXES)}",
             fix="check source.path; for a table of images, run `clipwright prep table`",
         )
-    others = f", and {orphans} caption files whose stem no image has" if orphans else ""
+    found = f"{images} images, and no .txt or .json file with the same stem beside any of them"
+    if orphans:
+        found += f"; {orphans} caption files match no image"
     return ClipwrightError(
         "E_PREP_EMPTY",
-        "an image folder without a single caption",
+        "the images have no captions",
         where=root,
-        found=f"{images} images and no .txt or .json of the same stem beside any{others}",
-        fix="put a.txt (a caption a line) or a.json beside a.jpg, or list images and captions in a table and run "
+        found=found,
+        fix="put a.txt (one caption per line) or a.json beside a.jpg, or list images and captions in a table and run "
         "`clipwright prep table`",
     )
 
 
-def _sha256(root: Path, name: str) -> str:
-    made = hashlib.sha256()
+def _file_hash(root: Path, name: str) -> str:
+    """Returns the SHA-256 of a file, or an empty string if it is empty or unreadable; reading the row reports that."""
+    digest = hashlib.sha256()
     try:
         with open_inside(root, name, walked=True) as file:
             while block := file.read(1 << 20):
-                made.update(block)
-            return made.hexdigest() if file.tell() else ""
+                digest.update(block)
+            return digest.hexdigest() if file.tell() else ""
     except (PathError, OSError):
-        return ""  # as the row will say when it is read
+        return ""
 
 
-def _lines(text: str) -> list[str]:
-    # Not splitlines, which also cuts at rarer separators that stand inside a caption.
+def _split_lines(text: str) -> list[str]:
+    # Not splitlines, which also splits at rare separators that may occur inside a caption.
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
-def _plain(name: str) -> str:
-    """Text that UTF-8 can hold: lone surrogates, in JSON or for odd bytes in file names, are shown escaped."""
-    return name.encode("utf-8", "backslashreplace").decode()
+def _valid_utf8(text: str) -> str:
+    """Escapes lone surrogates, which JSON may contain and which represent invalid bytes in file names."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _printable(name: str) -> str:
-    """A name for a line on a terminal: a newline or an escape sequence in it is shown, not obeyed."""
+    """Escapes control characters in a name, so that a terminal shows them and does not obey them."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
-def _words(item: Any, name: str) -> Caption:
-    """A caption as a JSON file holds it; an object or a list in its place is no text."""
+def _caption(item: Any, name: str) -> Caption:
+    """Returns a caption from a JSON file; an object or a list in its place is an error."""
     if isinstance(item, str):
         return item
     if isinstance(item, (int, float)) and not isinstance(item, bool):
         return str(item)
     kind = type(item).__name__
-    return "E_CAP_FILE", f"{_plain(name)} holds a {kind} for a caption; text or a list of texts is read"
+    return "E_CAP_FILE", f"{_valid_utf8(name)} holds a {kind} for a caption; text or a list of texts is read"
 
 
-def _fit(value: Any, kind: pa.DataType) -> Any:
-    """The value as its column holds it, or None where a file has changed or a number is beyond 64 bits."""
+def _column_value(value: Any, kind: pa.DataType) -> Any:
+    """Returns the value as its column stores it, or None if it does not fit: the file changed, or an int is too big."""
     if pa.types.is_string(kind):
-        return _plain(value) if isinstance(value, str) else None
+        return _valid_utf8(value) if isinstance(value, str) else None
     if pa.types.is_boolean(kind):
         return value if isinstance(value, bool) else None
     if pa.types.is_floating(kind) and isinstance(value, float):
         return value
-    fits = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-    return kind.to_pandas_dtype()(value) if fits else None
+    if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
+        return kind.to_pandas_dtype()(value)
+    return None
 
 
 SOURCES.add(FolderConfig, FolderSource, {"folder": {}})

@@ -1,7 +1,7 @@
-"""Drawing of coloured shapes, many pictures at a time: signed distances, shading, backgrounds, blur, noise.
+"""Drawing of colored shapes in batches of images: signed distances, shading, backgrounds, blur, noise.
 
-Lengths are in parts of the picture's side, x to the right, y down. Only +, -, ×, ÷ and square roots touch pixels:
-they round alike on every machine. Distances: I. Quilez, "2D distance functions".
+Lengths are fractions of the image side, x to the right, y down. Pixels are computed with +, -, ×, ÷ and square roots
+only, which round the same on every machine. Distances: I. Quilez, "2D distance functions".
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from math import cos, pi, sin
 
 import numpy as np
 
-# Colours and shapes are numbers here, in the order of a grammar's words.
+# Colors and shapes are numbers here, in the order of the words in a grammar.
 _RGB = np.array(
     [
         (214, 30, 36),
@@ -26,27 +26,27 @@ _RGB = np.array(
     ],
     dtype=np.float32,
 )
-SPECK = 7  # uniform draws that a distractor takes
+SPECK = 7  # uniform draws per speck
 
 
 @dataclass(frozen=True)
 class Look:
-    """What makes pictures easy or hard. Pairs are the least and what the most has more than it; colours are 0 to 255.
+    """Parameters that make images easy or hard.
 
-    `single`, `double`: shares of pictures that show one object, and at most two.
+    A pair (least, range) stands for uniform draws from least to least + range. Color values are 0 to 255.
     """
 
-    single: float
-    double: float
-    radius: tuple[float, float, float]  # half of an object's extent, by size (small, medium, large)
-    turn: float  # most that an object is turned by, as the tangent of half the angle
-    fade: tuple[float, float]  # how far an object's colour goes towards the ground's
-    ground: tuple[float, float]  # lightness of the ground
-    cast: float  # how much its colours differ from grey
-    field: tuple[float, float]  # how much light and dark vary over it
-    blur: tuple[float, float]  # share of the neighbours, 0.25 at most
-    grain: tuple[float, float]  # of the noise
-    specks: int  # distractors, a third of them in front
+    single: float  # fraction of images with one object
+    double: float  # fraction of images with one or two objects
+    radius: tuple[float, float, float]  # half the extent of a small, medium and large object
+    turn: float  # largest rotation of an object, as the tangent of half the angle
+    fade: tuple[float, float]  # how far an object's color is blended into the background's, 0 to 1
+    ground: tuple[float, float]  # lightness of the background
+    cast: float  # how far the background's color differs from grey
+    field: tuple[float, float]  # variation of lightness over the background
+    blur: tuple[float, float]  # weight of each neighbor, at most 0.25
+    grain: tuple[float, float]  # strength of the noise
+    specks: int  # small distractors, a third of them in front of the objects
 
 
 LOOKS = {
@@ -94,67 +94,70 @@ LOOKS = {
 
 @dataclass(frozen=True)
 class Objects:
-    """What B pictures show: arrays (B) of numbers of words, and centres (B, 3, 2) of up to three equal objects."""
+    """Content of B images: shape, color and size as indices, count, each (B), and centers (B, 3, 2) of the objects.
+
+    The up to three objects of an image are equal.
+    """
 
     shape: np.ndarray
     colour: np.ndarray
     size: np.ndarray
     count: np.ndarray
-    centres: np.ndarray
+    centers: np.ndarray
 
 
 def noise_words(side: int) -> int:
-    """64-bit words of randomness that the noise of one picture takes."""
+    """Returns the number of random 64-bit words that the noise of one image takes."""
     return -(-side * side * 6 // 8)
 
 
 def place(look: Look, count: np.ndarray, size: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Centres (B, 3, 2) of up to three objects that stay inside the picture and apart; `u` (B, 9) uniform draws."""
+    """Returns centers (B, 3, 2) of up to three objects, inside the image and apart; `u` (B, 9) are uniform draws."""
     room = 0.5 - np.array(look.radius)[size] * 1.04
     single = 0.5 + (u[:, 0:2] * 2 - 1) * room[:, None]
-    # A direction without sine and cosine: a rational point on the circle, then one of four turns.
+    # A direction without sine and cosine: a rational point on the unit circle, rotated by a multiple of 90 degrees.
     t = u[:, 0]
     x, y = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     turn = (u[:, 2] * 4).astype(np.int64)
     x, y = np.choose(turn, [x, -y, -x, y]), np.choose(turn, [y, x, -y, -x])
-    # Two stand opposite each other, three at thirds of a circle.
+    # Two objects are opposite each other, three are 120 degrees apart.
     far = np.where(count == 3, 0.3, 0.25)
     step_x = np.where(count == 3, -0.5, -1.0)
     step_y = np.where(count == 3, np.sqrt(0.75), 0.0)
-    centres = np.empty((len(count), 3, 2))
+    centers = np.empty((len(count), 3, 2))
     for k in range(3):
-        centres[:, k] = 0.5 + far[:, None] * np.stack([x, y], axis=1)
+        centers[:, k] = 0.5 + far[:, None] * np.stack([x, y], axis=1)
         x, y = x * step_x - y * step_y, x * step_y + y * step_x
-    centres[count == 1, 0] = single[count == 1]
-    return centres
+    centers[count == 1, 0] = single[count == 1]
+    return centers
 
 
 def draw(look: Look, side: int, objects: Objects, u: np.ndarray, words: np.ndarray, specks: np.ndarray) -> np.ndarray:
-    """Pictures uint8 (B, side, side, 3).
+    """Returns images uint8 (B, side, side, 3).
 
-    `u` (B, 36) uniform draws, `words` (B, noise_words), `specks` (B, look.specks, SPECK) uniform draws.
+    `u` (B, 36) and `specks` (B, look.specks, SPECK) are uniform draws, `words` (B, noise_words) random words.
     """
-    picture, tint = _background(look, side, u[:, 8:34].astype(np.float32))
+    image, tint = _background(look, side, u[:, 8:34].astype(np.float32))
     specks = specks.astype(np.float32)
     behind = look.specks - look.specks // 3
     for k in range(behind):
-        _speck(picture, specks[:, k])
-    _objects(look, picture, objects, tint, u)
+        _speck(image, specks[:, k])
+    _objects(look, image, objects, tint, u)
     for k in range(behind, look.specks):
-        _speck(picture, specks[:, k])
-    share = np.float32(look.blur[0]) + np.float32(look.blur[1]) * u[:, 34].astype(np.float32)
+        _speck(image, specks[:, k])
+    weight = np.float32(look.blur[0]) + np.float32(look.blur[1]) * u[:, 34].astype(np.float32)
     strength = np.float32(look.grain[0]) + np.float32(look.grain[1]) * u[:, 35].astype(np.float32)
-    return _noise(_blur(picture, share), strength, words)
+    return _noise(_blur(image, weight), strength, words)
 
 
-def _objects(look: Look, picture: np.ndarray, objects: Objects, tint: np.ndarray, u: np.ndarray) -> None:
-    side, centres = picture.shape[-1], objects.centres
+def _objects(look: Look, image: np.ndarray, objects: Objects, tint: np.ndarray, u: np.ndarray) -> None:
+    side, centers = image.shape[-1], objects.centers
     axis = ((np.arange(side, dtype=np.float32) + np.float32(0.5)) / np.float32(side)).astype(np.float32)
-    few = u.astype(np.float32)
-    paint = _RGB[objects.colour] * (0.88 + 0.24 * few[:, 0:1]) + 14 * (few[:, 1:4] - 0.5)
-    paint += (look.fade[0] + look.fade[1] * few[:, 12:13]) * (tint - paint)
+    u32 = u.astype(np.float32)
+    paint = _RGB[objects.colour] * (0.88 + 0.24 * u32[:, 0:1]) + 14 * (u32[:, 1:4] - 0.5)
+    paint += (look.fade[0] + look.fade[1] * u32[:, 12:13]) * (tint - paint)
     radius = (np.array(look.radius)[objects.size] * (0.9 + 0.1 * u[:, 4])).astype(np.float32)
-    # Turned by a rational point on the circle.
+    # Rotated by a rational point on the unit circle.
     t = (u[:, 5] * 2 - 1) * look.turn
     c, s = ((1 - t * t) / (1 + t * t)).astype(np.float32), (2 * t / (1 + t * t)).astype(np.float32)
     light = (u[:, 6:8] * 2 - 1).astype(np.float32) * np.float32(0.18)
@@ -162,25 +165,25 @@ def _objects(look: Look, picture: np.ndarray, objects: Objects, tint: np.ndarray
         rows = np.flatnonzero(objects.count > k)
         if not len(rows):
             break
-        x = (axis[None, None, :] - centres[rows, k, 0, None, None].astype(np.float32)) / radius[rows, None, None]
-        y = (axis[None, :, None] - centres[rows, k, 1, None, None].astype(np.float32)) / radius[rows, None, None]
+        x = (axis[None, None, :] - centers[rows, k, 0, None, None].astype(np.float32)) / radius[rows, None, None]
+        y = (axis[None, :, None] - centers[rows, k, 1, None, None].astype(np.float32)) / radius[rows, None, None]
         cr, sr = c[rows, None, None], s[rows, None, None]
         x, y = x * cr + y * sr, y * cr - x * sr
         shade = 1 + x * light[rows, 0, None, None] + y * light[rows, 1, None, None]
         cover = np.empty_like(x)
-        for which, distance in enumerate(_DISTANCES):
-            mine = objects.shape[rows] == which
-            if mine.any():
-                inside = distance(x[mine], y[mine]) * (radius[rows[mine], None, None] * np.float32(side))
-                cover[mine] = np.clip(np.float32(0.5) - inside, 0, 1)
-        under = picture[rows]
+        for shape, distance in enumerate(_DISTANCES):
+            same = objects.shape[rows] == shape
+            if same.any():
+                inside = distance(x[same], y[same]) * (radius[rows[same], None, None] * np.float32(side))
+                cover[same] = np.clip(np.float32(0.5) - inside, 0, 1)
+        under = image[rows]
         for channel in range(3):
             under[:, channel] += cover * (paint[rows, channel, None, None] * shade - under[:, channel])
-        picture[rows] = under
+        image[rows] = under
 
 
 def _background(look: Look, side: int, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Uneven grounds float32 (B, 3, side, side): a tint (B, 3) and a smooth 4 × 4 field of light and dark."""
+    """Returns backgrounds float32 (B, 3, side, side) and their tint (B, 3): the tint plus a smooth 4 × 4 field."""
     tint = look.ground[0] + look.ground[1] * u[:, 0:1] + look.cast * (u[:, 1:4] - 0.5)
     field = (u[:, 10:26].reshape(-1, 4, 4) - 0.5) * (look.field[0] + look.field[1] * u[:, 6, None, None])
     place_at = np.arange(side, dtype=np.float32) * np.float32(3 / max(side - 1, 1))
@@ -192,15 +195,15 @@ def _background(look: Look, side: int, u: np.ndarray) -> tuple[np.ndarray, np.nd
     return tint[:, :, None, None] + plane[:, None], tint
 
 
-def _speck(picture: np.ndarray, u: np.ndarray) -> None:
-    """Draws a small disc or square of any colour on each picture; `u` (B, SPECK) uniform draws."""
-    batch, channels, side, _ = picture.shape
+def _speck(image: np.ndarray, u: np.ndarray) -> None:
+    """Draws a small disc or square of random color on each image; `u` (B, SPECK) are uniform draws."""
+    batch, channels, side, _ = image.shape
     radius = (np.float32(0.015) + np.float32(0.035) * u[:, 2]) * np.float32(side)
-    reach = -(-side // 10) + 2  # pixels of a square that holds the largest
-    centre = u[:, 0:2] * np.float32(side)
-    start = np.clip(centre.astype(np.int64) - reach // 2, 0, side - reach)
+    reach = -(-side // 10) + 2  # side in pixels of a square that holds the largest speck
+    center = u[:, 0:2] * np.float32(side)
+    start = np.clip(center.astype(np.int64) - reach // 2, 0, side - reach)
     pixels = start[:, :, None] + np.arange(reach)
-    x, y = ((pixels[:, i] + np.float32(0.5)).astype(np.float32) - centre[:, i, None] for i in (0, 1))
+    x, y = ((pixels[:, i] + np.float32(0.5)).astype(np.float32) - center[:, i, None] for i in (0, 1))
     x, y = x[:, None, :], y[:, :, None]
     away = np.where(u[:, 6, None, None] < 0.5, np.sqrt(x * x + y * y), np.maximum(np.abs(x), np.abs(y)))
     cover = np.clip(np.float32(0.5) - (away - radius[:, None, None]), 0, 1)[:, None]
@@ -210,24 +213,24 @@ def _speck(picture: np.ndarray, u: np.ndarray) -> None:
         pixels[:, 1][:, None, :, None],
         pixels[:, 0][:, None, None, :],
     )
-    under = picture[at]
-    picture[at] = under + cover * (u[:, 3:6, None, None] * np.float32(255) - under)
+    under = image[at]
+    image[at] = under + cover * (u[:, 3:6, None, None] * np.float32(255) - under)
 
 
-def _blur(picture: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """A three-tap blur along both axes; `share` (B) of each neighbour, from none to 0.25."""
-    share = share[:, None, None, None]
-    picture[:, :, 1:-1] += share * (picture[:, :, :-2] + picture[:, :, 2:] - 2 * picture[:, :, 1:-1])
-    picture[..., 1:-1] += share * (picture[..., :-2] + picture[..., 2:] - 2 * picture[..., 1:-1])
-    return picture
+def _blur(image: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Applies a three-tap blur along both axes; `weight` (B) is that of each neighbor, 0 to 0.25."""
+    weight = weight[:, None, None, None]
+    image[:, :, 1:-1] += weight * (image[:, :, :-2] + image[:, :, 2:] - 2 * image[:, :, 1:-1])
+    image[..., 1:-1] += weight * (image[..., :-2] + image[..., 2:] - 2 * image[..., 1:-1])
+    return image
 
 
-def _noise(picture: np.ndarray, strength: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Adds sensor noise (triangular, from two bytes a value) of `strength` (B) and rounds to uint8."""
-    batch, _, side, _ = picture.shape
+def _noise(image: np.ndarray, strength: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Adds sensor noise (triangular, from two bytes per value) of `strength` (B) and rounds to uint8."""
+    batch, _, side, _ = image.shape
     raw = np.ascontiguousarray(words).view(np.uint8)[:, : side * side * 6].reshape(batch, 2, 3, side, side)
     grain = raw[:, 0].astype(np.float32) + raw[:, 1] - np.float32(255)
-    final = np.clip(picture + strength[:, None, None, None] * grain + np.float32(0.5), 0, 255).astype(np.uint8)
+    final = np.clip(image + strength[:, None, None, None] * grain + np.float32(0.5), 0, 255).astype(np.uint8)
     return np.ascontiguousarray(final.transpose(0, 2, 3, 1))
 
 
@@ -240,7 +243,7 @@ def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _polygon(points: list[tuple[float, float]]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Signed distance to a closed polygon: nearest edge, and the sign by crossings of a ray."""
+    """Returns the signed distance to a closed polygon: to the nearest edge, with the sign from ray crossings."""
     corners = np.array(points, dtype=np.float32)
 
     def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -265,7 +268,7 @@ def _star_points() -> list[tuple[float, float]]:
 
 
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Two half circles on a rounded tip; Quilez' heart, scaled to reach from -1 to 1."""
+    """Returns the signed distance to a heart (Quilez), scaled to the range -1 to 1."""
     x, y = np.abs(x) * np.float32(0.6), np.float32(0.55) - y * np.float32(0.6)
     up_x, up_y = x - np.float32(0.25), y - np.float32(0.75)
     lobe = np.sqrt(up_x * up_x + up_y * up_y) - np.float32(np.sqrt(2) / 4)

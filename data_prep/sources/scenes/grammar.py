@@ -1,4 +1,4 @@
-"""Captions of rendered scenes in English and Korean: the same sentences, drawn alike, in each language's own words."""
+"""Captions of rendered scenes in English and Korean: the same sentences in both, selected by the same draws."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption may tell, as numbers: indices into a grammar's words; `place` is None when there are several."""
+    """What a caption may describe: indices into a grammar's words, and a count. `place` is None for several objects."""
 
     colour: int
     shape: int
@@ -21,15 +21,15 @@ class Scene:
 
 @dataclass(frozen=True)
 class Grammar:
-    """A language's words and sentences; `single` and `several` hold the same sentences in every language's.
+    """The words and sentences of a language. `single` and `several` hold the same sentences in every language.
 
-    `forms` gives what stands for each name in braces: words in the form that their neighbours ask for.
+    `forms` returns the text for each name in braces, inflected for its place in the sentence.
     """
 
     colours: tuple[str, ...]
     shapes: tuple[str, ...]
     sizes: tuple[str, ...]
-    places: tuple[str, ...]  # top left to bottom right, line by line
+    places: tuple[str, ...]  # top left to bottom right, row by row
     single: tuple[str, ...]
     several: tuple[str, ...]
     forms: Callable[[Grammar, Scene], dict[str, str]]
@@ -38,29 +38,35 @@ class Grammar:
         return None if scene.place is None else self.places[scene.place]
 
     def describe(self, scene: Scene, u: np.ndarray) -> list[str]:
-        """Two or three different captions of a scene; each names colour and shape. `u`: uniform draws."""
+        """Returns two or three different captions of a scene. Each names color and shape. `u` are uniform draws."""
         templates = self.single if scene.count == 1 else self.several
-        order = np.argsort(u[: len(templates)], kind="stable")[: 2 + int(u[len(templates)] < 0.5)]
+        captions = 3 if u[len(templates)] < 0.5 else 2
+        order = np.argsort(u[: len(templates)], kind="stable")[:captions]
         words = self.forms(self, scene)
         return [templates[i].format_map(words) for i in order]
 
 
 def place_of(x: float, y: float) -> int:
-    """The ninth of the picture that an object stands in, line by line; x to the right and y down, in [0, 1]."""
-    column, line = (0 if v < 0.4 else 2 if v > 0.6 else 1 for v in (x, y))
-    return 3 * line + column
+    """Returns the cell of a 3 × 3 grid, row by row, that holds (x, y); x to the right and y down, in [0, 1]."""
+    return 3 * _third(y) + _third(x)
+
+
+def _third(position: float) -> int:
+    if position < 0.4:
+        return 0
+    return 2 if position > 0.6 else 1
 
 
 def _english(grammar: Grammar, scene: Scene) -> dict[str, str]:
     colour, shape = grammar.colours[scene.colour], grammar.shapes[scene.shape]
-    size, where = grammar.sizes[scene.size], grammar.place(scene) or ""
+    size, place = grammar.sizes[scene.size], grammar.place(scene) or ""
     return {
         "colour": colour,
         "size": size,
         "shape": shape,
         "shapes": f"{shape}s" if shape != "cross" else "crosses",
         "number": ("one", "two", "three")[scene.count - 1],
-        "place": f"in the {where}" if where == "centre" or " " in where else f"on the {where}",
+        "place": f"in the {place}" if place == "centre" or " " in place else f"on the {place}",
         "a_colour": f"an {colour}" if colour[0] in "aeiou" else f"a {colour}",
     }
 
@@ -82,7 +88,7 @@ def _korean(grammar: Grammar, scene: Scene) -> dict[str, str]:
 
 
 def particle(noun: str, after_consonant: str, after_vowel: str) -> str:
-    """The form of a particle that follows a Hangul noun: syllables are U+AC00 + 28·(initial, vowel) + final."""
+    """Returns the form of a particle after a Hangul noun. Syllables are U+AC00 + 28·(initial, vowel) + final."""
     assert "가" <= noun[-1] <= "힣", noun
     return after_consonant if (ord(noun[-1]) - ord("가")) % 28 else after_vowel
 
@@ -145,5 +151,5 @@ KOREAN = Grammar(
     forms=_korean,
 )
 
-# The first grammar's words stand in the columns.
+# The columns use the words of the first grammar.
 GRAMMARS = {"en": (ENGLISH,), "ko": (KOREAN,), "both": (ENGLISH, KOREAN)}

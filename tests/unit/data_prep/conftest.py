@@ -17,8 +17,8 @@ from clipwright.data_prep.build.pack import Prepared, PrepConfig, prepare
 from clipwright.pipeline.core.config import resolve
 
 
-def picture_bytes(seed: int, width: int = 48, height: int = 36, format: str = "JPEG", **options: Any) -> bytes:
-    """A picture that `seed` alone decides."""
+def image_bytes(seed: int, width: int = 48, height: int = 36, format: str = "JPEG", **options: Any) -> bytes:
+    """Returns an image that depends only on `seed`."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(out, format, **options)
@@ -27,7 +27,7 @@ def picture_bytes(seed: int, width: int = 48, height: int = 36, format: str = "J
 
 @pytest.fixture
 def picture() -> Callable[..., bytes]:
-    return picture_bytes
+    return image_bytes
 
 
 @pytest.fixture
@@ -59,12 +59,12 @@ SCRIPT = "<script>alert(1)</script> & <b>bold</b>"
 
 @pytest.fixture
 def dataset(tmp_path: Path, write_table: Callable[..., Path], run_prep: Callable[..., Prepared]) -> Path:
-    """A dataset folder of three shards of 4, 3 and 3 samples; one row merged, one cut off, one without caption."""
-    pictures = [picture_bytes(i, 40 + 8 * i, 48) for i in range(13)]
+    """A dataset folder of three shards of 4, 3 and 3 samples; one row merged, one truncated, one without caption."""
+    pictures = [image_bytes(i, 40 + 8 * i, 48) for i in range(13)]
     pictures[5], pictures[8] = pictures[1], pictures[8][:200]
     captions: list[Any] = [["a red circle", f"number {i}"] for i in range(13)]
     captions[2], captions[3], captions[11] = ["빨간 원", SCRIPT, "猫とねこ"], ["W" * 300], [" "]
     table = write_table(pictures, captions, n=pa.array(range(13)))
-    words = ("source.name=table", f"source.path={table}", "source.caption=captions", "shards.samples=4")
-    run_prep(tmp_path / "data", *words)
+    arguments = ("source.name=table", f"source.path={table}", "source.caption=captions", "shards.samples=4")
+    run_prep(tmp_path / "data", *arguments)
     return tmp_path / "data"

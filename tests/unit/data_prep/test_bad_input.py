@@ -1,4 +1,4 @@
-"""Everything wrong that a user can hand to `clipwright prep`, through the command itself."""
+"""Invalid inputs of `clipwright prep`, through the command line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bomb() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "exit_code", "culprit", "remedy"),
+    ("arguments", "code", "exit_code", "culprit", "remedy"),
     [
         (["source.caption=capt1ons"], "E_COLUMN", 3, "pairs.parquet: capt1ons", "did you mean 'captions'?"),
         (["source.image=imag"], "E_COLUMN", 3, "pairs.parquet: imag", "did you mean 'image'?"),
@@ -53,12 +53,12 @@ def bomb() -> bytes:
         (["source.path=empty.csv"], "E_PREP_EMPTY", 3, "table", "source.where"),
     ],
 )
-def test_refused_inputs(
+def test_prep_refuses_invalid_config_and_tables(
     tmp_path: Path,
     cli: Any,
     good: Path,
     write_table: Write,
-    words: list[str],
+    arguments: list[str],
     code: str,
     exit_code: int,
     culprit: str,
@@ -71,13 +71,13 @@ def test_refused_inputs(
     (tmp_path / "empty.csv").write_text("image,captions\n")
     write_table([b""], [["x"]], "other.parquet", extra=[1])
     error = cli.error(
-        "prep", "table", "source.path=pairs.parquet", "source.caption=captions", *words, "-o", "out", code=exit_code
+        "prep", "table", "source.path=pairs.parquet", "source.caption=captions", *arguments, "-o", "out", code=exit_code
     )
     assert error.startswith(f"error[{code}]") and culprit in error and remedy in error
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_rows_are_counted_and_the_rest_is_written(tmp_path: Path, cli: Any, picture: Picture) -> None:
+def test_prep_rejects_bad_rows_and_writes_the_rest(tmp_path: Path, cli: Any, picture: Picture) -> None:
     images = tmp_path / "images"
     images.mkdir()
     contents = {
@@ -123,31 +123,31 @@ def test_bad_rows_are_counted_and_the_rest_is_written(tmp_path: Path, cli: Any, 
     assert str(tmp_path).encode() not in everything
 
 
-def test_nothing_good_is_an_error_and_leaves_no_dataset(tmp_path: Path, cli: Any, picture: Picture) -> None:
+def test_prep_without_usable_sample_fails_and_leaves_no_dataset(tmp_path: Path, cli: Any, picture: Picture) -> None:
     (tmp_path / "a.jpg").write_bytes(b"<html>")
     (tmp_path / "pairs.tsv").write_text("image\tcaption\na.jpg\tx\nb.jpg\ty\n")
-    words = ["prep", "table", "source.path=pairs.tsv", "-o", "out"]
-    error = cli.error(*words, code=3)
+    arguments = ["prep", "table", "source.path=pairs.tsv", "-o", "out"]
+    error = cli.error(*arguments, code=3)
     assert error.startswith("error[E_PREP_EMPTY]") and "E_IMG_FORMAT 1" in error and "rejects.parquet" in error
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "manifest.json" not in names and not [n for n in names if n.endswith((".tar", ".partial"))]
     status = json.loads((tmp_path / "out" / "status.json").read_text())
     assert (status["exit_code"], status["error"]["code"]) == (3, "E_PREP_EMPTY")
-    (tmp_path / "a.jpg").write_bytes(picture(0))  # mended: the same command now works
-    assert cli.json(*words)["written"] == 1
+    (tmp_path / "a.jpg").write_bytes(picture(0))  # with the input fixed, the same command works
+    assert cli.json(*arguments)["written"] == 1
 
 
-def test_output_is_asked_for_and_dry_run_writes_nothing(tmp_path: Path, cli: Any, good: Path) -> None:
-    words = ["prep", "table", "source.path=pairs.parquet", "source.caption=captions"]
-    assert cli.error(*words, code=2).startswith("error[E_USAGE]")
-    assert cli.json(*words, "--dry-run")["rows_in"] == 2
-    assert cli.json(*words, "-o", "out", "--dry-run")["shards_at_most"] == 1
+def test_prep_requires_output_and_dry_run_writes_nothing(tmp_path: Path, cli: Any, good: Path) -> None:
+    arguments = ["prep", "table", "source.path=pairs.parquet", "source.caption=captions"]
+    assert cli.error(*arguments, code=2).startswith("error[E_USAGE]")
+    assert cli.json(*arguments, "--dry-run")["rows_in"] == 2
+    assert cli.json(*arguments, "-o", "out", "--dry-run")["shards_at_most"] == 1
     assert not (tmp_path / "out").exists()
-    done = cli(*words, "-o", "out", "--quiet")
+    done = cli(*arguments, "-o", "out", "--quiet")
     assert "2 rows in" in done.stdout and "next:" not in done.stdout and done.stderr == ""
 
 
-def test_help_and_config_need_no_torch() -> None:
+def test_prep_modules_do_not_import_torch() -> None:
     code = (
         "import sys, clipwright.data_prep.cli; assert 'pyarrow' not in sys.modules; "
         "import clipwright.data_prep.build.pack; sys.exit('torch' in sys.modules)"

@@ -23,7 +23,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from clipwright.data_prep.foreign.index import IndexConfig, index
+from clipwright.data_prep.foreign.index import ForeignIndexConfig, index
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import digest
@@ -338,7 +338,7 @@ def test_executable_members_of_foreign_tars_are_never_opened(
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     with pytest.raises(ClipwrightError) as caught:
-        index(IndexConfig(data=str(tars)), quiet=True)
+        index(ForeignIndexConfig(data=str(tars)), quiet=True)
     assert caught.value.code == "E_PREP_EMPTY" and f"E_PAIR_IMAGE {len(members)}" in caught.value.found
     assert ".pkl" in caught.value.found and not canary.exists()
 

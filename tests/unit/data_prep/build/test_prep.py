@@ -43,7 +43,7 @@ def files(out: Path) -> dict[str, str]:
 
 @pytest.fixture
 def mixed(write_table: Write, picture: Picture) -> Path:
-    """30 rows: good ones of several formats, one twin pair, one truncated, one without caption."""
+    """30 rows in several formats: one pair of duplicates, one truncated, one without caption."""
     formats = ["JPEG", "PNG", "WEBP", "TIFF", "GIF"]
     images = [picture(i, format=formats[i % 5]) for i in range(30)]
     images[20] = images[3]
@@ -53,7 +53,7 @@ def mixed(write_table: Write, picture: Picture) -> Path:
     return write_table(images, captions, label=pa.array(range(30), pa.int16()), width=pa.array([1.5] * 30))
 
 
-def test_workers_and_row_groups_change_no_byte(mixed: Path, tmp_path: Path, run_prep: Run) -> None:
+def test_output_bytes_do_not_depend_on_workers(mixed: Path, tmp_path: Path, run_prep: Run) -> None:
     words = table_words(mixed, "images.resize=longest", "images.size=32", "shards.samples=4")
     for workers in (1, 2, 3):
         run_prep(tmp_path / f"out{workers}", *words, f"runtime.workers={workers}")
@@ -61,7 +61,7 @@ def test_workers_and_row_groups_change_no_byte(mixed: Path, tmp_path: Path, run_
     assert not [p.name for p in (tmp_path / "out2").rglob("*") if p.name.endswith(".partial") or ".prep" in str(p)]
 
 
-def test_tar_members_lie_where_the_sidecar_says(mixed: Path, tmp_path: Path, run_prep: Run) -> None:
+def test_sidecar_offsets_match_tar_members(mixed: Path, tmp_path: Path, run_prep: Run) -> None:
     manifest = run_prep(tmp_path / "out", *table_words(mixed, "shards.samples=8")).manifest
     assert (manifest["rows_in"], manifest["written"], manifest["merged"], manifest["rejected"]) == (30, 27, 1, 2)
     assert manifest["rejects"] == {"E_CAP_EMPTY": 1, "E_IMG_TRUNCATED": 1}
@@ -96,7 +96,7 @@ def test_tar_members_lie_where_the_sidecar_says(mixed: Path, tmp_path: Path, run
     assert fingerprint.hexdigest() == manifest["fingerprint"]
 
 
-def test_user_columns_stay_typed_and_beside_ours(mixed: Path, tmp_path: Path, run_prep: Run) -> None:
+def test_user_columns_keep_their_types_and_are_renamed_on_conflict(mixed: Path, tmp_path: Path, run_prep: Run) -> None:
     manifest = run_prep(tmp_path / "out", *table_words(mixed)).manifest
     schema = pq.read_schema(tmp_path / "out" / manifest["shards"][0]["sidecar"])
     assert schema.field("label").type == pa.int16() and schema.field("input_width").type == pa.float64()
@@ -104,7 +104,7 @@ def test_user_columns_stay_typed_and_beside_ours(mixed: Path, tmp_path: Path, ru
     assert sidecar(tmp_path / "out")[0]["source"] == "pairs.parquet#0"
 
 
-def test_webdataset_reads_the_same(mixed: Path, tmp_path: Path, run_prep: Run) -> None:
+def test_webdataset_reads_the_same_samples(mixed: Path, tmp_path: Path, run_prep: Run) -> None:
     import webdataset
 
     out = tmp_path / "out"
@@ -121,7 +121,7 @@ def test_webdataset_reads_the_same(mixed: Path, tmp_path: Path, run_prep: Run) -
             assert (np.asarray(shown) == pixels.decode(file.read(row["size"]))).all()
 
 
-def test_small_files_pass_byte_for_byte_and_others_are_encoded(
+def test_unchanged_images_are_copied_and_others_encoded(
     write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run
 ) -> None:
     exif = Image.Exif()
@@ -148,14 +148,14 @@ def test_small_files_pass_byte_for_byte_and_others_are_encoded(
         assert stored.format == "JPEG" and not dict(stored.getexif())
 
 
-TWINS = [(0, ["b", "a"]), (1, ["c"]), (0, ["a", "d"]), (2, ["e"]), (0, ["f"]), (2, ["e"])]
+DUPLICATES = [(0, ["b", "a"]), (1, ["c"]), (0, ["a", "d"]), (2, ["e"]), (0, ["f"]), (2, ["e"])]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_merge_takes_all_captions(
+def test_merge_collects_captions_of_duplicates(
     write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run, workers: int
 ) -> None:
-    path = write_table([picture(i) for i, _ in TWINS], [c for _, c in TWINS], label=pa.array(range(6)))
+    path = write_table([picture(i) for i, _ in DUPLICATES], [c for _, c in DUPLICATES], label=pa.array(range(6)))
     words = table_words(path, "shards.samples=2", f"runtime.workers={workers}")
     manifest = run_prep(tmp_path / "out", *words).manifest
     assert (manifest["written"], manifest["merged"], manifest["rejected"], manifest["rejects"]) == (3, 3, 0, {})
@@ -175,16 +175,16 @@ def test_merge_takes_all_captions(
     assert json.loads(lost[0]["record"]) == {"captions": ["a", "d"], "source_key": None, "columns": {"label": 2}}
 
 
-def test_first_keeps_its_own_captions(write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run) -> None:
-    path = write_table([picture(i) for i, _ in TWINS], [c for _, c in TWINS])
+def test_first_keeps_only_its_own_captions(write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run) -> None:
+    path = write_table([picture(i) for i, _ in DUPLICATES], [c for _, c in DUPLICATES])
     manifest = run_prep(tmp_path / "out", *table_words(path, "duplicates=first")).manifest
     assert (manifest["written"], manifest["merged"], manifest["rejected"]) == (3, 0, 3)
     assert manifest["rejects"] == {"duplicate": 3}
     assert [r["captions"] for r in sidecar(tmp_path / "out")] == [["b", "a"], ["c"], ["e"]]
 
 
-def test_keep_numbers_the_copies(write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run) -> None:
-    path = write_table([picture(i) for i, _ in TWINS], [c for _, c in TWINS])
+def test_keep_numbers_duplicate_keys(write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run) -> None:
+    path = write_table([picture(i) for i, _ in DUPLICATES], [c for _, c in DUPLICATES])
     manifest = run_prep(tmp_path / "out", *table_words(path, "duplicates=keep", "shards.samples=4")).manifest
     assert (manifest["written"], manifest["rejected"]) == (6, 0)
     keys = [r["key"] for r in sidecar(tmp_path / "out")]
@@ -192,11 +192,11 @@ def test_keep_numbers_the_copies(write_table: Write, picture: Picture, tmp_path:
     assert keys[0] == keys[2][:32] == keys[4][:32]
 
 
-def test_twins_of_a_refused_sample_are_refused_alike(
+def test_duplicates_of_a_rejected_row_are_rejected_with_its_code(
     write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run
 ) -> None:
-    broken, bare, rescued = picture(0)[:150], picture(1), picture(2)
-    images = [broken, bare, broken, bare, rescued, rescued, picture(3), b"", b""]
+    corrupt, bare, rescued = picture(0)[:150], picture(1), picture(2)
+    images = [corrupt, bare, corrupt, bare, rescued, rescued, picture(3), b"", b""]
     captions = [["a"], [""], ["b"], ["   "], [""], ["late"], ["good"], ["x"], ["y"]]
     run_prep(tmp_path / "merge", *table_words(write_table(images, captions)))
     reasons = {r["row"]: r["reason"] for r in rejects(tmp_path / "merge")}
@@ -215,7 +215,7 @@ def test_twins_of_a_refused_sample_are_refused_alike(
     assert reasons[4] == reasons[5] == "E_CAP_EMPTY" and reasons[2] == "E_IMG_TRUNCATED"
 
 
-def test_bad_captions_are_dropped_and_the_row_kept(
+def test_invalid_captions_are_dropped_and_the_row_is_kept(
     write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run
 ) -> None:
     texts = ["  two\n words ", "", "two words", "cafe\u0301", "x" * 9000, "a\x00b\u202e c", None]
@@ -226,7 +226,7 @@ def test_bad_captions_are_dropped_and_the_row_kept(
 
 
 def test_random_tables_conserve_rows(write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run) -> None:
-    """Every plan row stands once; counts add up; keys are unique; a slow reference agree_to_stop on what is written."""
+    """Every plan row occurs once, counts add up, keys are unique, and a slow reference writes the same captions."""
     bad = [b"", b"<html>", picture(0)[:99]]
     for seed in range(12):
         draw = np.random.default_rng(seed)

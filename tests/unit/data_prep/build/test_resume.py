@@ -1,4 +1,4 @@
-"""Runs that stop: killed, interrupted, changed, repeated."""
+"""Resume: runs that were killed, interrupted, changed or repeated."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Run = Callable[..., Any]
 SCENES = ["prep", "scenes", "source.count=600", "source.image_size=32", "shards.samples=50"]
 FINAL = ("*.tar", "*.parquet", "manifest.json")
 
-# A source that waits at a row until a file is gone, so that a test can stop the run there; or dies at a row.
+# A source that waits at a row until a file is deleted, so that a test can stop the run there, or that dies at a row.
 SLOW = """
 import os, time
 from clipwright.data_prep.sources.base import SOURCES
-from clipwright.data_prep.sources.scenes import ScenesConfig, ScenesSource
+from clipwright.data_prep.sources.scenes.source import ScenesConfig, ScenesSource
 from clipwright.pipeline.core.registry import configclass
 
 @configclass
@@ -56,13 +56,19 @@ def content(out: Path) -> dict[str, bytes]:
 def slow(tmp_path: Path) -> list[str]:
     (tmp_path / "slow.py").write_text(SLOW)
     (tmp_path / "gate").touch()
-    words = ["plugins=[slow.py]", "source.name=slow", "source.gate=gate", "source.count=600", "source.image_size=32"]
-    return ["prep", *words, "shards.samples=50"]
+    arguments = [
+        "plugins=[slow.py]",
+        "source.name=slow",
+        "source.gate=gate",
+        "source.count=600",
+        "source.image_size=32",
+    ]
+    return ["prep", *arguments, "shards.samples=50"]
 
 
-def begin(folder: Path, words: list[str], *more: str) -> subprocess.Popen[str]:
-    """Starts a run and waits until it has finished six shards and stands at the gate."""
-    command = [sys.executable, "-m", "clipwright", *words, "-o", "out", *more]
+def begin(folder: Path, arguments: list[str], *more: str) -> subprocess.Popen[str]:
+    """Starts a run and waits until it has finished six shards and waits at the gate."""
+    command = [sys.executable, "-m", "clipwright", *arguments, "-o", "out", *more]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
     deadline = time.monotonic() + 90
@@ -73,20 +79,20 @@ def begin(folder: Path, words: list[str], *more: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_run_goes_on_and_redoes_no_finished_shard(
+def test_killed_run_resumes_without_rewriting_finished_shards(
     tmp_path: Path, cli: Any, slow: list[str], workers: int
 ) -> None:
     process = begin(tmp_path, slow, f"runtime.workers={workers}")
     time.sleep(0.3)
     process.kill()
-    process.communicate(timeout=30)  # its pipes close when the last of its workers has ended
+    process.communicate(timeout=30)  # the pipes close when the last worker has exited
     out = tmp_path / "out"
     done = sorted(out.glob("*-000*.tar"))
     before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in done}
     assert 6 <= len(before) < 12 and not (out / "manifest.json").exists()
     (tmp_path / "gate").unlink()
     if workers == 2:
-        # The workers of a killed run end with it; one that did not would go on writing now that the gate is open.
+        # The workers of a killed run exit with it. One that did not would continue to write now that the gate is open.
         time.sleep(0.5)
         assert sorted(out.glob("*-000*.tar")) == done
     cli(*slow, "-o", "out", "runtime.workers=1")
@@ -98,36 +104,36 @@ def test_a_killed_run_goes_on_and_redoes_no_finished_shard(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85)])
-def test_a_signal_lets_running_shards_finish(tmp_path: Path, cli: Any, slow: list[str], number: int, code: int) -> None:
+def test_signal_lets_running_shards_finish(tmp_path: Path, cli: Any, slow: list[str], number: int, code: int) -> None:
     process = begin(tmp_path, slow, "runtime.workers=2")
-    os.killpg(process.pid, number)  # as a terminal and launchers do: workers get it too
+    os.killpg(process.pid, number)  # like a terminal or a launcher: workers receive it too
     time.sleep(0.5)
     (tmp_path / "gate").unlink()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code and "run the same command again" in errors and "Traceback" not in errors
     out = tmp_path / "out"
-    # The shard that stood at the gate is whole, and the run did not go on to the end.
+    # The shard that waited at the gate is complete, and the run did not continue to the end.
     names = {path.name for path in out.glob("*.tar")}
     assert "data-000006.tar" in names and len(names) < 12 and not (out / "manifest.json").exists()
     assert json.loads((out / "status.json").read_text())["exit_code"] == code
     assert cli.json(*slow, "-o", "out")["written"] == 600
 
 
-def test_a_dead_worker_is_a_coded_error(tmp_path: Path, cli: Any, slow: list[str]) -> None:
+def test_dead_worker_is_reported_as_e_worker(tmp_path: Path, cli: Any, slow: list[str]) -> None:
     (tmp_path / "gate").unlink()
     error = cli.error(*slow, "source.dies_at=320", "runtime.workers=2", "-o", "out", code=1)
     assert error.startswith("error[E_WORKER]") and "workers" in error and "run the same command again" in error
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path, cli: Any) -> None:
+def test_finished_run_is_reported_and_changes_nothing(tmp_path: Path, cli: Any) -> None:
     cli(*SCENES, "-o", "out")
     before = content(tmp_path / "out")
     assert "finished before" in cli(*SCENES, "-o", "out", "runtime.workers=1").stdout
     assert content(tmp_path / "out") == before
 
 
-def test_another_config_is_refused_and_fresh_starts_over(tmp_path: Path, cli: Any) -> None:
+def test_changed_config_is_refused_and_fresh_starts_over(tmp_path: Path, cli: Any) -> None:
     cli(*SCENES, "-o", "out")
     before = content(tmp_path / "out")
     changed = [*SCENES, "images.quality=50", "shards.name=other"]
@@ -141,7 +147,7 @@ def test_another_config_is_refused_and_fresh_starts_over(tmp_path: Path, cli: An
     assert error.startswith("error[E_DATA_HASH]") and "other-000003.tar" in error and "--fresh" in error
 
 
-def test_an_unfinished_run_of_another_config_is_refused(tmp_path: Path, slow: list[str], cli: Any) -> None:
+def test_unfinished_run_of_another_config_is_refused(tmp_path: Path, slow: list[str], cli: Any) -> None:
     process = begin(tmp_path, slow, "runtime.workers=1")
     second = cli.error(*slow, "-o", "out", code=2)
     assert second.startswith("error[E_OUTPUT]") and "another run" in second
@@ -151,7 +157,7 @@ def test_an_unfinished_run_of_another_config_is_refused(tmp_path: Path, slow: li
     assert error.startswith("error[E_RESUME]") and "source.seed: 0 → 7" in error
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, cli: Any) -> None:
+def test_foreign_output_folder_is_refused_unchanged(tmp_path: Path, cli: Any) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years")
@@ -163,16 +169,16 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, cli: Any) -> N
     assert cli.error(*SCENES, "-o", "file", code=2).startswith("error[E_OUTPUT]")
 
 
-def test_an_image_that_changes_between_plan_and_shard_stops_the_run(tmp_path: Path, run_prep: Run) -> None:
+def test_image_changed_after_the_plan_stops_the_run(tmp_path: Path, run_prep: Run) -> None:
     from PIL import Image
 
     (tmp_path / "images").mkdir()
     for i in range(3):
         Image.new("RGB", (20, 20), (i * 80, 0, 0)).save(tmp_path / "images" / f"{i}.png")
     (tmp_path / "pairs.csv").write_text("image,caption\n" + "".join(f"images/{i}.png,text {i}\n" for i in range(3)))
-    words = ["source.name=table", f"source.path={tmp_path / 'pairs.csv'}"]
-    run_prep(tmp_path / "out", *words)
-    # As a run that stopped after its plan: the plan is there, no shard is.
+    arguments = ["source.name=table", f"source.path={tmp_path / 'pairs.csv'}"]
+    run_prep(tmp_path / "out", *arguments)
+    # Like a run that stopped after its plan: the plan exists, no shard does.
     out = tmp_path / "out"
     identity = json.loads((out / "manifest.json").read_text())["identity"]
     for path in (*out.glob("data-*"), out / "manifest.json"):
@@ -181,5 +187,5 @@ def test_an_image_that_changes_between_plan_and_shard_stops_the_run(tmp_path: Pa
     (out / ".prep" / "identity.json").write_text(json.dumps(identity))
     Image.new("RGB", (20, 20), (1, 2, 3)).save(tmp_path / "images" / "1.png")
     with pytest.raises(ClipwrightError) as caught:
-        run_prep(out, *words)
+        run_prep(out, *arguments)
     assert caught.value.code == "E_INPUT" and "images/1.png" in str(caught.value)

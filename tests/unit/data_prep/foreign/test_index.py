@@ -1,4 +1,4 @@
-"""`data index`: foreign tars become a dataset beside themselves; every malformed group is told, none is written."""
+"""`data index`: foreign tars become a dataset; every malformed group is rejected with its reason."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipwright.data_prep.build.pack import RuntimeConfig
+from clipwright.data_prep.build.engines import WorkerRuntime
 from clipwright.data_prep.build.shards import SIDECAR
 from clipwright.data_prep.foreign import groups
-from clipwright.data_prep.foreign.index import IndexConfig, index
+from clipwright.data_prep.foreign.index import ForeignIndexConfig, index
 from clipwright.data_prep.foreign.tars import HashingReader, TarError, members
 from clipwright.data_prep.inspect.stats import stats
 from clipwright.data_prep.inspect.verify import verify
@@ -67,7 +67,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def run(folder: Path, **options: Any) -> dict[str, Any]:
-    return index(IndexConfig(data=str(folder), **options), quiet=True).manifest
+    return index(ForeignIndexConfig(data=str(folder), **options), quiet=True).manifest
 
 
 def check_conservation(folder: Path) -> None:
@@ -78,7 +78,7 @@ def check_conservation(folder: Path) -> None:
 
 
 class Bomb:
-    """Unpickled, it would leave a file behind."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -89,7 +89,7 @@ class Bomb:
 
 @pytest.fixture
 def tars(tmp_path: Path, picture: Picture) -> Path:
-    """Two tars of 5 and 4 samples as img2dataset leaves them; the caption names the picture."""
+    """Two tars of 5 and 4 samples as img2dataset writes them. The caption contains the number of the image."""
     folder, number = tmp_path / "tars", 0
     for name, count in (("00000", 5), ("00001", 4)):
         entries: list[tuple[str, bytes]] = []
@@ -107,7 +107,7 @@ def tars(tmp_path: Path, picture: Picture) -> Path:
     return folder
 
 
-def test_tars_of_img2dataset_become_a_dataset(tars: Path, tmp_path: Path, cli: Any, picture: Picture) -> None:
+def test_index_img2dataset_tars(tars: Path, tmp_path: Path, cli: Any, picture: Picture) -> None:
     before = content(tars)
     result = cli.json("data", "index", "tars")
     assert (result["rows_in"], result["written"], result["rejected"], result["ignored"]) == (9, 9, 0, 0)
@@ -128,19 +128,19 @@ def test_tars_of_img2dataset_become_a_dataset(tars: Path, tmp_path: Path, cli: A
         tar = (tars / row["source"]).read_bytes()
         assert tar[row["offset"] : row["offset"] + row["size"]] == image
     check_conservation(tars)
-    # The commands that look at datasets, and the loader's reader, take the folder.
+    # The inspection commands and the dataset reader accept the folder.
     assert stats(tars, quiet=True)["samples"] == 9
     shown = view(ViewConfig(data=str(tars)), tmp_path / "page", quiet=True)
     assert shown["kept"] == 9
     data = Dataset(tars)
     assert data.samples == 9 and data.image(1, 3) == picture(8)
-    # The same again does nothing; elsewhere, under other workers, it gives the same bytes.
-    assert index(IndexConfig(data=str(tars)), quiet=True).already
+    # A second run does nothing. Elsewhere, with more workers, the bytes are the same.
+    assert index(ForeignIndexConfig(data=str(tars)), quiet=True).already
     other = tmp_path / "elsewhere"
     other.mkdir()
     for tar in tars.glob("*.tar"):
         shutil.copy(tar, other)
-    run(other, runtime=RuntimeConfig(workers=2))
+    run(other, runtime=WorkerRuntime(workers=2))
     assert content(other).items() <= after.items()
 
 
@@ -160,7 +160,7 @@ def test_json_members_become_typed_columns(tmp_path: Path, picture: Picture) -> 
         entries[n] += [] if one is None else [(f"{n}.json", json.dumps(one).encode())]
     write_tar(tmp_path / "t" / "a.tar", [*itertools.chain(*entries[:3])])
     write_tar(tmp_path / "t" / "b.tar", [*itertools.chain(*entries[3:])])
-    run(tmp_path / "t", runtime=RuntimeConfig(workers=2))
+    run(tmp_path / "t", runtime=WorkerRuntime(workers=2))
     check_conservation(tmp_path / "t")
     schemas = [pq.read_schema(tmp_path / "t" / f"{name}.sidecar.parquet") for name in "ab"]
     assert schemas[0].equals(schemas[1])
@@ -179,7 +179,7 @@ def test_json_members_become_typed_columns(tmp_path: Path, picture: Picture) -> 
         "huge": ("string", [None, None, None, str(2**63), None, None, None]),
         "ids": ("list<element: double>", [None, None, None, [1.0, 2.5], None, None, None]),
         "more": ("string", [None, None, None, None, None, "only here", None]),
-        "part": ("string", [None, None, None, None, None, str(2**53 + 1), "0.5"]),  # no float64 holds both
+        "part": ("string", [None, None, None, None, None, str(2**53 + 1), "0.5"]),  # no float64 represents both
         "dates": ("list<element: string>", [None, None, None, None, None, None, ["2026", None, "7"]]),
     }
     assert types == {name: kind for name, (kind, _) in columns.items()}
@@ -188,7 +188,7 @@ def test_json_members_become_typed_columns(tmp_path: Path, picture: Picture) -> 
         assert [row[name] for row in rows] == values, name
     assert [row["captions"] for row in rows] == [[f"picture {n}"] for n in range(7)]
     assert Dataset(tmp_path / "t", negatives="tags").rows(0).negatives is not None
-    # A name for each sample: no table of so many columns.
+    # A different name in every sample: too many for columns.
     many = [[*pair(str(n), picture(n), "x"), (f"{n}.json", json.dumps({f"id{n}": n}).encode())] for n in range(300)]
     write_tar(tmp_path / "u" / "a.tar", [*itertools.chain(*many)])
     run(tmp_path / "u")
@@ -196,8 +196,8 @@ def test_json_members_become_typed_columns(tmp_path: Path, picture: Picture) -> 
     assert set(rows[0]) - {*SIDECAR.names} == {"json"} and rows[7]["json"] == '{"id7":7}'
 
 
-def test_a_cut_over_foreign_tars(tars: Path, tmp_path: Path) -> None:
-    """Sidecars of chosen rows in a folder of their own; the pixels stay where they are."""
+def test_dataset_reader_opens_cut_over_foreign_tars(tars: Path, tmp_path: Path) -> None:
+    """A cut has sidecars of selected rows in its own folder; the images stay in their tars."""
     whole, cut = run(tars), tmp_path / "cut"
     cut.mkdir()
     fingerprint, kept = DatasetFingerprint(), 0
@@ -225,7 +225,7 @@ def test_a_cut_over_foreign_tars(tars: Path, tmp_path: Path) -> None:
 
 
 def bad_groups(picture: Picture, canary: Path) -> dict[str, tuple[list[Any], str]]:
-    """Malformed groups and the reason each must be rejected for."""
+    """Malformed groups, each with the expected reason for its rejection."""
     image, text = picture(1000), b"a caption"
     return {
         "noimage": ([("noimage.txt", text)], "E_PAIR_IMAGE"),
@@ -257,9 +257,7 @@ def bad_groups(picture: Picture, canary: Path) -> dict[str, tuple[list[Any], str
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_malformed_groups_are_rejected_by_reason_and_emit_nothing(
-    tmp_path: Path, picture: Picture, format: int
-) -> None:
+def test_malformed_groups_are_rejected_with_their_reason(tmp_path: Path, picture: Picture, format: int) -> None:
     canary = tmp_path / "canary"
     bad = bad_groups(picture, canary)
     entries: list[Any] = []
@@ -277,7 +275,7 @@ def test_malformed_groups_are_rejected_by_reason_and_emit_nothing(
     assert not canary.exists() and not (tmp_path / "up.jpg").exists()
 
 
-def test_members_that_stand_apart_or_a_key_used_again(tmp_path: Path, picture: Picture) -> None:
+def test_split_groups_and_reused_keys_are_rejected(tmp_path: Path, picture: Picture) -> None:
     one, two, three, four = (picture(n) for n in range(4))
     entries = [
         *[("a.jpg", one), ("b.jpg", two), ("a.txt", b"of a"), ("b.txt", b"of b")],
@@ -289,13 +287,13 @@ def test_members_that_stand_apart_or_a_key_used_again(tmp_path: Path, picture: P
     assert [row["captions"] for row in sidecar_rows(tmp_path / "t")] == [["fine"], ["fine too"]]
     assert [row["reason"] for row in rejects(tmp_path / "t")] == ["E_PAIR_DUPLICATE"] * 6
     check_conservation(tmp_path / "t")
-    # In two tars the same key means two samples.
+    # The same key in two tars means two samples.
     write_tar(tmp_path / "u" / "a.tar", pair("0", one, "one"))
     write_tar(tmp_path / "u" / "b.tar", pair("0", two, "two"))
     assert run(tmp_path / "u")["written"] == 2
 
 
-def test_what_is_well_formed_though_unusual(tmp_path: Path, picture: Picture) -> None:
+def test_unusual_but_valid_tars_are_accepted(tmp_path: Path, picture: Picture) -> None:
     long = f"folder/{'n' * 150}/{'k' * 120}"
     entries = [
         info("nested", kind=tarfile.DIRTYPE),
@@ -310,7 +308,7 @@ def test_what_is_well_formed_though_unusual(tmp_path: Path, picture: Picture) ->
     ]
     for name, format in (("pax", tarfile.PAX_FORMAT), ("gnu", tarfile.GNU_FORMAT)):
         write_tar(tmp_path / name / "a.tar", entries, format)
-        done = index(IndexConfig(data=str(tmp_path / name)), quiet=True)
+        done = index(ForeignIndexConfig(data=str(tmp_path / name)), quiet=True)
         rows = sidecar_rows(tmp_path / name)
         assert done.ignored == 2 and not rejects(tmp_path / name)
         assert [row["source_key"] for row in rows] == ["nested/deep/x", "mask", long, "UP", "j", "l"]
@@ -318,10 +316,12 @@ def test_what_is_well_formed_though_unusual(tmp_path: Path, picture: Picture) ->
         check_conservation(tmp_path / name)
 
 
-def test_tars_that_are_cut_off_or_no_tars(tars: Path, tmp_path: Path, picture: Picture, cli: Any) -> None:
+def test_truncated_and_invalid_tars_keep_their_good_samples(
+    tars: Path, tmp_path: Path, picture: Picture, cli: Any
+) -> None:
     whole = (tars / "00000.tar").read_bytes()
     third = whole.index(b"000000002.txt")
-    end = -(-len(whole.rstrip(b"\0")) // 512) * 512  # of the last member
+    end = -(-len(whole.rstrip(b"\0")) // 512) * 512  # end of the last member
     cases = {
         "1-cut": (whole[: third + 520], "E_TAR_TRUNCATED", 2),
         "2-header": (whole[: third + 100], "E_TAR_TRUNCATED", 2),
@@ -345,7 +345,7 @@ def test_tars_that_are_cut_off_or_no_tars(tars: Path, tmp_path: Path, picture: P
     assert [path.name for path in (tmp_path / "none").iterdir()] == ["a.tar"]
 
 
-def test_hostile_headers_end_at_once_in_bounded_memory(tmp_path: Path) -> None:
+def test_hostile_headers_fail_fast_in_bounded_memory(tmp_path: Path) -> None:
     def read(data: bytes) -> TarError:
         with pytest.raises(TarError) as caught:
             list(members(HashingReader(io.BytesIO(data), len(data))))
@@ -369,7 +369,7 @@ def test_hostile_headers_end_at_once_in_bounded_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("duplicates", ["merge", "first", "keep"])
-def test_equal_images(tmp_path: Path, picture: Picture, duplicates: str) -> None:
+def test_duplicate_images_across_tars(tmp_path: Path, picture: Picture, duplicates: str) -> None:
     same = picture(0)
     write_tar(tmp_path / "t" / "a.tar", [*pair("a", same, "one"), *pair("b", picture(1), "other")])
     write_tar(tmp_path / "t" / "b.tar", [*pair("c", same, "two"), ("c.json", b'{"n": 3}'), *pair("d", same, "one")])
@@ -391,12 +391,12 @@ def test_equal_images(tmp_path: Path, picture: Picture, duplicates: str) -> None
     check_conservation(tmp_path / "t")
 
 
-def test_interrupted_it_leaves_nothing_under_a_final_name_and_goes_on(
+def test_interrupted_index_leaves_no_final_file_and_resumes(
     tars: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     shutil.copytree(tars, tmp_path / "clean")
     run(tmp_path / "clean")
-    before, real, read = content(tars), groups._Scan.read, []
+    before, real, read = content(tars), groups._TarScan.read, []
 
     def stop(self: Any, reader: Any) -> None:
         if self.tar == "00001.tar" and len(read) == 1:
@@ -405,16 +405,16 @@ def test_interrupted_it_leaves_nothing_under_a_final_name_and_goes_on(
         read.append(self.tar)
         real(self, reader)
 
-    monkeypatch.setattr(groups._Scan, "read", stop)
+    monkeypatch.setattr(groups._TarScan, "read", stop)
     with pytest.raises(KeyboardInterrupt):
-        run(tars, runtime=RuntimeConfig(workers=1))
+        run(tars, runtime=WorkerRuntime(workers=1))
     assert content(tars) == before
     run(tars)
     assert read == ["00000.tar", "interrupted", "00001.tar"]
     assert content(tars) == content(tmp_path / "clean") and not (tars / ".prep").exists()
 
 
-def test_folders_that_are_refused(tars: Path, tmp_path: Path, cli: Any, dataset: Path) -> None:
+def test_index_refuses_unsuitable_folders(tars: Path, tmp_path: Path, cli: Any, dataset: Path) -> None:
     def refused(folder: Path, **options: Any) -> str:
         with pytest.raises(ClipwrightError) as caught:
             run(folder, **options)
@@ -431,13 +431,13 @@ def test_folders_that_are_refused(tars: Path, tmp_path: Path, cli: Any, dataset:
     assert "E_RESUME" in refused(tars, duplicates="first")
     shutil.copy(tars / "00001.tar", tars / "00002.tar")
     assert "E_RESUME" in (line := refused(tars)) and "--fresh" in line
-    index(IndexConfig(data=str(tars), duplicates="first"), fresh=True, quiet=True)
+    index(ForeignIndexConfig(data=str(tars), duplicates="first"), fresh=True, quiet=True)
     assert [row["reason"] for row in rejects(tars)] == ["duplicate"] * 4
     (tars / "00001.tar").write_bytes(b"")
     assert "E_DATA_HASH" in refused(tars, duplicates="first")
 
 
-def test_verify_names_a_changed_image_and_a_wrong_key(tars: Path) -> None:
+def test_verify_reports_changed_image_in_foreign_tar(tars: Path) -> None:
     run(tars)
     row = sidecar_rows(tars)[6]
     tar = bytearray((tars / "00001.tar").read_bytes())

@@ -1,4 +1,4 @@
-"""JSON objects as typed columns: whatever they hold, nothing of it is lost or changed."""
+"""JSON objects as typed columns: every value is kept unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def value(draw: random.Random, depth: int = 0) -> Any:
 
 
 def held(cell: Any, value: Any, kind: str) -> bool:
-    """Whether a column's cell says what the JSON said."""
+    """Whether a cell of a column equals the value in the JSON."""
     if value is None:
         return cell is None
     if kind.startswith("list:"):
@@ -35,7 +35,7 @@ def held(cell: Any, value: Any, kind: str) -> bool:
     return cell == value and isinstance(cell, bool) == isinstance(value, bool)
 
 
-def test_no_value_is_lost() -> None:
+def test_columns_hold_every_json_value() -> None:
     seen: set[str] = set()
     for seed in range(1500):
         draw = random.Random(seed)
@@ -43,8 +43,8 @@ def test_no_value_is_lost() -> None:
             [{draw.choice(NAMES): value(draw) for _ in range(draw.randrange(5))} for _ in range(draw.randrange(4))]
             for _ in range(draw.randint(1, 3))
         ]
-        texts = [[json_columns.text_of(one) for one in part] for part in parts]
-        kinds, flat = json_columns.together(map(json_columns.kinds_of, texts)), sum(texts, [])  # noqa: RUF017
+        texts = [[json_columns.metadata_text(one) for one in part] for part in parts]
+        kinds, flat = json_columns.combine(map(json_columns.kinds_of, texts)), sum(texts, [])  # noqa: RUF017
         assert kinds is not None and kinds == json_columns.kinds_of(flat)
         seen |= set(kinds.values())
         schema, rows = json_columns.schema_of(kinds), [json_columns.row_of(text, kinds) for text in flat]
@@ -56,7 +56,7 @@ def test_no_value_is_lost() -> None:
     assert seen == one | {f"list:{kind}" for kind in one}
 
 
-def test_numbers_that_json_does_not_know_are_null() -> None:
+def test_non_finite_numbers_become_null() -> None:
     about = json_columns.parse(b'{"a": NaN, "b": -Infinity, "c": 1e999, "d": [1.5, Infinity], "caption": "x"}')
-    assert json_columns.text_of(about) == '{"a":null,"b":null,"c":null,"d":[1.5,null]}'
-    assert json_columns.text_of({"captions": ["x"]}) == ""
+    assert json_columns.metadata_text(about) == '{"a":null,"b":null,"c":null,"d":[1.5,null]}'
+    assert json_columns.metadata_text({"captions": ["x"]}) == ""

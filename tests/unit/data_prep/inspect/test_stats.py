@@ -1,4 +1,4 @@
-"""`data stats`: figures that were counted by hand."""
+"""`data stats`: statistics checked against manual counts."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from clipwright.data_prep.inspect.stats import script, stats
         ("12:30 — №5 🙂", "none"),
     ],
 )
-def test_scripts(text: str, wanted: str) -> None:
+def test_script_of_caption(text: str, wanted: str) -> None:
     assert script(text) == wanted
 
 
-def test_figures(dataset: Path) -> None:
+def test_statistics_match_manual_counts(dataset: Path) -> None:
     result = stats(dataset, quiet=True)
     assert (result["samples"], result["shards"], result["rows_in"], result["rejected"]) == (10, 3, 13, 2)
     # Widths 40, 48, … 136 without those of rows 5 (merged), 8 and 11 (rejected); all 48 high.
@@ -42,7 +42,7 @@ def test_figures(dataset: Path) -> None:
     assert result["aspect"]["max"] == round(136 / 48, 3)
     assert result["shortest_side_histogram"] == {"32-64": 10}
     assert sum(result["aspect_histogram"].values()) == 10 and result["aspect_histogram"]["1-1.01"] == 1
-    # 8 samples of two captions, one of them with a third by its twin; one of three, one of one.
+    # 8 samples of two captions, one of them with a third from its duplicate; one of three, one of one.
     assert result["captions"] == 7 * 2 + 3 + 3 + 1 and result["captions_per_image"]["max"] == 3
     assert result["caption_characters"]["max"] == 300 and result["caption_words"]["max"] == 3
     assert result["scripts"] == {"Latin": 19, "Hangul": 1, "Kana": 1}
@@ -52,14 +52,14 @@ def test_figures(dataset: Path) -> None:
     assert result["rejects"] == {"E_CAP_EMPTY": 1, "E_IMG_TRUNCATED": 1}
 
 
-def test_look_alikes_are_counted(tmp_path: Path, write_table: Any, run_prep: Any, picture: Any) -> None:
+def test_near_duplicates_are_counted(tmp_path: Path, write_table: Any, run_prep: Any, picture: Any) -> None:
     pictures = [picture(0), picture(0, quality=95), picture(1), picture(2)]
     table = write_table(pictures, [[f"{i}"] for i in range(4)])
     run_prep(tmp_path / "out", "source.name=table", f"source.path={table}", "source.caption=captions")
     assert stats(tmp_path / "out", quiet=True)["duplicates"] == {"exact_merged": 0, "near_groups": 1, "near_images": 2}
 
 
-def test_the_command_prints_a_table_or_one_object(dataset: Path, tmp_path: Path, cli: Any) -> None:
+def test_command_prints_a_table_or_json(dataset: Path, tmp_path: Path, cli: Any) -> None:
     before = {path.name for path in dataset.iterdir()}
     text = cli("data", "stats", "data", "-o", "report").stdout
     for words in ("10 samples in 3 shards", "characters", "Hangul", "E_IMG_TRUNCATED", "8 × a red circle"):

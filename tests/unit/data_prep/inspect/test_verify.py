@@ -1,4 +1,4 @@
-"""`data verify`: a sound folder passes and stays as it was; every kind of damage is named."""
+"""`data verify`: an intact folder passes unchanged, and every kind of corruption is reported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipwright.data_prep.inspect.verify import refuse, verify
+from clipwright.data_prep.inspect.verify import require_ok, verify
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import file_sha256
 
@@ -32,7 +32,7 @@ def flip(path: Path, place: int) -> None:
 
 
 def restate(dataset: Path, **changes: Any) -> None:
-    """Makes the manifest agree with changed files, or differ in `changes`, as a wrong tool might leave it."""
+    """Updates the manifest to match changed files, and sets `changes` in it, as a faulty tool might."""
     path = dataset / "manifest.json"
     manifest = json.loads(path.read_text())
     for shard in manifest["shards"]:
@@ -48,7 +48,7 @@ def found(dataset: Path, code: str = "E_DATA_HASH") -> list[dict[str, Any]]:
     result = verify(dataset, quiet=True)
     assert not result["ok"]
     with pytest.raises(ClipwrightError) as caught:
-        refuse(result)
+        require_ok(result)
     assert caught.value.code == code and caught.value.exit_code == 3
     return result["faults"]
 
@@ -59,7 +59,7 @@ def member(dataset: Path, shard: int, name: str) -> tarfile.TarInfo:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_sound_folder_passes_and_is_left_as_it_was(
+def test_intact_dataset_passes_and_is_unchanged(
     dataset: Path, tmp_path: Path, cli: Any, run_prep: Callable[..., Any], workers: int
 ) -> None:
     words = ("source.name=table", f"source.path={tmp_path / 'pairs.parquet'}", "source.caption=captions")
@@ -71,7 +71,7 @@ def test_a_sound_folder_passes_and_is_left_as_it_was(
     assert result["bytes"] == sum(path.stat().st_size for path in (tmp_path / "other").glob("*.tar"))
 
 
-def test_a_flipped_byte_is_named_by_shard_key_and_offset(dataset: Path, cli: Any) -> None:
+def test_flipped_byte_is_reported_with_shard_key_and_offset(dataset: Path, cli: Any) -> None:
     row = rows_of(dataset, 1)[2]
     flip(dataset / "data-000001.tar", row["offset"] + 60)
     flip(dataset / "data-000002.tar", 512 + 60)
@@ -80,7 +80,7 @@ def test_a_flipped_byte_is_named_by_shard_key_and_offset(dataset: Path, cli: Any
     result, error = json.loads(done.stdout), done.stderr.strip().splitlines()[-1]
     assert error.startswith("error[E_DATA_HASH]") and "data-000001.tar" in error and "2 of 3 shards" in error
     assert row["key"] in error and f"offset {row['offset']}" in error and "--fresh" in error
-    # All shards are checked before it ends.
+    # The command checks all shards before it fails.
     assert [fault["file"] for fault in result["faults"]] == ["data-000001.tar", "data-000002.tar"]
     assert result["faults"][0]["key"] == row["key"] and result["faults"][0]["offset"] == row["offset"]
     assert (result["shards_ok"], result["shards_bad"]) == (1, 2)
@@ -91,32 +91,34 @@ def test_a_flipped_byte_is_named_by_shard_key_and_offset(dataset: Path, cli: Any
     )
 
 
-def test_a_truncated_tar(dataset: Path, cli: Any) -> None:
+def test_truncated_and_missing_tars_are_reported(dataset: Path, cli: Any) -> None:
     tar, row = dataset / "data-000001.tar", rows_of(dataset, 1)[2]
     tar.write_bytes(tar.read_bytes()[: row["offset"] + 100])
     error = cli.error("data", "verify", "data", code=3)
     assert "E_DATA_HASH" in error and "data-000001.tar" in error and row["key"] in error and "the file ends" in error
     tar.unlink()
-    assert [(fault["file"], fault["found"]) for fault in found(dataset)] == [("data-000001.tar", "the file is missing")]
+    assert [(fault["file"], fault["problem"]) for fault in found(dataset)] == [
+        ("data-000001.tar", "the file is missing")
+    ]
 
 
-def test_headers_and_padding_are_checked_too(dataset: Path) -> None:
+def test_headers_and_padding_are_checked(dataset: Path) -> None:
     tar = dataset / "data-000000.tar"
     whole, row = tar.read_bytes(), rows_of(dataset, 0)[1]
     flip(tar, len(whole) - 1)
-    assert "headers or padding" in found(dataset)[0]["found"]
+    assert "headers or padding" in found(dataset)[0]["problem"]
     tar.write_bytes(whole)
     flip(tar, row["offset"] - 512 + 3)
     (fault,) = found(dataset)
-    assert fault["key"] == row["key"] and fault["offset"] == row["offset"] - 512 and "header" in fault["found"]
+    assert fault["key"] == row["key"] and fault["offset"] == row["offset"] - 512 and "header" in fault["problem"]
     tar.write_bytes(whole + b"more")
-    assert "the manifest says" in found(dataset)[0]["found"]
+    assert "the manifest has" in found(dataset)[0]["problem"]
 
 
-@pytest.mark.parametrize("damage", ["missing", "flipped"])
-def test_a_bad_sidecar(dataset: Path, cli: Any, damage: str) -> None:
+@pytest.mark.parametrize("corruption", ["missing", "flipped"])
+def test_bad_sidecar_is_reported(dataset: Path, cli: Any, corruption: str) -> None:
     sidecar = dataset / "data-000002.parquet"
-    if damage == "missing":
+    if corruption == "missing":
         sidecar.unlink()
     else:
         flip(sidecar, 300)
@@ -126,7 +128,7 @@ def test_a_bad_sidecar(dataset: Path, cli: Any, damage: str) -> None:
 
 
 @pytest.mark.parametrize("extension", ["txt", "json"])
-def test_a_changed_caption_is_found_even_where_the_hashes_agree(dataset: Path, extension: str) -> None:
+def test_changed_caption_is_reported_even_if_hashes_match(dataset: Path, extension: str) -> None:
     key = rows_of(dataset, 0)[0]["key"]
     info = member(dataset, 0, f"{key}.{extension}")
     tar = dataset / "data-000000.tar"
@@ -136,33 +138,35 @@ def test_a_changed_caption_is_found_even_where_the_hashes_agree(dataset: Path, e
     restate(dataset)
     (fault,) = found(dataset)
     assert (fault["file"], fault["key"], fault["offset"]) == ("data-000000.tar", key, info.offset_data)
-    assert ("first caption" if extension == "txt" else "captions differ") in fault["found"]
+    assert ("first caption" if extension == "txt" else "captions differ") in fault["problem"]
 
 
-def test_rows_that_are_lost_or_stand_twice(dataset: Path) -> None:
+def test_missing_and_duplicate_plan_rows_are_reported(dataset: Path) -> None:
     rejects = pq.read_table(dataset / "rejects.parquet")
     pq.write_table(rejects.slice(1), dataset / "rejects.parquet")
     assert [fault["file"] for fault in found(dataset)] == ["rejects.parquet"]
     (dataset / "rejects.parquet").write_bytes(b"no table")
     restate(dataset)
-    assert ["rejects.parquet: it cannot be read" in fault["text"] for fault in found(dataset)] == [True]
+    assert ["rejects.parquet: the file cannot be read" in fault["text"] for fault in found(dataset)] == [True]
     pq.write_table(rejects.slice(1), dataset / "rejects.parquet")
     restate(dataset)
     text = " ".join(fault["text"] for fault in found(dataset, "E_MANIFEST"))
-    assert "rows_in is 13, the files say 12" in text and "exactly once" in text
+    assert "rows_in is 13, but the files have 12" in text and "exactly once" in text
     pq.write_table(pa.concat_tables([rejects.slice(0, 1), rejects.slice(0, 2)]), dataset / "rejects.parquet")
     restate(dataset)
     assert "exactly once" in " ".join(fault["text"] for fault in found(dataset, "E_MANIFEST"))
 
 
-def test_a_wrong_fingerprint_and_a_changed_plan(dataset: Path) -> None:
+def test_wrong_totals_and_changed_plan_are_reported(dataset: Path) -> None:
     fingerprint = json.loads((dataset / "manifest.json").read_text())["fingerprint"]
     restate(dataset, fingerprint="0" * 64)
     (fault,) = found(dataset, "E_MANIFEST")
-    assert fault["file"] == "manifest.json" and fingerprint in fault["found"]
+    assert fault["file"] == "manifest.json" and fingerprint in fault["problem"]
     captions = json.loads((dataset / "manifest.json").read_text())["captions"]
     restate(dataset, fingerprint=fingerprint, captions=1)
-    assert [fault["found"] for fault in found(dataset, "E_MANIFEST")] == [f"captions is 1, the files say {captions}"]
+    assert [fault["problem"] for fault in found(dataset, "E_MANIFEST")] == [
+        f"captions is 1, but the files have {captions}"
+    ]
     restate(dataset, captions=captions)
     restate(dataset, fingerprint=fingerprint)
     assert verify(dataset, quiet=True)["ok"]
@@ -185,7 +189,7 @@ def test_a_wrong_fingerprint_and_a_changed_plan(dataset: Path) -> None:
         ("view", "no folder", "E_INPUT", "check the path"),
     ],
 )
-def test_a_folder_that_is_no_dataset(
+def test_commands_refuse_a_folder_that_is_not_a_dataset(
     tmp_path: Path, cli: Any, verb: str, manifest: str | None, code: str, words: str
 ) -> None:
     if manifest != "no folder":

@@ -1,4 +1,4 @@
-"""`data view`: what the page shows, that captions stay text, and what happens when the source has gone."""
+"""`data view`: the content of the page, escaping of captions, and a missing or changed source."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def pictures(text: str) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(d))) for d in re.findall(r"data:image/jpeg;base64,([^\"]+)", text)]
 
 
-def test_the_page_shows_rows_kept_and_rejected_pairs(dataset: Path, tmp_path: Path) -> None:
+def test_page_shows_counts_kept_and_rejected_pairs(dataset: Path, tmp_path: Path) -> None:
     text, result = page(dataset, tmp_path / "pages")
     assert (result["kept"], result["rejected"], result["problem"]) == (10, 2, "")
     for number, words in ((13, "rows in"), (10, "written"), (1, "merged"), (2, "rejected")):
         assert f"<b>{number}</b> {words}" in text
-    assert "E_<wbr>IMG_<wbr>TRUNCATED" in text and "it does not decode" in text
+    assert "E_<wbr>IMG_<wbr>TRUNCATED" in text and "the image cannot be decoded" in text
     assert rejects(dataset)["E_IMG_TRUNCATED"] in text and rejects(dataset)["E_CAP_EMPTY"] in text
     assert "빨간 원" in text and "猫とねこ" in text and "W" * 200 in text and "W" * 300 not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;b&gt;bold&lt;/b&gt;" in text and "<script" not in text
-    # Ten kept ones and the one that was rejected for its caption, all small.
+    # Ten kept images and the one rejected for its caption, all small.
     assert len(pictures(text)) == 11 and all(max(image.size) <= 160 for image in pictures(text))
     assert [path.name for path in (tmp_path / "pages").iterdir()] == ["view.html"]
 
 
-def test_the_draw_is_spread_and_seeded(dataset: Path, tmp_path: Path) -> None:
+def test_kept_pairs_are_spread_and_seeded(dataset: Path, tmp_path: Path) -> None:
     drawn = [page(dataset, tmp_path / f"{i}", kept=3, rejected=1, seed=seed)[0] for i, seed in enumerate((1, 1, 2))]
     assert drawn[0] == drawn[1] != drawn[2]
     sources = [int(n) for n in re.findall(r"pairs.parquet#(\d+) · [0-9a-f]{12}", drawn[0])]
@@ -55,7 +55,7 @@ def test_the_draw_is_spread_and_seeded(dataset: Path, tmp_path: Path) -> None:
     assert (result["kept"], result["rejected"]) == (0, 0) and not pictures(none)
 
 
-def test_a_source_that_moved_or_changed_is_said_and_nothing_stops(
+def test_missing_or_changed_source_is_reported_on_the_page(
     dataset: Path, tmp_path: Path, write_table: Callable[..., Path], picture: Picture
 ) -> None:
     write_table([picture(i) for i in range(100, 112)], [["other"]] * 12, n=list(range(12)))
@@ -63,29 +63,29 @@ def test_a_source_that_moved_or_changed_is_said_and_nothing_stops(
     assert result["problem"] == "" and "the source has changed" in text and len(pictures(text)) == 10
     (tmp_path / "pairs.parquet").unlink()
     text, result = page(dataset, tmp_path / "moved")
-    assert "The source cannot be read again" in text and "no input file" in result["problem"]
+    assert "The source cannot be read again" in text and "the input file does not exist" in result["problem"]
     assert "E_<wbr>CAP_<wbr>EMPTY" in text and "nothing but white space" in text and len(pictures(text)) == 10
     (dataset / "config.yaml").unlink()
     assert "cannot be read again" in page(dataset, tmp_path / "bare")[1]["problem"]
 
 
-def test_a_plugin_that_a_dataset_names_is_not_run(dataset: Path, tmp_path: Path) -> None:
+def test_plugin_named_by_a_dataset_is_not_run(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     config = dataset / "config.yaml"
     config.write_text(config.read_text() + f"plugins: [{tmp_path / 'evil.py'}]\n")
     assert "plugin" in page(dataset, tmp_path / "pages")[1]["problem"] and not (tmp_path / "ran").exists()
 
 
-def test_a_changed_picture_is_not_shown(dataset: Path, tmp_path: Path) -> None:
+def test_changed_image_is_not_shown(dataset: Path, tmp_path: Path) -> None:
     tar = dataset / "data-000002.tar"
     tar.write_bytes(tar.read_bytes()[:600])
     text, _ = page(dataset, tmp_path / "pages")
-    assert text.count("have changed: run clipwright data verify") == 3 and len(pictures(text)) == 8
+    assert text.count("has changed; run clipwright data verify") == 3 and len(pictures(text)) == 8
     tar.unlink()
     assert "No such file" in page(dataset, tmp_path / "pages")[0]
 
 
-def test_the_command_finds_the_source_from_where_it_was_prepared(
+def test_command_resolves_source_relative_to_the_prep_folder(
     dataset: Path, tmp_path: Path, cli: Any, picture: Picture
 ) -> None:
     (tmp_path / "images").mkdir()
@@ -102,7 +102,7 @@ def test_the_command_finds_the_source_from_where_it_was_prepared(
     assert len(pictures(text)) == 6 and "3.txt is not utf-8" in text and "source.encoding=" in text
 
 
-def test_a_folder_of_something_else_is_left_alone(dataset: Path, cli: Any) -> None:
+def test_foreign_output_folder_is_refused_unchanged(dataset: Path, cli: Any) -> None:
     before = {path.name: path.read_bytes() for path in dataset.iterdir()}
     error = cli.error("data", "view", "data", "-o", "data", code=2)
     assert error.startswith("error[E_OUTPUT]") and "data" in error and "name a new folder" in error
@@ -112,7 +112,7 @@ def test_a_folder_of_something_else_is_left_alone(dataset: Path, cli: Any) -> No
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_in_a_browser(dataset: Path, tmp_path: Path, look: Any, width: int) -> None:
+def test_page_in_a_browser(dataset: Path, tmp_path: Path, look: Any, width: int) -> None:
     page(dataset, tmp_path / "pages")
     seen = look(tmp_path / "pages" / "view.html", width)
     assert (seen.errors, seen.requests, seen.overflow) == ([], [], 0)

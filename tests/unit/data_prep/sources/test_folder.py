@@ -1,4 +1,4 @@
-"""The folder source: which files make a row, what their captions and columns are, and what is refused."""
+"""The folder source: which files form rows, their captions and columns, and what is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build(folder: Path, **fields: Any) -> Source:
 
 @pytest.fixture
 def images(tmp_path: Path, picture: Picture) -> Path:
-    """A folder with every kind of caption file, awkward names, links and files that are no pair."""
+    """A folder with every kind of caption file, unusual names, links, and files that are not part of a pair."""
     folder = tmp_path / "images"
     (folder / "b" / "deep").mkdir(parents=True)
     (folder / ".hidden").mkdir()
@@ -46,7 +46,7 @@ def images(tmp_path: Path, picture: Picture) -> Path:
     return folder
 
 
-def test_pairs_captions_and_columns(images: Path) -> None:
+def test_folder_reads_pairs_captions_and_columns(images: Path) -> None:
     source = build(images)
     source.scan(quiet=True)
     rows = list(source.read(range(source.count)))
@@ -64,11 +64,11 @@ def test_pairs_captions_and_columns(images: Path) -> None:
     }
     assert [row.columns.to_pylist()[0]["n"] for row in rows] == [1.0, 2.5, None, None]
     assert any("tags, odd" in note for note in source.notes)
-    assert "caption files without an image: 1, the first lone.txt" in source.notes
-    assert "linked folders that were not followed: 1, the first link" in source.notes
+    assert "caption files without an image: 1, the first is lone.txt" in source.notes
+    assert "linked folders that were not followed: 1, the first is link" in source.notes
 
 
-def test_another_key_and_another_encoding(tmp_path: Path, picture: Picture) -> None:
+def test_folder_with_custom_caption_key_and_encoding(tmp_path: Path, picture: Picture) -> None:
     (tmp_path / "a.jpg").write_bytes(picture(0))
     (tmp_path / "a.txt").write_bytes(KOREAN.encode("cp949"))
     (tmp_path / "b.jpg").write_bytes(picture(1))
@@ -77,7 +77,7 @@ def test_another_key_and_another_encoding(tmp_path: Path, picture: Picture) -> N
     assert [row.captions for row in rows] == [[KOREAN], [KOREAN]]
 
 
-def test_identity_is_names_and_content_and_not_the_place(images: Path, tmp_path: Path) -> None:
+def test_identity_depends_on_names_and_content_not_location(images: Path, tmp_path: Path) -> None:
     before = build(images).identity()
     moved = images.rename(tmp_path / "elsewhere")
     assert build(moved).identity() == before
@@ -94,7 +94,7 @@ def test_identity_is_names_and_content_and_not_the_place(images: Path, tmp_path:
         before = after
 
 
-def test_a_folder_gives_the_keys_of_the_table_it_came_from(
+def test_folder_and_table_give_the_same_keys(
     tmp_path: Path, write_table: Write, picture: Picture, run_prep: Run
 ) -> None:
     pictures = [picture(i) for i in range(12)]
@@ -127,7 +127,7 @@ def content(out: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir()) if p.name not in keep}
 
 
-def test_a_run_goes_on_after_a_stop(images: Path, tmp_path: Path, run_prep: Run, monkeypatch: Any) -> None:
+def test_folder_run_resumes_after_failure(images: Path, tmp_path: Path, run_prep: Run, monkeypatch: Any) -> None:
     from clipwright.data_prep.build import shards
 
     words = ("source.name=folder", f"source.path={images}", "shards.samples=1")
@@ -144,7 +144,7 @@ def test_a_run_goes_on_after_a_stop(images: Path, tmp_path: Path, run_prep: Run,
     assert content(tmp_path / "out") == content(tmp_path / "clean")
 
 
-def test_bad_rows_say_which_file_and_what_to_do(images: Path, tmp_path: Path, cli: Any, picture: Picture) -> None:
+def test_rejects_name_the_file_and_the_remedy(images: Path, tmp_path: Path, cli: Any, picture: Picture) -> None:
     os.mkfifo(images / "pipe.jpg")
     (tmp_path / "secret.jpg").write_bytes(picture(90))
     (tmp_path / "secret.txt").write_text("secret words")
@@ -192,9 +192,7 @@ def test_bad_rows_say_which_file_and_what_to_do(images: Path, tmp_path: Path, cl
     assert b"secret words" not in everything and str(tmp_path).encode() not in everything
 
 
-def test_a_text_file_that_cannot_be_read_is_counted_beside_json(
-    tmp_path: Path, picture: Picture, run_prep: Run
-) -> None:
+def test_unreadable_text_file_counts_as_dropped_caption(tmp_path: Path, picture: Picture, run_prep: Run) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.jpg").write_bytes(picture(0))
     (tmp_path / "images" / "a.txt").write_bytes(KOREAN.encode("cp949"))
@@ -203,14 +201,14 @@ def test_a_text_file_that_cannot_be_read_is_counted_beside_json(
     assert (manifest["written"], manifest["captions"], manifest["captions_dropped"]) == (1, 1, 1)
 
 
-def test_names_do_not_reach_the_terminal_as_control_characters(tmp_path: Path, picture: Picture) -> None:
+def test_notes_escape_control_characters_in_names(tmp_path: Path, picture: Picture) -> None:
     (tmp_path / "a.jpg").write_bytes(picture(0))
     (tmp_path / "a.txt").write_text("words")
     (tmp_path / "new\nline\x1b[2J.txt").write_text("of no image")
-    assert build(tmp_path).notes == ["caption files without an image: 1, the first new\\nline\\x1b[2J.txt"]
+    assert build(tmp_path).notes == ["caption files without an image: 1, the first is new\\nline\\x1b[2J.txt"]
 
 
-def test_a_twin_brings_the_caption_that_the_first_lacks(tmp_path: Path, picture: Picture, run_prep: Run) -> None:
+def test_duplicate_provides_the_missing_caption(tmp_path: Path, picture: Picture, run_prep: Run) -> None:
     (tmp_path / "images").mkdir()
     for name in ("a", "b"):
         (tmp_path / "images" / f"{name}.jpg").write_bytes(picture(0))
@@ -230,7 +228,7 @@ def test_a_twin_brings_the_caption_that_the_first_lacks(tmp_path: Path, picture:
         (["source.path=bare", "source.encoding=hex"], "E_CONFIG_VALUE", 2, "hex", "utf-8"),
     ],
 )
-def test_refused_folders(
+def test_prep_folder_refuses_invalid_input(
     tmp_path: Path, picture: Picture, cli: Any, words: list[str], code: str, exit_code: int, culprit: str, remedy: str
 ) -> None:
     (tmp_path / "file.csv").touch()
@@ -244,9 +242,7 @@ def test_refused_folders(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_image_that_changes_during_a_run_stops_it(
-    images: Path, tmp_path: Path, run_prep: Run, picture: Picture
-) -> None:
+def test_image_changed_during_a_run_stops_it(images: Path, tmp_path: Path, run_prep: Run, picture: Picture) -> None:
     from clipwright.data_prep.sources import folder
 
     scan = folder.FolderSource.scan

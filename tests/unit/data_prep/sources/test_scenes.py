@@ -1,4 +1,4 @@
-"""Rendered scenes: what is shown, what the captions say of it in each language, and that both keep their bytes."""
+"""Rendered scenes: images, captions in each language, and stable bytes of both."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rows(source: Source) -> list[Record]:
     return list(source.read(range(source.count)))
 
 
-def test_held_out_pairs_are_drawn_by_the_seed_and_never_trained_on() -> None:
+def test_held_out_pairs_depend_on_the_seed_and_are_never_trained_on() -> None:
     sets = {seed: held_out(seed) for seed in range(40)}
     assert len(set(sets.values())) == 40
     for pairs in sets.values():
@@ -57,7 +57,7 @@ def test_held_out_pairs_are_drawn_by_the_seed_and_never_trained_on() -> None:
     assert shown["all"] == shown["train"] | named
 
 
-def test_scene_captions_name_what_is_shown() -> None:
+def test_captions_describe_the_scene() -> None:
     source = build(count=800, image_size=16, combinations="all")
     words: Counter[str] = Counter()
     for record in source.read(range(source.count)):
@@ -74,7 +74,7 @@ def test_scene_captions_name_what_is_shown() -> None:
     assert len(words) == 9
 
 
-def test_scenes_are_lively_differ_by_seed_and_split_and_keep_their_bytes() -> None:
+def test_images_differ_by_seed_and_split_and_keep_their_bytes() -> None:
     pictures = [r.image for r in build(count=64).read(range(64))]
     keys = {pixels.pixel_key(image) for image in pictures if isinstance(image, np.ndarray)}
     assert len(keys) == 64
@@ -82,15 +82,15 @@ def test_scenes_are_lively_differ_by_seed_and_split_and_keep_their_bytes() -> No
         other = build(count=64, seed=seed, split=split)
         assert not keys & {pixels.pixel_key(r.image) for r in other.read(range(64)) if isinstance(r.image, np.ndarray)}
     flat = [np.mean(np.diff(image.astype(int), axis=1) == 0) for image in pictures if isinstance(image, np.ndarray)]
-    assert max(flat) < 0.6 and np.mean(flat) < 0.3  # no flat grounds
-    # The very pixels, on any machine: only exactly rounded operations make them.
+    assert max(flat) < 0.6 and np.mean(flat) < 0.3  # no flat backgrounds
+    # Exactly these pixels on every machine, because only exactly rounded operations compute them.
     first = pictures[0]
     assert isinstance(first, np.ndarray) and pixels.pixel_key(first) == "e9eb3785f252b846c428274bda9c5a91"
 
 
 @pytest.mark.parametrize("shape", range(len(ENGLISH.shapes)))
-def test_drawn_area_is_that_of_the_shape(shape: int) -> None:
-    """Coverage at 64 px against a mask drawn at 16 times the size: the distances are right and antialiased."""
+def test_drawn_area_matches_the_shape(shape: int) -> None:
+    """Compares coverage at 64 px with a mask drawn at 16 times the size: distances and antialiasing are right."""
     side, one = 64, np.ones(1, dtype=np.int64)
     centres = np.full((1, 3, 2), 0.5)
     axis = (np.arange(side * 16) + 0.5) / (side * 16)
@@ -121,18 +121,18 @@ def test_drawn_area_is_that_of_the_shape(shape: int) -> None:
         ("개", "개가", "개는"),
     ],
 )
-def test_particles_follow_the_last_sound(noun: str, subject: str, topic: str) -> None:
+def test_korean_particles_follow_the_last_sound(noun: str, subject: str, topic: str) -> None:
     assert noun + particle(noun, "이", "가") == subject
     assert noun + particle(noun, "은", "는") == topic
 
 
 def every(grammar: Grammar, scene: Scene) -> list[str]:
-    """All sentences of a grammar on a scene, in its order."""
+    """Returns all sentences of a grammar about a scene, in order."""
     templates = grammar.single if scene.count == 1 else grammar.several
     return [template.format_map(grammar.forms(grammar, scene)) for template in templates]
 
 
-def test_the_sentences_of_both_languages_side_by_side() -> None:
+def test_sentences_of_both_languages_correspond() -> None:
     star = Scene(colour=1, shape=3, size=1, count=1, place=2)
     assert list(zip(every(ENGLISH, star), every(KOREAN, star), strict=True)) == [
         ("an orange star", "주황 별"),
@@ -159,7 +159,7 @@ def test_the_sentences_of_both_languages_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("which", ["single", "several"])
-def test_each_sentence_tells_the_same_in_both_languages(which: str) -> None:
+def test_templates_of_both_languages_use_the_same_attributes(which: str) -> None:
     def told(template: str) -> set[str]:
         names = re.findall(r"{(\w+?)}", template)
         return {next(f for f in ("colour", "shape", "size", "number", "place") if f in name) for name in names}
@@ -167,7 +167,7 @@ def test_each_sentence_tells_the_same_in_both_languages(which: str) -> None:
     english, korean = getattr(ENGLISH, which), getattr(KOREAN, which)
     assert len(set(english)) == len(english) == len(korean) == len(set(korean))
     for ours, theirs in zip(english, korean, strict=True):
-        # English says a single one by `a`, `one` or `the`; Korean by nothing or by a counter.
+        # English marks a single object with `a`, `one` or `the`, Korean with nothing or with a counter.
         assert told(ours) - {"number"} == told(theirs) - {"number"}, (ours, theirs)
         assert which == "single" or "number" in told(ours) & told(theirs)
     for words in ("colours", "shapes", "sizes", "places"):
@@ -175,12 +175,12 @@ def test_each_sentence_tells_the_same_in_both_languages(which: str) -> None:
 
 
 def halves(record: Record) -> tuple[list[str], list[str]]:
-    """The English and the Korean captions of a row that has both."""
+    """Returns the English and the Korean captions of a row that has both."""
     texts = [str(text) for text in record.captions]
     return texts[: len(texts) // 2], texts[len(texts) // 2 :]
 
 
-def test_one_row_says_the_same_in_every_language() -> None:
+def test_rows_correspond_between_languages() -> None:
     english, korean, both = (rows(build(count=300, image_size=16, language=name)) for name in ("en", "ko", "both"))
     pairs = {text: other for record in both for text, other in zip(*halves(record), strict=True)}
     for one, other, two in zip(english, korean, both, strict=True):
@@ -201,12 +201,12 @@ def test_one_row_says_the_same_in_every_language() -> None:
 
 
 def looks(difficulty: str, count: int = 400) -> dict[str, float]:
-    """Of a set of pictures: the share that shows one object, how uneven their edges are, how much neighbours differ."""
+    """Measures images: fraction with a single object, unevenness of the edges, difference of neighboring pixels."""
     made = rows(build(count=count, combinations="all", difficulty=difficulty, image_size=64))
     images = np.stack([record.image for record in made if isinstance(record.image, np.ndarray)]).astype(float)
     told = [record.columns.to_pylist()[0] for record in made]
     single = np.array([row["count"] == 1 for row in told])
-    # Without objects and specks: the outermost pixels of each picture, which few of them reach.
+    # The outermost pixels of each image, which few objects and specks reach.
     edge = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], axis=1)
     return {
         "single": float(single.mean()),
@@ -215,7 +215,7 @@ def looks(difficulty: str, count: int = 400) -> dict[str, float]:
     }
 
 
-def test_difficulty_changes_what_is_seen() -> None:
+def test_difficulty_changes_object_count_background_and_noise() -> None:
     easy, normal, hard = (looks(name) for name in ("easy", "normal", "hard"))
     assert easy["single"] > 0.85 > normal["single"] > 0.6
     assert 4 * easy["busy"] < 2 * normal["busy"] < hard["busy"] * 1.5
@@ -223,8 +223,8 @@ def test_difficulty_changes_what_is_seen() -> None:
 
 
 @pytest.mark.parametrize("size", range(3))
-def test_objects_shrink_fade_and_turn_with_difficulty(size: int) -> None:
-    """One red square in the middle, on grounds of its own look: how much of the picture it takes, and its contrast."""
+def test_objects_shrink_fade_and_rotate_with_difficulty(size: int) -> None:
+    """Draws one red square in the middle and measures area, contrast and rotation under each difficulty."""
     side, batch = 96, 64
     one = np.ones(batch, dtype=np.int64)
     u = np.random.default_rng(0).random((batch, 36))
@@ -238,7 +238,7 @@ def test_objects_shrink_fade_and_turn_with_difficulty(size: int) -> None:
         inside = away > away[:, side // 2, side // 2][:, None, None] / 2
         areas[name] = inside.mean()
         contrasts[name] = away[:, side // 2, side // 2].mean()
-        # A square that is not turned fills its own box.
+        # A square that is not rotated fills its bounding box.
         boxes = [np.ptp(np.nonzero(mask)[0]) * np.ptp(np.nonzero(mask)[1]) / mask.sum() for mask in inside]
         turns[name] = np.mean(boxes)
     assert areas["easy"] > 1.1 * areas["normal"] > 1.8 * areas["hard"]
@@ -246,7 +246,7 @@ def test_objects_shrink_fade_and_turn_with_difficulty(size: int) -> None:
     assert turns["easy"] < turns["normal"] < turns["hard"]
 
 
-def test_specks_are_there_in_hard_pictures_only() -> None:
+def test_only_hard_images_have_specks() -> None:
     assert [drawing.LOOKS[name].specks for name in ("easy", "normal", "hard")] == [0, 0, 9]
     look, side = drawing.LOOKS["hard"], 64
     none = np.zeros(1, dtype=np.int64)
@@ -260,7 +260,7 @@ def test_specks_are_there_in_hard_pictures_only() -> None:
     changed = np.abs(with_specks - without).sum(axis=2) > 60
     assert changed[24:40].any() and not changed[:24].any() and not changed[40:].any()
     steps = np.diff(changed[side // 2].astype(int))
-    assert (steps == 1).sum() == 9  # nine of them, apart
+    assert (steps == 1).sum() == 9  # nine separate specks
 
 
 def test_every_difficulty_keeps_its_bytes() -> None:
@@ -274,14 +274,14 @@ def test_every_difficulty_keeps_its_bytes() -> None:
         "normal": "e9eb3785f252b846c428274bda9c5a91",
         "hard": "e2fa1c6e81fed1e0b0f93489f1d3c984",
     }
-    # At any size that the config allows, also where a speck's square is nearly the picture.
+    # At any size that the config allows, even if a speck's square is almost as large as the image.
     for side in (16, 17, 257):
         for record in build(count=40, difficulty="hard", image_size=side).read(range(40)):
             assert isinstance(record.image, np.ndarray) and record.image.shape == (side, side, 3)
 
 
-def test_korean_stays_korean_through_prep(tmp_path: Path, run_prep: Callable[..., Prepared]) -> None:
-    """In the tar's text and JSON, in the sidecar, and in labels made of its columns."""
+def test_prep_preserves_korean_text(tmp_path: Path, run_prep: Callable[..., Prepared]) -> None:
+    """Korean text is intact in the tar's text and JSON, in the sidecar, and in labels made from its columns."""
     run_prep(tmp_path / "out", "source.name=scenes", "source.count=30", "source.image_size=16", "source.language=ko")
     wanted = rows(build(count=30, image_size=16, language="ko"))
     (sidecar,) = (tmp_path / "out").glob("*-000000.parquet")
@@ -301,7 +301,7 @@ def test_korean_stays_korean_through_prep(tmp_path: Path, run_prep: Callable[...
             assert told["captions"] == row["captions"] and told["columns"]["shape"] == row["shape"]
 
 
-def test_korean_stays_korean_in_rejects(
+def test_rejects_preserve_korean_text(
     tmp_path: Path, run_prep: Callable[..., Prepared], write_table: Callable[..., Path], picture: Callable[..., bytes]
 ) -> None:
     images = [picture(0), picture(0), b"no image"]

@@ -1,4 +1,4 @@
-"""The sources: every one in the registry keeps the contract; table's formats."""
+"""The contract of every registered source, and the formats of the table source."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build(name: str, **fields: Any) -> Source:
     return SOURCES.build(SOURCES.preset(name, **fields))
 
 
-def told(record: Record) -> tuple[Any, ...]:
+def as_tuple(record: Record) -> tuple[Any, ...]:
     image = record.image.tobytes() if isinstance(record.image, np.ndarray) else record.image
     rest = (record.columns.to_pylist(), record.source, record.source_key, record.reject)
     return record.row, image, record.captions, *rest
@@ -32,7 +32,7 @@ def told(record: Record) -> tuple[Any, ...]:
 
 @pytest.fixture
 def sources(tmp_path: Path, write_table: Write, picture: Picture) -> dict[str, Source]:
-    """A small instance of every source of the registry: a new source adds its own line here."""
+    """A small instance of every registered source. A new source adds its own line here."""
     paths = [
         write_table([picture(i) for i in range(k, k + 20)], [[f"{i}"] for i in range(20)], f"{k}.parquet")
         for k in (0, 20)
@@ -52,19 +52,19 @@ def sources(tmp_path: Path, write_table: Write, picture: Picture) -> dict[str, S
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES.entries))
-def test_rows_are_the_same_in_any_order_and_any_process(sources: dict[str, Source], name: str) -> None:
+def test_rows_do_not_depend_on_order_or_process(sources: dict[str, Source], name: str) -> None:
     source = sources[name]
-    everything = [told(record) for record in source.read(range(source.count))]
+    everything = [as_tuple(record) for record in source.read(range(source.count))]
     assert [row[0] for row in everything] == list(range(source.count))
     again = pickle.loads(pickle.dumps(source))
     for rows in ([0], [3, 17, 18, 39], list(range(1, source.count, 7)), [source.count - 1], []):
-        assert [told(record) for record in again.read(rows)] == [everything[row] for row in rows]
+        assert [as_tuple(record) for record in again.read(rows)] == [everything[row] for row in rows]
     assert canonical_json(source.identity()) == canonical_json(again.identity())
     assert next(iter(source.read([0]))).columns.schema == source.columns
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
-def test_table_formats_say_the_same(tmp_path: Path, picture: Picture, suffix: str) -> None:
+def test_table_formats_give_the_same_records(tmp_path: Path, picture: Picture, suffix: str) -> None:
     (tmp_path / "a.jpg").write_bytes(picture(0))
     rows = [
         {"file": "a.jpg", "text": 'say "hi", twice', "n": 1, "split": "train"},
@@ -95,7 +95,7 @@ def test_table_formats_say_the_same(tmp_path: Path, picture: Picture, suffix: st
     assert found[0].image == picture(0) and found[0].source_key == "a.jpg"
 
 
-def test_templates_lists_structs_and_where(tmp_path: Path, picture: Picture) -> None:
+def test_table_templates_structs_and_where(tmp_path: Path, picture: Picture) -> None:
     table = pa.table(
         {
             "image": pa.array([{"bytes": picture(i), "path": f"{i}.jpg"} for i in range(4)]),
@@ -116,7 +116,7 @@ def test_templates_lists_structs_and_where(tmp_path: Path, picture: Picture) -> 
     assert caught.value.code == "E_CONFIG_VALUE" and "source.where.n" in str(caught.value)
 
 
-def test_identity_names_content_not_place(tmp_path: Path, write_table: Write, picture: Picture) -> None:
+def test_table_identity_depends_on_content_not_location(tmp_path: Path, write_table: Write, picture: Picture) -> None:
     path = write_table([picture(0)], [["x"]])
     first = build("table", path=str(path), caption="captions").identity()
     (tmp_path / "elsewhere").mkdir()
