@@ -1,4 +1,4 @@
-"""The front door: mounts each part's commands. The only file that imports all three parts."""
+"""The front door: mounts the commands of each part. The only file that imports all three parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clipwright.data_prep.cli import app as data_prep_app
 from clipwright.eval.cli import app as eval_app
 from clipwright.pipeline.cli import SCORE
 from clipwright.pipeline.cli import app as pipeline_app
-from clipwright.pipeline.core.command import COMMANDS, Call, Preempted, command, load_kind
+from clipwright.pipeline.core.command import COMMANDS, Call, Outcome, Preempted, command, load_kind, load_name
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.registry import configclass
@@ -26,151 +26,184 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Raw image-text pairs to shards, a trained two-tower model, scores, an index and search.",
-    epilog="Exit codes: 0 done · 1 failed or a gate missed · 2 config or command line · 3 input refused · "
+    epilog="Exit codes: 0 done · 1 failed, or a gate failed · 2 config or command line · 3 input refused · "
     "85 stopped by a signal with state saved · 130 Ctrl-C. Start with: clipwright demo",
 )
-for part in (data_prep_app, pipeline_app, eval_app):
-    app.registered_commands += part.registered_commands
-    for group in part.registered_groups:
+for part_app in (data_prep_app, pipeline_app, eval_app):
+    app.registered_commands += part_app.registered_commands
+    for group in part_app.registered_groups:
         same = next((known for known in app.registered_groups if known.name == group.name), None)
         if same is None or same.typer_instance is None or group.typer_instance is None:
             app.registered_groups.append(group)
-        else:  # a group of several parts
+        else:  # several parts have commands in this group
             same.typer_instance.registered_commands += group.typer_instance.registered_commands
 SCORE.append("clipwright.eval.benchmarks.retrieval:score")
-config_app = typer.Typer(no_args_is_help=True, help="Resolved configs and their JSON schema.")
+config_app = typer.Typer(no_args_is_help=True, help="Resolved configs, their JSON schema and their reference.")
 app.add_typer(config_app, name="config")
 
+# What `list` shows → MODULE:REGISTRY of each registry in it.
 REGISTRIES = {
-    "towers": "clipwright.pipeline.towers.base:IMAGE_TOWERS,TEXT_TOWERS",
-    "losses": "clipwright.pipeline.losses.base:LOSSES",
-    "tokenizers": "clipwright.pipeline.tokenizers.base:TOKENIZERS",
-    "sources": "clipwright.data_prep.sources.base:SOURCES",
-    "benchmarks": "clipwright.eval.benchmarks.base:BENCHMARKS",
-    "recipes": "clipwright.eval.search.recipes.base:RECIPES",
-    "formats": "clipwright.pipeline.interop.formats.base:FORMATS",
+    "towers": ("clipwright.pipeline.towers.base:IMAGE_TOWERS", "clipwright.pipeline.towers.base:TEXT_TOWERS"),
+    "losses": ("clipwright.pipeline.losses.base:LOSSES",),
+    "tokenizers": ("clipwright.pipeline.tokenizers.base:TOKENIZERS",),
+    "sources": ("clipwright.data_prep.sources.base:SOURCES",),
+    "benchmarks": ("clipwright.eval.benchmarks.base:BENCHMARKS",),
+    "recipes": ("clipwright.eval.search.recipes.base:RECIPES",),
+    "formats": ("clipwright.pipeline.interop.formats.base:FORMATS",),
 }
 
 
 @configclass
 class DemoConfig:
-    """`steps`: name → a command line of ours; `{demo}` stands for the output folder, `{seed}` for the seed."""
+    """The demo: its seed and its steps."""
 
     seed: int
+    """Seed of data, held-out combinations and training, `{seed}` in a step."""
     steps: dict[str, str]
+    """Step name → clipwright command line; `{demo}` is the output folder, `{seed}` the seed."""
 
 
-@command(app, "demo", kind="clipwright.cli:DemoConfig")
-def demo(call: Call) -> None:
-    """Run every stage on rendered pictures, on a CPU, in minutes; ends with a page that shows what came of it."""
+@command(
+    app,
+    "demo",
+    kind="clipwright.cli:DemoConfig",
+    flags=("-o", "--dry-run", "--fresh"),
+    default_out="demo",
+    examples=("clipwright demo", "clipwright demo --dry-run"),
+)
+def demo(call: Call) -> Outcome:
+    """Run every stage on rendered images, on a CPU, in minutes; ends with a report and a search."""
     import time
 
     from clipwright.pipeline.core.config import read_yaml
     from clipwright.pipeline.core.files import atomic_write, write_json
 
-    out = call.out = call.out or Path("demo")
+    out = call.output()
     resolved = call.load(base=read_yaml(Path(__file__).parent / "configs" / "demo.yaml"))
     config: DemoConfig = resolved.value
-    _not_anothers(out / "config.yaml")
+    _check_demo_folder(out / "config.yaml")
     report: dict[str, Any] = {}
     for number, (name, line) in enumerate(config.steps.items(), 1):
-        words = [word.format(demo=out, seed=config.seed) for word in shlex.split(line)]
-        call.say(f"{number}/{len(config.steps)} {name}: clipwright {shlex.join(words)}")
+        arguments = [argument.format(demo=out, seed=config.seed) for argument in shlex.split(line)]
+        call.say(f"{number}/{len(config.steps)} {name}: clipwright {shlex.join(arguments)}")
         if call.dry_run:
             continue
+        if call.quiet:
+            arguments.append("--quiet")
+        if call.fresh and COMMANDS[_verb(arguments)].supports("--fresh"):
+            arguments.append("--fresh")
         started = time.monotonic()
-        report[name] = _demo_step([*words, *(["--quiet"] if call.quiet else []), *(["--fresh"] if call.fresh else [])])
-        report[name]["seconds"] = round(time.monotonic() - started, 1)
-        if number == 1:  # which has refused a folder of another demo
+        exit_code, result = _run_step(arguments)
+        if exit_code:
+            return Outcome(exit_code=exit_code)  # the step has printed its error
+        report[name] = {**result, "seconds": round(time.monotonic() - started, 1)}
+        if number == 1:  # the first step refuses a folder of another demo
             atomic_write(out / "config.yaml", resolved.yaml())
     if call.dry_run:
-        return
+        return Outcome()
     report["seconds"] = round(sum(step["seconds"] for step in report.values()), 1)
     write_json(out / "report.json", report)
     zeroshot, search = report["zeroshot"], report["search"]
     text = (
-        f"zero-shot on {zeroshot['n']} new pictures: {zeroshot['top1']:.0%} right (chance {zeroshot['chance']:.0%}); "
-        f"shape {zeroshot['shape_top1']:.0%} (knowing only the colour: {zeroshot['shape_chance']:.0%})\n"
-        f"“{search['query']}”: {search['hits_right']} of the first {search['k']} hits are right; over all "
+        f"zero-shot on {zeroshot['n']} new images: {zeroshot['top1']:.0%} correct (chance {zeroshot['chance']:.0%}); "
+        f"shape {zeroshot['shape_top1']:.0%} (if only the color were known: {zeroshot['shape_chance']:.0%})\n"
+        f"“{search['query']}”: {search['hits_right']} of the first {search['k']} hits are correct; over all "
         f"{search['n']} queries {search['mean_precision_at_10']:.0%} (chance {search['chance']:.0%})\n"
-        f"a smoke test on toy pictures, not a useful model\npage {report['report']['page']}"
+        f"a smoke test on toy images, not a useful model\npage {report['report']['page']}"
     )
-    call.finish(report, text, then=f"clipwright search {out / 'index'} text='{search['query']}'")
+    return Outcome(report, text, next=f"clipwright search {out / 'index'} text='{search['query']}'")
 
 
-def _not_anothers(config: Path) -> None:
-    """Whoever writes `-o .` by mistake keeps the config that lies there."""
+def _check_demo_folder(config: Path) -> None:
+    """E_OUTPUT if the folder has the config of another command, which `-o .` would overwrite."""
     from clipwright.pipeline.core.config import read_yaml
 
     if config.exists() and "steps" not in read_yaml(config):
         raise ClipwrightError(
             "E_OUTPUT",
-            "an output folder that holds something else",
+            "the output folder holds something else",
             where=config,
-            found="a config of another command",
+            found="the config of another command",
             fix="name a new folder: -o DIR",
         )
 
 
-def _demo_step(words: list[str]) -> dict[str, Any]:
-    """One command line in a process of its own, as a user would run it; its result as JSON, without its lists."""
+def _verb(arguments: list[str]) -> str:
+    """The verb of a command line: its first argument, or its first two (`index build`)."""
+    two = " ".join(arguments[:2])
+    return two if two in COMMANDS else arguments[0]
+
+
+def _run_step(arguments: list[str]) -> tuple[int, dict[str, Any]]:
+    """Runs a command line in its own process, as a user would; returns exit code and JSON result without its lists."""
     import json
     import subprocess
 
-    child = subprocess.Popen([sys.executable, "-m", "clipwright", *words, "--json"], stdout=subprocess.PIPE, text=True)
+    command_line = [sys.executable, "-m", "clipwright", *arguments, "--json"]
+    child = subprocess.Popen(command_line, stdout=subprocess.PIPE, text=True)
     try:
         printed, _ = child.communicate()
     except (KeyboardInterrupt, Preempted) as stop:
         if isinstance(stop, Preempted):
-            child.terminate()  # Ctrl-C has reached the whole foreground group already
-        child.communicate()  # it saves what it has
+            child.terminate()  # Ctrl-C has already reached the complete foreground group
+        child.communicate()  # wait until it has saved its state
         raise
     if child.returncode:
-        raise typer.Exit(child.returncode)  # the step has said why
+        return child.returncode, {}
     result = json.loads(printed)
-    numbers = result[result["benchmark"]] if "benchmark" in result else result
-    return {name: value for name, value in numbers.items() if not isinstance(value, list)}
+    if "benchmark" in result:
+        result = result[result["benchmark"]]
+    return 0, {name: value for name, value in result.items() if not isinstance(value, list)}
 
 
 @configclass
 class ListConfig:
-    """`what` to list; `image_size`: list image towers at this resolution instead of each preset's own."""
+    """What to list."""
 
     what: str
+    """What to list: towers, losses, tokenizers, sources, benchmarks, recipes, formats, prompts or configs."""
     image_size: int | None = None
+    """Image size in pixels at which image towers are measured; null: the default of each preset."""
 
 
-@command(app, "list", kind="clipwright.cli:ListConfig", subject="what", metavar="WHAT", output=False)
-def list_(call: Call) -> None:
-    """List towers, losses, tokenizers, sources, benchmarks, prompts or configs, with their size."""
+@command(
+    app,
+    "list",
+    kind="clipwright.cli:ListConfig",
+    subject="what",
+    metavar="WHAT",
+    examples=("clipwright list towers image_size=224", "clipwright list configs --json"),
+)
+def list_(call: Call) -> Outcome:
+    """List towers, with their size, losses, tokenizers, sources, benchmarks, recipes, formats, prompts or configs."""
+    from clipwright.pipeline.core.tables import align
+
     kinds = [*REGISTRIES, "prompts", "configs"]
     if call.config not in kinds:
         raise ClipwrightError(
             "E_USAGE",
-            "nothing of this name to list",
-            where=call.config or "list",
-            found=f"there are {', '.join(kinds)}",
-            fix=nearest(call.config or "", kinds) or "choose one",
+            "there is nothing of this name to list",
+            where=f"clipwright list {call.config or ''}",
+            found=f"choose from {', '.join(kinds)}",
+            fix=nearest(call.config or "", kinds) or "name one of them",
         )
     config: ListConfig = call.load().value
     if config.image_size is not None and config.what != "towers":
         raise ClipwrightError(
             "E_CONFIG_VALUE",
-            f"{config.what} have no resolution",
+            f"image_size applies to towers only, not to {config.what}",
             where=f"image_size: {config.image_size}",
-            found="only towers are listed by image_size",
             fix="leave image_size out",
         )
-    own = {"prompts": _prompts, "configs": _configs}
-    rows = own[config.what]() if config.what in own else _entries(config.what, config.image_size)
-    if call.json:
-        call.finish(rows)
-        return
+    if config.what == "prompts":
+        rows = _prompts()
+    elif config.what == "configs":
+        rows = _configs()
+    else:
+        rows = _entries(config.what, config.image_size)
     keys = list(dict.fromkeys(key for row in rows for key in row))
     cells = [keys, *([_cell(row.get(key)) for key in keys] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
-    for line in cells:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    return Outcome(rows, align(cells, left=len(keys)))
 
 
 def _configs() -> list[dict[str, Any]]:
@@ -190,22 +223,24 @@ def _prompts() -> list[dict[str, Any]]:
 
 
 def _entries(kind: str, image_size: int | None) -> list[dict[str, Any]]:
-    import importlib
-
-    module, _, names = REGISTRIES[kind].partition(":")
+    """One row per preset of a kind of registry."""
     rows: list[dict[str, Any]] = []
-    for name in names.split(","):
-        registry = getattr(importlib.import_module(module), name)
+    for name in REGISTRIES[kind]:
+        registry = load_name(name)
         for preset, entry in registry.entries.items():
-            row = {"name": preset, "family": entry.family}
-            row |= _tower_size(registry, preset, image_size) if kind == "towers" else {"kind": registry.kind}
-            error = row.pop("error", None)
-            rows.append({**row, "source": entry.source, **({"error": error} if error else {})})
+            row: dict[str, Any] = {"name": preset, "family": entry.family}
+            size = _tower_size(registry, preset, image_size) if kind == "towers" else {"kind": registry.kind}
+            error = size.pop("error", None)
+            row.update(size)
+            row["source"] = entry.source
+            if error is not None:
+                row["error"] = error
+            rows.append(row)
     return rows
 
 
 def _tower_size(registry: Any, preset: str, image_size: int | None) -> dict[str, Any]:
-    """A tower's figures, built on the meta device; null with an `error` where it refuses the image size."""
+    """A tower's size, built on the meta device; null with an `error` if it refuses the image size."""
     import torch
 
     from clipwright.pipeline.towers.base import TextTowerConfig, parameter_count
@@ -215,50 +250,63 @@ def _tower_size(registry: Any, preset: str, image_size: int | None) -> dict[str,
     is_text = issubclass(registry.entry(preset).config, TextTowerConfig)
     if image_size is not None and not is_text:
         config = registry.preset(preset, image_size=image_size)
-    row: dict[str, Any] = {"image_size": None if is_text else config.image_size}
-    row |= dict.fromkeys(("params_features", "gmacs", "feature_dim"))
+    row: dict[str, Any] = {
+        "image_size": None if is_text else config.image_size,
+        "params_features": None,
+        "gmacs": None,
+        "feature_dim": None,
+    }
     try:
         with torch.device("meta"):
-            # A text tower's size depends on its vocabulary: CLIP's is the one listed.
+            # A text tower's size depends on its vocabulary: CLIP's is assumed.
             tower = registry.build(config, vocab_size=49408, eot_id=49407) if is_text else registry.build(config)
     except ClipwrightError as refusal:
-        return row | {"error": f"{refusal.found}; {refusal.fix}"}
-    return row | {
-        "params_features": parameter_count(tower),
-        "gmacs": None if is_text else round(multiply_adds(tower) / 1e9, 4),
-        "feature_dim": tower.feature_dim,
-    }
+        row["error"] = "; ".join(part for part in (refusal.found, refusal.fix) if part)
+        return row
+    row["params_features"] = parameter_count(tower)
+    row["gmacs"] = None if is_text else round(multiply_adds(tower) / 1e9, 4)
+    row["feature_dim"] = tower.feature_dim
+    return row
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if isinstance(value, float) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _config_verb(call: Call) -> str:
-    """The verb whose config is asked for: `config show train photos` or `config show index build flat`."""
+    """The verb whose config is requested: `config show train photos` or `config show index build flat`."""
     verbs = [verb for verb, spec in COMMANDS.items() if spec.kind is not None]
-    for words in (call.words[:2], call.words[:1]):
-        if " ".join(words) in verbs:
-            return " ".join(words)
-    word = call.words[0] if call.words else ""
+    for count in (2, 1):
+        verb = " ".join(call.arguments[:count])
+        if verb in verbs:
+            return verb
+    name = call.config or ""
     raise ClipwrightError(
         "E_USAGE",
-        "no verb with a config",
-        where=word or "config",
-        found=f"there are {', '.join(verbs)}",
-        fix=nearest(word, verbs) or "name one of them",
+        "a verb with a config is required",
+        where=name or f"clipwright {call.command.verb}",
+        found=f"choose from {', '.join(verbs)}",
+        fix=nearest(name, verbs) or "name one of them",
     )
 
 
-@command(config_app, "config show", metavar="VERB [CONFIG]", words=3, output=False)
-def config_show(call: Call) -> None:
+@command(
+    config_app,
+    "config show",
+    metavar="VERB [CONFIG]",
+    max_arguments=3,
+    examples=("clipwright config show train photos image.name=swin_nano", "clipwright config show index build flat"),
+)
+def config_show(call: Call) -> Outcome:
     """Print the resolved values of a verb's config, each with its origin."""
     from clipwright.pipeline.core.config import resolve
 
     verb = _config_verb(call)
-    rest = call.words[len(verb.split()) :]
+    rest = call.arguments[len(verb.split()) :]
     resolved = resolve(
         load_kind(COMMANDS[verb]),
         verb=COMMANDS[verb].configs,
@@ -266,31 +314,48 @@ def config_show(call: Call) -> None:
         overrides=call.overrides,
         partial=True,
     )
-    call.finish(resolved.tree, resolved.show())
+    return Outcome(resolved.tree, resolved.show())
 
 
-@command(config_app, "config schema", metavar="VERB", words=2, output=False)
-def config_schema(call: Call) -> None:
-    """Print the JSON schema of a verb's config."""
+@command(
+    config_app,
+    "config schema",
+    metavar="VERB",
+    max_arguments=2,
+    examples=("clipwright config schema train > train.schema.json",),
+)
+def config_schema(call: Call) -> Outcome:
+    """Print the JSON schema of a verb's config, for editors."""
     import json
 
     from clipwright.pipeline.core.config import schema
 
-    call.finish(made := schema(load_kind(COMMANDS[_config_verb(call)])), json.dumps(made, indent=1))
+    result = schema(load_kind(COMMANDS[_config_verb(call)]))
+    return Outcome(result, json.dumps(result, indent=1))
 
 
-def _check_words(words: list[str]) -> None:
-    """E_USAGE for a word that is not UTF-8: no config, manifest or status file could hold it."""
-    for word in words:
+@command(
+    config_app, "config reference", max_arguments=0, metavar="", examples=("clipwright config reference > configs.md",)
+)
+def config_reference(call: Call) -> Outcome:
+    """Print the reference of all config keys, with type, default and meaning, as Markdown."""
+    from clipwright.pipeline.core.reference import reference
+
+    text = reference(COMMANDS)
+    return Outcome({"markdown": text}, text.rstrip("\n"))
+
+
+def _check_utf8(arguments: list[str]) -> None:
+    """E_USAGE for an argument that is not UTF-8: no config, manifest or status file could store it."""
+    for argument in arguments:
         try:
-            word.encode()
+            argument.encode()
         except UnicodeEncodeError:
             raise ClipwrightError(
                 "E_USAGE",
-                "a word that is not UTF-8",
-                where=ascii(word),
-                found="bytes that are no text",
-                fix="rename the file or folder, or reach it through a link",
+                "an argument is not valid UTF-8",
+                where=ascii(argument),
+                fix="rename the file or folder, or use a link with another name",
             ) from None
 
 
@@ -301,32 +366,31 @@ def main() -> None:
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name it cannot show ends no command
+        sys.stdout.reconfigure(errors="backslashreplace")  # like stderr: an unprintable name must not end a command
     try:
-        _check_words(sys.argv[1:])
-        code = app(standalone_mode=False)
+        _check_utf8(sys.argv[1:])
+        code = app(prog_name="clipwright", standalone_mode=False)
     except ClipwrightError as error:
         print(error, file=sys.stderr)
         code = error.exit_code
     except typer.TyperException as error:
         verb = " ".join(sys.argv[1:2])
+        known = verb in {name.split()[0] for name in COMMANDS}
         line = ClipwrightError(
             "E_USAGE",
-            "not a command line of clipwright",
-            where=verb,
+            "the command line is malformed",
+            where=f"clipwright {verb}",
             found=getattr(error, "message", "") or "a verb is missing",
-            fix=f"see clipwright {verb} --help"
-            if verb in {v.split()[0] for v in COMMANDS}
-            else "see clipwright --help",
+            fix=f"see clipwright {verb} --help" if known else "see clipwright --help",
         )
         print(line, file=sys.stderr)
         code = line.exit_code
     except typer.Abort:
         code = 130
     if any(thread.daemon for thread in threading.enumerate()):
-        # One that is inside torch, a checkpoint's writer say, would abort the process when Python takes it down.
+        # A daemon thread inside torch, such as a checkpoint writer, would abort the process when the interpreter ends.
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):  # of a reader that has gone
+            with suppress(OSError):  # the reader has gone
                 stream.flush()
         os._exit(code or 0)
     sys.exit(code)

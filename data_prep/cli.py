@@ -1,4 +1,4 @@
-"""The commands of data preparation."""
+"""Commands of data preparation: prep, data verify, data stats, data index, data view."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from clipwright.pipeline.core.command import Call, command
+from clipwright.pipeline.core.command import Call, Outcome, command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,13 +14,22 @@ if TYPE_CHECKING:
     from clipwright.data_prep.build.pack import Prepared
 
 app = typer.Typer()
-data_app = typer.Typer(help="Check and look at dataset folders.", no_args_is_help=True)
+data_app = typer.Typer(help="Check, inspect and index dataset folders.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
-@command(app, "prep", kind="clipwright.data_prep.build.pack:PrepConfig")
-def prep(call: Call) -> None:
-    """Turn image-text pairs into a dataset folder of shards; run again to go on."""
+@command(
+    app,
+    "prep",
+    kind="clipwright.data_prep.build.pack:PrepConfig",
+    flags=("-o", "--dry-run", "--fresh"),
+    examples=(
+        "clipwright prep table source.path=pairs.parquet source.caption=captions -o shards",
+        "clipwright prep folder source.path=photos images.resize=shortest images.size=256 -o shards",
+    ),
+)
+def prep(call: Call) -> Outcome:
+    """Convert image-text pairs to a dataset folder of shards; run the same command again to resume."""
     import time
 
     from clipwright.data_prep.build.pack import prepare
@@ -28,59 +37,67 @@ def prep(call: Call) -> None:
     started = time.monotonic()
     resolved = call.load()
     if call.dry_run:
-        _dry_run(call, resolved)
-        return
+        return _dry_run(resolved, quiet=call.quiet)
     folder = call.output()
     if resolved.value.runtime.part not in ("", "finish"):
-        _prep_part(call, resolved, folder)
-        return
+        return _prep_part(call, resolved, folder)
     done = prepare(resolved, folder, fresh=call.fresh, quiet=call.quiet)
-    manifest = done.manifest
     names = ("rows_in", "written", "merged", "rejected", "rejects", "fingerprint")
-    result: dict[str, Any] = {name: manifest[name] for name in names}
-    result |= {"shards": len(manifest["shards"]), "output": str(folder), "notes": done.notes}
+    result: dict[str, Any] = {name: done.manifest[name] for name in names}
+    result["shards"] = len(done.manifest["shards"])
+    result["output"] = str(folder)
+    result["notes"] = done.notes
     result["seconds"] = round(time.monotonic() - started, 3)
-    text = _summary(result, done)
-    call.finish(result, text, then=f"clipwright train photos data.train={folder} -o RUN")
+    return Outcome(result, _summary(result, done), next=f"clipwright train photos data.train={folder} -o RUN")
 
 
-def _prep_part(call: Call, resolved: Any, folder: Path) -> None:
+def _prep_part(call: Call, resolved: Any, folder: Path) -> Outcome:
+    """One part of a job array."""
     from dataclasses import asdict
 
     from clipwright.data_prep.build.parts import prepare_part
 
-    call.writes_status = False  # the folder's tells of the whole run
+    call.status.disable()  # the folder's status describes the complete job
     part = resolved.value.runtime.part
     done = prepare_part(resolved, folder, fresh=call.fresh, quiet=call.quiet)
-    told = f"{done.shards} shards, {done.samples} samples written, {done.rejected} merged or rejected"
-    if part.startswith("plan"):
-        told = f"{done.shards} shards to write" if part == "plan" else "its share of the images is hashed"
     if done.already:
-        told = "finished before, nothing to do"
-    call.finish({"part": part, "output": str(folder), **asdict(done)}, f"prep: part {part}: {told}")
+        summary = "finished before, nothing to do"
+    elif part == "plan":
+        summary = f"{done.shards} shards to write"
+    elif part.startswith("plan"):
+        summary = "this part of the images is hashed"
+    else:
+        summary = f"{done.shards} shards, {done.samples} samples written, {done.rejected} merged or rejected"
+    return Outcome({"part": part, "output": str(folder), **asdict(done)}, f"prep: part {part}: {summary}")
 
 
 def _summary(result: dict[str, Any], done: Prepared) -> str:
-    counts = "{rows_in} rows in = {written} written + {merged} merged + {rejected} rejected".format(**result)
-    reasons = ", ".join(f"{reason} {n}" for reason, n in result["rejects"].items())
-    how = "finished before, nothing to do" if done.already else f"{result['seconds']:.1f} s"
-    lines = [f"prep: {counts}" + (f" ({reasons})" if reasons else "")]
+    lines = [f"prep: {_counts(result, 'rows')}"]
     if done.manifest["captions_dropped"]:
-        lines.append(f"prep: {done.manifest['captions_dropped']} bad captions left out of written samples")
+        lines.append(f"prep: {done.manifest['captions_dropped']} invalid captions dropped from written samples")
     lines += [f"prep: {note}" for note in done.notes]
-    lines.append(f"prep: {result['shards']} shards in {result['output']}, {how}")
+    duration = "finished before, nothing to do" if done.already else f"{result['seconds']:.1f} s"
+    lines.append(f"prep: {result['shards']} shards in {result['output']}, {duration}")
     lines.append(f"prep: fingerprint {result['fingerprint']}")
     return "\n".join(lines)
 
 
-def _dry_run(call: Call, resolved: Any) -> None:
+def _counts(result: dict[str, Any], unit: str) -> str:
+    """`5 rows in = 3 written + 0 merged + 2 rejected (E_IMG_EMPTY 2)`"""
+    counts = f"{result['rows_in']} {unit} in = {result['written']} written + {result['merged']} merged"
+    counts += f" + {result['rejected']} rejected"
+    reasons = ", ".join(f"{reason} {count}" for reason, count in result["rejects"].items())
+    return f"{counts} ({reasons})" if reasons else counts
+
+
+def _dry_run(resolved: Any, *, quiet: bool) -> Outcome:
     from clipwright.data_prep.build.pack import open_source
 
-    source = open_source(resolved.value, quiet=call.quiet)
+    source = open_source(resolved.value, quiet=quiet)
     most = -(-source.count // resolved.value.shards.samples)
     result = {"rows_in": source.count, "shards_at_most": most, "columns": source.columns.names}
     names = ", ".join(source.columns.names) or "none"
-    call.finish(result, f"prep: would read {source.count} rows and write at most {most} shards; columns {names}")
+    return Outcome(result, f"prep: would read {source.count} rows and write at most {most} shards; columns {names}")
 
 
 @command(
@@ -89,22 +106,23 @@ def _dry_run(call: Call, resolved: Any) -> None:
     kind="clipwright.data_prep.inspect.dataset_files:DataConfig",
     subject="data",
     metavar="DATASET",
+    flags=("-o",),
+    examples=("clipwright data verify shards",),
 )
-def data_verify(call: Call) -> None:
-    """Read every byte of a dataset folder against its manifest."""
+def data_verify(call: Call) -> Outcome:
+    """Compare every byte of a dataset folder with its manifest."""
     from pathlib import Path
 
-    from clipwright.data_prep.inspect.verify import require_ok, verify
+    from clipwright.data_prep.inspect.verify import failure, verify
 
     result = verify(Path(call.load().value.data), quiet=call.quiet)
-    _report(call, result)
+    _write_report(call, result)
     lines = [f"bad {fault['text']}" for fault in result["faults"]]
     lines.append(f"verify: {result['shards_ok']} shards ok, {result['shards_bad']} bad, {result['samples']} samples")
-    if result["ok"]:
-        lines.append(f"verify: every byte is what the manifest says, fingerprint {result['fingerprint']}")
-    then = f"clipwright data stats {result['data']}" if result["ok"] else ""
-    call.finish(result, "\n".join(lines), then=then)
-    require_ok(result)
+    if not result["ok"]:
+        return Outcome(result, "\n".join(lines), error=failure(result))
+    lines.append(f"verify: every byte matches the manifest, fingerprint {result['fingerprint']}")
+    return Outcome(result, "\n".join(lines), next=f"clipwright data stats {result['data']}")
 
 
 @command(
@@ -113,16 +131,18 @@ def data_verify(call: Call) -> None:
     kind="clipwright.data_prep.inspect.dataset_files:DataConfig",
     subject="data",
     metavar="DATASET",
+    flags=("-o",),
+    examples=("clipwright data stats shards",),
 )
-def data_stats(call: Call) -> None:
-    """Sizes, caption lengths, scripts, duplicates and reject reasons of a dataset folder."""
+def data_stats(call: Call) -> Outcome:
+    """Print sizes, caption lengths, scripts, duplicates and reject reasons of a dataset folder."""
     from pathlib import Path
 
     from clipwright.data_prep.inspect.stats import stats, table
 
     result = stats(Path(call.load().value.data), quiet=call.quiet)
-    _report(call, result)
-    call.finish(result, table(result), then=f"clipwright data view {result['data']} -o PAGES")
+    _write_report(call, result)
+    return Outcome(result, table(result), next=f"clipwright data view {result['data']} -o PAGES")
 
 
 @command(
@@ -131,10 +151,11 @@ def data_stats(call: Call) -> None:
     kind="clipwright.data_prep.foreign.index:ForeignIndexConfig",
     subject="data",
     metavar="FOLDER",
-    output=False,
+    flags=("--dry-run", "--fresh"),
+    examples=("clipwright data index /data/cc12m",),
 )
-def data_index(call: Call) -> None:
-    """Write sidecars and a manifest beside tars that others made, which stay untouched; run again to go on."""
+def data_index(call: Call) -> Outcome:
+    """Write sidecars and a manifest for tars made by other tools; the tars stay untouched. Run again to resume."""
     from pathlib import Path
 
     from clipwright.data_prep.foreign.index import find_tars, index
@@ -144,41 +165,47 @@ def data_index(call: Call) -> None:
     if call.dry_run:
         names = find_tars(folder)
         size = sum((folder / name).stat().st_size for name in names)
-        call.finish({"tars": len(names), "bytes": size}, f"index: would read {len(names)} tars, {size / 1e6:.1f} MB")
-        return
+        result = {"tars": len(names), "bytes": size}
+        return Outcome(result, f"index: would read {len(names)} tars, {size / 1e6:.1f} MB")
     done = index(config, fresh=call.fresh, quiet=call.quiet)
-    call.out = folder  # whose status.json is ours to write now
-    manifest = done.manifest
-    result: dict[str, Any] = {name: manifest[name] for name in ("rows_in", "written", "merged", "rejected", "rejects")}
-    result |= {"fingerprint": manifest["fingerprint"], "data": str(folder), "ignored": done.ignored}
-    counts = "{rows_in} groups in = {written} written + {merged} merged + {rejected} rejected".format(**result)
-    reasons = ", ".join(f"{reason} {n}" for reason, n in result["rejects"].items())
-    lines = [f"index: {counts}" + (f" ({reasons})" if reasons else "")]
+    call.status.claim(folder)
+    names = ("rows_in", "written", "merged", "rejected", "rejects", "fingerprint")
+    result: dict[str, Any] = {name: done.manifest[name] for name in names}
+    result["data"] = str(folder)
+    result["ignored"] = done.ignored
+    lines = [f"index: {_counts(result, 'groups')}"]
     if done.ignored:
-        lines.append(f"index: {done.ignored} members are no part of a sample and were passed over")
+        lines.append(f"index: {done.ignored} members that belong to no sample were ignored")
     lines.append("index: finished before, nothing to do" if done.already else f"index: manifest in {folder}")
-    call.finish(result, "\n".join(lines), then=f"clipwright data verify {folder}")
+    return Outcome(result, "\n".join(lines), next=f"clipwright data verify {folder}")
 
 
-@command(data_app, "data view", kind="clipwright.data_prep.inspect.view:ViewConfig", subject="data", metavar="DATASET")
-def data_view(call: Call) -> None:
-    """Write a static page of kept pairs and of rejected pairs with their reasons: `data view DATASET -o PAGES`."""
+@command(
+    data_app,
+    "data view",
+    kind="clipwright.data_prep.inspect.view:ViewConfig",
+    subject="data",
+    metavar="DATASET",
+    flags=("-o", "--dry-run"),
+    examples=("clipwright data view shards -o pages",),
+)
+def data_view(call: Call) -> Outcome:
+    """Write a static page of written pairs, and of rejected pairs with their reasons."""
     from clipwright.data_prep.inspect.view import view
 
     config, out = call.load().value, call.output()
     if call.dry_run:
-        call.finish({"data": config.data}, f"would write {out / 'view.html'} about {config.data}")
-        return
+        return Outcome({"data": config.data}, f"would write {out / 'view.html'} for {config.data}")
     result = view(config, out, quiet=call.quiet)
     shown = f"{result['kept']} kept and {result['rejected']} rejected pairs"
-    call.finish(result, f"view: {shown} in {result['page']}, {result['bytes'] / 1e6:.1f} MB")
+    return Outcome(result, f"view: {shown} in {result['page']}, {result['bytes'] / 1e6:.1f} MB")
 
 
-def _report(call: Call, result: dict[str, Any]) -> None:
-    """With -o, the result as report.json."""
+def _write_report(call: Call, result: dict[str, Any]) -> None:
+    """With -o, writes the result as report.json."""
     from clipwright.data_prep.inspect.dataset_files import REPORT, claim_report
     from clipwright.pipeline.core.files import write_json
 
-    if call.out is not None and not call.dry_run:
+    if call.out is not None:
         claim_report(call.out)
         write_json(call.out / REPORT, result)

@@ -4,56 +4,92 @@ from __future__ import annotations
 
 import typer
 
-from clipwright.pipeline.core.command import Call, command, load_name
+from clipwright.pipeline.core.command import Call, Outcome, command, load_name
 
 app = typer.Typer()
-data_app = typer.Typer()  # beside data preparation's verbs of this group
+data_app = typer.Typer()  # joined with the group of the same name in data_prep.cli
 app.add_typer(data_app, name="data")
 
-# MODULE:FUNCTION that scores a model on held-out data while it trains; the front door, which imports evaluation too,
-# names it.
+RANK = "clipwright.pipeline.distributed.launcher_env:current_rank"
+# MODULE:FUNCTION that scores a model on held-out data during training. Set by clipwright/cli.py, since the pipeline
+# does not import eval.
 SCORE: list[str] = []
 
 
-@command(app, "train", kind="clipwright.pipeline.train.config:RunConfig")
-def train(call: Call) -> None:
-    """Train a two-tower model on a dataset folder; the same command resumes."""
+@command(
+    app,
+    "train",
+    kind="clipwright.pipeline.train.config:RunConfig",
+    flags=("-o", "--dry-run", "--fresh"),
+    rank=RANK,
+    examples=(
+        "clipwright train photos data.train=shards -o run",
+        "torchrun --nproc-per-node 8 -m clipwright train photos data.train=shards image.name=vit_nano -o run",
+    ),
+)
+def train(call: Call) -> Outcome:
+    """Train a two-tower model on a dataset folder; run the same command again to resume."""
     from clipwright.pipeline.train.trainer import train as run
 
-    run(call, lambda: load_name(SCORE[0]))
+    return run(call, lambda: load_name(SCORE[0]))
 
 
-@command(app, "launch", kind="clipwright.pipeline.launch.plan:LaunchConfig", metavar="LAUNCHER VERB", words=100)
-def launch(call: Call) -> None:
-    """Start the ranks of a command by hostfile or torchrun, or print a slurm or kubernetes job of them."""
+@command(
+    app,
+    "launch",
+    kind="clipwright.pipeline.launch.plan:LaunchConfig",
+    metavar="LAUNCHER VERB",
+    max_arguments=100,
+    flags=("-o", "--dry-run", "--fresh"),
+    writes_status=False,  # -o is the output folder of the launched command, which writes its own
+    examples=(
+        "clipwright launch torchrun processes=8 train photos data.train=shards -o run",
+        "clipwright launch slurm nodes=4 processes=8 train photos data.train=shards -o run > job.sh",
+    ),
+)
+def launch(call: Call) -> Outcome:
+    """Start the ranks of a command with a hostfile or torchrun, or print a Slurm or Kubernetes job that does."""
     from clipwright.pipeline.launch.run import launch as run
 
-    run(call)
+    return run(call)
 
 
-@command(app, "doctor", kind="clipwright.pipeline.train.config:RunConfig", configs="train")
-def doctor(call: Call) -> None:
-    """Check this machine; with a training config also its data, model, speed and gradients; check=NAME: one check."""
+@command(
+    app,
+    "doctor",
+    kind="clipwright.pipeline.train.config:RunConfig",
+    configs="train",
+    flags=("-o", "--fresh"),
+    rank=RANK,
+    writes_status=False,  # -o is the folder of the run that would follow; nothing is written
+    examples=(
+        "clipwright doctor",
+        "clipwright doctor photos data.train=shards",
+        "clipwright doctor photos data.train=shards check=speed",
+    ),
+)
+def doctor(call: Call) -> Outcome:
+    """Check this machine; with a training config also data, model, speed and gradients; check=NAME runs one check."""
+    import dataclasses
     import time
 
-    from clipwright.pipeline.doctor.base import CheckResult, Context, checks, failure, report, take_requested_check
+    from clipwright.pipeline.doctor.base import CheckResult, Context, checks, report, requested_check
 
-    call.writes_status = False  # -o names the folder of the planned run; nothing is written
-    context = Context(call, take_requested_check(call))
-    for check in [] if context.only else checks("environment"):
+    only, overrides = requested_check(call.overrides)
+    context = Context(dataclasses.replace(call, overrides=overrides), only)
+    for check in [] if only else checks("environment"):
         context.results[check.name] = check.evaluate(context)
     try:
         from clipwright.pipeline.doctor.run import run_checks
     except (ImportError, OSError) as error:
         context.results["device"] = CheckResult("FAIL", f"a library does not load: {error}", fix="reinstall clipwright")
-        report(context)
-    else:
-        run_checks(context)
-    if (error := failure(context)) is not None:
-        if not context.is_rank0:
-            time.sleep(2)  # a launcher stops all ranks when one exits, so rank 0 must print its report first
-            raise typer.Exit(error.exit_code)
-        raise error
+        return report(context)
+    run_checks(context)
+    outcome = report(context)
+    if outcome.error is not None and not context.is_rank0:
+        time.sleep(2)  # a launcher stops all ranks when one exits, so rank 0 must print its report first
+        return Outcome(exit_code=outcome.error.exit_code)
+    return outcome
 
 
 @command(
@@ -62,26 +98,42 @@ def doctor(call: Call) -> None:
     kind="clipwright.pipeline.train.sample_log:LedgerConfig",
     subject="run",
     metavar="RUN",
-    output=False,
+    examples=("clipwright data ledger run", "clipwright data ledger run step=120"),
 )
-def data_ledger(call: Call) -> None:
-    """List the samples that a step of a run trained on: `data ledger RUN step=NUMBER`; without a step, count them."""
+def data_ledger(call: Call) -> Outcome:
+    """List the samples that one step of a run trained on; without step=NUMBER, count the samples of all steps."""
     from clipwright.pipeline.train.sample_log import show
 
-    show(call)
+    return show(call)
 
 
-@command(app, "export", kind="clipwright.pipeline.train.export:ExportConfig", subject="run", metavar="RUN")
-def export(call: Call) -> None:
-    """Write a run's newest checkpoint as a model folder."""
+@command(
+    app,
+    "export",
+    kind="clipwright.pipeline.train.export:ExportConfig",
+    subject="run",
+    metavar="RUN",
+    flags=("-o", "--dry-run"),
+    examples=("clipwright export run -o model",),
+)
+def export(call: Call) -> Outcome:
+    """Write the newest checkpoint of a run as a model folder."""
     from clipwright.pipeline.train.export import export as run
 
-    run(call)
+    return run(call)
 
 
-@command(app, "import", kind="clipwright.pipeline.interop.importing:ImportConfig", subject="folder", metavar="DIR")
-def import_(call: Call) -> None:
-    """Take over a CLIPModel or SiglipModel folder of transformers as a model folder, compared with its source."""
+@command(
+    app,
+    "import",
+    kind="clipwright.pipeline.interop.importing:ImportConfig",
+    subject="folder",
+    metavar="DIR",
+    flags=("-o", "--dry-run"),
+    examples=("clipwright import clip-vit-base-patch32 -o model",),
+)
+def import_(call: Call) -> Outcome:
+    """Convert a CLIPModel or SiglipModel folder of transformers to a model folder and compare their outputs."""
     from clipwright.pipeline.interop.importing import import_model
 
-    import_model(call)
+    return import_model(call)

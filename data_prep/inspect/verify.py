@@ -112,13 +112,13 @@ def verify(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     }
 
 
-def require_ok(result: dict[str, Any]) -> None:
-    """Raises the error of a result with faults: E_MANIFEST if only the manifest is wrong, else E_DATA_HASH."""
+def failure(result: dict[str, Any]) -> ClipwrightError | None:
+    """Returns the error of a result with faults: E_MANIFEST if only the manifest is wrong, else E_DATA_HASH."""
     faults = result["faults"]
     if not faults:
-        return
+        return None
     manifest_only = all(fault["file"] == MANIFEST for fault in faults)
-    raise ClipwrightError(
+    return ClipwrightError(
         "E_MANIFEST" if manifest_only else "E_DATA_HASH",
         "the dataset does not match its manifest",
         where=Path(result["data"]) / faults[0]["file"],

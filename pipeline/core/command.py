@@ -1,7 +1,7 @@
-"""What every command shares: its arguments, flags, errors, exit codes and status file.
+"""What all commands share: arguments, flags, errors, exit codes and the status file.
 
-A folder's `cli.py` writes `@command(app, "prep", kind="module:Config")` over a function of one `Call`. The command
-line is then `clipwright prep CONFIG [section.key=value ...]` with the common flags and no others.
+A part's `cli.py` writes `@command(app, "prep", kind="module:Config")` over a function that takes a `Call` and returns
+an `Outcome`. The command line is then `clipwright prep CONFIG [section.key=value ...]` with the common flags.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -25,134 +25,235 @@ from typing import Annotated, Any
 
 import typer
 
+from clipwright.pipeline.core.command_help import VerbCommand
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.files import STATUS, write_json
 
 DONE, FAILED, INTERRUPTED, PREEMPTED = 0, 1, 130, 85
 STOPPED = {
-    INTERRUPTED: "interrupted: run the same command again to go on",
-    PREEMPTED: "stopped by a signal: run the same command again to go on",
+    INTERRUPTED: "interrupted: run the same command again to resume",
+    PREEMPTED: "stopped by a signal: run the same command again to resume",
 }
+# Flags that only some verbs support; --json, --quiet and --debug are common to all.
+OPTIONAL_FLAGS = ("-o", "--dry-run", "--fresh")
 
 
 class Preempted(BaseException):
-    """SIGTERM or SIGUSR1 arrived; whoever catches it saves what it has. A BaseException so that no library eats it."""
+    """SIGTERM or SIGUSR1 arrived: save and stop. A BaseException, so that no library catches it."""
 
 
 class StopFlag:
-    """Signals as a flag, asked once a step: SIGTERM and SIGUSR1 save and exit 85, Ctrl-C saves and exits 130."""
+    """Signals as a flag, read once per step: SIGTERM and SIGUSR1 save and exit 85, Ctrl-C saves and exits 130."""
 
     def __init__(self) -> None:
         self.cause: type[BaseException] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._arrived)
+            signal.signal(number, self._handle)
 
-    def _arrived(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
         self.cause = KeyboardInterrupt if number == signal.SIGINT else Preempted
 
 
-@dataclass
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a command: the runner prints it, then the command ends.
+
+    `result` is printed with --json, `text` otherwise; `next` is the command that usually follows. With `error` the
+    command fails with it after printing; else `exit_code` decides.
+    """
+
+    result: dict[str, Any] | list[Any] | None = None
+    text: str = ""
+    next: str = ""
+    error: ClipwrightError | None = None
+    exit_code: int = DONE
+
+
+@dataclass(frozen=True)
 class Command:
-    """A registered verb: where its configs lie and which class they make."""
+    """A registered verb."""
 
     verb: str
-    kind: str | None
-    subject: str | None
-    words: int  # how many words may stand beside the overrides
-    configs: str = ""  # whose folder of configs/ it reads
-    output: bool = True  # whether it has a use for -o
+    kind: str | None  # MODULE:CLASS of its config
+    subject: str | None  # the config key that the first argument sets, if that does not name a config
+    max_arguments: int  # beside the overrides
+    configs: str  # the folder of configs/ that it reads
+    flags: tuple[str, ...]  # which of OPTIONAL_FLAGS it supports
+    examples: tuple[str, ...]  # complete commands for --help
+    rank: str  # MODULE:FUNCTION that returns this process's rank, for verbs that run under launchers
+    writes_status: bool  # whether it writes status.json into its output folder
+
+    def supports(self, flag: str) -> bool:
+        """Whether the verb supports one of OPTIONAL_FLAGS."""
+        return flag in self.flags
 
 
 COMMANDS: dict[str, Command] = {}
 
 
-@dataclass
+class StatusFile:
+    """The `status.json` of an output folder: which folder, and whether this process writes it.
+
+    It is written if the folder belongs to this command: absent, empty or started by the same verb before the command,
+    or claimed by it since. A command that was refused must not leave a status in a folder of another one.
+    """
+
+    def __init__(self, folder: Path | None, verb: str, *, enabled: bool = True) -> None:
+        self.folder = folder
+        self.verb = verb
+        self.enabled = enabled
+        self._owned = self._is_own()
+        self._started = datetime.datetime.now(datetime.UTC)
+
+    def claim(self, folder: Path) -> None:
+        """The command has claimed `folder`: its status file is written however the command ends."""
+        self.folder = folder
+        self._owned = True
+
+    def disable(self) -> None:
+        """Leaves the status file to the command or process that does the complete work."""
+        self.enabled = False
+
+    def enable(self) -> None:
+        """Makes this process write the status file although it is not rank 0, which has died."""
+        self.enabled = True
+
+    def write(self, code: int, error: ClipwrightError | None) -> None:
+        """Writes the file, unless it is not this process's to write."""
+        folder = self.folder
+        if folder is None or not self.enabled or not folder.is_dir():
+            return
+        stopped_first = code in STOPPED and not (folder / STATUS).exists()
+        if not (self._owned or code == DONE or stopped_first):
+            return
+        status = {
+            "command": shlex.join(["clipwright", *sys.argv[1:]]),
+            "verb": self.verb,
+            "started": self._started.isoformat(timespec="seconds"),
+            "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "folder": str(Path.cwd()),
+            "versions": _versions(),
+            "exit_code": code,
+            "error": None if error is None else {"code": error.code, "message": str(error)},
+        }
+        write_json(folder / STATUS, status)
+
+    def _is_own(self) -> bool:
+        if self.folder is None or not self.folder.exists():
+            return True
+        if not self.folder.is_dir():
+            return False
+        if not any(self.folder.iterdir()):
+            return True
+        try:
+            return json.loads((self.folder / STATUS).read_text(encoding="utf-8"))["verb"] == self.verb
+        except (OSError, ValueError, KeyError):
+            return False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Call:
-    """One command line, parsed: its config, overrides and common flags."""
+    """One parsed command line: arguments, overrides and flags."""
 
     command: Command
-    config: str | None
-    words: list[str]
+    arguments: list[str]  # without the overrides
     overrides: list[str]
-    out: Path | None
-    json: bool
-    quiet: bool
-    debug: bool
-    dry_run: bool
-    yes: bool
-    fresh: bool
-    writes_status: bool = True  # False on ranks other than the first
-    given: tuple[str, ...] = ()  # words and overrides in the order they were written
-    owned: bool = True  # whether the output folder was this command's before it started
-    started: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
+    given: tuple[str, ...] = ()  # arguments and overrides in the order they were typed
+    out: Path | None = None
+    json: bool = False
+    quiet: bool = False
+    debug: bool = False
+    dry_run: bool = False
+    fresh: bool = False
+    status: StatusFile = field(init=False)
+
+    def __post_init__(self) -> None:
+        enabled = self.command.writes_status and not self.dry_run
+        object.__setattr__(self, "status", StatusFile(self.out, self.command.verb, enabled=enabled))
+
+    @property
+    def config(self) -> str | None:
+        """The first argument: a config's name or path, or the value of the verb's subject."""
+        return self.arguments[0] if self.arguments else None
 
     def check(self) -> None:
-        """E_USAGE for words nobody would read: a lost `=` must not train on the defaults."""
-        spare = self.words[self.command.words :]
-        if self.command.kind is None and self.command.words == 1:
-            spare += self.overrides
-        if spare:
+        """E_USAGE for an argument or a flag that the verb would ignore: a lost `=` must not train on the defaults."""
+        verb = self.command.verb
+        unexpected = self.arguments[self.command.max_arguments :]
+        if self.command.kind is None and self.command.max_arguments == 1:
+            unexpected += self.overrides
+        if unexpected:
             raise ClipwrightError(
                 "E_USAGE",
-                "a word too many",
-                where=" ".join([self.command.verb, *spare]),
-                found=f"'{spare[0]}' is neither the one word this verb takes nor section.key=value",
-                fix=f"see clipwright {self.command.verb} --help",
+                f"unexpected argument {unexpected[0]!r}",
+                where=" ".join(["clipwright", verb, *unexpected]),
+                found="it is neither the argument of this verb nor section.key=value",
+                fix=f"see clipwright {verb} --help",
             )
-        if self.out is not None and not self.command.output:
-            raise ClipwrightError(
-                "E_USAGE",
-                "an output folder that nobody would write",
-                where=f"{self.command.verb} -o {self.out}",
-                found="this verb only prints, or writes into the folder it is given",
-                fix="leave out -o",
-            )
+        used = {"-o": self.out is not None, "--dry-run": self.dry_run, "--fresh": self.fresh}
+        for flag in OPTIONAL_FLAGS:
+            if used[flag] and not self.command.supports(flag):
+                raise ClipwrightError(
+                    "E_USAGE",
+                    f"clipwright {verb} does not support {flag}",
+                    where=" ".join(["clipwright", *sys.argv[1:]]),
+                    fix=f"leave out {flag}; clipwright {verb} --help lists the flags",
+                )
 
-    def load(self, base: dict[str, Any] | None = None) -> Any:
-        """The `Resolved` config of this command line."""
+    def load(self, base: dict[str, Any] | None = None, overrides: Sequence[str] | None = None) -> Any:
+        """The `Resolved` config of this command line, or of other `overrides` in place of its own."""
         # Imported here: pydantic costs 80 ms that `clipwright --help` need not pay.
         from clipwright.pipeline.core.config import resolve  # noqa: PLC0415
 
-        overrides = list(self.overrides)
-        if self.command.subject is not None and self.config is not None:
-            overrides.insert(0, f"{self.command.subject}={self.config}")
-        config = None if self.command.subject is not None else self.config
-        verb = self.command.configs
-        return resolve(load_kind(self.command), verb=verb, config=config, overrides=overrides, base=base)
+        chosen = list(self.overrides if overrides is None else overrides)
+        config = self.config
+        if self.command.subject is not None and config is not None:
+            chosen.insert(0, f"{self.command.subject}={config}")
+        if self.command.subject is not None:
+            config = None
+        return resolve(load_kind(self.command), verb=self.command.configs, config=config, overrides=chosen, base=base)
 
     def output(self) -> Path:
-        """The folder given with -o."""
+        """The folder given with -o; E_USAGE without it."""
         if self.out is None:
             raise ClipwrightError(
-                "E_USAGE", "no output folder", where=self.command.verb, found="no -o", fix="add -o DIR"
+                "E_USAGE", "no output folder is given", where=f"clipwright {self.command.verb}", fix="add -o DIR"
             )
         return self.out
 
     def say(self, text: str) -> None:
-        """Words for a person: stdout, or stderr when stdout is for JSON."""
+        """Prints a line for people: on stdout, or on stderr if stdout is for JSON."""
         if not self.quiet:
             print(text, file=sys.stderr if self.json else sys.stdout, flush=True)
 
-    def finish(self, result: dict[str, Any] | list[Any], text: str = "", then: str = "") -> None:
-        """The command's result: as JSON with --json, else `text`; then the command that usually follows."""
+    def show(self, outcome: Outcome) -> None:
+        """Prints the outcome: as JSON with --json, else its text and the command that usually follows."""
         if self.json:
-            print(json.dumps(result, sort_keys=True, ensure_ascii=False, allow_nan=False), flush=True)
-        elif text:
-            print(text, flush=True)
-        if then and not self.json:
-            self.say(f"next: {then}")
+            if outcome.result is not None:
+                print(json.dumps(outcome.result, sort_keys=True, ensure_ascii=False, allow_nan=False), flush=True)
+            return
+        if outcome.text:
+            print(outcome.text, flush=True)
+        if outcome.next:
+            self.say(f"next: {outcome.next}")
+
+
+Body = Callable[[Call], Outcome | None]
 
 
 def load_kind(command: Command) -> type[Any]:
+    """The config class of a verb that has one."""
     assert command.kind is not None, command.verb
     return load_name(command.kind)
 
 
 def load_name(name: str) -> Any:
-    """What `MODULE:NAME` stands for, imported only now."""
-    module, _, inside = name.partition(":")
-    return getattr(importlib.import_module(module), inside)
+    """The attribute that `MODULE:NAME` names, imported now."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def command(
@@ -162,152 +263,143 @@ def command(
     kind: str | None = None,
     subject: str | None = None,
     metavar: str = "CONFIG",
-    words: int = 1,
+    max_arguments: int = 1,
     configs: str = "",
-    output: bool = True,
-) -> Callable[[Callable[[Call], None]], Callable[..., None]]:
+    flags: tuple[str, ...] = (),
+    examples: tuple[str, ...] = (),
+    default_out: str | None = None,
+    rank: str = "",
+    writes_status: bool = True,
+) -> Callable[[Body], Callable[..., None]]:
     """Registers `verb` on `app`.
 
-    With `subject`, the first word sets that config key instead of naming a config. `configs`: whose shipped configs a
-    name means, where they are not the verb's own (`doctor photos` reads configs/train/photos.yaml). `output`: whether
-    the verb takes -o.
+    With `subject`, the first argument sets that config key instead of naming a config. `configs`: the verb whose
+    shipped configs a name means, if not the verb itself (`doctor photos` reads configs/train/photos.yaml). `flags`:
+    which of -o, --dry-run and --fresh the verb supports. `rank`: MODULE:FUNCTION that returns this process's rank, for
+    verbs that run under launchers; only rank 0 prints the outcome and writes the status file.
     """
-    spec = COMMANDS[verb] = Command(verb, kind, subject, words, configs or verb.split()[0], output)
-    listed = typer.Argument(None, metavar=f"[{metavar}] [SECTION.KEY=VALUE]...", show_default=False)
+    spec = Command(verb, kind, subject, max_arguments, configs or verb.split()[0], flags, examples, rank, writes_status)
+    COMMANDS[verb] = spec
+    arguments = typer.Argument(None, metavar=f"[{metavar}] [SECTION.KEY=VALUE]...", show_default=False)
+    # An unsupported flag is parsed, so that `Call.check` can refuse it with a remedy, but not shown.
+    out_flag = typer.Option(None, "-o", metavar="DIR", help="The folder to write.", hidden=not spec.supports("-o"))
+    dry_run_flag = typer.Option(
+        False, "--dry-run", help="Print what would be done; write nothing.", hidden=not spec.supports("--dry-run")
+    )
+    fresh_flag = typer.Option(
+        False, "--fresh", help="Start over instead of resuming.", hidden=not spec.supports("--fresh")
+    )
 
-    def decorate(body: Callable[[Call], None]) -> Callable[..., None]:
+    def decorate(body: Body) -> Callable[..., None]:
         def run(
-            args: list[str] | None = listed,
-            out: Annotated[Path | None, typer.Option("-o", metavar="DIR", help="The folder to write.")] = None,
+            args: list[str] | None = arguments,
+            out: Path | None = out_flag,
             as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
             quiet: Annotated[bool, typer.Option("--quiet", help="Print results and errors only.")] = False,
             debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-            dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, write nothing.")] = False,
-            yes: Annotated[bool, typer.Option("--yes", help="Answer every question with yes.")] = False,
-            fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+            dry_run: bool = dry_run_flag,
+            fresh: bool = fresh_flag,
         ) -> None:
             given = args or []
-            overrides = [w for w in given if re.match(r"[A-Za-z_][\w.-]*=", w)]
-            plain = [w for w in given if w not in overrides]
-            first = plain[0] if plain else None
-            call = Call(spec, first, plain, overrides, out, as_json, quiet, debug, dry_run, yes, fresh)
-            call.given = tuple(given)
+            overrides = [argument for argument in given if re.match(r"[A-Za-z_][\w.-]*=", argument)]
+            if out is None and default_out is not None:
+                out = Path(default_out)
+            call = Call(
+                command=spec,
+                arguments=[argument for argument in given if argument not in overrides],
+                overrides=overrides,
+                given=tuple(given),
+                out=out,
+                json=as_json,
+                quiet=quiet,
+                debug=debug,
+                dry_run=dry_run,
+                fresh=fresh,
+            )
             raise typer.Exit(_run(call, body))
 
         run.__doc__ = body.__doc__
-        app.command(verb.split()[-1])(run)
+        app.command(verb.split()[-1], cls=VerbCommand)(run)
         return run
 
     return decorate
 
 
-def _run(call: Call, body: Callable[[Call], None]) -> int:
+def _run(call: Call, body: Body) -> int:
+    """Runs a command to its end: its outcome or error is printed, the status file written; returns the exit code."""
     error: ClipwrightError | None = None
-    words = ""
-    call.owned = _owns(call)
-    # Read when OpenMP loads with torch, which no command has done yet. Waiting threads that spin cost a factor of 7
-    # where another process wants the cores (36 against 260 samples/s seen).
+    message = ""
+    # OpenMP reads it when torch is loaded, which no command has done yet. Waiting threads that spin cost a factor of 7
+    # if another process needs the cores (36 against 260 samples/s measured).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, _preempt)
     signal.signal(signal.SIGUSR1, _preempt)
     try:
         call.check()
+        is_rank0 = not call.command.rank or load_name(call.command.rank)() == 0
+        if not is_rank0:
+            call.status.disable()
         try:
-            body(call)
+            outcome = body(call) or Outcome()
         finally:
-            # The outcome stands: a signal now, such as a launcher's second one, has nothing left to stop.
-            deafen()
-        code = DONE
+            # The work is done: a signal from now on, such as a launcher's second one, has nothing left to stop.
+            ignore_stop_signals()
+        if is_rank0:
+            call.show(outcome)
+        if outcome.error is not None:
+            raise outcome.error
+        code = outcome.exit_code
     except ClipwrightError as caught:
         error, code = caught, caught.exit_code
         if call.debug:
             traceback.print_exc()
     except BrokenPipeError:
-        # Whoever read our output (`| head`) has gone: nothing to say, and nobody to say it to.
+        # The reader of our output (`| head`) has gone: no message can reach it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
     except OSError as caught:
         error = ClipwrightError(
             "E_SYSTEM",
-            "the operating system refused",
-            where=caught.filename or call.command.verb,
+            "the operating system refused an operation",
+            where=caught.filename or f"clipwright {call.command.verb}",
             found=caught.strerror or str(caught),
-            fix="free space or mend the path or its permissions, and run the same command again",
+            fix="free disk space or fix the path or its permissions, then run the same command again",
         )
         code = error.exit_code
         if call.debug:
             traceback.print_exc()
-    except typer.Exit as stop:
-        code = stop.exit_code
     except KeyboardInterrupt:
-        code, words = INTERRUPTED, STOPPED[INTERRUPTED]
+        code = INTERRUPTED
+        message = STOPPED[code]
     except Preempted:
-        code, words = PREEMPTED, STOPPED[PREEMPTED]
-    conclude(call, code, error, words)
+        code = PREEMPTED
+        message = STOPPED[code]
+    conclude(call, code, error, message)
     return code
 
 
-def deafen() -> None:
-    """Signals to stop are not heard any more."""
+def ignore_stop_signals() -> None:
+    """SIGTERM and SIGUSR1 are ignored from now on."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def conclude(call: Call, code: int, error: ClipwrightError | None, words: str = "") -> None:
-    """A command's last words and its status file."""
-    if error is not None or words:
-        print(error or words, file=sys.stderr, flush=True)
-    mine = call.owned or code == DONE or (code in STOPPED and not _has_status(call))
-    if mine and call.writes_status and not call.dry_run and call.out is not None and call.out.is_dir():
-        _write_status(call, code, error)
-
-
-def _owns(call: Call) -> bool:
-    """Whether the output folder is this command's before it starts: absent, empty, or begun by the same verb.
-
-    A command that was refused must not leave a status in a folder that belongs to somebody else.
-    """
-    folder = call.out
-    if folder is None or not folder.exists():
-        return True
-    if not folder.is_dir():
-        return False
-    if not any(folder.iterdir()):
-        return True
-    try:
-        return json.loads((folder / "status.json").read_text(encoding="utf-8"))["verb"] == call.command.verb
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _has_status(call: Call) -> bool:
-    return call.out is not None and (call.out / "status.json").exists()
+def conclude(call: Call, code: int, error: ClipwrightError | None, message: str = "") -> None:
+    """Prints the error or the message and writes the status file."""
+    if error is not None or message:
+        print(error or message, file=sys.stderr, flush=True)
+    call.status.write(code, error)
 
 
 def _preempt(number: int, frame: object) -> None:
     raise Preempted(number)
 
 
-def _write_status(call: Call, code: int, error: ClipwrightError | None) -> None:
-    from clipwright.pipeline.core.files import STATUS, write_json  # noqa: PLC0415
-
-    assert call.out is not None
-    status = {
-        "command": shlex.join(["clipwright", *sys.argv[1:]]),
-        "verb": call.command.verb,
-        "started": call.started.isoformat(timespec="seconds"),
-        "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
-        "folder": str(Path.cwd()),
-        "versions": _versions(),
-        "exit_code": code,
-        "error": None if error is None else {"code": error.code, "message": str(error)},
-    }
-    write_json(call.out / STATUS, status)
-
-
 def _versions() -> dict[str, str]:
-    """Versions of the libraries this process has loaded."""
+    """Versions of the libraries that this process has loaded."""
     names = ("torch", "deepspeed", "webdataset", "accelerate", "numpy", "pyarrow", "PIL", "faiss")
-    loaded = {name: getattr(sys.modules[name], "__version__", "?") for name in names if name in sys.modules}
-    return {"python": platform.python_version(), **{k: str(v) for k, v in loaded.items()}}
+    versions = {"python": platform.python_version()}
+    for name in names:
+        if name in sys.modules:
+            versions[name] = str(getattr(sys.modules[name], "__version__", "?"))
+    return versions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -81,6 +82,11 @@ _RANK_VARIABLES = {
     "MPI": "OMPI_COMM_WORLD_RANK and _SIZE, PMI_RANK, PMI_SIZE",
     "Kubernetes": "JOB_COMPLETION_INDEX",
 }
+
+
+def current_rank() -> int:
+    """This process's rank."""
+    return read_launcher_env(os.environ).rank
 
 
 def _check_agreement(launcher: LauncherEnv, other: LauncherEnv) -> None:

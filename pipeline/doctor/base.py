@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clipwright.pipeline.core.command import Call
+from clipwright.pipeline.core.command import Call, Outcome
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.nearest import nearest
 
@@ -130,11 +130,11 @@ def checks(group: str) -> list[Check]:
     return list(_CHECKS[group].values())
 
 
-def take_requested_check(call: Call) -> str:
-    """Removes `check=NAME` from the overrides, since it is not part of the training config; returns NAME or ""."""
-    names = [override.removeprefix("check=") for override in call.overrides if override.startswith("check=")]
-    call.overrides = [override for override in call.overrides if not override.startswith("check=")]
-    return names[-1] if names else ""
+def requested_check(overrides: list[str]) -> tuple[str, list[str]]:
+    """Returns NAME of `check=NAME` (or "") and the other overrides: `check` is not a key of the training config."""
+    names = [override.removeprefix("check=") for override in overrides if override.startswith("check=")]
+    others = [override for override in overrides if not override.startswith("check=")]
+    return (names[-1] if names else ""), others
 
 
 def with_prerequisites(name: str) -> list[Check]:
@@ -155,18 +155,19 @@ def with_prerequisites(name: str) -> list[Check]:
     return [item for item in all_checks.values() if item.name in wanted]
 
 
-def report(context: Context) -> None:
-    """Prints the table, or the JSON object with --json."""
+def report(context: Context) -> Outcome:
+    """Returns the table and the JSON object of all checks, with an error if one of them failed."""
     call, results = context.call, context.results
     rows = [{"name": name, **dataclasses.asdict(result)} for name, result in results.items()]
     next_command = ["doctor", "photos", "data.train=DIR"]
     if context.has_config:
-        next_command = ["train", *call.words, *call.overrides, "-o", "RUN"]
-    passed = all(result.status != "FAIL" for result in results.values())
-    call.finish(
+        next_command = ["train", *call.arguments, *call.overrides, "-o", "RUN"]
+    error = failure(context)
+    return Outcome(
         {"checks": rows, **context.predicted},
         "" if call.quiet else table(results),
-        then=f"clipwright {shlex.join(next_command)}" if passed else "",
+        next=f"clipwright {shlex.join(next_command)}" if error is None else "",
+        error=error,
     )
 
 

@@ -7,15 +7,7 @@ import os
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.distributed.group import all_gather_object, barrier, process_group
 from clipwright.pipeline.distributed.launcher_env import read_launcher_env
-from clipwright.pipeline.doctor.base import (
-    GROUPS,
-    Check,
-    CheckResult,
-    Context,
-    checks,
-    report,
-    with_prerequisites,
-)
+from clipwright.pipeline.doctor.base import GROUPS, Check, CheckResult, Context, checks, with_prerequisites
 from clipwright.pipeline.doctor.network import find_silent_ranks
 
 RENDEZVOUS_SECONDS = 600.0
@@ -23,7 +15,7 @@ _WORST_FIRST = ("FAIL", "warn", "skip", "ok")
 
 
 def run_checks(context: Context) -> None:
-    """Runs the checks after `environment` and reports them; with several ranks, rank 0 prints the report."""
+    """Runs the checks after `environment`; their results are the same on all ranks."""
     if context.only:
         selected = with_prerequisites(context.only)
     else:
@@ -37,8 +29,6 @@ def run_checks(context: Context) -> None:
         silent = find_silent_ranks(world)
         if silent is not None:
             context.results["ping"] = silent
-            if world.is_rank0:
-                report(context)
             return
         quiet = context.call.quiet or not world.is_rank0
         with Progress("doctor", len(selected), "checks", quiet=quiet) as progress:
@@ -47,9 +37,7 @@ def run_checks(context: Context) -> None:
                 result = worst_over_ranks(item, context)
                 context.results[item.name] = result
                 progress.add(1, failed=int(result.status == "FAIL"))
-        if world.is_rank0:
-            report(context)
-        barrier()  # a launcher stops all ranks when one exits, so wait until rank 0 has printed
+        barrier()  # a launcher stops all ranks when one exits
 
 
 def worst_over_ranks(item: Check, context: Context) -> CheckResult:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from clipwright.pipeline.core.command import Call
+from clipwright.pipeline.core.command import Call, Outcome
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import write_json
@@ -30,7 +30,7 @@ class ImportConfig:
     """Folder of the foreign model, for transformers as `save_pretrained` writes it."""
 
 
-def import_model(call: Call) -> None:
+def import_model(call: Call) -> Outcome:
     """Runs `clipwright import DIR -o MODEL`."""
     quiet_libraries()
     config: ImportConfig = call.load().value
@@ -41,8 +41,8 @@ def import_model(call: Call) -> None:
     model_config = _resolve(foreign, tree)
     tensors = len(foreign.tensor_shapes())
     if call.dry_run:
-        call.say(f"would import the {foreign.kind} in {foreign.folder} ({tensors} tensors) to {out}")
-        return
+        result = {"folder": str(foreign.folder), "tensors": tensors, "model": str(call.out)}
+        return Outcome(result, f"would import the {foreign.kind} in {foreign.folder} ({tensors} tensors) to {out}")
     staged = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     try:
@@ -58,10 +58,10 @@ def import_model(call: Call) -> None:
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     differences = ", ".join(f"{name} {receipt[name]['max_abs']:.1e}" for name in ("images", "texts", "logits"))
-    call.finish(
+    return Outcome(
         {"model": str(call.out), "fingerprint": manifest["fingerprint"], "parity": receipt},
         f"imported the {foreign.kind} in {foreign.folder} to {call.out}; largest differences: {differences}",
-        then=f"clipwright eval retrieval model={call.out} data=DATASET",
+        next=f"clipwright eval retrieval model={call.out} data=DATASET",
     )
 
 

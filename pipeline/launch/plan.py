@@ -83,18 +83,17 @@ class Part:
         return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.env.items()), shlex.join(self.line)])
 
 
-def split(call: Call) -> list[str]:
-    """Takes the command to launch off `call`, which keeps the words before it: `launch CONFIG [key=value …] VERB …`."""
+def split(call: Call) -> tuple[list[str], list[str]]:
+    """The overrides of the launch config and the command to launch: `launch CONFIG [key=value …] VERB …`."""
     given = list(call.given)
     start = next((i for i, word in enumerate(given) if i > 0 and word not in call.overrides), len(given))
     inner = given[start:]
     if not inner or inner[0] not in (*VERBS, *ARRAYS) or any(word.startswith("-") for word in inner):
         raise _nothing(given, inner)
-    call.overrides = given[1:start]
-    flags = {"--json": call.json, "--quiet": call.quiet, "--debug": call.debug, "--yes": call.yes}
-    flags["--fresh"] = call.fresh
-    inner += ["-o", str(call.out)] if call.out is not None else []
-    return inner + [flag for flag, on in flags.items() if on]
+    if call.out is not None:
+        inner += ["-o", str(call.out)]
+    flags = {"--json": call.json, "--quiet": call.quiet, "--debug": call.debug, "--fresh": call.fresh}
+    return given[1:start], inner + [flag for flag, on in flags.items() if on]
 
 
 def check(config: LaunchConfig, call: Call, inner: list[str]) -> None:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
-import typer
 
-from clipwright.pipeline.core.command import DONE, INTERRUPTED, PREEMPTED, Call, Preempted
+from clipwright.pipeline.core.command import DONE, INTERRUPTED, PREEMPTED, Call, Outcome, Preempted
 from clipwright.pipeline.core.errors import CODES, ClipwrightError
 from clipwright.pipeline.core.files import STATUS
 from clipwright.pipeline.launch import files
@@ -27,23 +26,20 @@ _SAVED = (PREEMPTED, INTERRUPTED)
 STATUS_WAIT = 5.0  # seconds for a status file of another machine to be seen here
 
 
-def launch(call: Call) -> None:
+def launch(call: Call) -> Outcome:
     """Runs `clipwright launch`: starts the ranks, or prints the file of a cluster that does."""
-    call.writes_status = False  # the output folder is the launched command's, which writes its own
-    inner = split(call)
-    config: LaunchConfig = call.load().value
+    overrides, inner = split(call)
+    config: LaunchConfig = call.load(overrides=overrides).value
     check(config, call, inner)
     if config.by in ("slurm", "kubernetes"):
         write = files.kubernetes if config.by == "kubernetes" else files.slurm if config.parts is None else files.array
         text = write(config, inner)
-        call.finish({"by": config.by, "file": text}, text)
-        return
+        return Outcome({"by": config.by, "file": text}, text)
     told, made = parts(config, inner)
     if call.dry_run:
-        call.finish({"world": told, "lines": [str(part) for part in made]}, "\n".join([told, *map(str, made)]))
-        return
+        return Outcome({"world": told, "lines": [str(part) for part in made]}, "\n".join([told, *map(str, made)]))
     call.say(told)
-    Group(made, call.out, call.debug).run()
+    return Outcome(exit_code=Group(made, call.out, call.debug).run())
 
 
 class Group:
@@ -60,15 +56,15 @@ class Group:
         self.readers: list[threading.Thread] = []
         self._lock = threading.Lock()
 
-    def run(self) -> None:
-        """Returns when all ranks are done; else raises what the first failing one ended with."""
+    def run(self) -> int:
+        """Waits for all ranks; returns the exit code, or raises if the ranks were stopped or ended without an error."""
         failed: int | None = None
         stop: BaseException | None = None
         try:
             for part in self.parts:
                 self._start(part)
             if (failed := self._first_failure()) is None:
-                return
+                return DONE
         except (Preempted, KeyboardInterrupt) as caught:
             stop, self.stopping = caught, True
         finally:
@@ -78,7 +74,7 @@ class Group:
                 self._kill()
             for reader in self.readers:
                 reader.join(timeout=5)
-        self._end(failed, stop)
+        return self._end(failed, stop)
 
     def _start(self, part: Part) -> None:
         # Of its own session: Ctrl-C reaches the ranks once, through us. Standard input: see plan._remote.
@@ -141,15 +137,15 @@ class Group:
                         child.kill()
                 process.wait()
 
-    def _end(self, failed: int | None, stop: BaseException | None) -> None:
+    def _end(self, failed: int | None, stop: BaseException | None) -> int:
         codes = [process.returncode for process in self.processes]
         if all(code == DONE for code in codes):
-            return  # they finished as the signal came
+            return DONE  # they finished as the signal came
         if self.error:
             if self.debug:  # much was said behind it
                 print(self.error, file=sys.stderr, flush=True)
             name = self.error[len("error[") :].partition("]")[0]
-            raise typer.Exit(CODES[name][0] if name in CODES else 1)
+            return CODES[name][0] if name in CODES else 1
         code = self._exit_code(codes if failed is None else [codes[failed]])
         if code in _SAVED or isinstance(stop, KeyboardInterrupt):
             raise stop or (Preempted() if code == PREEMPTED else KeyboardInterrupt())

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from clipwright.pipeline.core.command import Call
+from clipwright.pipeline.core.command import Call, Outcome
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import digest
@@ -27,7 +27,7 @@ class ExportConfig:
     step: int | None = None
 
 
-def export(call: Call) -> None:
+def export(call: Call) -> Outcome:
     """Runs `clipwright export RUN -o MODEL`."""
     config: ExportConfig = call.load().value
     run, out = Path(config.run), call.output().absolute()
@@ -47,8 +47,8 @@ def export(call: Call) -> None:
         )
     check_output(out)
     if call.dry_run:
-        call.say(f"would export step {found.step} of {run} to {out}")
-        return
+        result = {"run": str(run), "step": found.step, "model": str(call.out)}
+        return Outcome(result, f"would export step {found.step} of {run} to {out}")
     run_config = resolve(RunConfig, base=tree).value
     loss = {f"loss.{k}": v for k, v in found.loss().items() if not k.startswith("optimizer.")}
     made_from = {
@@ -72,10 +72,10 @@ def export(call: Call) -> None:
         progress.add(1)
     publish(staged, out)
     result = {"model": str(call.out), "fingerprint": manifest["fingerprint"], "step": found.step, **made_from}
-    call.finish(
+    return Outcome(
         result,
         f"exported step {found.step} to {call.out}",
-        then=f"clipwright eval retrieval model={call.out} data=DATASET",
+        next=f"clipwright eval retrieval model={call.out} data=DATASET",
     )
 
 

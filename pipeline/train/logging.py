@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from clipwright.pipeline.core.command import Call
+from clipwright.pipeline.core.command import Outcome
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import format_duration
 from clipwright.pipeline.distributed.group import World
@@ -108,8 +108,8 @@ class Meter:
         }
 
 
-def finish(call: Call, run: Path, config: RunConfig, world: World, steps: int) -> None:
-    """The result of a run that ended as it should."""
+def summary(run: Path, config: RunConfig, world: World, steps: int) -> Outcome:
+    """The outcome of a completed run."""
     lines = run_folder.read_log(run)
     if not lines:
         raise ClipwrightError(
@@ -130,4 +130,5 @@ def finish(call: Call, run: Path, config: RunConfig, world: World, steps: int) -
         "run": str(run),
     }
     losses = f"{_number(result['loss_first'], '.3f')} → {_number(result['loss_last'], '.3f')}"
-    call.finish(result, f"trained {result['samples']:,} samples: loss {losses}", f"clipwright export {run} -o MODEL")
+    text = f"trained {result['samples']:,} samples: loss {losses}"
+    return Outcome(result, text, next=f"clipwright export {run} -o MODEL")

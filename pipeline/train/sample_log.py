@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from clipwright.pipeline.core.command import Call
+from clipwright.pipeline.core.command import Call, Outcome
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
@@ -135,7 +135,7 @@ class Sample:
     row: int
 
 
-def show(call: Call) -> None:
+def show(call: Call) -> Outcome:
     """Runs `clipwright data ledger RUN step=NUMBER`."""
     config: LedgerConfig = call.load().value
     run = Path(config.run)
@@ -144,8 +144,7 @@ def show(call: Call) -> None:
             "E_INPUT", "a run without a ledger", where=run / LEDGER, found="no such file", fix="give the -o of `train`"
         )
     if config.step is None:
-        _summary(call, run)
-        return
+        return _summary(run)
     record = next((found for found in run_folder.read_steps(run / LEDGER) if found["step"] == config.step), None)
     if record is None:
         raise ClipwrightError(
@@ -160,7 +159,7 @@ def show(call: Call) -> None:
     lines = [f"{one.position:>12}  {one.key}  {one.shard} row {one.row}{_why(instead, one)}" for one in found]
     text = f"step {record['step']}: {record['count']} samples from position {record['at']:,}; their sum is the ledger's"
     result = {**record, "samples": [dataclasses.asdict(one) for one in found]}
-    call.finish(result, "\n".join([*lines, text]))
+    return Outcome(result, "\n".join([*lines, text]))
 
 
 def samples(run: Path, record: dict[str, Any], train: str | list[DatasetEntry] | None = None) -> list[Sample]:
@@ -198,7 +197,7 @@ def _why(instead: dict[int, dict[str, Any]], one: Sample) -> str:
     return f"  instead of {bad['key']} in {bad['shard']} ({bad['reason']})"
 
 
-def _summary(call: Call, run: Path) -> None:
+def _summary(run: Path) -> Outcome:
     steps, count = 0, 0
     reasons: Counter[str] = Counter()
     shards: Counter[str] = Counter()
@@ -209,4 +208,4 @@ def _summary(call: Call, run: Path) -> None:
     result = {"steps": steps, "samples": count, "replaced": reasons.total(), "reasons": reasons, "shards": shards}
     lines = [f"{number:>8}  {name}" for name, number in [*reasons.most_common(), *shards.most_common(10)]]
     told = f"{steps:,} steps, {count:,} samples, {result['replaced']:,} of them in the place of unreadable ones"
-    call.finish(result, "\n".join([*lines, told]), then=f"clipwright data ledger {run} step={steps}")
+    return Outcome(result, "\n".join([*lines, told]), next=f"clipwright data ledger {run} step={steps}")

@@ -11,18 +11,17 @@ from typing import Any
 
 import torch
 
-from clipwright.pipeline.core.command import Call, Preempted, StopFlag
+from clipwright.pipeline.core.command import Call, Outcome, Preempted, StopFlag
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.distributed.group import World, any_rank_flags, process_group, run_on_rank0
-from clipwright.pipeline.distributed.launcher_env import read_launcher_env
 from clipwright.pipeline.folders import remote
 from clipwright.pipeline.train import run_folder, warm_start
 from clipwright.pipeline.train.checkpoints import checkpoint
 from clipwright.pipeline.train.checkpoints.saver import Saver
 from clipwright.pipeline.train.config import Parts, RunConfig, RuntimeConfig, build, identity, resolve_text
 from clipwright.pipeline.train.engine import Engine, StepResult
-from clipwright.pipeline.train.logging import Meter, RunLog, finish, header, step_line
+from clipwright.pipeline.train.logging import Meter, RunLog, header, step_line, summary
 from clipwright.pipeline.train.precision import resolve_precision
 from clipwright.pipeline.train.sample_log import Ledger
 from clipwright.pipeline.train.step_checks import NonFiniteSteps, StepPace
@@ -161,9 +160,8 @@ class Trainer:
         return meter.record(self.step, self._samples(), result, **self.engine.loss.report(), **more)
 
 
-def train(call: Call, score: Callable[[], Score]) -> None:
+def train(call: Call, score: Callable[[], Score]) -> Outcome:
     """Runs `clipwright train`, alone or as one rank of a launcher's group, which no refused config waits for."""
-    call.writes_status = read_launcher_env(os.environ).rank == 0
     run = call.output() if not call.dry_run else call.out or Path("run")
     resolved = call.load()
     if resolved.value.runtime.copy_to:
@@ -176,12 +174,12 @@ def train(call: Call, score: Callable[[], Score]) -> None:
         if world.is_rank0:
             call.say(header(trainer.config, trainer.parts, world, trainer.threads))
         if call.dry_run:
-            return
+            return Outcome()
         trainer.open(run, resolved.yaml(), call.fresh)
-        call.owned = True
+        call.status.claim(run)
         if world.is_rank0 and trainer.step:
             call.say("; ".join([f"resuming at step {trainer.step}", *trainer.changed]))
         trainer.train(supervisor)
-        if world.is_rank0:
-            finish(call, run, trainer.config, world, trainer.step)
+        outcome = summary(run, trainer.config, world, trainer.step) if world.is_rank0 else Outcome()
     trainer.saver.finish()
+    return outcome

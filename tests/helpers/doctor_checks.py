@@ -12,8 +12,8 @@ from clipwright.pipeline.doctor.base import GROUPS, CheckResult, Context, checks
 def call(*overrides: str, out: Path | None = None, config: str | None = None) -> Call:
     import clipwright.cli  # noqa: F401  registers the verb
 
-    words = [config] if config else []
-    return Call(COMMANDS["doctor"], config, words, list(overrides), out, False, True, False, False, False, False)
+    arguments = [config] if config else []
+    return Call(command=COMMANDS["doctor"], arguments=arguments, overrides=list(overrides), out=out, quiet=True)
 
 
 def context(world: World, *overrides: str, out: Path | None = None) -> Context:

@@ -25,7 +25,7 @@ from clipwright.pipeline.core.command import (
     Preempted,
     StopFlag,
     conclude,
-    deafen,
+    ignore_stop_signals,
 )
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.distributed.group import World, barrier, broadcast_object
@@ -112,7 +112,7 @@ class Supervisor:
             self._deadline = None
             self._heartbeat.sign_off(CAUSE_SECONDS)
             return
-        deafen()
+        ignore_stop_signals()
         if _is_failed_collective(error):
             # If a rank knows the cause, the heartbeat thread exits this process meanwhile.
             self._heartbeat.finished.wait(CAUSE_SECONDS)
@@ -121,7 +121,7 @@ class Supervisor:
         self._own_exit = GroupExit(self.rank, _exit_code(error), details)
         self._heartbeat.request_exit(self._own_exit)
         self._heartbeat.finished.wait(CAUSE_SECONDS)
-        self.call.writes_status = True
+        self.call.status.enable()
         if isinstance(error, ClipwrightError):
             raise error from None
 
@@ -160,7 +160,7 @@ class Supervisor:
         if is_reporter and group_exit == self._own_exit:
             return
         if is_reporter:
-            self.call.writes_status = True
+            self.call.status.enable()
             conclude(self.call, group_exit.code, group_exit.to_error(), STOPPED.get(group_exit.code, ""))
         sys.stdout.flush()
         sys.stderr.flush()

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipwright.data_prep.inspect.verify import require_ok, verify
-from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.data_prep.inspect.verify import failure, verify
 from clipwright.pipeline.core.files import file_sha256
 
 
@@ -47,9 +46,8 @@ def restate(dataset: Path, **changes: Any) -> None:
 def found(dataset: Path, code: str = "E_DATA_HASH") -> list[dict[str, Any]]:
     result = verify(dataset, quiet=True)
     assert not result["ok"]
-    with pytest.raises(ClipwrightError) as caught:
-        require_ok(result)
-    assert caught.value.code == code and caught.value.exit_code == 3
+    error = failure(result)
+    assert error is not None and error.code == code and error.exit_code == 3
     return result["faults"]
 
 

@@ -1,41 +1,102 @@
-"""What every command does alike."""
+"""What all commands share: flags, help, and names that are hard to print."""
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 
-def test_a_reader_that_left_gets_no_error() -> None:
+import clipwright.cli  # noqa: F401  registers the verbs
+from clipwright.pipeline.core.command import COMMANDS, OPTIONAL_FLAGS, Command
+
+
+def test_closed_stdout_gives_no_error() -> None:
     """`clipwright config schema train | head -1`: neither a traceback nor a coded line."""
     command = [sys.executable, "-m", "clipwright", "config", "schema", "demo"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stderr is not None
     child.stdout.close()
-    said = child.stderr.read()
+    errors = child.stderr.read()
     child.stderr.close()
     assert child.wait() == 1
-    assert said == ""
+    assert errors == ""
 
 
-def test_a_name_that_is_not_utf8_is_refused_in_words(tmp_path: Path, cli: Any) -> None:
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path, cli: Any) -> None:
     line = cli.error("prep", "scenes", "-o", os.fsdecode(b"out\xff"), code=2)
     assert line.startswith("error[E_USAGE]") and "out\\udcff" in line and "rename" in line
     assert not any(tmp_path.iterdir())
 
 
-def test_what_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+def test_unprintable_output_is_escaped(tmp_path: Path) -> None:
     (tmp_path / "빨간").mkdir()
-    words = ["data", "view", "빨간", "-o", "쪽", "--dry-run"]
+    arguments = ["data", "view", "빨간", "-o", "쪽", "--dry-run"]
     done = subprocess.run(
-        [sys.executable, "-m", "clipwright", *words],
+        [sys.executable, "-m", "clipwright", *arguments],
         cwd=tmp_path,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout == "would write \\ucabd/view.html about \\ube68\\uac04\n"
+    assert done.stdout == "would write \\ucabd/view.html for \\ube68\\uac04\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["list", "towers", "-o", "out"], "-o"),
+        (["search", "index", "text=a", "--dry-run"], "--dry-run"),
+        (["export", "run", "-o", "out", "--fresh"], "--fresh"),
+    ],
+)
+def test_an_unsupported_flag_is_refused(arguments: list[str], flag: str, tmp_path: Path, cli: Any) -> None:
+    line = cli.error(*arguments, code=2)
+    assert line.startswith("error[E_USAGE]: ") and f"does not support {flag}" in line and f"leave out {flag}" in line
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_unexpected_argument_is_refused(cli: Any) -> None:
+    line = cli.error("export", "run", "model", code=2)
+    assert line.startswith("error[E_USAGE]: unexpected argument 'model'") and "clipwright export --help" in line
+
+
+@pytest.mark.parametrize("verb", ["train", "data verify", "report"])
+def test_help_shows_the_supported_flags_examples_and_keys(verb: str, cli: Any) -> None:
+    spec = COMMANDS[verb]
+    text = cli(*verb.split(), "--help").stdout
+    for flag in OPTIONAL_FLAGS:
+        assert (re.search(rf"\s{flag}\s", text) is not None) == spec.supports(flag), flag
+    assert "--yes" not in text
+    for example in spec.examples:
+        assert f"\n  {example}\n" in text
+    if spec.kind is not None:
+        assert f"clipwright config show {verb}" in text
+
+
+def test_help_of_train_names_the_config_sections(cli: Any) -> None:
+    text = cli("train", "--help").stdout
+    for section in ("data", "image", "text", "tokenizer", "loss", "optim", "schedule", "runtime"):
+        assert re.search(rf"\n  {section}\s", text), section
+
+
+def test_help_of_a_verb_does_not_import_torch() -> None:
+    code = "import sys; sys.argv = ['clipwright', 'train', '--help']\nfrom clipwright.cli import main\n"
+    code += "try:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("spec", COMMANDS.values(), ids=lambda spec: spec.verb)
+def test_every_verb_has_examples_that_name_it(spec: Command) -> None:
+    assert spec.examples
+    for example in spec.examples:
+        assert f"clipwright {spec.verb}" in example
+        flags = [argument for argument in shlex.split(example) if argument in OPTIONAL_FLAGS]
+        assert all(spec.supports(flag) for flag in flags), example

@@ -20,8 +20,8 @@ from clipwright.pipeline.doctor.base import (
     check,
     checks,
     failure,
+    requested_check,
     table,
-    take_requested_check,
     with_prerequisites,
 )
 
@@ -114,8 +114,7 @@ def test_requested_check_includes_its_prerequisites() -> None:
         with_prerequisites("gradient")
     error = caught.value
     assert error.code == "E_CONFIG_CHOICE" and error.where == "check=gradient" and "'gradients'" in error.fix
-    state = call("check=gradients", "seed=1")
-    assert take_requested_check(state) == "gradients" and state.overrides == ["seed=1"]
+    assert requested_check(["check=gradients", "seed=1"]) == ("gradients", ["seed=1"])
 
 
 def test_exception_becomes_a_result_and_dependents_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:

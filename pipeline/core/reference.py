@@ -1,0 +1,257 @@
+"""The reference of all config keys as Markdown: what `clipwright config reference` prints and docs/configs.md holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import annotated_types
+import yaml
+from pydantic.fields import FieldInfo
+
+from clipwright.pipeline.core.command import Command, load_kind
+from clipwright.pipeline.core.config import Choice
+from clipwright.pipeline.core.field_docs import field_docs
+
+HEADER = """\
+# Config reference
+
+Every key of every command's config: `clipwright VERB CONFIG section.key=value`. This page is the output of
+`clipwright config reference`; `clipwright config show VERB CONFIG` prints the values of one config and where each was
+set, and `clipwright config schema VERB` its JSON schema for editors.
+
+Each config also takes `plugins`, a list of Python files that register further towers, losses, sources and so on.
+A section that is chosen by `name` (`image: {name: vit_nano}`) starts with the values of that preset; a default in the
+tables below is what a preset leaves unset.
+"""
+
+_NAMES: dict[Any, str] = {
+    str: "text",
+    int: "integer",
+    float: "number",
+    bool: "true or false",
+    type(None): "null",
+    Any: "any",
+    dict: "mapping",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a section."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+def reference(commands: Mapping[str, Command]) -> str:
+    """The complete page; the same text on every call."""
+    blocks = [HEADER]
+    described: dict[str, str] = {}  # config → the verb under which its keys are listed
+    for verb, command in sorted(commands.items()):
+        if command.kind is None:
+            continue
+        blocks.append(f"## {verb}\n")
+        owner = commands.get(command.configs)
+        if owner is not None and owner.kind == command.kind:
+            described.setdefault(command.kind, owner.verb)
+        same = described.setdefault(command.kind, verb)
+        if same == verb:
+            blocks += _section(load_kind(command), place="", level=3)
+        else:
+            blocks.append(f"The same keys as [{same}](#{same.replace(' ', '-')}).\n")
+    return "\n".join(blocks).rstrip("\n") + "\n"
+
+
+def missing_docs(commands: Mapping[str, Command]) -> list[str]:
+    """`module.Class.field` of every config field without a description."""
+    missing: set[str] = set()
+    for command in commands.values():
+        if command.kind is not None:
+            for config in _classes(load_kind(command)):
+                documented = field_docs(config)
+                for field in dataclasses.fields(config):
+                    if not documented.get(field.name):
+                        owner = _owner(config, field.name)
+                        missing.add(f"{owner.__module__}.{owner.__qualname__}.{field.name}")
+    return sorted(missing)
+
+
+def _owner(config: type[Any], field: str) -> type[Any]:
+    """The class that declares a field."""
+    return next(base for base in config.__mro__ if field in inspect.get_annotations(base))
+
+
+def _classes(config: type[Any]) -> Iterator[type[Any]]:
+    """A config class and all classes of its sections, as they are written in the source."""
+    yield config
+    for hint in get_type_hints(config, include_extras=True).values():
+        choice = _choice(hint)
+        if choice is not None:
+            for entry in choice.registry.families:
+                yield from _classes(entry.config)
+        for section in _sections_in(hint):
+            yield from _classes(section)
+
+
+def _section(config: type[Any], place: str, level: int) -> list[str]:
+    """A table of the plain keys of a section, then its sub-sections."""
+    hints = get_type_hints(config, include_extras=True)
+    plain: list[Key] = []
+    below: list[str] = []
+    docs = field_docs(config)
+    for field in dataclasses.fields(config):
+        hint = hints[field.name]
+        inner = f"{place}.{field.name}" if place else field.name
+        meaning = docs.get(field.name, "")
+        choice = _choice(hint)
+        if choice is not None:
+            below += _choice_section(choice, _bare(hint), inner, meaning, level)
+        elif dataclasses.is_dataclass(_bare(hint)):
+            below += [_heading(inner, level), *_paragraph(meaning), *_section(_bare(hint), inner, level)]
+        else:
+            plain.append(Key(inner, type_text(hint), _default(field), meaning))
+            for section in _sections_in(hint):
+                below += [_heading(f"{inner}[]", level), *_section(section, f"{inner}[]", level)]
+    return [*_table(plain), *below]
+
+
+def _choice_section(choice: Choice, base: Any, place: str, meaning: str, level: int) -> list[str]:
+    """The keys of every family of a registry: first those that all have, then each family's own."""
+    kind = choice.registry.kind
+    default = f"`{choice.default}`" if choice.default is not None else "required"
+    blocks = [_heading(place, level), *_paragraph(meaning)]
+    name_key = Key(f"{place}.name", "one of the presets below", default, f"Preset of the {kind}.")
+    shared: set[str] = set()
+    keys = [name_key]
+    if dataclasses.is_dataclass(base):
+        shared = {field.name for field in dataclasses.fields(base)}
+        keys += [key for key in _keys(base, place) if key.name != name_key.name]
+    blocks += _table(keys)
+    for entry in sorted(choice.registry.families, key=lambda entry: entry.family):
+        own = [field.name for field in dataclasses.fields(entry.config) if field.name not in shared | {"name"}]
+        names = ", ".join(f"`{name}`" for name in entry.presets)
+        blocks.append(_heading(f"{place}, family {entry.family}", level + 1))
+        blocks += _paragraph(f"Presets: {names}." + (f" Source: {entry.source}." if entry.source else ""))
+        blocks += _table([key for key in _keys(entry.config, place) if key.name.rpartition(".")[2] in own])
+        hints = get_type_hints(entry.config, include_extras=True)
+        for name in own:
+            if dataclasses.is_dataclass(_bare(hints[name])):
+                inner = f"{place}.{name}"
+                blocks += [_heading(inner, level + 2), *_section(_bare(hints[name]), inner, level + 2)]
+    return blocks
+
+
+def _keys(config: Any, place: str) -> list[Key]:
+    """The keys of a class that are not sections."""
+    hints = get_type_hints(config, include_extras=True)
+    docs = field_docs(config)
+    return [
+        Key(f"{place}.{field.name}", type_text(hints[field.name]), _default(field), docs.get(field.name, ""))
+        for field in dataclasses.fields(config)
+        if not dataclasses.is_dataclass(_bare(hints[field.name]))
+    ]
+
+
+def _heading(text: str, level: int) -> str:
+    return f"{'#' * level} {text}\n"
+
+
+def _paragraph(text: str) -> list[str]:
+    return [f"{text}\n"] if text else []
+
+
+def _table(keys: Iterable[Key]) -> list[str]:
+    rows = [f"| `{key.name}` | {_cell(key.type)} | {_cell(key.default)} | {_cell(key.meaning)} |" for key in keys]
+    if not rows:
+        return []
+    return ["\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n"]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def type_text(hint: Any) -> str:
+    """A type annotation in words: `integer ≥ 1`, `one of `a`, `b``, `list of text`, `number or null`."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return " ".join([type_text(arguments[0]), *_constraints(arguments[1:])])
+    if origin is Literal:
+        return "one of " + ", ".join(f"`{_yaml(value)}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(type_text(argument) for argument in arguments))
+    if origin in (list, tuple, set, frozenset):
+        if origin is tuple and Ellipsis not in arguments:
+            kinds = list(dict.fromkeys(type_text(argument) for argument in arguments))
+            return f"list of {len(arguments)}: {', '.join(kinds)}"
+        return f"list of {type_text(arguments[0])}"
+    if origin is dict:
+        return f"mapping of {type_text(arguments[0])} to {type_text(arguments[1])}"
+    if dataclasses.is_dataclass(hint):
+        return "sections"
+    return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _constraints(metadata: Iterable[Any]) -> Iterator[str]:
+    """Limits of a value, as annotated by pydantic's `Field`."""
+    for item in metadata:
+        if isinstance(item, FieldInfo):
+            yield from _constraints(item.metadata)
+        elif isinstance(item, annotated_types.Ge):
+            yield f"≥ {item.ge}"
+        elif isinstance(item, annotated_types.Gt):
+            yield f"> {item.gt}"
+        elif isinstance(item, annotated_types.Le):
+            yield f"≤ {item.le}"
+        elif isinstance(item, annotated_types.Lt):
+            yield f"< {item.lt}"
+        elif isinstance(item, annotated_types.MultipleOf):
+            yield f"a multiple of {item.multiple_of}"
+        elif isinstance(item, annotated_types.MinLen):
+            yield f"of at least {item.min_length}"
+        elif isinstance(item, annotated_types.MaxLen):
+            yield f"of at most {item.max_length}"
+        elif getattr(item, "pattern", None) is not None:
+            yield f"matching `{item.pattern}`"
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return f"`{_yaml(field.default)}`"
+    if field.default_factory is not dataclasses.MISSING:
+        return f"`{_yaml(field.default_factory())}`"
+    return "required"
+
+
+def _yaml(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _choice(hint: Any) -> Choice | None:
+    return next((item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Choice)), None)
+
+
+def _bare(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def _sections_in(hint: Any) -> Iterator[type[Any]]:
+    """The config classes within a type: a section, or the elements of a list of sections."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        if _choice(hint) is None:
+            yield from _sections_in(arguments[0])
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        yield hint
+    elif origin is not Literal:
+        for argument in arguments:
+            yield from _sections_in(argument)
