@@ -77,16 +77,16 @@ def read_launcher_env(env: Mapping[str, str]) -> LauncherEnv:
     return replace(launcher, master_addr=master_addr, master_port=master_port)
 
 
+def current_rank() -> int:
+    """Returns this process's rank."""
+    return read_launcher_env(os.environ).rank
+
+
 _RANK_VARIABLES = {
     "Slurm": "SLURM_PROCID, SLURM_NTASKS, SLURM_STEP_NUM_TASKS",
     "MPI": "OMPI_COMM_WORLD_RANK and _SIZE, PMI_RANK, PMI_SIZE",
     "Kubernetes": "JOB_COMPLETION_INDEX",
 }
-
-
-def current_rank() -> int:
-    """This process's rank."""
-    return read_launcher_env(os.environ).rank
 
 
 def _check_agreement(launcher: LauncherEnv, other: LauncherEnv) -> None:

@@ -1,4 +1,4 @@
-"""From a launch config and a command of ours to the exact lines that start its ranks, one line a machine."""
+"""From a launch config and a command to the exact command lines that start its ranks, one per node."""
 
 from __future__ import annotations
 
@@ -17,234 +17,297 @@ from pydantic import Field
 from clipwright.pipeline.core.command import Call
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.distributed.launcher_env import DEFAULT_PORT
 
-VERBS = ("train", "doctor", "embed")  # whose processes share their work as ranks
-ARRAYS = ("prep", "embed")  # whose work is cut into parts that a job array does
-CARRIED = ("NCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "DS_", "PYTHONPATH")  # this shell's variables that hosts get too
-_PORT = 29500
+RANK_VERBS = ("train", "doctor", "embed")  # their processes share the work as ranks
+ARRAY_VERBS = ("prep", "embed")  # their work can be split into parts for a job array
+FORWARDED_ENV = ("NCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "DS_", "PYTHONPATH")  # prefixes; sent to the hosts
+LOCAL_HOSTS = ("localhost", "127.0.0.1")
+HOSTFILE_LINE = "`HOST slots=NUMBER`"
 
 
 @configclass
 class SlurmConfig:
-    """What the job asks of its cluster. `setup`: lines of shell before the ranks start (modules, environment)."""
+    """What a job requests from a Slurm cluster."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "clipwright"
+    """Name of the job, and prefix of its log files."""
     time: Annotated[str, Field(pattern=r"^[\d:-]+$")] = "24:00:00"
+    """Time limit, in Slurm's format."""
     partition: Annotated[str, Field(pattern=r"^[\w.,-]*$")] = ""
+    """Partition; empty for the cluster's default."""
     account: Annotated[str, Field(pattern=r"^[\w.-]*$")] = ""
+    """Account that is charged; empty for the user's default."""
     cpus_per_task: Annotated[int, Field(ge=1)] = 8
-    warning: Annotated[int, Field(ge=1)] = 120  # seconds before the time limit at which the ranks are told to save
+    """CPU cores per rank."""
+    warning: Annotated[int, Field(ge=1)] = 120
+    """Seconds before the time limit at which the ranks are signaled to save."""
     setup: tuple[str, ...] = ()
+    """Shell lines that run before the ranks start, such as `module load cuda`."""
 
 
 @configclass
 class KubernetesConfig:
-    """The pods. `claim` is the volume claim that holds data and runs, mounted at `mount` in every pod."""
+    """The pods of a Kubernetes job."""
 
     name: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,50}[a-z0-9])?$")] = "clipwright"
+    """Name of the Job and its Service."""
     image: str = "clipwright"
+    """Container image."""
     claim: str = "clipwright"
+    """Persistent volume claim that holds data and runs."""
     mount: Annotated[str, Field(pattern=r"^/")] = "/work"
+    """Path at which every pod mounts the claim; the command runs there."""
     shared_memory: str = "16Gi"
-    retries: Annotated[int, Field(ge=0)] = 3  # failures of a pod that are forgiven; stopping with state saved is none
-    grace: Annotated[int, Field(ge=1)] = 120  # seconds between a pod's SIGTERM and its end
+    """Size limit of /dev/shm, through which loader workers send batches."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """Failures per pod before the job fails; exits with saved state do not count."""
+    grace: Annotated[int, Field(ge=1)] = 120
+    """Seconds between a pod's SIGTERM and SIGKILL, for saving."""
 
 
 @configclass
 class LaunchConfig:
-    """How ranks are started. Not all keys concern each way; `nodes` and `processes` of a hostfile stand in it.
-
-    `master`: host of rank 0 as the others reach it; by default the first. `env`: variables for every rank.
-    """
+    """How the ranks of a command are started."""
 
     by: Literal["hostfile", "torchrun", "slurm", "kubernetes"]
+    """Launcher: `hostfile` and `torchrun` start the ranks, `slurm` and `kubernetes` print a job."""
     hostfile: str | None = None
+    """File with one line `HOST slots=RANKS` per node; hostfile only."""
     nodes: Annotated[int, Field(ge=1)] | None = None
-    processes: Annotated[int, Field(ge=1)] | None = None  # on each machine: one a GPU
-    parts: Annotated[int, Field(ge=1, le=100_000)] | None = None  # slurm, prep and embed: an array of so many jobs
-    gpus: bool = True  # whether each process asks the cluster for a GPU
-    node_rank: Annotated[int, Field(ge=0)] | None = None  # torchrun on several machines: which of them this is
+    """Number of nodes; torchrun, slurm and kubernetes."""
+    processes: Annotated[int, Field(ge=1)] | None = None
+    """Ranks per node, one per GPU; torchrun, slurm and kubernetes."""
+    parts: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Number of jobs in the array; slurm with prep or embed only."""
+    gpus: bool = True
+    """Request one GPU per rank from the cluster."""
+    node_rank: Annotated[int, Field(ge=0)] | None = None
+    """Rank of this node, from 0; torchrun on several nodes only."""
     master: Annotated[str, Field(pattern=r"^[\w.:-]+$")] | None = None
-    port: Annotated[int, Field(ge=1, le=65535)] = _PORT
+    """Address of rank 0's host as the other nodes reach it; by default the first host."""
+    port: Annotated[int, Field(ge=1, le=65535)] = DEFAULT_PORT
+    """Port of the rendezvous on that host; slurm derives one from the job id instead."""
     env: dict[str, str] = field(default_factory=dict)
+    """Environment variables for every rank."""
     slurm: SlurmConfig = SlurmConfig()
+    """Options of a Slurm job."""
     kubernetes: KubernetesConfig = KubernetesConfig()
+    """Options of a Kubernetes job."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """The line that starts one machine's ranks; `host` is empty where it is this machine."""
+class NodeCommand:
+    """The command that starts one node's ranks; `host` is empty for this node."""
 
     host: str
-    line: list[str]
+    arguments: list[str]
     env: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.env.items()), shlex.join(self.line)])
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.env.items()]
+        return " ".join([*variables, shlex.join(self.arguments)])
 
 
 def split(call: Call) -> tuple[list[str], list[str]]:
-    """The overrides of the launch config and the command to launch: `launch CONFIG [key=value …] VERB …`."""
+    """Returns the overrides of the launch config and the command to launch: `launch CONFIG [key=value …] VERB …`."""
     given = list(call.given)
-    start = next((i for i, word in enumerate(given) if i > 0 and word not in call.overrides), len(given))
+    start = 1
+    while start < len(given) and given[start] in call.overrides:
+        start += 1
     inner = given[start:]
-    if not inner or inner[0] not in (*VERBS, *ARRAYS) or any(word.startswith("-") for word in inner):
-        raise _nothing(given, inner)
+    if not inner or inner[0] not in (*RANK_VERBS, *ARRAY_VERBS) or any(word.startswith("-") for word in inner):
+        raise _not_launchable(given, inner)
     if call.out is not None:
         inner += ["-o", str(call.out)]
     flags = {"--json": call.json, "--quiet": call.quiet, "--debug": call.debug, "--fresh": call.fresh}
-    return given[1:start], inner + [flag for flag, on in flags.items() if on]
+    inner += [flag for flag, is_set in flags.items() if is_set]
+    return given[1:start], inner
 
 
 def check(config: LaunchConfig, call: Call, inner: list[str]) -> None:
-    """E_USAGE where this launcher cannot start this command in this way."""
+    """Raises E_USAGE if this launcher cannot start this command."""
     verb = inner[0]
-    if config.parts is None and verb in VERBS:
+    if config.parts is None and verb in RANK_VERBS:
         return
-    if config.by != "slurm" or verb not in ARRAYS:
-        raise _nothing(list(call.given), inner)
+    if config.by != "slurm" or verb not in ARRAY_VERBS:
+        raise _not_launchable(list(call.given), inner)
     required(config, "parts")
-    if any(word.startswith("runtime.part=") for word in inner) or "--fresh" in inner:
-        raise ClipwrightError(
-            "E_USAGE",
-            "parts said twice" if "--fresh" not in inner else "parts that would start all over",
-            where=shlex.join(inner),
-            found=f"parts={config.parts} gives each job its runtime.part, and each goes on where it stopped",
-            fix="leave out runtime.part and --fresh; to start over give a new folder",
-        )
+    if "--fresh" in inner:
+        raise _array_error(config, inner, "a job array cannot run with --fresh: each part would start over")
+    if any(argument.startswith("runtime.part=") for argument in inner):
+        raise _array_error(config, inner, "runtime.part is given, and parts= sets it for each job")
 
 
-def _nothing(given: list[str], inner: list[str]) -> ClipwrightError:
-    found = repr(inner[0]) if inner else "no command"
+def _array_error(config: LaunchConfig, inner: list[str], what: str) -> ClipwrightError:
     return ClipwrightError(
         "E_USAGE",
-        "nothing to launch",
+        what,
+        where=shlex.join(inner),
+        found=f"parts={config.parts}",
+        fix="leave out runtime.part and --fresh; to start over name a new folder",
+    )
+
+
+def _not_launchable(given: list[str], inner: list[str]) -> ClipwrightError:
+    ranks, arrays = ", ".join(RANK_VERBS), " and ".join(ARRAY_VERBS)
+    command = repr(inner[0]) if inner else "no command"
+    return ClipwrightError(
+        "E_USAGE",
+        f"{command} cannot be launched in this way",
         where=shlex.join(["launch", *given]),
-        found=f"{found}; {', '.join(VERBS)} run as ranks, {' and '.join(ARRAYS)} as a Slurm array of parts",
+        found=f"{ranks} run as ranks, {arrays} as a Slurm array of parts",
         fix="put `launch CONFIG` before a command: clipwright launch torchrun processes=2 train photos … -o RUN",
     )
 
 
 def required(config: LaunchConfig, *names: str) -> list[int]:
-    """The values of `names`; E_CONFIG_VALUE for one that is not set."""
+    """Returns the values of `names`; raises E_CONFIG_VALUE for one that is not set."""
     values = [getattr(config, name) for name in names]
     for name, value in zip(names, values, strict=True):
         if value is None:
             raise ClipwrightError(
                 "E_CONFIG_VALUE",
-                "a missing value",
-                where=name,
-                found=f"launch by {config.by} needs it",
+                f"{name} is not set",
+                where=f"launch by {config.by}",
                 fix=f"add {name}=NUMBER before the command that is launched",
             )
     return values
 
 
-def parts(config: LaunchConfig, inner: list[str]) -> tuple[str, list[Part]]:
-    """What will run, in words and as lines: `hostfile` and `torchrun`, which start ranks themselves."""
-    return _hosts(config, inner) if config.by == "hostfile" else _torchrun(config, inner)
+def node_commands(config: LaunchConfig, inner: list[str]) -> tuple[str, list[NodeCommand]]:
+    """Returns a description of the world and the commands that start its ranks, for `hostfile` and `torchrun`."""
+    return _hostfile_commands(config, inner) if config.by == "hostfile" else _torchrun_command(config, inner)
 
 
-def _torchrun(config: LaunchConfig, inner: list[str]) -> tuple[str, list[Part]]:
-    """torch's launcher on this machine; with nodes=N the same on each of N, which meet at `master`."""
+def _torchrun_command(config: LaunchConfig, inner: list[str]) -> tuple[str, list[NodeCommand]]:
+    """torchrun on this node; with nodes=N the same command runs on each of N nodes, with the rendezvous at `master`."""
     [processes] = required(config, "processes")
     nodes = config.nodes or 1
-    meeting, where = ["--standalone"], ""
     if nodes > 1:
         _, node_rank = required(config, "master", "node_rank")
-        meeting = [f"--nnodes={nodes}", f"--node-rank={node_rank}"]
-        meeting += [f"--master-addr={config.master}", f"--master-port={config.port}"]
-        where = f", master {config.master}:{config.port}"
-    line = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={processes}"]
-    # torchrun sets it to 1 by itself, and warns; runtime.threads decides.
+        rendezvous = [
+            f"--nnodes={nodes}",
+            f"--node-rank={node_rank}",
+            f"--master-addr={config.master}",
+            f"--master-port={config.port}",
+        ]
+        master = f", master {config.master}:{config.port}"
+    else:
+        rendezvous = ["--standalone"]
+        master = ""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *rendezvous, f"--nproc-per-node={processes}"]
+    # torchrun would set it to 1 itself, with a warning; runtime.threads decides.
     env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **config.env}
-    told = f"world {nodes * processes} = {_nodes(nodes)} × {processes} (by torchrun){where}"
-    return told, [Part("", [*line, "-m", "clipwright", *inner], env)]
+    description = f"world size {nodes * processes} = {_count_nodes(nodes)} × {processes} (by torchrun){master}"
+    return description, [NodeCommand("", [*torchrun, "-m", "clipwright", *inner], env)]
 
 
-def _hosts(config: LaunchConfig, inner: list[str]) -> tuple[str, list[Part]]:
-    """DeepSpeed's launcher on every host of a hostfile, reached by ssh; all hosts see this folder and this Python."""
+def _hostfile_commands(config: LaunchConfig, inner: list[str]) -> tuple[str, list[NodeCommand]]:
+    """DeepSpeed's launcher on each host of a hostfile, by ssh; folder and Python are at the same path on all hosts."""
     if config.hostfile is None:
-        raise _hostfile_error(
-            "hostfile", "no hostfile", "none is named", "add hostfile=FILE, of lines `HOST slots=NUMBER`"
-        )
+        raise _hostfile_error("hostfile", "no hostfile is given", "", f"add hostfile=FILE with lines {HOSTFILE_LINE}")
     hosts = read_hostfile(Path(config.hostfile))
     if config.nodes is not None or config.processes is not None:
+        listed = " ".join(f"{host} slots={slots}" for host, slots in hosts.items())
         raise ClipwrightError(
             "E_CONFIG_VALUE",
-            "machines said twice",
+            "the hostfile already defines nodes and processes",
             where="nodes" if config.nodes is not None else "processes",
-            found=f"{config.hostfile} says {' '.join(f'{host} slots={n}' for host, n in hosts.items())}",
-            fix="leave nodes and processes out, or edit the hostfile",
+            found=f"{config.hostfile}: {listed}",
+            fix="leave out nodes and processes, or edit the hostfile",
         )
-    first, slots = next(iter(hosts)), list(hosts.values())
-    master = config.master or first
-    if len(hosts) > 1 and master in _HERE:
-        raise _hostfile_error(config.hostfile, "hosts that cannot meet", f"the first is {first}", "add master=ADDRESS")
-    info = base64.urlsafe_b64encode(json.dumps({host: list(range(n)) for host, n in hosts.items()}).encode()).decode()
-    world, even = sum(slots), len(set(slots)) == 1
-    spread = (
-        f"= {_nodes(len(hosts))} × {slots[0]}" if even else f"on {_nodes(len(hosts))} ({' + '.join(map(str, slots))})"
-    )
-    carried = {name: value for name, value in sorted(os.environ.items()) if name.startswith(CARRIED)} | config.env
-    made = []
-    for node, host in enumerate(hosts):
-        line = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={info}", f"--node_rank={node}"]
-        line += [f"--master_addr={master}", f"--master_port={config.port}", "--no_local_rank", "--log_level=error"]
-        line += ["--module", "clipwright", *inner]
-        if host in _HERE:
-            made.append(Part("", line, config.env))
+    first_host = next(iter(hosts))
+    master = config.master or first_host
+    if len(hosts) > 1 and master in LOCAL_HOSTS:
+        raise _hostfile_error(
+            config.hostfile,
+            "the other hosts cannot reach rank 0",
+            f"the first host is {first_host}",
+            "add master=ADDRESS, the address of the first host for the others",
+        )
+    inherited = {name: value for name, value in sorted(os.environ.items()) if name.startswith(FORWARDED_ENV)}
+    remote_env = {**inherited, **config.env}
+    world_info = json.dumps({host: list(range(slots)) for host, slots in hosts.items()})
+    commands = list[NodeCommand]()
+    for node_rank, host in enumerate(hosts):
+        launcher = [
+            sys.executable,
+            "-u",
+            "-m",
+            "deepspeed.launcher.launch",
+            f"--world_info={base64.urlsafe_b64encode(world_info.encode()).decode()}",
+            f"--node_rank={node_rank}",
+            f"--master_addr={master}",
+            f"--master_port={config.port}",
+            "--no_local_rank",
+            "--log_level=error",
+            "--module",
+            "clipwright",
+            *inner,
+        ]
+        if host in LOCAL_HOSTS:
+            commands.append(NodeCommand("", launcher, config.env))
         else:
-            made.append(Part(host, ["ssh", "-o", "BatchMode=yes", host, _remote(line, carried)]))
-    return f"world {world} {spread} (from {config.hostfile}), master {master}:{config.port}", made
+            commands.append(
+                NodeCommand(host, ["ssh", "-o", "BatchMode=yes", host, _remote_shell(launcher, remote_env)])
+            )
+    master_text = f"master {master}:{config.port}"
+    return f"world size {_layout(list(hosts.values()))} (from {config.hostfile}), {master_text}", commands
 
 
-_HERE = ("localhost", "127.0.0.1")
-_FORM = "`HOST slots=NUMBER`"
+def _layout(slots: list[int]) -> str:
+    """Returns `4 = 2 nodes × 2`, or `3 on 2 nodes (2 + 1)` for unequal nodes."""
+    nodes = _count_nodes(len(slots))
+    if len(set(slots)) == 1:
+        return f"{sum(slots)} = {nodes} × {slots[0]}"
+    return f"{sum(slots)} on {nodes} ({' + '.join(map(str, slots))})"
 
 
-def _nodes(count: int) -> str:
+def _count_nodes(count: int) -> str:
     return f"{count} node{'s' if count > 1 else ''}"
 
 
-def _remote(line: list[str], env: dict[str, str]) -> str:
-    """What a host's shell runs: the line, told to stop when the connection's standard input ends.
+def _remote_shell(arguments: list[str], env: dict[str, str]) -> str:
+    """Returns the shell line for a host: it runs `arguments` and stops them when the ssh connection closes.
 
-    ssh hands on no signal, and what it started would outlive it.
+    ssh forwards no signals, and processes that it started would outlive it. The line therefore watches its standard
+    input, which ends with the connection.
     """
-    told = shlex.join(["env", *(f"{name}={value}" for name, value in env.items()), *line])
+    command = shlex.join(["env", *(f"{name}={value}" for name, value in env.items()), *arguments])
     return (
-        f"cd {shlex.quote(str(Path.cwd()))} || exit 1; exec 3<&0; {told} </dev/null 3<&- & ranks=$!; "
+        f"cd {shlex.quote(str(Path.cwd()))} || exit 1; exec 3<&0; {command} </dev/null 3<&- & ranks=$!; "
         "{ cat <&3; kill -TERM $ranks; } >/dev/null 2>&1 & guard=$!; exec 3<&-; "
         "wait $ranks; code=$?; kill $guard 2>/dev/null; exit $code"
     )
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Host → ranks on it, in order, of a file of lines `HOST slots=NUMBER`; E_HOSTFILE names the line it refuses.
+    """Returns host → number of ranks, in order, from lines `HOST slots=NUMBER`; E_HOSTFILE names an invalid line.
 
-    DeepSpeed goes on with this machine alone where the file is missing; we do not.
+    DeepSpeed runs on this machine alone if the file is missing; we do not.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        found = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
-        raise _hostfile_error(path, "a hostfile that cannot be read", found, "check hostfile=FILE") from None
+        found = "the file does not exist" if isinstance(error, FileNotFoundError) else str(error)
+        raise _hostfile_error(path, "the hostfile cannot be read", found, "check hostfile=FILE") from None
     hosts: dict[str, int] = {}
     for number, text in enumerate(lines, 1):
-        if not (line := text.partition("#")[0].strip()):
+        line = text.partition("#")[0].strip()
+        if not line:
             continue
         match = re.fullmatch(r"(\w[\w.:@-]*)\s+slots=([1-9]\d{0,5})", line, re.ASCII)
         if match is None:
+            raise _hostfile_error(f"{path}:{number}", "the line is malformed", repr(line), f"write {HOSTFILE_LINE}")
+        host, slots = match[1], int(match[2])
+        if host in hosts:
             raise _hostfile_error(
-                f"{path}:{number}", "a line that names no host", repr(line), "write `HOST slots=NUMBER`"
+                f"{path}:{number}", f"{host} is listed on an earlier line", "", "give it all its slots on one line"
             )
-        if match[1] in hosts:
-            found = f"{match[1]} stands on an earlier line"
-            raise _hostfile_error(f"{path}:{number}", "a host named twice", found, "give it all its slots on one line")
-        hosts[match[1]] = int(match[2])
+        hosts[host] = slots
     if not hosts:
-        raise _hostfile_error(path, "a hostfile without a host", "no line names one", f"write lines {_FORM}")
+        raise _hostfile_error(path, "the hostfile lists no host", "", f"write lines {HOSTFILE_LINE}")
     return hosts
 
 

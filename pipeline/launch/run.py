@@ -1,4 +1,4 @@
-"""Starts the ranks of all machines, waits for them, and ends with the first failing rank's own words and exit code."""
+"""Starts the ranks of all nodes, waits for them, and exits with the error and exit code of the first that fails."""
 
 from __future__ import annotations
 
@@ -18,97 +18,111 @@ import psutil
 from clipwright.pipeline.core.command import DONE, INTERRUPTED, PREEMPTED, Call, Outcome, Preempted
 from clipwright.pipeline.core.errors import CODES, ClipwrightError
 from clipwright.pipeline.core.files import STATUS
-from clipwright.pipeline.launch import files
-from clipwright.pipeline.launch.plan import LaunchConfig, Part, check, parts, split
+from clipwright.pipeline.launch.files import kubernetes_manifest, slurm_array_script, slurm_script
+from clipwright.pipeline.launch.plan import LaunchConfig, NodeCommand, check, node_commands, split
 
-GRACE = 60.0  # seconds that ranks have to save and leave; launchers give theirs 30
-_SAVED = (PREEMPTED, INTERRUPTED)
-STATUS_WAIT = 5.0  # seconds for a status file of another machine to be seen here
+GRACE_SECONDS = 60.0  # for the ranks to save and exit; launchers give them 30
+STATUS_SECONDS = 5.0  # until a status file that another node wrote is visible here
+SAVED_CODES = (PREEMPTED, INTERRUPTED)
 
 
 def launch(call: Call) -> Outcome:
-    """Runs `clipwright launch`: starts the ranks, or prints the file of a cluster that does."""
+    """Runs `clipwright launch`: starts the ranks, or prints the job file of a cluster that does."""
     overrides, inner = split(call)
     config: LaunchConfig = call.load(overrides=overrides).value
     check(config, call, inner)
     if config.by in ("slurm", "kubernetes"):
-        write = files.kubernetes if config.by == "kubernetes" else files.slurm if config.parts is None else files.array
-        text = write(config, inner)
+        text = _job_file(config, inner)
         return Outcome({"by": config.by, "file": text}, text)
-    told, made = parts(config, inner)
+    description, commands = node_commands(config, inner)
     if call.dry_run:
-        return Outcome({"world": told, "lines": [str(part) for part in made]}, "\n".join([told, *map(str, made)]))
-    call.say(told)
-    return Outcome(exit_code=Group(made, call.out, call.debug).run())
+        lines = [str(command) for command in commands]
+        return Outcome({"world": description, "lines": lines}, "\n".join([description, *lines]))
+    call.say(description)
+    return Outcome(exit_code=NodeGroup(commands, call.out, call.debug).run())
 
 
-class Group:
-    """The machines' launchers as one: all of them end when one fails."""
+def _job_file(config: LaunchConfig, inner: list[str]) -> str:
+    if config.by == "kubernetes":
+        return kubernetes_manifest(config, inner)
+    if config.parts is not None:
+        return slurm_array_script(config, inner)
+    return slurm_script(config, inner)
 
-    def __init__(self, made: list[Part], out: Path | None, debug: bool) -> None:
-        self.parts, self.status, self.debug = made, None if out is None else out / STATUS, debug
-        self.before = self._read_status()
-        self.error = ""  # the first error line of any rank
-        self.last: dict[str, str] = {}  # of each host, its last word
-        self.stopping = False  # told to stop, launchers report that they were
-        self.root: int | None = None  # what its first failing rank ended with, where the launcher says so
+
+class NodeGroup:
+    """The launchers of all nodes; if one fails, all are stopped."""
+
+    def __init__(self, commands: list[NodeCommand], out: Path | None, debug: bool) -> None:
+        """out: the output folder of the launched command."""
+        self.commands, self.debug = commands, debug
+        self.status_path = None if out is None else out / STATUS
+        self.old_status = self._read_status()
+        self.error_line = ""  # the first of any rank
+        self.last_lines: dict[str, str] = {}  # by host, on stderr
+        self.first_failed_code: int | None = None  # of the rank that failed first, according to torchrun's report
+        self.is_stopping = False  # by a signal; launchers then report their ranks as failed
         self.processes: list[subprocess.Popen[bytes]] = []
         self.readers: list[threading.Thread] = []
         self._lock = threading.Lock()
 
     def run(self) -> int:
-        """Waits for all ranks; returns the exit code, or raises if the ranks were stopped or ended without an error."""
+        """Waits for all ranks; returns the exit code, or raises if they were stopped or failed without an error."""
         failed: int | None = None
         stop: BaseException | None = None
         try:
-            for part in self.parts:
-                self._start(part)
-            if (failed := self._first_failure()) is None:
+            for command in self.commands:
+                self._start(command)
+            failed = self._wait_for_failure()
+            if failed is None:
                 return DONE
         except (Preempted, KeyboardInterrupt) as caught:
-            stop, self.stopping = caught, True
+            stop = caught
+            self.is_stopping = True
         finally:
             try:
-                self._leave()
+                self._terminate()
             finally:
                 self._kill()
             for reader in self.readers:
                 reader.join(timeout=5)
-        return self._end(failed, stop)
+        return self._finish(failed, stop)
 
-    def _start(self, part: Part) -> None:
-        # Of its own session: Ctrl-C reaches the ranks once, through us. Standard input: see plan._remote.
+    def _start(self, command: NodeCommand) -> None:
+        # In its own session: Ctrl-C then reaches the ranks once, through us. Standard input: see plan._remote_shell.
         process = subprocess.Popen(
-            part.line,
-            env={**os.environ, **part.env},
-            stdin=subprocess.PIPE if part.host else subprocess.DEVNULL,
+            command.arguments,
+            env={**os.environ, **command.env},
+            stdin=subprocess.PIPE if command.host else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
         self.processes.append(process)
-        self.readers.append(threading.Thread(target=self._relay, args=(part, process.stderr), daemon=True))
-        self.readers[-1].start()
+        reader = threading.Thread(target=self._relay, args=(command.host, process.stderr), daemon=True)
+        self.readers.append(reader)
+        reader.start()
 
-    def _relay(self, part: Part, stream: IO[bytes]) -> None:
-        """Hands on what a machine says, up to the first error line, which is the last word of all.
+    def _relay(self, host: str, stream: IO[bytes]) -> None:
+        """Prints what a node's launcher writes to stderr, up to the first error line of any rank.
 
-        It is said at once: a launcher may need half a minute to be rid of a rank that is stopped.
+        That line is printed at once: a launcher may take half a minute to stop a blocked rank.
         """
         for raw in stream:
             line = raw.decode(errors="backslashreplace").rstrip("\n")
             with self._lock:
                 if re.search(r"\w", line):
-                    self.last[part.host] = line.strip()
-                if report := re.match(r"\s+exitcode\s*: (-?\d+)", line):
-                    self.root = int(report[1])  # torchrun's report ends with the rank that failed first
-                if not self.error and re.match(r"error\[E_\w+\]: ", line):
-                    self.error = line
+                    self.last_lines[host] = line.strip()
+                report = re.match(r"\s+exitcode\s*: (-?\d+)", line)
+                if report:
+                    self.first_failed_code = int(report[1])  # the last in torchrun's report is the first failure
+                if not self.error_line and re.match(r"error\[E_\w+\]: ", line):
+                    self.error_line = line
                     print(line, file=sys.stderr, flush=True)
-                elif self.debug or not (self.error or self.stopping):
+                elif self.debug or not (self.error_line or self.is_stopping):
                     print(line, file=sys.stderr, flush=True)
 
-    def _first_failure(self) -> int | None:
-        """The number of the first part that fails, or None when all are done."""
+    def _wait_for_failure(self) -> int | None:
+        """Returns the number of the first node whose launcher fails, or None once all have succeeded."""
         while True:
             codes = [process.poll() for process in self.processes]
             for number, code in enumerate(codes):
@@ -118,14 +132,14 @@ class Group:
                 return None
             time.sleep(0.1)
 
-    def _leave(self) -> None:
-        """Tells all machines to stop and waits until they have."""
+    def _terminate(self) -> None:
+        """Stops the launchers of all nodes and waits until they have exited, at most GRACE_SECONDS."""
         for process in self.processes:
             if process.stdin is not None:
                 process.stdin.close()
             elif process.poll() is None:
                 process.terminate()
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
             time.sleep(0.1)
 
@@ -137,46 +151,58 @@ class Group:
                         child.kill()
                 process.wait()
 
-    def _end(self, failed: int | None, stop: BaseException | None) -> int:
+    def _finish(self, failed: int | None, stop: BaseException | None) -> int:
         codes = [process.returncode for process in self.processes]
         if all(code == DONE for code in codes):
-            return DONE  # they finished as the signal came
-        if self.error:
-            if self.debug:  # much was said behind it
-                print(self.error, file=sys.stderr, flush=True)
-            name = self.error[len("error[") :].partition("]")[0]
-            return CODES[name][0] if name in CODES else 1
+            return DONE  # they finished while the signal arrived
+        if self.error_line:
+            if self.debug:  # other lines were printed after it
+                print(self.error_line, file=sys.stderr, flush=True)
+            error_code = self.error_line[len("error[") :].partition("]")[0]
+            return CODES[error_code][0] if error_code in CODES else 1
         code = self._exit_code(codes if failed is None else [codes[failed]])
-        if code in _SAVED or isinstance(stop, KeyboardInterrupt):
-            raise stop or (Preempted() if code == PREEMPTED else KeyboardInterrupt())
-        number = next(i for i, code in enumerate(codes) if code != DONE) if failed is None else failed
-        host, ended = self.parts[number].host, codes[number] if self.root is None else self.root
-        raise ClipwrightError(
+        if isinstance(stop, KeyboardInterrupt) or code in SAVED_CODES:
+            if stop is not None:
+                raise stop
+            raise Preempted if code == PREEMPTED else KeyboardInterrupt
+        if failed is None:
+            failed = next(number for number, code in enumerate(codes) if code != DONE)
+        raise self._unexplained(self.commands[failed].host, codes[failed])
+
+    def _unexplained(self, host: str, code: int) -> ClipwrightError:
+        """E_LAUNCH: a node failed and no rank printed an error line."""
+        fix = "check the lines above"
+        if host and code == 255:  # of ssh itself
+            fix += f"; try ssh -o BatchMode=yes {host} true"
+        exit_code = code if self.first_failed_code is None else self.first_failed_code
+        return ClipwrightError(
             "E_LAUNCH",
-            "ranks that ended without saying why",
+            f"ranks exited with code {exit_code} and without an error message",
             where=host or "this machine",
-            found=f"exit code {ended}, last word: {self.last.get(host, 'none')}",
-            fix="see the lines above"
-            + (f"; try ssh -o BatchMode=yes {host} true" if host and codes[number] == 255 else ""),
+            found=f"last line: {self.last_lines.get(host, 'none')}",
+            fix=fix,
         )
 
     def _exit_code(self, codes: list[int]) -> int | None:
-        """What the command ended with: as a launcher hands it on, or, where it says 1 for all, by `status.json`.
+        """The command's exit code: the launchers' own, or, if they turn every failure into 1, that of `status.json`.
 
-        A rank that died makes launchers stop the others, whose status then speaks of a signal: it does not count.
+        A status does not count if a rank died: it is then about the signal by which a launcher stopped the others.
         """
-        saved = next((code for code in codes if code in _SAVED), None)
-        if saved is not None or self.root not in (None, *_SAVED):
+        saved = next((code for code in codes if code in SAVED_CODES), None)
+        if saved is not None or self.first_failed_code not in (None, *SAVED_CODES):
             return saved
-        deadline = time.monotonic() + STATUS_WAIT
-        while self.status is not None and time.monotonic() < deadline:
-            if (now := self._read_status()) is not None and now != self.before:
-                return now.get("exit_code")
+        deadline = time.monotonic() + STATUS_SECONDS
+        while self.status_path is not None and time.monotonic() < deadline:
+            status = self._read_status()
+            if status is not None and status != self.old_status:
+                return status.get("exit_code")
             time.sleep(0.1)
         return None
 
     def _read_status(self) -> dict[str, Any] | None:
+        if self.status_path is None:
+            return None
         try:
-            return json.loads(self.status.read_text(encoding="utf-8")) if self.status is not None else None
+            return json.loads(self.status_path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None

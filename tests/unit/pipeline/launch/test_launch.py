@@ -1,6 +1,6 @@
-"""`clipwright launch`: the exact lines, the files of clusters, and how a group of machines ends.
+"""`clipwright launch`: the exact command lines, the job files for clusters, and how a group of nodes exits.
 
-Launchers and ssh are stand-ins that record how they were called; test_hosts.py runs the real ones.
+Launchers and ssh are stand-ins that record their arguments; test_hosts.py runs the real ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRAIN = ["train", "photos", "data.train=photos", "runtime.zero=2"]
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """`program(name, body)` puts a shell script on PATH that records its words, one a line, in NAME.log."""
+    """`program(name, body)` puts a shell script on PATH that records its arguments, one per line, in NAME.log."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
 
@@ -39,7 +39,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
 
 @pytest.fixture
 def launcher(program: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """`launcher(body)`: a stand-in for this Python, and so for the launchers it would run."""
+    """`launcher(body)`: a stand-in for this Python, and so for the launchers that it would run."""
     return lambda body: monkeypatch.setattr("sys.executable", str(program("python", body)))
 
 
@@ -48,72 +48,80 @@ def hostfile(folder: Path, text: str) -> str:
     return "hostfile=hosts"
 
 
-def test_torchrun_by_its_exact_line(tmp_path: Path, here: Any, launcher: Any) -> None:
+def test_torchrun_command_line(tmp_path: Path, here: Any, launcher: Any) -> None:
     launcher("")
-    words = ["launch", "torchrun", "processes=2", *TRAIN, "-o", "run", "--fresh"]
-    shown = here(tmp_path, *words, "--dry-run").out.splitlines()
-    assert shown[0] == "world 2 = 1 node × 2 (by torchrun)"
+    arguments = ["launch", "torchrun", "processes=2", *TRAIN, "-o", "run", "--fresh"]
+    shown = here(tmp_path, *arguments, "--dry-run").out.splitlines()
+    assert shown[0] == "world size 2 = 1 node × 2 (by torchrun)"
     assert shown[1].startswith("OMP_NUM_THREADS=")
     assert shown[1].endswith(
         "-m torch.distributed.run --standalone --nproc-per-node=2 -m clipwright "
         "train photos data.train=photos runtime.zero=2 -o run --fresh"
     )
     assert not (tmp_path / "python.log").exists()
-    here(tmp_path, *words)
-    ran = (tmp_path / "python.log").read_text().split()
-    assert " ".join(ran) == shown[1].split(" ", 2)[2]
-    many = ["nodes=4", "node_rank=3", "master=node1", "port=4000"]
-    line = json.loads(here(tmp_path, *words[:3], *many, *TRAIN, "--dry-run", "--json").out)["lines"][0]
+    here(tmp_path, *arguments)
+    recorded = (tmp_path / "python.log").read_text().split()
+    assert " ".join(recorded) == shown[1].split(" ", 2)[2]
+    four_nodes = ["nodes=4", "node_rank=3", "master=node1", "port=4000"]
+    line = json.loads(here(tmp_path, *arguments[:3], *four_nodes, *TRAIN, "--dry-run", "--json").out)["lines"][0]
     assert "--nnodes=4 --node-rank=3 --master-addr=node1 --master-port=4000 --nproc-per-node=2" in line
     assert "standalone" not in line
 
 
-def test_a_hostfile_by_its_exact_lines(
+def test_hostfile_command_lines(
     tmp_path: Path, here: Any, program: Any, launcher: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launcher("")
     program("ssh", 'shift 3; exec sh -c "$1"')
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth 0")
     file = hostfile(tmp_path, "# ours\nnode1 slots=2\n\nnode2  slots=2  # the new one\n")
-    words = ["launch", "hostfile", file, "env.A=b c", *TRAIN, "data.note='it is'", "-o", "run"]
-    shown = here(tmp_path, *words, "--dry-run").out.splitlines()
-    assert shown[0] == "world 4 = 2 nodes × 2 (from hosts), master node1:29500"
+    arguments = ["launch", "hostfile", file, "env.A=b c", *TRAIN, "data.note='it is'", "-o", "run"]
+    shown = here(tmp_path, *arguments, "--dry-run").out.splitlines()
+    assert shown[0] == "world size 4 = 2 nodes × 2 (from hosts), master node1:29500"
     assert [line.split("'")[0] for line in shown[1:]] == [f"ssh -o BatchMode=yes node{n} " for n in (1, 2)]
     assert not (tmp_path / "ssh.log").exists()
-    here(tmp_path, *words)
-    ran = (tmp_path / "python.log").read_text().splitlines()
-    starts = [ran[i : i + 18] for i, word in enumerate(ran) if word == "-u"]
+    here(tmp_path, *arguments)
+    recorded = (tmp_path / "python.log").read_text().splitlines()
+    starts = [recorded[i : i + 18] for i, argument in enumerate(recorded) if argument == "-u"]
     assert sorted(start[4] for start in starts) == ["--node_rank=0", "--node_rank=1"]
     world = json.loads(base64.urlsafe_b64decode(starts[0][3].removeprefix("--world_info=")))
     assert world == {"node1": [0, 1], "node2": [0, 1]} and list(world) == ["node1", "node2"]
     assert starts[0][1:3] == ["-m", "deepspeed.launcher.launch"]
     assert starts[0][5:] == [
-        *("--master_addr=node1", "--master_port=29500", "--no_local_rank", "--log_level=error"),
-        *("--module", "clipwright", *TRAIN, "data.note='it is'", "-o", "run"),
+        "--master_addr=node1",
+        "--master_port=29500",
+        "--no_local_rank",
+        "--log_level=error",
+        "--module",
+        "clipwright",
+        *TRAIN,
+        "data.note='it is'",
+        "-o",
+        "run",
     ]
     remote = (tmp_path / "ssh.log").read_text()
     assert "'NCCL_SOCKET_IFNAME=eth 0'" in remote and "'A=b c'" in remote and f"cd {tmp_path} ||" in remote
     uneven = hostfile(tmp_path, "localhost slots=2\nnode2 slots=1\n")
     shown = here(tmp_path, "launch", "hostfile", uneven, "master=10.0.0.1", *TRAIN, "--dry-run").out.splitlines()
-    assert shown[0] == "world 3 on 2 nodes (2 + 1) (from hosts), master 10.0.0.1:29500"
+    assert shown[0] == "world size 3 on 2 nodes (2 + 1) (from hosts), master 10.0.0.1:29500"
     assert "ssh" not in shown[1] and shown[2].startswith("ssh")
 
 
 @pytest.mark.parametrize(
     ("text", "where", "found"),
     [
-        (None, "hosts", "there is no such file"),
-        ("", "hosts", "no line names one"),
-        ("# node1 slots=2\n", "hosts", "no line names one"),
+        (None, "hosts", "the file does not exist"),
+        ("", "hosts", "lists no host"),
+        ("# node1 slots=2\n", "hosts", "lists no host"),
         ("node1 slots=2\nnode2\n", "hosts:2", "'node2'"),
         ("node1 slots=0\n", "hosts:1", "'node1 slots=0'"),
         ("node1 slots=two\n", "hosts:1", "'node1 slots=two'"),
         ("-oProxyCommand=x slots=2\n", "hosts:1", "ProxyCommand"),
-        ("node1 slots=2\nnode2 slots=2\nnode1 slots=4\n", "hosts:3", "node1 stands on an earlier line"),
-        ("localhost slots=2\nnode2 slots=2\n", "hosts", "the first is localhost"),
+        ("node1 slots=2\nnode2 slots=2\nnode1 slots=4\n", "hosts:3", "node1 is listed on an earlier line"),
+        ("localhost slots=2\nnode2 slots=2\n", "hosts", "the first host is localhost"),
     ],
 )
-def test_a_hostfile_that_is_not_one_is_refused(
+def test_invalid_hostfile_is_refused(
     text: str | None, where: str, found: str, tmp_path: Path, here: Any, launcher: Any
 ) -> None:
     launcher("")
@@ -121,33 +129,35 @@ def test_a_hostfile_that_is_not_one_is_refused(
         hostfile(tmp_path, text)
     error = here(tmp_path, "launch", "hostfile", "hostfile=hosts", *TRAIN, "-o", "run", code=3).error
     assert error.startswith("error[E_HOSTFILE]: ") and f" — {where} — " in error and found in error
-    assert not (tmp_path / "python.log").exists()  # nothing ran, not even here
+    assert not (tmp_path / "python.log").exists()  # no rank was started, not even here
 
 
-def test_command_lines_that_launch_nothing(tmp_path: Path, here: Any) -> None:
+def test_commands_that_cannot_be_launched_are_refused(tmp_path: Path, here: Any) -> None:
     file = hostfile(tmp_path, "node1 slots=2\n")
-    for words, code, named in (
+    for arguments, code, text in (
         (["launch", "torchrun", "processes=2"], "E_USAGE", "no command"),
-        (["launch", "torchrun", "processes=2", "prep", "table"], "E_USAGE", "'prep'; train, doctor, embed"),
+        (["launch", "torchrun", "processes=2", "prep", "table"], "E_USAGE", "'prep' cannot be launched in this way"),
         (["launch", "torchrun", "processes=2", "parts=2", "embed", "model=m"], "E_USAGE", "a Slurm array of parts"),
         (["launch", "slurm", "parts=2", *TRAIN], "E_USAGE", "'train'"),
-        (["launch", "slurm", "prep", "table"], "E_CONFIG_VALUE", "parts — launch by slurm needs it"),
+        (["launch", "slurm", "prep", "table"], "E_CONFIG_VALUE", "parts is not set — launch by slurm"),
         (["launch", "slurm_array", "prep", "table", "runtime.part=1/2"], "E_USAGE", "leave out runtime.part"),
-        (["launch", "slurm_array", "prep", "table", "--fresh"], "E_USAGE", "start all over"),
-        (["launch", "torchrun", *TRAIN], "E_CONFIG_VALUE", "processes — launch by torchrun needs it"),
+        (["launch", "slurm_array", "prep", "table", "--fresh"], "E_USAGE", "start over"),
+        (["launch", "torchrun", *TRAIN], "E_CONFIG_VALUE", "processes is not set — launch by torchrun"),
         (["launch", "torchrun", "processes=2", "nodes=2", *TRAIN], "E_CONFIG_VALUE", "master"),
         (["launch", "hostfile", file, "nodes=3", *TRAIN], "E_CONFIG_VALUE", "node1 slots=2"),
         (["launch", "torchrn", *TRAIN], "E_CONFIG_FILE", "torchrun"),
         (["launch", "torchrun", "procesess=2", *TRAIN], "E_CONFIG_KEY", "processes"),
     ):
-        error = here(tmp_path, *words, "-o", "run", code=2).error
-        assert error.startswith(f"error[{code}]: ") and named in error, error
+        error = here(tmp_path, *arguments, "-o", "run", code=2).error
+        assert error.startswith(f"error[{code}]: ") and text in error, error
     error = here(tmp_path, "launch", "hostfile", *TRAIN, code=3).error
-    assert error.startswith("error[E_HOSTFILE]: no hostfile — ") and "HOST slots=NUMBER" in error
+    assert error.startswith("error[E_HOSTFILE]: no hostfile is given — ") and "HOST slots=NUMBER" in error
 
 
-def test_the_first_failing_rank_speaks_last_and_alone(tmp_path: Path, here: Any, program: Any, launcher: Any) -> None:
-    """node2's rank fails while node1 waits for it: both are out, and torchrun's like of noise stays unsaid."""
+def test_error_of_the_first_failing_rank_is_the_last_line(
+    tmp_path: Path, here: Any, program: Any, launcher: Any
+) -> None:
+    """node2's rank fails while node1 waits for it: both exit, and later output of the launchers is not printed."""
     launcher(
         "case $* in\n"
         "*node_rank=1*) echo loading >&2; echo 'error[E_BATCH]: a — b — c — d' >&2\n"
@@ -164,43 +174,44 @@ def test_the_first_failing_rank_speaks_last_and_alone(tmp_path: Path, here: Any,
     assert not (tmp_path / "run").exists()
 
 
-def test_ranks_that_end_without_a_word_are_named(tmp_path: Path, here: Any, program: Any, launcher: Any) -> None:
+def test_ranks_that_exit_without_an_error_are_named(tmp_path: Path, here: Any, program: Any, launcher: Any) -> None:
     launcher("exit 0")
     program("ssh", "echo 'ssh: no route to host' >&2; exit 255")
     file = hostfile(tmp_path, "node1 slots=1\nnode2 slots=1\n")
     error = here(tmp_path, "launch", "hostfile", file, *TRAIN, code=1).error
-    assert error.startswith("error[E_LAUNCH]: ranks that ended without saying why — node")
-    assert "exit code 255, last word: ssh: no route to host" in error and "ssh -o BatchMode=yes node" in error
+    what = "ranks exited with code 255 and without an error message"
+    assert error.startswith(f"error[E_LAUNCH]: {what} — node")
+    assert "last line: ssh: no route to host" in error and "ssh -o BatchMode=yes node" in error
 
 
-def test_what_a_launcher_loses_is_read_from_the_status_file(
+def test_exit_code_that_a_launcher_loses_is_read_from_the_status_file(
     tmp_path: Path, here: Any, launcher: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchrun says 1 for everything; an older status file says nothing about this start."""
-    monkeypatch.setattr("clipwright.pipeline.launch.run.STATUS_WAIT", 0.3)
+    """torchrun exits with 1 for every failure; an older status file is not about this start."""
+    monkeypatch.setattr("clipwright.pipeline.launch.run.STATUS_SECONDS", 0.3)
     run = tmp_path / "run"
     run.mkdir()
-    words = ["launch", "torchrun", "processes=1", *TRAIN, "-o", "run"]
+    arguments = ["launch", "torchrun", "processes=1", *TRAIN, "-o", "run"]
     status = '{"verb": "train", "exit_code": 85, "ended": "%s"}'
     (run / "status.json").write_text(status % "yesterday")
     launcher("echo boom >&2; exit 1")
-    done = here(tmp_path, *words, code=1)
-    assert done.error.startswith("error[E_LAUNCH]: ") and "last word: boom" in done.error
+    done = here(tmp_path, *arguments, code=1)
+    assert done.error.startswith("error[E_LAUNCH]: ") and "last line: boom" in done.error
     launcher(f"echo '{status % 'now'}' > run/status.json; exit 1")
-    done = here(tmp_path, *words, code=85)
-    assert done.err.endswith("stopped by a signal: run the same command again to go on\n")
-    # A rank was killed, and torchrun's signal to the others is why the first one stopped.
+    done = here(tmp_path, *arguments, code=85)
+    assert done.err.endswith("stopped by a signal: run the same command again to resume\n")
+    # A rank was killed; rank 0 stopped only because torchrun then signaled the other ranks.
     launcher(f"echo '  exitcode  : -9 (pid: 7)' >&2; echo '{status % 'later'}' > run/status.json; exit 1")
-    error = here(tmp_path, *words, code=1).error
-    assert error.startswith("error[E_LAUNCH]: ") and "exit code -9" in error
-    launcher("exit 85")  # DeepSpeed's hands it on
-    assert here(tmp_path, *words, code=85)
+    error = here(tmp_path, *arguments, code=1).error
+    assert error.startswith("error[E_LAUNCH]: ") and "exited with code -9" in error
+    launcher("exit 85")  # DeepSpeed's launcher keeps the code
+    assert here(tmp_path, *arguments, code=85)
 
 
 def test_a_signal_reaches_the_ranks_of_every_machine(
     tmp_path: Path, cli: Any, program: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGTERM to `launch`: ranks behind ssh, which hands on no signal, save and leave too; its exit code is theirs."""
+    """SIGTERM to `launch`: ranks started by ssh, which forwards no signals, save and exit too, with their exit code."""
     program("ssh", 'shift 3; exec sh -c "$1"')
     rank = program(
         "rank", "trap 'echo noise >&2; touch saved$$; exit 85' TERM; touch up$$; while :; do sleep 0.1; done"
@@ -209,36 +220,43 @@ def test_a_signal_reaches_the_ranks_of_every_machine(
         f"import sys\nsys.executable = {str(rank)!r}\nfrom clipwright.cli import main\nmain()\n"
     )
     file = hostfile(tmp_path, "node1 slots=1\nnode2 slots=1\n")
-    words = [sys.executable, "start.py", "launch", "hostfile", file, *TRAIN, "-o", "run"]
-    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "start.py", "launch", "hostfile", file, *TRAIN, "-o", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("up*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 85, said
-    assert said == "stopped by a signal: run the same command again to go on\n"
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 85, stderr
+    assert stderr == "stopped by a signal: run the same command again to resume\n"
     assert len(list(tmp_path.glob("saved*"))) == 2
 
 
-def test_the_slurm_script_runs_and_queues_again(tmp_path: Path, here: Any, program: Any) -> None:
-    words = ["nodes=4", "slurm.partition=big", "slurm.setup=[module load cuda]", "env.NCCL_DEBUG=WARN"]
-    script = here(tmp_path, "launch", "slurm", *words, *TRAIN, "data.note=a b", "-o", "run").out
-    for line in (
-        *("--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=big", "--signal=B:USR1@120"),
-        *("--requeue", "--exclusive", "--open-mode=append", "--time=24:00:00"),
+def test_slurm_script_runs_and_requeues(tmp_path: Path, here: Any, program: Any) -> None:
+    options = ["nodes=4", "slurm.partition=big", "slurm.setup=[module load cuda]", "env.NCCL_DEBUG=WARN"]
+    script = here(tmp_path, "launch", "slurm", *options, *TRAIN, "data.note=a b", "-o", "run").out
+    for option in (
+        "--nodes=4",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--partition=big",
+        "--signal=B:USR1@120",
+        "--requeue",
+        "--exclusive",
+        "--open-mode=append",
+        "--time=24:00:00",
     ):
-        assert f"#SBATCH {line}\n" in script, line
+        assert f"#SBATCH {option}\n" in script, option
     assert "--account" not in script and "\nmodule load cuda\n" in script and "export NCCL_DEBUG=WARN\n" in script
     assert "#SBATCH --gpus" not in here(tmp_path, "launch", "slurm", "gpus=false", *TRAIN).out
     (tmp_path / "job").write_text(script.replace("module load cuda", "true"))
     program("scontrol", "echo host1; echo host2")
-    # A job whose ranks save on the warning before its time limit; one whose ranks do so on their own; one that fails.
+    # Ranks that save on the warning before the time limit; ranks that save without it; ranks that fail.
     wait = "trap 'exit 85' USR1; touch up; while :; do sleep 0.05; done"
     for number, (body, warned, code) in enumerate(((wait, True, 85), ("exit 85", False, 85), ("exit 3", False, 3))):
         for name in ("srun", "scontrol"):
             (tmp_path / f"{name}.log").unlink(missing_ok=True)
-        program("srun", f'echo "$MASTER_ADDR:$MASTER_PORT" > meet\n{body}')
+        program("srun", f'echo "$MASTER_ADDR:$MASTER_PORT" > master\n{body}')
         job = subprocess.Popen(["bash", "job"], cwd=tmp_path, env={**os.environ, "SLURM_JOB_ID": "12001"})
         deadline = time.monotonic() + 30
         while warned and not (tmp_path / "up").exists() and time.monotonic() < deadline:
@@ -248,73 +266,79 @@ def test_the_slurm_script_runs_and_queues_again(tmp_path: Path, here: Any, progr
         assert job.wait(timeout=30) == code, number
         requeued = "requeue\n12001\n" in (tmp_path / "scontrol.log").read_text()
         assert requeued == warned, number
-        assert (tmp_path / "meet").read_text() == "host1:20001\n"
-        ran = (tmp_path / "srun.log").read_text().splitlines()
-        assert ran == [
-            *("--kill-on-bad-exit=1", "--cpus-per-task=8", "clipwright", *TRAIN, "data.note=a b", "-o", "run")
-        ]
+        assert (tmp_path / "master").read_text() == "host1:20001\n"
+        recorded = (tmp_path / "srun.log").read_text().splitlines()
+        command = ["clipwright", *TRAIN, "data.note=a b", "-o", "run"]
+        assert recorded == ["--kill-on-bad-exit=1", "--cpus-per-task=8", *command]
 
 
-HEAD = """\
+JOB_START = """\
 #!/bin/bash
 #SBATCH --job-name=clipwright-{name}
 #SBATCH --partition=big
 #SBATCH --time=24:00:00
-{asked}
+{options}
 #SBATCH --cpus-per-task=8
 #SBATCH --signal=B:USR1@120
 #SBATCH --open-mode=append
 #SBATCH --requeue
 
 module load cuda
-srun --kill-on-bad-exit=1 --cpus-per-task=8 clipwright {words} &
+srun --kill-on-bad-exit=1 --cpus-per-task=8 clipwright {command} &
 step=$!
 """
 
 
-def test_the_slurm_array_of_prep_runs(tmp_path: Path, here: Any, program: Any) -> None:
-    """The jobs as sbatch gets them, then each job's own line for real: the folder of one run."""
+def test_slurm_array_of_prep_runs(tmp_path: Path, here: Any, program: Any) -> None:
+    """The jobs as sbatch receives them; then each job's own command, whose result is that of a single run."""
     prep = ["prep", "scenes", "source.count=8", "source.image_size=32", "shards.samples=2", "images.quality=85"]
-    words = ["launch", "slurm_array", "parts=2", "slurm.partition=big", "slurm.setup=[module load cuda]", *prep]
-    script = here(tmp_path, *words, "-o", "out").out
-    assert here(tmp_path, *words, "-o", "out", "--dry-run").out == script
+    launch = ["launch", "slurm_array", "parts=2", "slurm.partition=big", "slurm.setup=[module load cuda]", *prep]
+    script = here(tmp_path, *launch, "-o", "out").out
+    assert here(tmp_path, *launch, "-o", "out", "--dry-run").out == script
     program("sbatch", 'n=$(ls job.* 2>/dev/null | wc -l); cat > job.$n; echo "10$n;main"')
     program("module", "true")
-    ran = subprocess.run(["bash"], input=script, cwd=tmp_path, text=True, capture_output=True, check=True)
-    assert ran.stdout == "plan: job 100;main\nparts: job 101;main\nfinish: job 102;main\n"
+    submitted = subprocess.run(["bash"], input=script, cwd=tmp_path, text=True, capture_output=True, check=True)
+    assert submitted.stdout == "plan: job 100;main\nparts: job 101;main\nfinish: job 102;main\n"
     assert (tmp_path / "sbatch.log").read_text().split() == [
-        *("--parsable", "--parsable", "--dependency=afterok:100", "--kill-on-invalid-dep=yes"),
-        *("--parsable", "--dependency=afterok:101", "--kill-on-invalid-dep=yes"),
+        "--parsable",
+        "--parsable",
+        "--dependency=afterok:100",
+        "--kill-on-invalid-dep=yes",
+        "--parsable",
+        "--dependency=afterok:101",
+        "--kill-on-invalid-dep=yes",
     ]
-    line, one = " ".join([*prep, "-o", "out"]), "#SBATCH --ntasks=1\n#SBATCH --output=%x-%j.log"
-    many = "#SBATCH --array=1-2\n#SBATCH --ntasks=1\n#SBATCH --output=%x-%A-%a.log"
-    parts = (("plan", one, "plan"), ("parts", many, '"$SLURM_ARRAY_TASK_ID/2"'), ("finish", one, "finish"))
-    for number, (name, asked, part) in enumerate(parts):
+    command = " ".join([*prep, "-o", "out"])
+    one_task = "#SBATCH --ntasks=1\n#SBATCH --output=%x-%j.log"
+    array = "#SBATCH --array=1-2\n#SBATCH --ntasks=1\n#SBATCH --output=%x-%A-%a.log"
+    jobs = (("plan", one_task, "plan"), ("parts", array, '"$SLURM_ARRAY_TASK_ID/2"'), ("finish", one_task, "finish"))
+    for number, (name, options, part) in enumerate(jobs):
         job = (tmp_path / f"job.{number}").read_text()
-        assert job.startswith(HEAD.format(name=f"prep-{name}", asked=asked, words=f"{line} runtime.part={part}")), job
+        start = JOB_START.format(name=f"prep-{name}", options=options, command=f"{command} runtime.part={part}")
+        assert job.startswith(start), job
     program("srun", "exit 0")
     for number, task in ((0, ""), (1, "2"), (1, "1"), (2, "")):
         (tmp_path / "srun.log").unlink(missing_ok=True)
         env = {**os.environ, "SLURM_ARRAY_TASK_ID": task, "SLURM_JOB_ID": "1"}
         subprocess.run(["bash", f"job.{number}"], cwd=tmp_path, env=env, check=True)
-        ran = (tmp_path / "srun.log").read_text().splitlines()
-        assert ran[:3] == ["--kill-on-bad-exit=1", "--cpus-per-task=8", "clipwright"]
-        here(tmp_path, *ran[3:], "runtime.workers=1")
-    here(tmp_path, *prep, "runtime.workers=1", "-o", "one")
-    assert (tmp_path / "out/manifest.json").read_bytes() == (tmp_path / "one/manifest.json").read_bytes()
+        recorded = (tmp_path / "srun.log").read_text().splitlines()
+        assert recorded[:3] == ["--kill-on-bad-exit=1", "--cpus-per-task=8", "clipwright"]
+        here(tmp_path, *recorded[3:], "runtime.workers=1")
+    here(tmp_path, *prep, "runtime.workers=1", "-o", "single")
+    assert (tmp_path / "out/manifest.json").read_bytes() == (tmp_path / "single/manifest.json").read_bytes()
 
 
-def test_the_slurm_array_of_embed(tmp_path: Path, here: Any) -> None:
-    words = ["embed", "model=m", "data=d", "-o", "out"]
-    script = here(tmp_path, "launch", "slurm", "parts=8", *words).out
+def test_slurm_array_of_embed(tmp_path: Path, here: Any) -> None:
+    embed = ["embed", "model=m", "data=d", "-o", "out"]
+    script = here(tmp_path, "launch", "slurm", "parts=8", *embed).out
     assert "plan" not in script and script.count("sbatch --parsable") == 2
     assert script.count("#SBATCH --gpus=1\n") == 2 and "#SBATCH --array=1-8\n" in script
     assert 'clipwright embed model=m data=d -o out runtime.part="$SLURM_ARRAY_TASK_ID/8" &' in script
-    assert "gpus" not in here(tmp_path, "launch", "slurm", "parts=8", "gpus=false", *words).out
-    assert "parts" not in here(tmp_path, "launch", "slurm", *words).out  # ranks of one job
+    assert "gpus" not in here(tmp_path, "launch", "slurm", "parts=8", "gpus=false", *embed).out
+    assert "parts" not in here(tmp_path, "launch", "slurm", *embed).out  # ranks of one job
 
 
-def test_the_kubernetes_job(tmp_path: Path, here: Any) -> None:
+def test_kubernetes_job(tmp_path: Path, here: Any) -> None:
     text = here(tmp_path, "launch", "kubernetes", "nodes=4", "kubernetes.image=ours:1", *TRAIN, "-o", "run").out
     service, job = yaml.safe_load_all(text)
     assert (service["kind"], service["spec"]["clusterIP"]) == ("Service", "None")
@@ -322,7 +346,9 @@ def test_the_kubernetes_job(tmp_path: Path, here: Any) -> None:
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 4, 4)
     rules = spec["podFailurePolicy"]["rules"]
     assert [(rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in rules] == [
-        *(("Ignore", [85]), ("FailJob", [2, 3]), ("Ignore", None))
+        ("Ignore", [85]),
+        ("FailJob", [2, 3]),
+        ("Ignore", None),
     ]
     pod = spec["template"]["spec"]
     assert pod["restartPolicy"] == "Never" and pod["subdomain"] == service["metadata"]["name"]
@@ -331,10 +357,10 @@ def test_the_kubernetes_job(tmp_path: Path, here: Any) -> None:
     assert {rule["onExitCodes"]["containerName"] for rule in rules[:2]} == {container["name"]}
     assert container["resources"] == {"limits": {"nvidia.com/gpu": 8}}
     assert container["command"][:2] == ["sh", "-c"]
-    # The pod's own line is a launch of ours.
+    # The pod's command is itself a valid `clipwright launch`.
     inner = container["command"][2].removeprefix("exec clipwright ").replace("$JOB_COMPLETION_INDEX", "2").split()
     line = here(tmp_path, *inner, "--dry-run").out
-    assert "world 32 = 4 nodes × 8 (by torchrun), master clipwright-0.clipwright:29500" in line
+    assert "world size 32 = 4 nodes × 8 (by torchrun), master clipwright-0.clipwright:29500" in line
     assert "--node-rank=2" in line
     _, single = yaml.safe_load_all(here(tmp_path, "launch", "kubernetes", "nodes=3", "processes=1", *TRAIN).out)
     [container] = single["spec"]["template"]["spec"]["containers"]
@@ -343,20 +369,20 @@ def test_the_kubernetes_job(tmp_path: Path, here: Any) -> None:
     assert env == {"WORLD_SIZE": "3", "MASTER_ADDR": "clipwright-0.clipwright", "MASTER_PORT": "29500"}
 
 
-def test_the_image_copies_and_pins_what_exists() -> None:
+def test_container_image_copies_files_and_pins_that_exist() -> None:
     root = Path(__file__).resolve().parents[4]
-    recipe = (root / "configs/launch/Dockerfile").read_text()
-    copied = [word for line in recipe.splitlines() if line.startswith("COPY") for word in line.split()[1:-1]]
+    dockerfile = (root / "configs/launch/Dockerfile").read_text()
+    copied = [name for line in dockerfile.splitlines() if line.startswith("COPY") for name in line.split()[1:-1]]
     assert {"pyproject.toml", "constraints", "clipwright", "configs"} < set(copied)
-    assert [word for word in copied if not (root / word).exists()] == []
+    assert [name for name in copied if not (root / name).exists()] == []
     linked = {path.name for path in (root / "clipwright").iterdir() if path.is_symlink()}
-    assert linked <= set(copied)  # a link to a folder that is left out would be an image without it
+    assert linked <= set(copied)  # a link whose folder is not copied would be broken in the image
     compose = yaml.safe_load((root / "configs/launch/compose.yml").read_text())
     for service in compose["services"].values():
         assert (root / "configs/launch" / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
         pins = (root / "constraints" / f"{service['build']['args']['EXTRA']}.txt").read_text()
         assert f"faiss-{service['build']['args']['EXTRA']}==" in pins and "\ntorch==" in pins
-    # A package that both install is tested in one version.
+    # A package that both install has the same version in both.
     cpu, gpu = (
         dict(line.split("==") for line in (root / f"constraints/{name}.txt").read_text().split() if "==" in line)
         for name in ("cpu", "gpu")
