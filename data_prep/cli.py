@@ -203,9 +203,9 @@ def data_view(call: Call) -> Outcome:
 
 def _write_report(call: Call, result: dict[str, Any]) -> None:
     """With -o, writes the result as report.json."""
-    from clipwright.data_prep.inspect.dataset_files import REPORT, claim_report
     from clipwright.pipeline.core.files import write_json
+    from clipwright.pipeline.folders.output import INSPECTION, REPORT, claim
 
     if call.out is not None:
-        claim_report(call.out)
-        write_json(call.out / REPORT, result)
+        with claim(call.out, INSPECTION):
+            write_json(call.out / REPORT, result)

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipwright.data_prep.build import output
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write
+from clipwright.pipeline.folders.output import PLAN, REJECTS
 from clipwright.pipeline.folders.records import DatasetFingerprint, file_entries, write_manifest
 
 # What the manifest lists per shard.
@@ -27,7 +27,7 @@ class Contents:
     """Everything a finished dataset consists of.
 
     `shards` are records with at least SHARD_FIELDS, in order and without empty ones; their sidecars are on disk under
-    their final names. `rejects` has the schema REJECTS and is sorted by row. `foreign` marks tars that clipwright did
+    their final names. `rejects` has REJECTS_SCHEMA and is sorted by row. `foreign` marks tars that clipwright did
     not write.
     """
 
@@ -57,9 +57,9 @@ def finish(folder: Path, contents: Contents) -> dict[str, Any]:
     assert (seen == 1).all(), "a plan row is missing or occurs twice"
     reasons = count_reasons(contents.rejects)
     merged = reasons.pop("merged", 0)
-    hashed_files = [output.REJECTS]
-    if not contents.foreign and (folder / output.PLAN).is_file():
-        hashed_files.append(output.PLAN)
+    hashed_files = [REJECTS]
+    if not contents.foreign and (folder / PLAN).is_file():
+        hashed_files.append(PLAN)
     body: dict[str, Any] = {
         "name": contents.name,
         "shards": [{name: shard[name] for name in SHARD_FIELDS} for shard in contents.shards],
@@ -81,7 +81,7 @@ def finish(folder: Path, contents: Contents) -> dict[str, Any]:
 def write_rejects(folder: Path, rejects: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(rejects, sink, compression="zstd")
-    atomic_write(folder / output.REJECTS, sink.getvalue().to_pybytes())
+    atomic_write(folder / REJECTS, sink.getvalue().to_pybytes())
 
 
 def add_to_fingerprint(fingerprint: DatasetFingerprint, sidecar: pa.Table) -> int:

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import AfterValidator, Field
 
-from clipwright.data_prep.build import output
+from clipwright.data_prep.build import prep_folder
 from clipwright.data_prep.build.engines import WorkerPool, WorkerRuntime, worker_count
 from clipwright.data_prep.build.finish import Contents, finish, no_samples, write_rejects
 from clipwright.data_prep.build.images import ImagesConfig
-from clipwright.data_prep.build.plan import ROWS_PER_TASK, WORK, DuplicatePolicy, Job, Plan, make_plan
-from clipwright.data_prep.build.shards import REJECTS, read_receipt, rejects_path, write_shard
+from clipwright.data_prep.build.plan import ROWS_PER_TASK, DuplicatePolicy, Job, Plan, make_plan
+from clipwright.data_prep.build.shards import read_receipt, rejects_path, write_shard
 from clipwright.data_prep.sources.base import SOURCES, Source, SourceConfig
 from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -24,6 +24,9 @@ from clipwright.pipeline.core.files import write_json
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.part import Part
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.folders import output
+from clipwright.pipeline.folders.output import DATASET, PLAN, REJECTS, WORK
+from clipwright.pipeline.folders.schema import REJECTS_SCHEMA
 
 
 @configclass
@@ -90,16 +93,16 @@ def prepare(resolved: Resolved[PrepConfig], folder: Path, *, fresh: bool = False
     source = open_source(config, folder=None if fresh else folder, quiet=quiet)
     identity = run_identity(resolved, source)
     if fresh:
-        output.clear(folder)
-    manifest = output.finished(folder, identity)
+        output.clear(folder, DATASET)
+    manifest = prep_folder.finished(folder, identity)
     if manifest is not None:
         return Prepared(manifest, True, list(source.notes))
-    with output.claim(folder):
+    with output.claim(folder, DATASET):
         start_run(resolved, folder, source, identity)
         job = make_job(config, source, folder)
         receipts = _write_all_shards(job, config, plugin_hashes(resolved), quiet)
         manifest = _finish(job, config, identity, receipts)
-        output.release(folder)
+        output.release(folder, DATASET)
     return Prepared(manifest, False, list(source.notes))
 
 
@@ -117,7 +120,7 @@ def open_source(config: PrepConfig, *, folder: Path | None = None, quiet: bool =
             found="0 rows, possibly after source.where",
             fix="check source.path and source.where",
         )
-    saved_scan = None if folder is None else folder / WORK / output.SCAN
+    saved_scan = None if folder is None else folder / WORK / prep_folder.SCAN
     reused = False
     if saved_scan is not None and saved_scan.is_file():
         reused = source.load_scan(json.loads(saved_scan.read_text(encoding="utf-8")))
@@ -134,10 +137,10 @@ def run_identity(resolved: Resolved[PrepConfig], source: Source) -> dict[str, An
 
 def start_run(resolved: Resolved[PrepConfig], folder: Path, source: Source, identity: dict[str, Any]) -> None:
     """Records the run's identity, and the scan of its source, in the folder."""
-    output.start(folder, identity, resolved.yaml())
+    prep_folder.start(folder, identity, resolved.yaml())
     scan = source.scan_result()
     if scan is not None:
-        write_json(folder / WORK / output.SCAN, scan)
+        write_json(folder / WORK / prep_folder.SCAN, scan)
 
 
 def make_job(config: PrepConfig, source: Source, folder: Path) -> Job:
@@ -161,7 +164,7 @@ def load_or_make_plan(job: Job, pool: WorkerPool, quiet: bool) -> Plan:
     """Returns the plan; makes and saves it if the folder has none."""
     if job.source.distinct:
         return make_plan(job, pool)
-    path = job.folder / output.PLAN
+    path = job.folder / PLAN
     if path.is_file():
         return Plan.load(path)
     plan = make_plan(job, pool, quiet=quiet)
@@ -226,13 +229,13 @@ def _rows_covered(receipt: dict[str, Any]) -> int:
 def _finish(job: Job, config: PrepConfig, identity: dict[str, Any], receipts: list[dict[str, Any]]) -> dict[str, Any]:
     """Joins the shards' rejects and finishes the dataset. Raises E_PREP_EMPTY if no shard has a sample."""
     tables = [pq.read_table(rejects_path(job.folder, receipt["shard"])) for receipt in receipts]
-    rejects = pa.concat_tables(tables).sort_by("row").cast(REJECTS)
+    rejects = pa.concat_tables(tables).sort_by("row").cast(REJECTS_SCHEMA)
     shards = [receipt for receipt in receipts if receipt["samples"]]
     if not shards:
         write_rejects(job.folder, rejects)
-        output.release(job.folder)  # so that a run with the corrected input is not refused as another config
+        output.release(job.folder, DATASET)  # so that a run with the corrected input is not refused as another config
         fix = "look at the rejects, correct the input or the column names, and run again"
-        raise no_samples(job.folder / output.REJECTS, rejects, fix=fix)
+        raise no_samples(job.folder / REJECTS, rejects, fix=fix)
     contents = Contents(
         name=config.shards.name,
         rows_in=job.source.count,

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipwright.data_prep.build import output
+from clipwright.data_prep.build import prep_folder
 from clipwright.data_prep.build.pack import (
     PrepConfig,
     load_or_make_plan,
@@ -24,6 +24,7 @@ from clipwright.data_prep.build.pack import (
 from clipwright.data_prep.build.plan import Job, hash_part
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.part import Part
+from clipwright.pipeline.folders import output
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,14 @@ def prepare_part(resolved: Resolved[PrepConfig], folder: Path, *, fresh: bool = 
     part.check(fresh=fresh)
     source = open_source(config, folder=folder, quiet=quiet)
     identity = run_identity(resolved, source)
-    output.finished(folder, identity)  # refuses the folder of another config before anything is written to it
+    prep_folder.finished(folder, identity)  # refuses the folder of another config before anything is written to it
     job = make_job(config, source, folder)
-    with output.claim_part(folder, f"{part.step}-{part.number}-of-{part.of}"):
-        with output.in_turn(folder, lambda: _report_waiting(quiet)):
-            if output.finished(folder, identity) is not None:
-                output.release(folder)
+    with prep_folder.claim_part(folder, f"{part.step}-{part.number}-of-{part.of}"):
+        with prep_folder.in_turn(folder, lambda: _report_waiting(quiet)):
+            if prep_folder.finished(folder, identity) is not None:
+                output.release(folder, output.DATASET)
                 return PartDone(already=True)
-            if not output.begun(folder):
+            if not prep_folder.started(folder):
                 start_run(resolved, folder, source, identity)
         return _run_part(job, config, part, plugin_hashes(resolved), quiet)
 
@@ -65,12 +66,12 @@ def _run_part(job: Job, config: PrepConfig, part: Part, plugins: list[tuple[str,
             if not job.source.distinct and job.source.keys() is None:
                 hash_part(job, pool, part.share(job.source.count), quiet=quiet)
             return PartDone()
-        with output.in_turn(job.folder, lambda: _report_waiting(quiet)):
+        with prep_folder.in_turn(job.folder, lambda: _report_waiting(quiet)):
             plan = load_or_make_plan(job, pool, quiet)
         shards = plan.shard_count(config.shards.samples)
         if part.step == "plan":
             return PartDone(shards)
-        with output.claim_shards(job.folder, part.of):
+        with prep_folder.claim_shards(job.folder, part.of):
             receipts = write_shards(job, config, pool, plan, part.share(shards), quiet)
     samples = sum(receipt["samples"] for receipt in receipts)
     rejected = sum(sum(receipt["rejects"].values()) for receipt in receipts)

@@ -18,9 +18,9 @@ from clipwright.data_prep.sources.base import Record, Source
 from clipwright.pipeline import pixels
 from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.folders.output import WORK
 
 DuplicatePolicy = Literal["merge", "first", "keep"]
-WORK = ".prep"  # subfolder of the output with everything needed to resume; removed when the run finishes
 ROWS_PER_TASK = 1024  # rows hashed by one task
 
 

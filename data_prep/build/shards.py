@@ -17,58 +17,16 @@ import pyarrow.parquet as pq
 
 from clipwright.data_prep.build.captions import select_captions
 from clipwright.data_prep.build.images import StoredImage, store_image
-from clipwright.data_prep.build.plan import WORK, Job, ShardTask, record_key
+from clipwright.data_prep.build.plan import Job, ShardTask, record_key
 from clipwright.data_prep.sources.base import Record
 from clipwright.pipeline.core.captions import CaptionError
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import canonical_json, fsync_folder, write_json
+from clipwright.pipeline.core.files import canonical_json, write_json
+from clipwright.pipeline.folders.output import WORK, publish, staged_path
+from clipwright.pipeline.folders.schema import JSON_COLUMNS, REJECTS_SCHEMA, SIDECAR_SCHEMA, user_columns
 from clipwright.pipeline.pixels import PixelError
 
-# Columns of a sample that its JSON member repeats.
-JSON_COLUMNS = ("key", "captions", "width", "height", "sha256", "source", "source_key")
 _TAR_BLOCK = 512  # bytes
-
-SIDECAR = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("key", pa.string()),
-        ("captions", pa.list_(pa.string())),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("sha256", pa.string()),
-        ("dhash", pa.uint64()),
-        ("source", pa.string()),
-        ("source_key", pa.string()),
-    ]
-)
-REJECTS = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("source", pa.string()),
-        ("key", pa.string()),
-        ("kept_row", pa.int64()),
-        ("kept_key", pa.string()),
-        ("record", pa.string()),
-    ]
-)
-
-
-def user_columns(schema: pa.Schema) -> pa.Schema:
-    """Renames the source's columns for the sidecar: a name that the sidecar itself uses gets the prefix `input_`."""
-    taken = {*SIDECAR.names, *schema.names}
-    fields: list[pa.Field] = []
-    for field in schema:
-        name = field.name
-        if name in SIDECAR.names:
-            while name in taken:
-                name = f"input_{name}"
-            taken.add(name)
-        fields.append(pa.field(name, field.type))
-    return pa.schema(fields)
 
 
 def receipt_path(folder: Path, number: int) -> Path:
@@ -135,7 +93,7 @@ class _ShardWriter:
         stem = f"{job.name}-{number:06d}"
         self.tar_path = job.folder / f"{stem}.tar"
         self.sidecar_path = job.folder / f"{stem}.parquet"
-        self.file: BinaryIO = _staged(self.tar_path).open("wb")
+        self.file: BinaryIO = staged_path(self.tar_path).open("wb")
         self.hashing = _HashingFile(self.file)
         self.tar = TarWriter(cast(Any, self.hashing), mtime=0, user="", group="", encoder=False)
         self.rows: list[dict[str, Any]] = []
@@ -196,8 +154,8 @@ class _ShardWriter:
         if self.rows:
             _sync_and_close(self.file)
             sidecar = self._write_sidecar()
-            _staged(self.tar_path).replace(self.tar_path)
-            _staged(self.sidecar_path).replace(self.sidecar_path)
+            finals = (self.tar_path, self.sidecar_path)
+            publish(*((staged_path(final), final) for final in finals), synced=True)
             receipt.update(
                 tar=self.tar_path.name,
                 tar_bytes=self.hashing.bytes,
@@ -207,11 +165,10 @@ class _ShardWriter:
                 sidecar_sha256=sidecar.sha256.hexdigest(),
             )
         else:
-            _staged(self.tar_path).unlink()
+            staged_path(self.tar_path).unlink()
         rejects = rejects_path(self.job.folder, self.number)
-        _write_table(pa.Table.from_pylist(self.rejects, schema=REJECTS), rejects)
-        _staged(rejects).replace(rejects)
-        fsync_folder(self.job.folder)
+        _write_table(pa.Table.from_pylist(self.rejects, schema=REJECTS_SCHEMA), rejects)
+        publish((staged_path(rejects), rejects), synced=True)
         write_json(receipt_path(self.job.folder, self.number), receipt)
         return receipt
 
@@ -263,7 +220,7 @@ class _ShardWriter:
         self.rejects.append(row)
 
     def _write_sidecar(self) -> _HashingFile:
-        table = pa.Table.from_pylist(self.rows, schema=SIDECAR)
+        table = pa.Table.from_pylist(self.rows, schema=SIDECAR_SCHEMA)
         source_schema = self.job.source.columns
         source_table = pa.Table.from_batches(self.columns, schema=source_schema).combine_chunks()
         for field, column in zip(user_columns(source_schema), source_table.columns, strict=True):
@@ -285,10 +242,6 @@ class _HashingFile:
         return self.file.write(data)
 
 
-def _staged(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
 def _sync_and_close(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
@@ -297,7 +250,7 @@ def _sync_and_close(file: BinaryIO) -> None:
 
 def _write_table(table: pa.Table, path: Path) -> _HashingFile:
     """Writes parquet to disk under the staged name of `path`; returns the closed file with its size and SHA-256."""
-    with _staged(path).open("wb") as file:
+    with staged_path(path).open("wb") as file:
         hashing = _HashingFile(file)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")

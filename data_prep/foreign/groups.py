@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from clipwright.data_prep.build.captions import select_captions
 from clipwright.data_prep.build.images import DHASH_MIN_SIDE
-from clipwright.data_prep.build.shards import REJECTS, SIDECAR, WORK, receipt_path, rejects_path
+from clipwright.data_prep.build.shards import receipt_path, rejects_path
 from clipwright.data_prep.foreign import json_columns
 from clipwright.data_prep.foreign.tars import HashingReader, Member, TarError, members, shown
 from clipwright.data_prep.sources.base import Caption
@@ -21,9 +21,11 @@ from clipwright.data_prep.sources.folder import DECODED_SUFFIXES, OTHER_IMAGE_SU
 from clipwright.pipeline import pixels
 from clipwright.pipeline.core.captions import CaptionError
 from clipwright.pipeline.core.files import atomic_write, write_json
+from clipwright.pipeline.folders.output import WORK
+from clipwright.pipeline.folders.schema import REJECTS_SCHEMA, SIDECAR_SCHEMA
 
 # The samples of one tar while a run is unfinished: a sidecar's columns and the JSON member's object as text.
-TAR_ROWS = SIDECAR.append(pa.field("metadata", pa.string()))
+TAR_ROWS = SIDECAR_SCHEMA.append(pa.field("metadata", pa.string()))
 _IMAGES = frozenset((*DECODED_SUFFIXES, *OTHER_IMAGE_SUFFIXES))
 _CAPTIONS = ("txt", "json")
 _OLD_NAME_LIMIT = 100  # bytes; a tar without extended headers cuts longer names off
@@ -80,7 +82,7 @@ def scan_tar(folder: Path, task: tuple[int, str]) -> dict[str, Any]:
         reader.skip(size)  # hash the rest of a tar that could not be read to its end
     rows, rejects = scan.finish()
     atomic_write(tar_rows_path(folder, number), parquet_bytes(rows, TAR_ROWS))
-    atomic_write(rejects_path(folder, number), parquet_bytes(rejects, REJECTS))
+    atomic_write(rejects_path(folder, number), parquet_bytes(rejects, REJECTS_SCHEMA))
     receipt = {
         "number": number,
         "tar": name,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,20 +12,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipwright.data_prep.build import output
+from clipwright.data_prep.build import prep_folder
 from clipwright.data_prep.build.engines import WorkerPool, WorkerRuntime, worker_count
 from clipwright.data_prep.build.finish import Contents, finish, no_samples
 from clipwright.data_prep.build.plan import DuplicatePolicy, resolve_duplicates
-from clipwright.data_prep.build.shards import REJECTS, SIDECAR, WORK, receipt_path, rejects_path, user_columns
+from clipwright.data_prep.build.shards import receipt_path, rejects_path
 from clipwright.data_prep.foreign import json_columns
 from clipwright.data_prep.foreign.groups import parquet_bytes, scan_tar, tar_rows_path, tar_stat
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import STATUS, atomic_write, canonical_json, write_json
+from clipwright.pipeline.core.files import atomic_write, canonical_json
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.folders.records import MANIFEST, read_manifest
-
-SUFFIX = ".sidecar.parquet"  # not .parquet: img2dataset writes a table of that name for each tar
+from clipwright.pipeline.folders import output
+from clipwright.pipeline.folders.output import FOREIGN, FOREIGN_SIDECAR, WORK
+from clipwright.pipeline.folders.records import MANIFEST
+from clipwright.pipeline.folders.schema import REJECTS_SCHEMA, sidecar_schema, user_columns
 
 
 @configclass
@@ -76,61 +75,19 @@ def index(config: ForeignIndexConfig, *, fresh: bool = False, quiet: bool = Fals
     folder = Path(config.data)
     names = find_tars(folder)
     identity = {"verb": "data index", "duplicates": config.duplicates, "tars": len(names)}
-    _claimable(folder, names)
+    output.check(folder, FOREIGN)
     if fresh:
-        _clear(folder, names)
+        output.clear(folder, FOREIGN)
     if (folder / MANIFEST).exists():
-        manifest = output.finished(folder, identity)
+        manifest = prep_folder.finished(folder, identity, FOREIGN)
         assert manifest is not None
         return Indexed(manifest, True, 0)
-    with output.claim(folder):
-        write_json(folder / WORK / output.IDENTITY, identity)
+    with output.claim(folder, FOREIGN):
+        output.record_identity(folder, FOREIGN, identity)
         receipts = _scan_all(folder, names, config, quiet)
         manifest = _write_dataset(folder, receipts, config.duplicates, identity)
-        output.release(folder)
+        output.release(folder, FOREIGN)
     return Indexed(manifest, False, sum(receipt["ignored"] for receipt in receipts))
-
-
-def _ours(folder: Path, names: Iterable[str]) -> list[Path]:
-    """The files that a run writes beside the tars, the manifest first, which says that the others are whole."""
-    sidecars = [folder / (name.removesuffix(".tar") + SUFFIX) for name in names]
-    return [folder / MANIFEST, folder / output.REJECTS, *sidecars]
-
-
-def _claimable(folder: Path, names: list[str]) -> None:
-    """E_OUTPUT where files stand in the way that this command has not written."""
-    known = folder / WORK / output.IDENTITY
-    if (folder / MANIFEST).exists():
-        ours = read_manifest(folder, "dataset").get("foreign") is True
-        odd = [] if ours else ["a dataset that `clipwright prep` made"]
-    elif known.exists():
-        ours = json.loads(known.read_text(encoding="utf-8")).get("verb") == "data index"
-        odd = [] if ours else ["an unfinished run of `clipwright prep`"]
-    else:
-        odd = [path.name for path in _ours(folder, names) if path.exists()]
-        odd += [STATUS] if (folder / STATUS).exists() and not _our_status(folder / STATUS) else []
-    if odd:
-        raise ClipwrightError(
-            "E_OUTPUT",
-            "a folder that cannot be indexed",
-            where=folder,
-            found=f"it holds {', '.join(odd[:3])}",
-            fix="give a folder of tars alone",
-        )
-
-
-def _our_status(path: Path) -> bool:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["verb"] == "data index"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _clear(folder: Path, names: list[str]) -> None:
-    stale = [] if not (folder / MANIFEST).exists() else read_manifest(folder, "dataset")["shards"]
-    for path in [*_ours(folder, names), *(folder / shard["sidecar"] for shard in stale)]:
-        path.unlink(missing_ok=True)
-    shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
 def _scan_all(folder: Path, names: list[str], config: ForeignIndexConfig, quiet: bool) -> list[dict[str, Any]]:
@@ -159,13 +116,13 @@ def _write_dataset(
     scanned = _ScannedTars(folder, receipts, duplicates)
     rejects = scanned.rejects()
     if scanned.samples == 0:
-        output.release(folder)
+        output.release(folder, FOREIGN)
         fix = "a sample is KEY.jpg with KEY.txt or KEY.json: fix the tars, or make new ones with `clipwright prep`"
         raise no_samples(folder, rejects, fix=fix)
     staged = [scanned.stage_sidecar(number) for number in range(len(receipts))]
     shards = [shard for shard in staged if shard is not None]
-    for shard in shards:
-        (folder / WORK / shard["sidecar"]).replace(folder / shard["sidecar"])
+    sidecars = [shard["sidecar"] for shard in shards]
+    output.publish(*((folder / WORK / name, folder / name) for name in sidecars), synced=True)
     contents = Contents(
         name="tars",
         rows_in=scanned.rows_in,
@@ -200,7 +157,7 @@ class _ScannedTars:
         self.kinds = json_columns.combine(receipt["columns"] for receipt in receipts)
         json_schema = json_columns.schema_of(self.kinds)
         columns = user_columns(json_schema)
-        self.sidecar_schema = pa.schema([*SIDECAR, *columns])
+        self.sidecar_schema = sidecar_schema(json_schema)
         self.column_names = dict(zip(json_schema.names, columns.names, strict=True))  # JSON name → sidecar name
 
     def rejects(self) -> pa.Table:
@@ -222,7 +179,7 @@ class _ScannedTars:
                 row["row"] += self.first_rows[number]
                 rows.append(_duplicate_reject(row, leader_rows[leader], self.duplicates))
         rows.sort(key=lambda row: row["row"])
-        return pa.Table.from_pylist(rows, schema=REJECTS)
+        return pa.Table.from_pylist(rows, schema=REJECTS_SCHEMA)
 
     def stage_sidecar(self, number: int) -> dict[str, Any] | None:
         """Writes one tar's sidecar to the work folder; returns its manifest entry, or None if no sample is left.
@@ -246,7 +203,7 @@ class _ScannedTars:
             rows.append(row)
         if not rows:
             return None
-        name = receipt["tar"].removesuffix(".tar") + SUFFIX
+        name = receipt["tar"].removesuffix(".tar") + FOREIGN_SIDECAR
         data = parquet_bytes(rows, self.sidecar_schema)
         atomic_write(self.folder / WORK / name, data)
         return {

@@ -1,4 +1,4 @@
-"""A dataset folder as prep left it, for the commands that look at one; and the folders those write."""
+"""A dataset folder as prep left it, for the commands that look at one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import STATUS
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders.records import read_manifest
 
 _COUNTS = ("rows_in", "written", "merged", "rejected", "captions", "captions_dropped")
 _SHARD = {"tar": str, "tar_bytes": int, "tar_sha256": str, "sidecar": str, "sidecar_sha256": str, "samples": int}
 _FILE = {"bytes", "sha256"}
-REPORT, PAGE = "report.json", "view.html"
 
 
 @configclass
@@ -85,19 +83,3 @@ def read_sidecar(folder: Path, shard: dict[str, Any], columns: Sequence[str]) ->
     if empty := [name for name in columns if table[name].null_count]:
         raise _damaged(folder / shard["sidecar"], f"rows without {', '.join(empty)}")
     return table
-
-
-def claim_report(folder: Path) -> None:
-    """Makes the folder of a report or page; E_OUTPUT for one that holds anything else."""
-    odd = ["a file of this name"] if folder.is_file() else []
-    if folder.is_dir():
-        odd = sorted(path.name for path in folder.iterdir() if path.name not in (STATUS, REPORT, PAGE))
-    if odd:
-        raise ClipwrightError(
-            "E_OUTPUT",
-            "an output folder that holds something else",
-            where=folder,
-            found=f"it holds {', '.join(odd[:3])}",
-            fix="name a new folder",
-        )
-    folder.mkdir(parents=True, exist_ok=True)

@@ -18,16 +18,15 @@ import pyarrow.parquet as pq
 
 from clipwright.data_prep.build.finish import add_to_fingerprint, count_reasons
 from clipwright.data_prep.build.images import EXTENSION
-from clipwright.data_prep.build.output import REJECTS
-from clipwright.data_prep.build.shards import JSON_COLUMNS
 from clipwright.data_prep.foreign.tars import BLOCK, HashingReader
 from clipwright.data_prep.inspect.dataset_files import open_dataset, read_part
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import file_sha256
 from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.folders.output import REJECTS
 from clipwright.pipeline.folders.records import MANIFEST, DatasetFingerprint
+from clipwright.pipeline.folders.schema import JSON_COLUMNS, SIDECAR_REQUIRED
 
-_COLUMNS = ("row", *JSON_COLUMNS, "offset", "size")  # read from each sidecar
 _READ_BYTES = 1 << 20
 
 
@@ -191,10 +190,10 @@ def _check_sidecar(folder: Path, shard: dict[str, Any]) -> tuple[pa.Table | None
     if file_sha256(path) != shard["sidecar_sha256"]:
         return None, Fault(name, "the SHA-256 differs from the manifest")
     try:
-        table = pq.read_table(path, columns=list(_COLUMNS))
+        table = pq.read_table(path, columns=list(SIDECAR_REQUIRED))
     except (pa.ArrowException, OSError) as error:
         return None, Fault(name, f"the file cannot be read: {str(error).splitlines()[0]}")
-    missing = [column for column in _COLUMNS if column not in table.column_names]
+    missing = [column for column in SIDECAR_REQUIRED if column not in table.column_names]
     if missing:
         return None, Fault(name, f"missing columns: {', '.join(missing)}")
     if table.num_rows != shard["samples"]:

@@ -16,13 +16,10 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from clipwright.data_prep.build.output import CONFIG, REJECTS
 from clipwright.data_prep.build.pack import PrepConfig
 from clipwright.data_prep.build.plan import record_key
 from clipwright.data_prep.inspect.dataset_files import (
-    PAGE,
     DataConfig,
-    claim_report,
     open_dataset,
     read_part,
     read_sidecar,
@@ -35,6 +32,8 @@ from clipwright.pipeline.core.files import STATUS, atomic_write
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.page import render
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.folders import output
+from clipwright.pipeline.folders.output import CONFIG, PAGE, REJECTS
 
 THUMBNAIL_SIDE = 160  # pixels, longer side
 MAX_CAPTIONS = 5  # shown per sample
@@ -79,7 +78,7 @@ def view(config: ViewConfig, out: Path, *, quiet: bool = False) -> dict[str, Any
     """Writes `view.html` into `out`. Dataset and source are only read. Raises E_INPUT, E_MANIFEST, E_OUTPUT."""
     folder = Path(config.data)
     manifest = open_dataset(folder)
-    claim_report(out)
+    output.check(out, output.INSPECTION)
     rejects = read_part(folder / REJECTS, ["row", "reason", "detail", "source", "key"])
     chosen = _choose_rejects(rejects, config.rejected, config.seed)
     if manifest.get("foreign"):
@@ -99,7 +98,8 @@ def view(config: ViewConfig, out: Path, *, quiet: bool = False) -> dict[str, Any
         rejected=rejected,
         problem=rejected_rows.problem,
     )
-    atomic_write(out / PAGE, page)
+    with output.claim(out, output.INSPECTION):
+        atomic_write(out / PAGE, page)
     return {
         "data": str(folder),
         "page": str(out / PAGE),

@@ -12,7 +12,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import canonical_json, file_sha256, write_json
 
 VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST, ORIGIN = "manifest.json", "origin.json"
 
 
 def write_manifest(folder: Path, kind: str, fingerprint: str, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from clipwright.pipeline.core.config import read_yaml
-from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import STATUS, atomic_write, write_json
-from clipwright.pipeline.folders.records import differences
+from clipwright.pipeline.core.files import atomic_write
+from clipwright.pipeline.folders import output
+from clipwright.pipeline.folders.output import CONFIG, RUN, TOKENIZER
 from clipwright.pipeline.tokenizers.base import Tokenizer
 
-CONFIG, IDENTITY = "config.yaml", "identity.json"
 LOG, LEDGER = "log.jsonl", "ledger.jsonl"
-TOKENIZER = "tokenizer"  # the folder of a tokenizer that was learned for this run
 # Keys of an identity that a run may change on its way, if asked to: nothing that decides which samples a step sees, or
 # what its weights are weights of.
 ACCEPTABLE = re.compile(r"(optim|loss|data\.augment)\.(?!name$)[\w.]+|schedule\.(warmup|decay|final_lr_ratio)")
@@ -31,20 +28,9 @@ def stored_tree(run: Path) -> dict[str, Any] | None:
 
 
 def stored_identity(run: Path) -> dict[str, Any] | None:
-    """The identity of the run in `run`, or None where no run has begun."""
-    path = run / IDENTITY
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ClipwrightError(
-            "E_RESUME",
-            "a run folder that does not say whose it is",
-            where=path,
-            found=f"not JSON: {error}",
-            fix="restore the file, or start over with --fresh",
-        ) from None
+    """Returns the identity of the run in `run`, or None where no run was started. Raises E_RESUME if it is not JSON."""
+    found = output.recorded(run, RUN)
+    return None if found is None else found.identity
 
 
 def claim(
@@ -56,44 +42,25 @@ def claim(
     accept: Collection[str] = (),
     learned: Tokenizer | None = None,
 ) -> None:
-    """Makes `run` this config's folder: new, or an unfinished run of equal identity but for the keys in `accept`.
+    """Makes `run` the folder of this config: new, or an unfinished run whose identity differs only in keys of `accept`.
 
-    `learned`: a trained tokenizer to store in it. E_OUTPUT when the folder holds something else, E_RESUME (listing the
-    changed keys) when it is another run's.
+    `learned` is a trained tokenizer to store in it. Raises E_OUTPUT if the folder holds something else, E_RESUME with
+    the changed keys if it holds another run.
     """
-    if fresh and (run / IDENTITY).is_file():
-        shutil.rmtree(run)
-    if (stored := stored_identity(run)) is not None:
-        changed = {line.partition(": ")[0]: line for line in differences(stored, identity)}
-        if refused := [line for key, line in changed.items() if key not in accept]:
-            open_to = all(ACCEPTABLE.fullmatch(key) for key in changed)
-            raise ClipwrightError(
-                "E_RESUME",
-                "the folder holds a run of another config",
-                where=run,
-                found="; ".join(refused),
-                fix="use the old values, "
-                + (f"go on with the new ones by accept=[{','.join(changed)}], " if open_to else "")
-                + "another -o, or --fresh to start over",
-            )
-    elif run.exists():
-        # What a start leaves that was refused or killed before it had an identity is no obstacle to the next.
-        odd = {path.name for path in run.iterdir()} - {STATUS, CONFIG, TOKENIZER} if run.is_dir() else {run.name}
-        if odd := sorted(name for name in odd if not name.endswith(".partial")):
-            raise ClipwrightError(
-                "E_OUTPUT",
-                "the output folder holds something else",
-                where=run,
-                found=f"no {IDENTITY} but {odd[0]}",
-                fix="choose an empty folder",
-            )
-    run.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        output.clear(run, RUN)
+    else:
+        output.check(run, RUN)
+    stored = stored_identity(run)
+    if stored is not None:
+        output.require_same(run, "a run", stored, identity, code="E_RESUME", accept=accept, acceptable=ACCEPTABLE)
+    output.claim(run, RUN)
     if learned is not None:
         (run / TOKENIZER).mkdir(exist_ok=True)
         learned.save(run / TOKENIZER)
     atomic_write(run / CONFIG, yaml)
-    # Last: with it the run has begun.
-    write_json(run / IDENTITY, identity)
+    # Written last: from now on the run counts as started.
+    output.record_identity(run, RUN, identity)
 
 
 class StepFile:

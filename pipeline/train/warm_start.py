@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.folders.output import IDENTITY
 from clipwright.pipeline.folders.records import MANIFEST
 from clipwright.pipeline.model.folder import WEIGHTS, load_model, load_weights
 from clipwright.pipeline.train import run_folder
@@ -32,7 +33,7 @@ def read(folder: Path) -> Source:
 
     E_INPUT, E_CKPT_NONE, E_CKPT_HASH, and what `load_model` raises.
     """
-    if (folder / run_folder.IDENTITY).is_file():
+    if (folder / IDENTITY).is_file():
         found = checkpoint.newest(folder)
         if found is None:
             fix = "let it train until it has saved"
@@ -44,7 +45,7 @@ def read(folder: Path) -> Source:
             "E_INPUT",
             "neither a run nor a model folder",
             where=f"init_from: {folder}",
-            found=f"no {run_folder.IDENTITY} and no {MANIFEST}",
+            found=f"no {IDENTITY} and no {MANIFEST}",
             fix="give the -o folder of `train`, `export` or `import`",
         )
     model = load_model(folder, device="cpu")

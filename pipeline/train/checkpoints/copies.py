@@ -13,6 +13,7 @@ from pathlib import Path
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.folders import remote
+from clipwright.pipeline.folders.output import IDENTITY
 from clipwright.pipeline.folders.records import MANIFEST
 from clipwright.pipeline.train import run_folder
 from clipwright.pipeline.train.checkpoints.checkpoint import FOLDER, LATEST, saved_steps, step_name
@@ -65,7 +66,7 @@ class Copies:
         if remote.holds(f"{self.address}/{FOLDER}/{folder.name}/{MANIFEST}", (folder / MANIFEST).read_bytes()):
             return  # by an earlier start of the run
         learned = (self.run / run_folder.TOKENIZER).glob("*")
-        own = (self.run / name for name in (run_folder.CONFIG, run_folder.LOG, run_folder.LEDGER, run_folder.IDENTITY))
+        own = (self.run / name for name in (run_folder.CONFIG, run_folder.LOG, run_folder.LEDGER, IDENTITY))
         files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
         for path in [*files, folder / MANIFEST, *learned, *own]:
             remote.upload(path, f"{self.address}/{path.relative_to(self.run)}")

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from clipwright.data_prep.build import output, plan
+from clipwright.data_prep.build import plan, prep_folder
 from clipwright.data_prep.build.pack import PrepConfig
 from clipwright.data_prep.build.parts import PartDone, prepare_part
 from clipwright.data_prep.sources import folder as folder_source
@@ -23,6 +23,7 @@ from clipwright.data_prep.sources.base import SOURCES
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.part import Part
+from clipwright.pipeline.folders import output
 
 Run = Callable[..., Any]
 
@@ -144,7 +145,7 @@ def test_killed_part_can_be_run_again(
     ]
     process = subprocess.Popen([*map(str, command)], env={**os.environ, "GATE": str(gate)}, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while not (out / "data-000006.tar.partial").exists() or not (out / ".prep/shard-000005.json").exists():
+    while not (out / ".data-000006.tar.partial").exists() or not (out / ".prep/shard-000005.json").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
     process.kill()
@@ -168,7 +169,7 @@ def test_part_waits_for_the_plan_and_reports_it(
     arguments = table(write_table, picture)
     out, done = tmp_path / "out", []
     run_part("plan/1/2", out, *arguments)
-    with output.in_turn(out, lambda: None):  # like a part that makes the plan
+    with prep_folder.in_turn(out, lambda: None):  # like a part that makes the plan
         other = threading.Thread(target=lambda: done.append(run_part("1/2", out, *arguments, quiet=False)))
         other.start()
         deadline = time.monotonic() + 20
@@ -230,13 +231,13 @@ def test_invalid_and_conflicting_parts_are_refused(
     assert not out.exists()
     run_part("1/2", out, *arguments)
     refused("E_RESUME", "images.quality", lambda: run_part("2/2", out, *arguments, "images.quality=50"))
-    with output.claim_part(out, "share-2-of-2"), output.claim_shards(out, 2):
+    with prep_folder.claim_part(out, "share-2-of-2"), prep_folder.claim_shards(out, 2):
         refused("E_OUTPUT", "part share-2-of-2 is being written", lambda: run_part("2/2", out, *arguments))
         refused("E_OUTPUT", "parts of 2 are being written", lambda: run_part("1/3", out, *arguments))
         refused("E_OUTPUT", "another run", lambda: run_prep(out, *arguments))
         assert run_part("1/2", out, *arguments).shards == 2
-    with output.claim(out):
-        refused("E_OUTPUT", "a whole run", lambda: run_part("2/2", out, *arguments))
+    with output.claim(out, output.DATASET):
+        refused("E_OUTPUT", "a run without parts", lambda: run_part("2/2", out, *arguments))
     run_part("3/3", out, *arguments)  # another number of parts resumes the same run
     run_prep(out, *arguments)  # and so does a run without parts
 

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipwright.data_prep.build.engines import WorkerRuntime
-from clipwright.data_prep.build.shards import SIDECAR
 from clipwright.data_prep.foreign import groups
 from clipwright.data_prep.foreign.index import ForeignIndexConfig, index
 from clipwright.data_prep.foreign.tars import HashingReader, TarError, members
@@ -29,6 +28,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import file_sha256
 from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.folders.records import DatasetFingerprint, write_manifest
+from clipwright.pipeline.folders.schema import SIDECAR_SCHEMA
 
 Picture = Callable[..., bytes]
 
@@ -164,7 +164,7 @@ def test_json_members_become_typed_columns(tmp_path: Path, picture: Picture) -> 
     check_conservation(tmp_path / "t")
     schemas = [pq.read_schema(tmp_path / "t" / f"{name}.sidecar.parquet") for name in "ab"]
     assert schemas[0].equals(schemas[1])
-    types = {field.name: str(field.type) for field in schemas[0] if field.name not in SIDECAR.names}
+    types = {field.name: str(field.type) for field in schemas[0] if field.name not in SIDECAR_SCHEMA.names}
     columns = {
         "id": ("int64", [1, 2, None, 3, None, 2**53 + 2, None]),
         "score": ("double", [1.0, 0.5, None, None, None, None, None]),
@@ -193,7 +193,7 @@ def test_json_members_become_typed_columns(tmp_path: Path, picture: Picture) -> 
     write_tar(tmp_path / "u" / "a.tar", [*itertools.chain(*many)])
     run(tmp_path / "u")
     rows = sidecar_rows(tmp_path / "u")
-    assert set(rows[0]) - {*SIDECAR.names} == {"json"} and rows[7]["json"] == '{"id7":7}'
+    assert set(rows[0]) - {*SIDECAR_SCHEMA.names} == {"json"} and rows[7]["json"] == '{"id7":7}'
 
 
 def test_dataset_reader_opens_cut_over_foreign_tars(tars: Path, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_a_refused_command_leaves_other_folders_alone(scenes: Path, tmp_path: Pa
         ["export", "run", "-o", "data"],
     ):
         line = cli.error(*words, code=2)
-        assert line.startswith("error[E_OUTPUT]") and "data" in line and "choose" in line
+        assert line.startswith("error[E_OUTPUT]") and "data" in line and "name a new folder" in line
     line = cli.error("train", *small.settings, "data.train=typo", "-o", "data", code=3)
     assert line.startswith("error[E_INPUT]")
     assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before

@@ -1,0 +1,398 @@
+"""The life of every folder that clipwright writes: check, claim, stage, publish, release.
+
+A folder may be written if it is new, empty, or holds only what its own kind of command wrote; any other is refused
+and left untouched. Which names belong to which kind is listed here and nowhere else. A file or folder is staged as
+`.NAME.partial` beside its place, synced to disk and renamed: under its own name it is complete or absent.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipwright.pipeline.core.config import read_yaml
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.files import STATUS, fsync_folder, write_json
+from clipwright.pipeline.folders.records import MANIFEST, ORIGIN, differences, read_manifest
+
+CONFIG, IDENTITY, REPORT = "config.yaml", "identity.json", "report.json"
+PLAN, REJECTS, WORK = "plan.parquet", "rejects.parquet", ".prep"
+FOREIGN_SIDECAR = ".sidecar.parquet"  # not .parquet: img2dataset leaves a table of that name beside each tar
+PAGE = "view.html"
+CURRENT, VERSIONS = "current", "versions"
+TOKENIZER = "tokenizer"
+LOCK = "lock"
+PARTIAL = ".partial"
+NEW_FOLDER = "name a new folder or an empty folder with -o"
+ONLY_TARS = "give a folder that holds tars and nothing that this command would write"
+SHOWN = 6  # changed keys that an error lists
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of output folder, and which names in it are its own.
+
+    name: what messages call it.
+    names, pattern: its own files and folders, by name and by regular expression; staged ones and `status.json` too.
+    early: those of `names` that an attempt may leave which ended before it recorded an identity; None for all of them.
+    resumes: it records its identity when it is started, so that the same command continues it and another is refused.
+    work: the folder in it for what only resuming needs, removed by `release`.
+    format: of its manifest, once it is finished.
+    guest_verb: the verb that writes it among files of others, which stay untouched.
+    replaced: published as a complete folder, in place of an older one of the same format.
+    config_key: a key that its `config.yaml` must have; another command's config is refused by it.
+    """
+
+    name: str
+    names: tuple[str, ...] = ()
+    pattern: str = ""
+    early: tuple[str, ...] | None = None
+    resumes: bool = False
+    work: str = ""
+    format: str = ""
+    guest_verb: str = ""
+    replaced: bool = False
+    config_key: str = ""
+
+    def owns(self, name: str) -> bool:
+        """Whether a name in such a folder is this kind's."""
+        return name in (STATUS, *self.names) or is_staged(name) or re.fullmatch(self.pattern, name) is not None
+
+    def leaves(self, name: str) -> bool:
+        """Whether an attempt may have left a name in a folder without a recorded identity."""
+        if self.early is None:
+            return self.owns(name)
+        return name in (STATUS, *self.early) or is_staged(name)
+
+
+DATASET = Kind(
+    "dataset",
+    names=(CONFIG, PLAN, REJECTS, WORK, MANIFEST),
+    pattern=r"[\w-]+-\d{6}\.(tar|parquet)",
+    early=(CONFIG, PLAN, REJECTS, WORK),
+    resumes=True,
+    work=WORK,
+    format="dataset",
+)
+FOREIGN = Kind(
+    "index of a folder of tars",
+    names=(REJECTS, WORK, MANIFEST),
+    pattern=rf".+{re.escape(FOREIGN_SIDECAR)}",
+    early=(WORK,),
+    resumes=True,
+    work=WORK,
+    format="dataset",
+    guest_verb="data index",
+)
+INSPECTION = Kind("report", names=(REPORT, PAGE))
+RUN = Kind("run", pattern=r".+", early=(CONFIG, TOKENIZER), resumes=True)
+MODEL = Kind("model", early=(), format="model", replaced=True)
+EMBEDDING = Kind("embedding", names=(CONFIG, ORIGIN, MANIFEST), pattern=r"part-\d+\.(npy|parquet)", format="embedding")
+INDEX = Kind("index", names=(CONFIG, ORIGIN, CURRENT, VERSIONS))
+EVALUATION = Kind("evaluation report", names=(CONFIG, REPORT))
+DEMO = Kind("demo", pattern=r".+", config_key="steps")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a folder records of the output in it: its identity, and its manifest once it is finished."""
+
+    identity: dict[str, Any]
+    manifest: dict[str, Any] | None = None
+
+
+class Lock:
+    """A lock file of a folder, held by this process until `release` or the end of a `with` block.
+
+    Raises E_OUTPUT with `holder` if another process holds it. shared: several processes may hold it as shared.
+    """
+
+    def __init__(self, folder: Path, name: str, holder: str, *, shared: bool = False) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Over NFS a shared lock needs a file that is open for reading, an exclusive lock one that is open for writing.
+        self._file = path.open("a+")
+        try:
+            fcntl.flock(self._file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise refused(folder, holder, fix="wait until it ends, or name another folder") from None
+
+    def release(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+class Claim:
+    """An output folder that this process may write, until `release` or the end of a `with` block."""
+
+    def __init__(self, folder: Path, lock: Lock | None) -> None:
+        self.folder, self._lock = folder, lock
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+def check(folder: Path, kind: Kind, also: Collection[str] = ()) -> Recorded | None:
+    """Raises E_OUTPUT for a folder that is not `kind`'s to write, and writes nothing; what it records of the output.
+
+    also: further names that are its own.
+    """
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise refused(folder, "it is a file")
+    found = recorded(folder, kind)
+    if found is not None:
+        if kind.guest_verb and found.identity.get("verb") != kind.guest_verb:
+            raise refused(folder, f"it holds a {kind.format} of `clipwright prep`", fix=ONLY_TARS)
+        return found
+    names = sorted(path.name for path in folder.iterdir())
+    if kind.replaced and MANIFEST in names:
+        try:
+            read_manifest(folder, kind.format)
+        except ClipwrightError as error:
+            raise refused(folder, f"it holds no {kind.name}: {error.found}") from None
+        return None
+    if kind.guest_verb:
+        others = [name for name in names if _in_the_way(folder, kind, name)]
+    else:
+        others = [name for name in names if not kind.leaves(name) and name not in also]
+    if others:
+        fix = ONLY_TARS if kind.guest_verb else NEW_FOLDER
+        raise refused(folder, f"it holds {', '.join(others[:3])}", fix=fix)
+    if kind.config_key and (folder / CONFIG).exists() and kind.config_key not in read_yaml(folder / CONFIG):
+        raise refused(folder, f"it holds a {CONFIG} of another command")
+    return None
+
+
+def claim(folder: Path, kind: Kind, also: Collection[str] = ()) -> Claim:
+    """Makes the folder and claims it for this process. Raises E_OUTPUT as `check` does, or if another process has it.
+
+    Only kinds with a `work` folder are locked so far.
+    """
+    check(folder, kind, also)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = None
+    if kind.work:
+        lock = Lock(folder, f"{kind.work}/{LOCK}", "another run is writing it now")
+    return Claim(folder, lock)
+
+
+def recorded(folder: Path, kind: Kind) -> Recorded | None:
+    """What a folder records of an output of `kind`, or None. Raises E_MANIFEST, E_RESUME for what cannot be read."""
+    if not kind.resumes:
+        return None
+    if kind.format and (folder / MANIFEST).exists():
+        manifest = read_manifest(folder, kind.format)
+        return Recorded(manifest.get("identity", {}), manifest)
+    path = folder / kind.work / IDENTITY
+    if not path.is_file():
+        return None
+    try:
+        return Recorded(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ClipwrightError(
+            "E_RESUME",
+            f"the identity of an unfinished {kind.name} cannot be read",
+            where=path,
+            found=f"it is not JSON: {error}",
+            fix="restore the file, or start over with --fresh",
+        ) from None
+
+
+def started(folder: Path, kind: Kind) -> bool:
+    """Whether an output of `kind` has recorded its identity and is not finished, as far as the folder shows."""
+    return (folder / kind.work / IDENTITY).is_file()
+
+
+def record_identity(folder: Path, kind: Kind, identity: Mapping[str, Any]) -> None:
+    """Records whose output the folder holds; from now on only the same identity may continue it."""
+    (folder / kind.work).mkdir(parents=True, exist_ok=True)
+    write_json(folder / kind.work / IDENTITY, identity)
+
+
+def require_same(
+    folder: Path,
+    what: str,
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    *,
+    code: str = "E_OUTPUT",
+    accept: Collection[str] = (),
+    acceptable: re.Pattern[str] | None = None,
+) -> None:
+    """Raises `code` if a folder's identity differs from a config's, and lists the changed keys.
+
+    what: the output, such as "a finished dataset". accept: keys that may differ. acceptable: the keys that a user may
+    put there.
+    """
+    changed = {line.partition(": ")[0]: line for line in differences(old, new)}
+    found = [line for key, line in changed.items() if key not in accept]
+    if not found:
+        return
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    remedies = ["use the old values", "choose another folder", "start over with --fresh"]
+    if acceptable is not None and all(acceptable.fullmatch(key) for key in changed):
+        remedies.insert(1, f"continue with the new ones by accept=[{','.join(changed)}]")
+    raise ClipwrightError(
+        code,
+        f"the folder holds {what} of another config",
+        where=folder,
+        found="; ".join(found[:SHOWN]) + more,
+        fix=", ".join(remedies[:-1]) + f", or {remedies[-1]}",
+    )
+
+
+def clear(folder: Path, kind: Kind) -> None:
+    """Removes what earlier commands of `kind` wrote and nothing else; E_OUTPUT if a folder that is its own holds more.
+
+    The manifest goes first, so that no reader takes the rest for complete, and the identity last: what a kill leaves
+    is still known as this kind's.
+    """
+    if not folder.is_dir():
+        return
+    try:
+        found = recorded(folder, kind)
+    except ClipwrightError:
+        found = Recorded({}) if started(folder, kind) else None
+    names = sorted(path.name for path in folder.iterdir())
+    own = [name for name in names if (kind.leaves(name) if kind.resumes and found is None else kind.owns(name))]
+    if kind.guest_verb:
+        own = [name for name in own if name != STATUS and not is_staged(name)]
+    elif others := sorted(set(names) - set(own)):
+        raise refused(folder, f"it holds {', '.join(others[:3])}", fix="remove it yourself, or name another folder")
+    if found is not None and found.manifest is not None:
+        record_identity(folder, kind, found.identity)
+    identity = kind.work or IDENTITY
+    first = [name for name in own if name == MANIFEST]
+    last = [identity] if found is not None or identity in own else []
+    for name in [*first, *(name for name in own if name not in (MANIFEST, identity)), *last]:
+        _remove(folder / name)
+
+
+def release(folder: Path, kind: Kind) -> None:
+    """Removes what only resuming needs: the output is finished, or nothing of it is worth keeping."""
+    assert kind.work, kind.name
+    shutil.rmtree(folder / kind.work, ignore_errors=True)
+
+
+def refused(folder: Path, found: str, *, fix: str = NEW_FOLDER) -> ClipwrightError:
+    """E_OUTPUT: a folder that may not be written."""
+    return ClipwrightError("E_OUTPUT", "the output folder cannot be used", where=folder, found=found, fix=fix)
+
+
+def is_staged(name: str) -> bool:
+    """Whether a name is that of a staged file or folder."""
+    return name.startswith(".") and name.endswith(PARTIAL)
+
+
+def staged_path(final: Path) -> Path:
+    """Where a file or folder is written until it is complete."""
+    return final.with_name(f".{final.name}{PARTIAL}")
+
+
+def remove_staged(folder: Path) -> None:
+    """Removes the staged files and folders that a killed process left."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        _remove(path)
+
+
+@contextmanager
+def staging(final: Path) -> Iterator[Path]:
+    """A staged folder, empty at first, published as `final` when the block ends and removed if it raises."""
+    staged = staged_path(final)
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+        publish((staged, final))
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def publish(*renames: tuple[Path, Path], synced: bool = False) -> None:
+    """Gives staged files or folders their final names, each in place of what has it: on disk first, then renamed.
+
+    renames: pairs of staged and final path. synced: the staged contents are on disk already.
+    """
+    if not synced:
+        for staged, _ in renames:
+            _sync(staged)
+    old = [_rename(staged, final) for staged, final in renames]
+    for folder in {final.parent for _, final in renames}:
+        fsync_folder(folder)
+    for path in old:
+        if path is not None:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _rename(staged: Path, final: Path) -> Path | None:
+    """Renames; returns where a folder that had the name was put aside."""
+    if not final.is_dir():
+        staged.replace(final)
+        return None
+    old = final.with_name(f".{final.name}.old{PARTIAL}")
+    shutil.rmtree(old, ignore_errors=True)
+    final.rename(old)
+    try:
+        staged.rename(final)
+    except OSError:
+        old.rename(final)
+        raise
+    return old
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        for inner in path.iterdir():
+            _sync(inner)
+        fsync_folder(path)
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _in_the_way(folder: Path, kind: Kind, name: str) -> bool:
+    """Whether a file among others' bears a name that `kind` would write, without being its own."""
+    if name == STATUS:
+        return _verb(folder) != kind.guest_verb
+    return kind.owns(name) and not kind.leaves(name)
+
+
+def _verb(folder: Path) -> str | None:
+    """The verb that a folder's status file names."""
+    try:
+        return json.loads((folder / STATUS).read_text(encoding="utf-8"))["verb"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

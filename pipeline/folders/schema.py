@@ -1,0 +1,61 @@
+"""The columns of every table that we write: sidecars, rejects, embedding rows and index rows."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+SIDECAR_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),  # of the plan
+        ("key", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("offset", pa.int64()),  # of the image member's data in the tar
+        ("size", pa.int64()),  # of the stored image in bytes
+        ("sha256", pa.string()),  # of the stored image
+        ("dhash", pa.uint64()),
+        ("source", pa.string()),
+        ("source_key", pa.string()),
+    ]
+)
+"""A sidecar: one row per sample, in the order of the tar. The user's own columns follow."""
+
+# What KEY.json repeats of the sidecar's row, beside the user's columns.
+JSON_COLUMNS = ("key", "captions", "width", "height", "sha256", "source", "source_key")
+
+# The columns without which a sidecar is not valid.
+SIDECAR_REQUIRED = ("row", *JSON_COLUMNS, "offset", "size")
+
+REJECTS_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("source", pa.string()),
+        ("key", pa.string()),
+        ("kept_row", pa.int64()),
+        ("kept_key", pa.string()),
+        ("record", pa.string()),  # JSON of a merged or duplicate row
+    ]
+)
+"""`rejects.parquet`: one row per row of the plan that is in no sidecar."""
+
+
+def sidecar_schema(own: pa.Schema) -> pa.Schema:
+    """A sidecar with the user's columns `own`, which are renamed as `user_columns` does."""
+    return pa.schema([*SIDECAR_SCHEMA, *user_columns(own)])
+
+
+def user_columns(schema: pa.Schema) -> pa.Schema:
+    """A source's columns as the sidecar names them: `input_` is put before a name that the sidecar uses itself."""
+    taken = {*SIDECAR_SCHEMA.names, *schema.names}
+    fields: list[pa.Field] = []
+    for field in schema:
+        name = field.name
+        if name in SIDECAR_SCHEMA.names:
+            while name in taken:
+                name = f"input_{name}"
+            taken.add(name)
+        fields.append(pa.field(name, field.type))
+    return pa.schema(fields)
