@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import write_json
 from clipwright.pipeline.core.log import Progress, quiet_libraries
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.records import MANIFEST, file_entries
 from clipwright.pipeline.interop.formats.base import ForeignModel, open_foreign_model
 from clipwright.pipeline.interop.parity import compare
-from clipwright.pipeline.model.folder import check_output, load_model, publish, save_model
+from clipwright.pipeline.model.folder import load_model, save_model
 from clipwright.pipeline.model.two_tower import ModelConfig
 from clipwright.pipeline.tokenizers.base import Tokenizer
 
@@ -35,7 +35,7 @@ def import_model(call: Call) -> Outcome:
     quiet_libraries()
     config: ImportConfig = call.load().value
     out = call.output().absolute()
-    check_output(out)
+    output.check(out, output.MODEL)
     foreign = open_foreign_model(Path(config.folder))
     tree, tokenizer = foreign.model_config()
     model_config = _resolve(foreign, tree)
@@ -43,9 +43,7 @@ def import_model(call: Call) -> Outcome:
     if call.dry_run:
         result = {"folder": str(foreign.folder), "tensors": tensors, "model": str(call.out)}
         return Outcome(result, f"would import the {foreign.kind} in {foreign.folder} ({tensors} tensors) to {out}")
-    staged = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
+    with output.staging(out) as staged:
         with Progress("import", 2, "passes", quiet=call.quiet) as progress:
             manifest, loss = _write(staged, foreign, tree, model_config, tokenizer)
             progress.add(1)
@@ -54,9 +52,6 @@ def import_model(call: Call) -> Outcome:
         write_json(staged / PARITY, receipt)
         manifest["files"] |= file_entries(staged, [PARITY])
         write_json(staged / MANIFEST, manifest)
-        publish(staged, out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     differences = ", ".join(f"{name} {receipt[name]['max_abs']:.1e}" for name in ("images", "texts", "logits"))
     return Outcome(
         {"model": str(call.out), "fingerprint": manifest["fingerprint"], "parity": receipt},

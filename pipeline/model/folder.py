@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import STATUS, digest, write_json
+from clipwright.pipeline.core.files import digest, write_json
 from clipwright.pipeline.core.unsafe import refuse_code
 from clipwright.pipeline.folders.records import MANIFEST, check_files, file_entries, read_manifest, write_manifest
 from clipwright.pipeline.model.two_tower import ModelConfig, TwoTower, build_model
@@ -87,31 +87,6 @@ def save_model(
     fingerprint = model_fingerprint(config, weights)
     body = {"files": file_entries(folder, files), "made_from": made_from, "embed_dim": config["embed_dim"]}
     return write_manifest(folder, "model", fingerprint, body)
-
-
-def check_output(out: Path) -> None:
-    """A model folder is written over another one or into an empty folder; anything else is E_OUTPUT."""
-    if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {STATUS}):
-        return
-    try:
-        read_manifest(out, "model")
-    except ClipwrightError as error:
-        raise ClipwrightError(
-            "E_OUTPUT",
-            "the output holds something else than a model folder",
-            where=out,
-            found=error.found,
-            fix="choose another folder",
-        ) from None
-
-
-def publish(staged: Path, out: Path) -> None:
-    """Gives a whole model folder its final name, in place of what bore it."""
-    old = out.with_name(f".{out.name}.old.partial")
-    if out.exists():
-        out.rename(old)
-    staged.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def model_fingerprint(config: dict[str, Any], weights: dict[str, Tensor]) -> str:

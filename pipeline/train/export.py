@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,8 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import digest
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.model.folder import check_output, load_model, publish, save_model
+from clipwright.pipeline.folders import output
+from clipwright.pipeline.model.folder import load_model, save_model
 from clipwright.pipeline.train import run_folder
 from clipwright.pipeline.train.checkpoints import checkpoint
 from clipwright.pipeline.train.config import RunConfig, model_tree, stored_tokenizer
@@ -45,7 +45,7 @@ def export(call: Call) -> Outcome:
             found="none was saved yet",
             fix="train on, then export",
         )
-    check_output(out)
+    output.check(out, output.MODEL)
     if call.dry_run:
         result = {"run": str(run), "step": found.step, "model": str(call.out)}
         return Outcome(result, f"would export step {found.step} of {run} to {out}")
@@ -56,9 +56,7 @@ def export(call: Call) -> Outcome:
         "run": digest(found.manifest["identity"]),
         "samples": found.step * run_config.schedule.global_batch,
     }
-    staged = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    with Progress("export", 2, "passes", quiet=call.quiet) as progress:
+    with output.staging(out) as staged, Progress("export", 2, "passes", quiet=call.quiet) as progress:
         manifest = save_model(
             staged,
             config=model_tree(tree),
@@ -70,7 +68,6 @@ def export(call: Call) -> Outcome:
         progress.add(1)
         load_model(staged, device="cpu")  # what is announced has been read back
         progress.add(1)
-    publish(staged, out)
     result = {"model": str(call.out), "fingerprint": manifest["fingerprint"], "step": found.step, **made_from}
     return Outcome(
         result,
