@@ -1,4 +1,4 @@
-"""Two towers and one embedding space."""
+"""The model: two towers and one embedding space."""
 
 from __future__ import annotations
 
@@ -29,36 +29,46 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 @configclass
 class Preprocessing:
-    """How a picture becomes the tower's input; the defaults are CLIP's.
+    """How an image becomes the tower's input; the defaults are CLIP's.
 
-    Pixels are normalised: (x/255 - mean) / std. The other fields are those of `pixels.evaluation_view`, which
-    evaluation and embedding look through; training crops at random.
+    Pixels are normalized as (x/255 - mean) / std. The other fields are those of `pixels.evaluation_view`, which
+    evaluation and embedding use; training crops at random.
     """
 
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Mean of the red, green and blue channel, in 0 … 1."""
     std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation of the red, green and blue channel, in 0 … 1."""
     interpolation: Interpolation = "bicubic"
+    """Resampling filter in evaluation."""
     fit: Literal["crop", "squash"] = "crop"
+    """crop: resize the shorter side and crop the center; squash: resize both sides."""
     crop_rounding: Literal["even", "down"] = "even"
+    """How a crop offset of half a pixel is rounded: even (torchvision) or down (transformers)."""
 
 
 @configclass
 class ModelConfig:
-    """What decides a model's function, weights apart."""
+    """Everything that determines what a model computes, except its weights."""
 
     image: Annotated[ImageTowerConfig, Choice(IMAGE_TOWERS, "vit_nano")]
+    """Image tower; `clipwright list towers` lists them."""
     text: Annotated[TextTowerConfig, Choice(TEXT_TOWERS, "text_nano")]
+    """Text tower; `clipwright list towers` lists them."""
     tokenizer: Annotated[TokenizerConfig, Choice(TOKENIZERS, "clip_bpe")]
+    """Tokenizer; `clipwright list tokenizers` lists them."""
     embed_dim: Annotated[int, Field(ge=1, le=65_536)] = 512
+    """Dimension of the embeddings."""
     preprocessing: Preprocessing = Preprocessing()
+    """Normalization of pixels, and resizing in evaluation."""
 
 
 class TwoTower(nn.Module):
     """An image tower and a text tower, each with its projection into the shared space.
 
-    A tower's extra pooled vectors (DeiT's `dist`) have projections of their own, and an image's vector is the mean of
-    all unit vectors, renormalised. Training sees that same mean, so that what is trained is what is used and every
-    projection learns without a teacher; a distillation loss would take the extra vector alone.
+    A tower's extra pooled features (DeiT's `dist`) have projections of their own. An image's embedding is then the
+    renormalized mean of all unit embeddings, in training too, so every projection learns without a teacher; a
+    distillation loss would use the extra embedding alone.
     Source: Radford et al. 2021, section 2.3. The temperature belongs to the loss, not to the model.
     """
 
@@ -81,34 +91,34 @@ class TwoTower(nn.Module):
         self.register_buffer("std", torch.tensor(config.preprocessing.std).view(3, 1, 1) * 255, persistent=False)
 
     def encode_image(self, views: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b e"]:
-        """Unit vectors of upright RGB views; normalised here, on the device, so that uint8 travels."""
-        # A view of what pixels come as, so images are channels-last in memory: convolutions are faster for it.
+        """Embeds upright RGB views. Pixels are normalized here, on the device, so that only uint8 is copied to it."""
+        # `permute` keeps the memory layout, so images are channels-last, which makes convolutions faster.
         images = (views.permute(0, 3, 1, 2).float() - self.mean) / self.std
         out = self.image(images)
-        vector = F.normalize(self.image_projection(out.pooled).float(), dim=-1)
+        embedding = F.normalize(self.image_projection(out.pooled).float(), dim=-1)
         if not self.extra_projections:
-            return vector
+            return embedding
         extra = [F.normalize(p(out.extra[name]).float(), dim=-1) for name, p in self.extra_projections.items()]
-        return F.normalize(torch.stack([vector, *extra]).mean(dim=0), dim=-1)
+        return F.normalize(torch.stack([embedding, *extra]).mean(dim=0), dim=-1)
 
     def encode_text(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b e"]:
-        """Unit vectors of token ids, padded to any common length up to the context."""
+        """Embeds token ids, padded to any common length up to the context."""
         return F.normalize(self.text_projection(self.text(tokens).pooled).float(), dim=-1)
 
     def forward(
         self, views: UInt8[Tensor, "b h w 3"], tokens: Int[Tensor, "t n"]
     ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "t e"]]:
-        # One call for both towers: under ZeRO-3 separate engine calls are silently wrong from the second step on.
+        # One call for both towers: under ZeRO-3, separate engine calls give wrong results from the second step on.
         return self.encode_image(views), self.encode_text(tokens)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters free of weight decay: biases, norms, and what the towers name (positions, tokens)."""
-        named: set[str] = set()
+        """Returns the parameters without weight decay: biases, norms, and those the towers name (positions, tokens)."""
+        names: set[str] = set()
         for side, tower in (("image", self.image), ("text", self.text)):
             for name, parameter in tower.named_parameters(prefix=side):
                 if parameter.ndim <= 1 or name.endswith(tower.no_weight_decay):
-                    named.add(name)
-        return named
+                    names.add(name)
+        return names
 
 
 def _projection(config: Any, width: int, embed_dim: int, side: str) -> nn.Module:
@@ -116,9 +126,9 @@ def _projection(config: Any, width: int, embed_dim: int, side: str) -> nn.Module
         if width != embed_dim:
             raise ClipwrightError(
                 "E_CONFIG_VALUE",
-                "a tower without projection whose width is not the embedding's",
+                "a tower without projection must have the width of the embedding",
                 where=f"{side}.name={config.name}",
-                found=f"the tower gives {width} numbers, embed_dim is {embed_dim}",
+                found=f"the tower's width is {width}, embed_dim is {embed_dim}",
                 fix=f"set embed_dim={width} or {side}.projection=linear",
             )
         return nn.Identity()

@@ -15,17 +15,15 @@ from clipwright.pipeline.core.unsafe import kind_of, unsafe
 
 @configclass
 class TokenizerConfig:
-    """Fields every tokenizer has.
-
-    `trained_file`: the main file that `train` writes, for tokenizers that are trained on the captions or copied.
-    `external_fields`: fields that point outside the run, to what `train` reads; neither a run's identity nor a model
-    folder contains them.
-    """
+    """The fields that every tokenizer has."""
 
     trained_file: ClassVar[str | None] = None
+    """The main file that `train` writes, for tokenizers that are trained on the captions or copied from a folder."""
     external_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that name what `train` reads; neither a run's identity nor a model folder contains them."""
 
     name: str
+    """Name of a tokenizer; `clipwright list tokenizers` lists them."""
 
     def train(self, captions: Iterable[str], folder: Path) -> None:
         """Writes `trained_file` and any other files into `folder`, for `build(config, folder=folder)` to read."""
@@ -33,21 +31,21 @@ class TokenizerConfig:
 
 
 class Tokenizer(Protocol):
-    """Text to ids. `fingerprint` is the SHA-256 of what decides them."""
+    """Text to token ids. `fingerprint` is the SHA-256 of everything that determines them."""
 
     vocab_size: int
-    sot_id: int  # -1 where nothing stands before a text
+    sot_id: int  # -1 if the tokenizer adds no start of text
     eot_id: int
     pad_id: int
-    unknown_ids: tuple[int, ...]  # those of what the vocabulary has no piece for: unknown, or spelt in bytes
+    unknown_ids: tuple[int, ...]  # ids of text that the vocabulary does not cover: unknown, or single bytes
     fingerprint: str
 
     def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
-        """Ids int32 (len(texts), context): SOT + ids + EOT + padding; too long → cut to context, last id EOT."""
+        """Returns int32 (len(texts), context): SOT + ids + EOT + padding; a truncated text ends in EOT."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special ids are dropped."""
+        """Returns the text of `ids` without special ids."""
         ...
 
     def save(self, folder: Path) -> list[Path]:
@@ -55,19 +53,17 @@ class Tokenizer(Protocol):
         ...
 
 
-def read_bounded(path: Path, most: int, unreadable: Callable[[Path, str], ClipwrightError]) -> bytes:
-    """A tokenizer's file of at most `most` bytes: a model folder is not trusted. `unreadable` makes the error.
-
-    E_UNSAFE for a pickle under its name.
-    """
+def read_bounded(path: Path, max_bytes: int, unreadable: Callable[[Path, str], ClipwrightError]) -> bytes:
+    """Reads an untrusted file of at most `max_bytes` bytes. Raises `unreadable(...)`, or E_UNSAFE for a pickle."""
     try:
         with path.open("rb") as file:
-            data = file.read(most + 1)
+            data = file.read(max_bytes + 1)
     except OSError as error:
         raise unreadable(path, error.strerror or str(error)) from None
-    if len(data) > most:
-        raise unreadable(path, f"more than {most} bytes")
-    if found := kind_of(data):
+    if len(data) > max_bytes:
+        raise unreadable(path, f"more than {max_bytes} bytes")
+    found = kind_of(data)
+    if found:
         raise unsafe(path, "a tokenizer's file", found)
     return data
 
@@ -75,11 +71,11 @@ def read_bounded(path: Path, most: int, unreadable: Callable[[Path, str], Clipwr
 TOKENIZERS: Registry[Tokenizer] = Registry("tokenizer", "clipwright.pipeline.tokenizers")
 
 
-LENGTH_STEP = 8  # trimmed captions are rounded up to a multiple of this
+LENGTH_STEP = 8  # tokens; the length of trimmed captions is a multiple of it
 
 
 def trim(tokens: np.ndarray, eot_id: int, pad: str) -> np.ndarray:
-    """Cuts token ids (B, context) to the longest caption, rounded up to 8, where the text tower allows it."""
+    """Trims token ids (B, context) to the longest caption, rounded up to 8, if the text tower's `pad` is `longest`."""
     if pad != "longest":
         return tokens
     longest = int((tokens == eot_id).argmax(1).max()) + 1

@@ -1,4 +1,4 @@
-"""SentencePiece: a vocabulary learned from the dataset's own captions, for any language."""
+"""SentencePiece: a tokenizer trained on the dataset's own captions, for any language."""
 
 from __future__ import annotations
 
@@ -21,33 +21,35 @@ from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig, read_bounded
 
 MODEL = "sentencepiece.model"
-MAX_MODEL_BYTES = 64 * 2**20  # a million pieces have 30 MB: a model folder is not trusted
+MAX_MODEL_BYTES = 64 * 2**20  # of an untrusted model; a million pieces have 30 MB
 PAD, UNKNOWN, SOT, EOT = 0, 1, 2, 3
 
-# What SentencePiece says of a vocabulary it cannot make: the most, and the least that it may have.
+# SentencePiece's messages about an impossible vocabulary size: the largest and the smallest that is possible.
 _TOO_LARGE = re.compile(r"Vocabulary size too high .*<= (\d+)")
 _TOO_SMALL = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
 
 
 @configclass
 class SentencePieceConfig(TokenizerConfig):
-    """Byte-pair encoding of `vocab_size` pieces: 4 special ones, the 256 bytes, characters, and merges of them.
+    """Byte-pair encoding trained on the captions.
 
-    Characters too rare for a piece are spelt in bytes, so nothing is unknown. `normalization` is SentencePiece's NFKC,
-    with (`nmt_nfkc_cf`) or without case folding.
+    The pieces are 4 special ones, the 256 bytes, characters, and merges of them. Characters too rare for a piece are
+    encoded as bytes, so nothing is unknown.
     """
 
     trained_file: ClassVar[str | None] = MODEL
 
     vocab_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8000
+    """Number of pieces."""
     normalization: Literal["nmt_nfkc_cf", "nmt_nfkc"] = "nmt_nfkc_cf"
+    """Unicode normalization of SentencePiece: NFKC with (nmt_nfkc_cf) or without (nmt_nfkc) case folding."""
 
     def train(self, captions: Iterable[str], folder: Path) -> None:
-        """Writes the vocabulary of `captions`; equal captions give equal bytes.
+        """Trains on `captions`; equal captions give equal bytes.
 
-        E_CONFIG_VALUE where they allow none of this size, E_INPUT where they allow none at all.
+        Raises E_CONFIG_VALUE if they do not allow this vocabulary size, E_INPUT if they allow none.
         """
-        # BPE, since it counts: unigram's sums of logarithms may round otherwise on another machine.
+        # BPE counts integers; the sums of logarithms in a unigram model may round differently on another machine.
         model = io.BytesIO()
         try:
             SentencePieceTrainer.train(
@@ -66,42 +68,44 @@ class SentencePieceConfig(TokenizerConfig):
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise _refused(self.vocab_size, str(error)) from None
+            raise _training_error(self.vocab_size, str(error)) from None
         atomic_write(folder / MODEL, model.getvalue())
 
 
-def _refused(vocab_size: int, reason: str) -> ClipwrightError:
+def _training_error(vocab_size: int, reason: str) -> ClipwrightError:
     large, small = _TOO_LARGE.search(reason), _TOO_SMALL.search(reason)
     if large is None and small is None:
         return ClipwrightError(
             "E_INPUT",
-            "captions that no vocabulary can be learned from",
+            "no tokenizer can be trained on these captions",
             where="tokenizer.name=sentencepiece",
             found=reason,
             fix="prepare other captions or choose another tokenizer",
         )
     if large is not None:
-        what, allowed, order = "larger than the captions allow", f"at most {large[1]}", f"{large[1]} or less"
+        what = "the vocabulary is larger than the captions allow"
+        allowed, size = f"at most {large[1]}", f"{large[1]} or less"
     else:
         assert small is not None
-        what, allowed, order = "too small for the captions' characters", f"at least {small[1]}", f"{small[1]} or more"
+        what = "the vocabulary is too small for the characters of the captions"
+        allowed, size = f"at least {small[1]}", f"{small[1]} or more"
     return ClipwrightError(
         "E_CONFIG_VALUE",
-        f"a vocabulary {what}",
+        what,
         where=f"tokenizer.vocab_size={vocab_size}",
-        found=f"{vocab_size} pieces were asked for, these captions allow {allowed}",
-        fix=f"set tokenizer.vocab_size={order}",
+        found=f"{vocab_size} pieces ({allowed} possible)",
+        fix=f"set tokenizer.vocab_size={size}",
     )
 
 
 class SentencePiece:
-    """Text to the ids of the model in `folder`: padding 0, SOT 2, EOT 3; E_INPUT if there is none or it is not ours.
+    """Text to the ids of the model in `folder`: padding 0, SOT 2, EOT 3. Raises E_INPUT if it is missing or foreign.
 
-    Kudo and Richardson 2018. Canonically equal texts have equal ids, such as Hangul as syllables and as letters.
+    Kudo and Richardson 2018. Canonically equivalent texts have equal ids, such as Hangul as syllables and as letters.
     """
 
     sot_id, eot_id, pad_id = SOT, EOT, PAD
-    # Unknown, and the 256 bytes, which stand behind the special pieces.
+    # Unknown, and the 256 bytes, which follow the special pieces.
     unknown_ids: tuple[int, ...] = (UNKNOWN, *range(EOT + 1, EOT + 257))
 
     def __init__(self, config: SentencePieceConfig, folder: Path) -> None:
@@ -114,12 +118,12 @@ class SentencePiece:
             raise _unreadable(path, str(error)) from None
         ids = (self._pieces.pad_id(), self._pieces.unk_id(), self._pieces.bos_id(), self._pieces.eos_id())
         if ids != (PAD, UNKNOWN, SOT, EOT):
-            raise _unreadable(path, f"ids {ids} of pad, unknown, start and end; allowed is {(PAD, UNKNOWN, SOT, EOT)}")
+            raise _unreadable(path, f"ids {ids} of pad, unknown, start and end (expected {(PAD, UNKNOWN, SOT, EOT)})")
         self.vocab_size = self._pieces.vocab_size()
         self.fingerprint = hashlib.sha256(b"sentencepiece of NFC\n" + self._model).hexdigest()
 
     def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
-        """Ids int32 (len(texts), context): SOT + ids + EOT + padding; too long → cut to context, last id EOT."""
+        """Returns int32 (len(texts), context): SOT + ids + EOT + padding; a truncated text ends in EOT."""
         assert context >= 2, context
         rows = np.full((len(texts), context), PAD, dtype=np.int32)
         composed = [unicodedata.normalize("NFC", text) for text in texts]
@@ -129,13 +133,13 @@ class SentencePiece:
         return rows
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` up to the first EOT, normalised as it was encoded; special ids are dropped."""
-        real = list(map(int, ids))
-        real = real[: real.index(EOT)] if EOT in real else real
-        return self._pieces.decode([i for i in real if i not in (PAD, UNKNOWN, SOT)])
+        """Returns the normalized text of `ids` up to the first EOT, without special ids."""
+        content = list(map(int, ids))
+        content = content[: content.index(EOT)] if EOT in content else content
+        return self._pieces.decode([i for i in content if i not in (PAD, UNKNOWN, SOT)])
 
     def save(self, folder: Path) -> list[Path]:
-        """Writes the model as it was read."""
+        """Writes the model unchanged."""
         path = folder / MODEL
         atomic_write(path, self._model)
         return [path]
@@ -144,7 +148,7 @@ class SentencePiece:
 def _unreadable(path: Path, found: str) -> ClipwrightError:
     return ClipwrightError(
         "E_INPUT",
-        "a SentencePiece model that cannot be read",
+        "the SentencePiece model cannot be read",
         where=path,
         found=found,
         fix="restore the file, export the model again, or train with --fresh",

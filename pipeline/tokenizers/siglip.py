@@ -1,4 +1,4 @@
-"""SigLIP's tokenizer: a given SentencePiece vocabulary over text without punctuation, as transformers reads it."""
+"""SigLIP's tokenizer: an existing SentencePiece vocabulary on text without punctuation, as in transformers."""
 
 from __future__ import annotations
 
@@ -18,36 +18,42 @@ from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig, read_bounded
 
 MODEL = "spiece.model"
-MAX_MODEL_BYTES = 64 * 2**20  # a million pieces have 30 MB: a model folder is not trusted
-META = "▁"  # SentencePiece's white space
+MAX_MODEL_BYTES = 64 * 2**20  # of an untrusted model; a million pieces have 30 MB
+META = "▁"  # how SentencePiece writes white space
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @configclass
 class SigLIPTokenizerConfig(TokenizerConfig):
-    """The vocabulary in `folder`; a run and its models keep their own copy.
+    """SigLIP's tokenizer. A run and its models keep their own copy of the vocabulary.
 
-    Text that spells `end`, `unknown` or `pad` gives its id; `strip`: it takes the white space beside it along.
+    Text that spells `end`, `unknown` or `pad` is encoded as that special token.
     """
 
     trained_file: ClassVar[str | None] = MODEL
     external_fields: ClassVar[tuple[str, ...]] = ("folder",)
 
     folder: str | None = None
+    """Folder with spiece.model."""
     lower_case: bool = True
+    """Whether text is lowercased."""
     end: str = "</s>"
+    """Token that ends a text."""
     unknown: str = "<unk>"
+    """Token of text that the vocabulary does not cover."""
     pad: str = "</s>"
+    """Token that pads a text."""
     strip: bool = True
+    """Whether white space next to a special token is dropped."""
 
     def train(self, captions: Iterable[str], folder: Path) -> None:
-        """Copies the model that is in the config's folder; nothing is learned. E_CONFIG_VALUE without one."""
+        """Copies the model in the config's folder; `captions` are not read. Raises E_CONFIG_VALUE without a folder."""
         if self.folder is None:
             raise ClipwrightError(
                 "E_CONFIG_VALUE",
-                "no tokenizer folder",
+                "the tokenizer needs a folder",
                 where="tokenizer.folder",
-                found="nothing",
+                found="not set",
                 fix=f"set tokenizer.folder=DIR, a folder with {MODEL}",
             )
         path = Path(self.folder) / MODEL
@@ -57,10 +63,10 @@ class SigLIPTokenizerConfig(TokenizerConfig):
 
 
 class SigLIPTokenizer:
-    """Text to the ids of transformers' SiglipTokenizer, ended and padded, without a start; E_INPUT for a bad model.
+    """Text to the ids of transformers' SiglipTokenizer: ids + end + padding, without a start. Raises E_INPUT.
 
-    Zhai et al. 2023, section 3.1, and big_vision's canonical text: lower case, no ASCII punctuation, single spaces.
-    A text that spells `end` last is not ended twice.
+    Zhai et al. 2023, section 3.1, and big_vision's canonical text: lowercase, no ASCII punctuation, single spaces.
+    A text that already ends in `end` gets no second one.
     """
 
     sot_id = -1
@@ -74,15 +80,15 @@ class SigLIPTokenizer:
         self.eot_id, self.pad_id = self._special[config.end], self._special[config.pad]
         unknown = self._special[config.unknown]
         self.unknown_ids = (unknown, *(i for i in range(self.vocab_size) if self._pieces.IsByte(i)))
-        # Longest first, should one be the start of another.
+        # Longest first, in case one token is a prefix of another.
         tokens = sorted(self._special, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
-        self._skipped = len(self._pieces.encode(config.unknown, out_type=str))
+        self._prefix_length = len(self._pieces.encode(config.unknown, out_type=str))
         tree = {name: getattr(config, name) for name in ("lower_case", "end", "unknown", "pad", "strip")}
         self.fingerprint = digest({"siglip": tree, "model": self._model.hex()})
 
     def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
-        """Ids int32 (len(texts), context): ids + EOT + padding; too long → cut to context, last id EOT."""
+        """Returns int32 (len(texts), context): ids + EOT + padding; a truncated text ends in EOT."""
         rows = np.full((len(texts), context), self.pad_id, dtype=np.int32)
         for row, text in zip(rows, texts, strict=True):
             ids = self._ids(text)[: context - 1]
@@ -91,13 +97,13 @@ class SigLIPTokenizer:
         return rows
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` up to the first EOT, as it was left of punctuation; special ids are dropped."""
+        """Returns the text of `ids` up to the first EOT, without punctuation and special ids."""
         special = set(self._special.values())
-        real = itertools.takewhile(lambda i: i != self.eot_id, map(int, ids))
-        return self._pieces.decode([i for i in real if i not in special])
+        content = itertools.takewhile(lambda i: i != self.eot_id, map(int, ids))
+        return self._pieces.decode([i for i in content if i not in special])
 
     def save(self, folder: Path) -> list[Path]:
-        """Writes the model as it was read."""
+        """Writes the model unchanged."""
         path = folder / MODEL
         atomic_write(path, self._model)
         return [path]
@@ -118,16 +124,16 @@ class SigLIPTokenizer:
         return [self._special.get(piece, self._pieces.piece_to_id(piece)) for piece in pieces]
 
     def _text_pieces(self, text: str) -> list[str]:
-        """The pieces of ordinary text."""
+        """Splits ordinary text into pieces."""
         text = text.lower() if self._config.lower_case else text
         text = re.sub(r"\s+", " ", text.translate(_NO_PUNCTUATION)).strip()
-        # A token in front keeps SentencePiece from adding white space of its own; what it gives is cut off again.
+        # A leading special token keeps SentencePiece from adding white space; its pieces are removed again.
         pieces = self._pieces.encode(self._config.unknown + text, out_type=str)
-        return pieces[self._skipped :] if len(pieces) >= self._skipped else pieces
+        return pieces[self._prefix_length :] if len(pieces) >= self._prefix_length else pieces
 
 
 def _open(path: Path, data: bytes, config: SigLIPTokenizerConfig) -> tuple[SentencePieceProcessor, dict[str, int]]:
-    """The vocabulary, and the special tokens' ids; `path` is for errors."""
+    """Opens the vocabulary; returns it and the ids of the special tokens. `path` is named in errors."""
     pieces = SentencePieceProcessor()
     try:
         pieces.LoadFromSerializedProto(data)
@@ -138,7 +144,7 @@ def _open(path: Path, data: bytes, config: SigLIPTokenizerConfig) -> tuple[Sente
         token = getattr(config, role)
         number = pieces.piece_to_id(token)
         if pieces.id_to_piece(number) != token:
-            raise _unreadable(path, f"it has no piece {token!r}, which is to be tokenizer.{role}")
+            raise _unreadable(path, f"it has no piece {token!r}, which tokenizer.{role} names")
         special[token] = number
     return pieces, special
 
@@ -146,10 +152,10 @@ def _open(path: Path, data: bytes, config: SigLIPTokenizerConfig) -> tuple[Sente
 def _unreadable(path: Path, found: str) -> ClipwrightError:
     return ClipwrightError(
         "E_INPUT",
-        "a SigLIP tokenizer that cannot be read",
+        "the SigLIP tokenizer cannot be read",
         where=path,
         found=found,
-        fix="restore the file, or save the tokenizer anew with save_pretrained",
+        fix="restore the file, or save the tokenizer again with save_pretrained",
     )
 
 

@@ -1,4 +1,4 @@
-"""Pixels: awkward and hostile files, orientation, modes, CLIP's view, keys."""
+"""Pixels: unusual and malicious files, orientation, modes, evaluation preprocessing, keys."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TURNS = {
 
 
 def smooth(width: int, height: int, seed: int = 0) -> np.ndarray:
-    """A picture without hard edges, so that a JPEG of it is close to it."""
+    """A smooth image, which a JPEG reproduces closely."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -44,7 +44,7 @@ def saved(image: Image.Image | np.ndarray, format: str, **options: Any) -> bytes
     return out.getvalue()
 
 
-def refused(data: bytes) -> tuple[str, str]:
+def rejection(data: bytes) -> tuple[str, str]:
     with pytest.raises(pixels.PixelError) as caught:
         pixels.decode(data)
     return caught.value.args
@@ -52,40 +52,42 @@ def refused(data: bytes) -> tuple[str, str]:
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_all_orientations_come_out_upright(format: str, orientation: int) -> None:
-    picture = smooth(61, 43)
+def test_all_orientations_are_decoded_upright(format: str, orientation: int) -> None:
+    image = smooth(61, 43)
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if format == "WEBP" else {"quality": 98} if format == "JPEG" else {}
-    data = saved(picture, format, exif=exif, **options)
-    turned = Image.fromarray(picture)
-    wanted = np.asarray(turned.transpose(TURNS[orientation]) if orientation > 1 else turned)
+    data = saved(image, format, exif=exif, **options)
+    upright = Image.fromarray(image)
+    if orientation > 1:
+        upright = upright.transpose(TURNS[orientation])
+    expected = np.asarray(upright)
     got, header = pixels.decode(data), pixels.probe(data)
-    assert got.shape == wanted.shape
-    assert np.abs(got.astype(int) - wanted).mean() < (3 if format == "JPEG" else 1e-9)
+    assert got.shape == expected.shape
+    assert np.abs(got.astype(int) - expected).mean() < (3 if format == "JPEG" else 1e-9)
     assert (header.height, header.width) == got.shape[:2]
     assert (header.stored_width, header.stored_height, header.orientation) == (61, 43, orientation)
     assert not header.plain
 
 
-def test_modes_become_rgb_as_they_look() -> None:
-    grey = np.linspace(0, 255, 16 * 12).reshape(12, 16).astype(np.uint8)
-    as_rgb = np.repeat(grey[..., None], 3, axis=2)
-    assert (pixels.decode(saved(grey, "PNG")) == as_rgb).all()
-    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+def test_modes_are_converted_to_rgb() -> None:
+    gray = np.linspace(0, 255, 16 * 12).reshape(12, 16).astype(np.uint8)
+    as_rgb = np.repeat(gray[..., None], 3, axis=2)
+    assert (pixels.decode(saved(gray, "PNG")) == as_rgb).all()
+    deep = Image.fromarray(gray.astype(np.uint16) * 257)
     assert (pixels.decode(saved(deep, "PNG")) == as_rgb).all()
     assert (pixels.decode(saved(deep, "TIFF")) == as_rgb).all()
-    unit = Image.fromarray(grey.astype(np.float32) / 255)
+    unit = Image.fromarray(gray.astype(np.float32) / 255)
     assert np.abs(pixels.decode(saved(unit, "TIFF")).astype(int) - as_rgb).max() <= 1
-    bits = Image.fromarray(grey).convert("1")
+    bits = Image.fromarray(gray).convert("1")
     assert (pixels.decode(saved(bits, "PNG")) == np.asarray(bits.convert("RGB"))).all()
     cmyk = Image.fromarray(smooth(32, 24)).convert("CMYK")
     assert np.abs(pixels.decode(saved(cmyk, "JPEG", quality=98)).astype(int) - smooth(32, 24)).mean() < 4
     lab = Image.new("LAB", (4, 4), (128, 128, 128))
-    assert np.ptp(pixels.decode(saved(lab, "TIFF"))) <= 3  # neutral stays grey
+    assert np.ptp(pixels.decode(saved(lab, "TIFF"))) <= 3  # neutral gray stays neutral
 
 
-def test_transparency_is_laid_on_white() -> None:
+def test_transparency_becomes_white() -> None:
     red = np.zeros((8, 8, 4), dtype=np.uint8)
     red[..., 0], red[:, :4, 3], red[:, 4:, 3] = 255, 0, 128
     for data in (saved(red, "PNG"), saved(red, "WEBP", lossless=True, exact=True), saved(red, "TIFF")):
@@ -98,28 +100,28 @@ def test_transparency_is_laid_on_white() -> None:
     assert (pixels.decode(saved(palette, "PNG", transparency=palette.getpixel((0, 0)))) == 255).all()
 
 
-def test_broken_files_are_refused_and_never_padded(capfd: pytest.CaptureFixture[str]) -> None:
-    picture = smooth(200, 150)
-    assert refused(b"")[0] == "E_IMG_EMPTY"
-    code, detail = refused(b"\n<!DOCTYPE html><html>not found</html>")
+def test_corrupt_files_are_rejected_and_never_padded(capfd: pytest.CaptureFixture[str]) -> None:
+    image = smooth(200, 150)
+    assert rejection(b"")[0] == "E_IMG_EMPTY"
+    code, detail = rejection(b"\n<!DOCTYPE html><html>not found</html>")
     assert code == "E_IMG_FORMAT" and "text/html" in detail
-    assert refused(saved(picture, "PPM"))[0] == "E_IMG_FORMAT"
-    assert refused(b"\xff\xd8\xff\xe0nothing")[0] == "E_IMG_TRUNCATED"
+    assert rejection(saved(image, "PPM"))[0] == "E_IMG_FORMAT"
+    assert rejection(b"\xff\xd8\xff\xe0nothing")[0] == "E_IMG_TRUNCATED"
     for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
-        data = saved(picture, format)
-        assert pixels.decode(data).shape == picture.shape
-        for share in (0.3, 0.7, 0.9):
-            assert refused(data[: int(len(data) * share)])[0] == "E_IMG_TRUNCATED", (format, share)
-    assert refused(saved(picture, "JPEG", progressive=True)[:-900])[0] == "E_IMG_TRUNCATED"
-    data = bytearray(saved(picture, "PNG"))
+        data = saved(image, format)
+        assert pixels.decode(data).shape == image.shape
+        for fraction in (0.3, 0.7, 0.9):
+            assert rejection(data[: int(len(data) * fraction)])[0] == "E_IMG_TRUNCATED", (format, fraction)
+    assert rejection(saved(image, "JPEG", progressive=True)[:-900])[0] == "E_IMG_TRUNCATED"
+    data = bytearray(saved(image, "PNG"))
     data[data.index(b"IDAT") + 60] ^= 1
-    code, detail = refused(bytes(data))
+    code, detail = rejection(bytes(data))
     assert code == "E_IMG_TRUNCATED" and "CRC" in detail
     assert capfd.readouterr().err == ""
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG whose header declares a size, with hardly any data."""
+    """A PNG whose header states a size, with hardly any data."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
@@ -137,47 +139,47 @@ def png_header(width: int, height: int) -> bytes:
     ("width", "height", "limit"),
     [(30_000, 30_000, "64000000"), (8001, 8000, "64000000"), (16_385, 300, "16384"), (1, 101, "100")],
 )
-def test_sizes_beyond_the_limits_are_refused_before_decoding(width: int, height: int, limit: str) -> None:
+def test_sizes_beyond_the_limits_are_rejected_before_decoding(width: int, height: int, limit: str) -> None:
     started = time.monotonic()
-    code, detail = refused(png_header(width, height))
+    code, detail = rejection(png_header(width, height))
     assert code == "E_IMG_PIXELS"
-    if width < 20_000:  # beyond that Pillow speaks first
+    if width < 20_000:  # above, Pillow rejects the file first
         assert f"{width} x {height}" in detail and limit in detail
     assert time.monotonic() - started < 0.5
 
 
-def test_sizes_at_the_limits_pass() -> None:
+def test_sizes_at_the_limits_are_accepted() -> None:
     for width, height in ((8000, 8000), (16_384, 164), (1, 100)):
         assert pixels.probe(png_header(width, height)).width == width
 
 
-def test_jpeg_header_of_65500_a_side_is_refused() -> None:
+def test_jpeg_header_of_65500_a_side_is_rejection() -> None:
     data = bytearray(saved(smooth(16, 16), "JPEG"))
     place = data.index(b"\xff\xc0") + 5
     data[place : place + 4] = (65_500).to_bytes(2, "big") * 2
-    assert refused(bytes(data))[0] == "E_IMG_PIXELS"
+    assert rejection(bytes(data))[0] == "E_IMG_PIXELS"
 
 
 @pytest.mark.parametrize("size", [(300, 200), (97, 301), (224, 224), (50, 70), (1001, 600)])
 @pytest.mark.parametrize("side", [64, 224])
-def test_evaluation_view_is_clips(size: tuple[int, int], side: int) -> None:
+def test_evaluation_view_matches_clip(size: tuple[int, int], side: int) -> None:
     width, height = size
-    picture = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
     short = min(size)
-    wide, high = int(side * width / short), int(side * height / short)
-    whole = Image.fromarray(picture).resize((wide, high), Image.Resampling.BICUBIC)
-    left, top = round((wide - side) / 2.0), round((high - side) / 2.0)
-    wanted = np.asarray(whole.crop((left, top, left + side, top + side))).astype(int)
-    assert np.abs(pixels.evaluation_view(saved(picture, "PNG"), side) - wanted).max() <= 1
+    resized = int(side * width / short), int(side * height / short)
+    left, top = round((resized[0] - side) / 2.0), round((resized[1] - side) / 2.0)
+    pillow = Image.fromarray(image).resize(resized, Image.Resampling.BICUBIC)
+    expected = np.asarray(pillow.crop((left, top, left + side, top + side))).astype(int)
+    assert np.abs(pixels.evaluation_view(saved(image, "PNG"), side) - expected).max() <= 1
 
 
-# Surpluses of 0 to 3 pixels beside the crop, on either side, and pictures smaller than it.
+# Margins of 0 to 3 pixels around the crop in either direction, and images smaller than the crop.
 SHAPES = [(300, 200), (97, 301), (40, 40), (43, 40), (40, 41), (42, 40), (123, 40), (1001, 600), (17, 30)]
 
 
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear", "lanczos"])
 @pytest.mark.parametrize("fit", ["crop", "squash"])
-def test_evaluation_view_is_transformers(fit: Literal["crop", "squash"], resample: pixels.Interpolation) -> None:
+def test_evaluation_view_matches_transformers(fit: Literal["crop", "squash"], resample: pixels.Interpolation) -> None:
     from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
     options: dict[str, Any] = {"resample": Image.Resampling[resample.upper()], "do_rescale": False}
@@ -185,27 +187,27 @@ def test_evaluation_view_is_transformers(fit: Literal["crop", "squash"], resampl
         processor = CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=40, do_normalize=False, **options)
     else:
         processor = SiglipImageProcessorPil(size={"height": 40, "width": 40}, do_normalize=False, **options)
-    moved = False
+    rounding_matters = False
     for width, height in SHAPES:
         data = saved(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8), "PNG")
-        wanted = processor([Image.open(io.BytesIO(data))], return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        expected = processor([Image.open(io.BytesIO(data))], return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
         view = pixels.evaluation_view(data, 40, interpolation=resample, fit=fit, crop_rounding="down")
-        assert view.dtype == np.uint8 and np.abs(view - wanted.astype(int)).max() <= 1, (width, height)
-        moved |= bool((view != pixels.evaluation_view(data, 40, interpolation=resample, fit=fit)).any())
-    assert moved == (fit == "crop")  # OpenAI's rounding shows in some of these shapes
+        assert view.dtype == np.uint8 and np.abs(view - expected.astype(int)).max() <= 1, (width, height)
+        rounding_matters |= bool((view != pixels.evaluation_view(data, 40, interpolation=resample, fit=fit)).any())
+    assert rounding_matters == (fit == "crop")  # OpenAI's rounding differs for some of these shapes
 
 
-def test_draft_never_goes_below_the_wanted_side() -> None:
+def test_jpeg_is_never_decoded_below_min_side() -> None:
     data = saved(smooth(1000, 750), "JPEG")
-    for wanted, short in ((94, 94), (95, 188), (188, 188), (189, 375), (376, 750), (2000, 750)):
-        assert min(pixels.decode(data, min_side=wanted).shape[:2]) == short
-    whole = pixels.decode(data)
+    for expected, short in ((94, 94), (95, 188), (188, 188), (189, 375), (376, 750), (2000, 750)):
+        assert min(pixels.decode(data, min_side=expected).shape[:2]) == short
+    full = pixels.decode(data)
     small = pixels.decode(data, min_side=100)
-    assert np.abs(pixels.resize(whole, small.shape[1], small.shape[0]).astype(int) - small).mean() < 2
+    assert np.abs(pixels.resize(full, small.shape[1], small.shape[0]).astype(int) - small).mean() < 2
 
 
 def by_pillow(data: bytes, scale: int) -> np.ndarray:
-    """What Pillow alone makes of a JPEG at 1/scale."""
+    """Decodes a JPEG at 1/scale with Pillow alone."""
     image = Image.open(io.BytesIO(data))
     if scale > 1:
         image.draft(image.mode, (image.width // scale, image.height // scale))
@@ -213,30 +215,30 @@ def by_pillow(data: bytes, scale: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": "4:1:1"}])
-def test_the_fast_decoder_gives_pillows_bits(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[np.ndarray] = []
+def test_fast_jpeg_decoder_matches_pillow(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    fast: list[np.ndarray] = []
     decode_jpeg = simplejpeg.decode_jpeg
-    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: taken.append(decode_jpeg(*a, **k)) or taken[-1])
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: fast.append(decode_jpeg(*a, **k)) or fast[-1])
     noise = np.random.default_rng(0).integers(0, 256, (151, 203, 3), dtype=np.uint8)
-    pictures = [noise, noise[..., 0], noise[:9, :17], noise[:1, :5], smooth(640, 481)]
-    for number, picture in enumerate(pictures):
-        data = saved(picture, "JPEG", quality=(30, 95, 100)[number % 3], **options)
+    images = [noise, noise[..., 0], noise[:9, :17], noise[:1, :5], smooth(640, 481)]
+    for number, image in enumerate(images):
+        data = saved(image, "JPEG", quality=(30, 95, 100)[number % 3], **options)
         for scale in (1, 2, 4, 8):
-            if min(picture.shape[:2]) >= scale:
-                small = -(-min(picture.shape[:2]) // scale)
+            if min(image.shape[:2]) >= scale:
+                small = -(-min(image.shape[:2]) // scale)
                 assert (pixels.decode(data, min_side=small) == by_pillow(data, scale)).all(), (number, scale)
-    assert len(taken) == 4 * 3 + 4 + 1
-    # Turned, with four colours, or with a fault that Pillow forgives: its own.
+    assert len(fast) == 4 * 3 + 4 + 1
+    # Rotated, CMYK, or with an error that Pillow tolerates: decoded by Pillow.
     exif = Image.Exif()
     exif[0x0112] = 3
-    before = len(taken)
+    before = len(fast)
     pixels.decode(saved(noise, "JPEG", exif=exif))
     pixels.decode(saved(Image.fromarray(noise).convert("CMYK"), "JPEG"))
-    assert len(taken) == before
+    assert len(fast) == before
     data = saved(noise, "JPEG", **options)
     place = data.index(b"\xff\xdb")
     junk = data[:place] + b"junk" + data[place:]
-    assert (pixels.decode(junk) == by_pillow(junk, 1)).all() and len(taken) == before
+    assert (pixels.decode(junk) == by_pillow(junk, 1)).all() and len(fast) == before
 
 
 def outcome(read: Callable[[], np.ndarray]) -> bytes | str:
@@ -246,82 +248,82 @@ def outcome(read: Callable[[], np.ndarray]) -> bytes | str:
         return error.args[0]
 
 
-def test_a_bare_jpegs_header_is_read_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same header and the same end, picture or refusal, as by way of Pillow, whatever the bytes."""
-    read, chance = pixels._bare_jpeg, np.random.default_rng(0)
-    noise = chance.integers(0, 256, (23, 31, 3), dtype=np.uint8)
+def test_fast_jpeg_header_reader_matches_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any bytes, the header and the result, an image or an error, are the same as with Pillow."""
+    read, rng = pixels._bare_jpeg, np.random.default_rng(0)
+    noise = rng.integers(0, 256, (23, 31, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
     bare: list[dict[str, Any]] = [{}, {"progressive": True}, {"subsampling": 0}, {"comment": b"words"}, {"optimize": 1}]
-    files = [saved(picture, "JPEG", **options) for picture in (noise, noise[..., 0]) for options in bare]
+    files = [saved(image, "JPEG", **options) for image in (noise, noise[..., 0]) for options in bare]
     for data in files:
         assert read(data) == pixels.probe(data) is not None
     others = [{"exif": exif}, {"icc_profile": b"p" * 40}, {"xmp": b"<x:xmpmeta/>"}]
     cmyk = saved(Image.fromarray(noise).convert("CMYK"), "JPEG")
     assert not any(map(read, [cmyk, b"\xff\xd8\xff", *(saved(noise, "JPEG", **options) for options in others)]))
-    tried = 0
+    accepted = 0
     for _ in range(4000):
-        data = bytearray(files[chance.integers(len(files))])
+        data = bytearray(files[rng.integers(len(files))])
         end = data.index(b"\xff\xda") + 14
-        for _ in range(chance.integers(1, 3)):
-            data[chance.integers(2, end)] = chance.integers(256)
-        cut = int(chance.integers(2, end))
-        del data[cut : cut + chance.integers(3) * chance.integers(20)]
+        for _ in range(rng.integers(1, 3)):
+            data[rng.integers(2, end)] = rng.integers(256)
+        cut = int(rng.integers(2, end))
+        del data[cut : cut + rng.integers(3) * rng.integers(20)]
         changed = bytes(data)
         if read(changed) is not None:
-            tried += 1
-            mine = outcome(lambda changed=changed: pixels.decode(changed))
+            accepted += 1
+            fast = outcome(lambda changed=changed: pixels.decode(changed))
             with monkeypatch.context() as patch:
                 patch.setattr(pixels, "_bare_jpeg", lambda data: None)
-                assert mine == outcome(lambda changed=changed: pixels.decode(changed)), changed.hex()
-    assert tried > 500
+                assert fast == outcome(lambda changed=changed: pixels.decode(changed)), changed.hex()
+    assert accepted > 500
     monkeypatch.setattr(pixels, "_open", None)
     assert pixels.decode(files[0]).shape == noise.shape
 
 
-def test_tiny_pictures_are_not_shrunk_away() -> None:
+def test_tiny_images_are_not_decoded_too_small() -> None:
     data = saved(smooth(40, 3), "JPEG")
     assert pixels.decode(data, min_side=1).shape == (2, 20, 3)
 
 
 def test_keys_encoding_and_difference_hash() -> None:
-    picture = smooth(40, 30)
+    image = smooth(40, 30)
     assert pixels.bytes_key(b"abc") == hashlib.sha256(b"abc").hexdigest()[:32]
-    assert pixels.pixel_key(picture) == hashlib.sha256(b"RGB 40x30" + picture.tobytes()).hexdigest()[:32]
-    assert pixels.pixel_key(picture) == pixels.pixel_key(np.asfortranarray(picture))
+    assert pixels.pixel_key(image) == hashlib.sha256(b"RGB 40x30" + image.tobytes()).hexdigest()[:32]
+    assert pixels.pixel_key(image) == pixels.pixel_key(np.asfortranarray(image))
     for format in ("jpeg", "png", "webp"):
-        data = pixels.encode(picture, format, 90)
-        assert data == pixels.encode(picture, format, 90) and pixels.probe(data).plain
-        assert np.abs(pixels.decode(data).astype(int) - picture).mean() < 6
-        assert (pixels.dhash(pixels.decode(data)) ^ pixels.dhash(picture)).bit_count() <= 6
-    assert (pixels.dhash(smooth(40, 30, 7)) ^ pixels.dhash(picture)).bit_count() > 12
+        data = pixels.encode(image, format, 90)
+        assert data == pixels.encode(image, format, 90) and pixels.probe(data).plain
+        assert np.abs(pixels.decode(data).astype(int) - image).mean() < 6
+        assert (pixels.dhash(pixels.decode(data)) ^ pixels.dhash(image)).bit_count() <= 6
+    assert (pixels.dhash(smooth(40, 30, 7)) ^ pixels.dhash(image)).bit_count() > 12
     ramp = np.repeat(np.arange(0, 180, 20, dtype=np.uint8)[None, :, None], 8, axis=0).repeat(3, axis=2)
     assert pixels.dhash(ramp) == 0 and pixels.dhash(ramp[:, ::-1]) == 2**64 - 1
 
 
-def test_metadata_makes_a_file_not_plain() -> None:
-    picture = smooth(40, 30)
-    assert pixels.probe(saved(picture, "JPEG")).plain and pixels.probe(saved(picture, "PNG")).plain
+def test_file_with_metadata_is_not_plain() -> None:
+    image = smooth(40, 30)
+    assert pixels.probe(saved(image, "JPEG")).plain and pixels.probe(saved(image, "PNG")).plain
     exif = Image.Exif()
     exif[0x010F] = "maker"
     text = Image.new("RGB", (1, 1)).info
     assert text == {}
-    assert not pixels.probe(saved(picture, "JPEG", exif=exif)).plain
-    assert not pixels.probe(saved(picture, "PNG", exif=exif)).plain
-    assert not pixels.probe(saved(picture, "WEBP", exif=exif)).plain
-    assert not pixels.probe(saved(picture, "JPEG", xmp=b"<x:xmpmeta/>")).plain
+    assert not pixels.probe(saved(image, "JPEG", exif=exif)).plain
+    assert not pixels.probe(saved(image, "PNG", exif=exif)).plain
+    assert not pixels.probe(saved(image, "WEBP", exif=exif)).plain
+    assert not pixels.probe(saved(image, "JPEG", xmp=b"<x:xmpmeta/>")).plain
     frames = [Image.fromarray(smooth(40, 30, seed)) for seed in (1, 2)]
-    moving = saved(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
-    assert not pixels.probe(moving).plain
-    assert (pixels.decode(moving) == np.asarray(frames[0])).all()
+    animated = saved(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert not pixels.probe(animated).plain
+    assert (pixels.decode(animated) == np.asarray(frames[0])).all()
 
 
-def test_importing_pixels_leaves_torch_alone() -> None:
+def test_importing_pixels_does_not_import_torch() -> None:
     code = "import sys; from clipwright.pipeline import pixels; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# Pillow decodes these, and we refuse them: wrong CRC, cut-off chunk, beyond the aspect limit.
+# Pillow decodes these, but we reject them: wrong CRC, truncated chunk, beyond the aspect limit.
 STRICTER = {
     "derived_a__bad_crc.png": "E_IMG_TRUNCATED",
     "pillow__broken_data_stream.png": "E_IMG_TRUNCATED",
@@ -332,14 +334,14 @@ STRICTER = {
 ALLOWED_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-# pytest puts its own warning filters in place of ours.
+# pytest replaces our warning filters with its own.
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-def test_every_awkward_file_decodes_or_is_refused_with_a_code(
+def test_every_unusual_file_decodes_or_is_rejected_with_a_code(
     shared_data: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with (shared_data / "messy" / "messy-manifest.csv").open(encoding="utf-8", newline="") as file:
         rows = {row["file"]: row for row in csv.DictReader(file)}
-    wrong: list[tuple[str, str]] = []
+    unexpected: list[tuple[str, str]] = []
     with tarfile.open(shared_data / "messy" / "messy-images.tar") as tar:
         for member in tar:
             opened = tar.extractfile(member)
@@ -357,8 +359,8 @@ def test_every_awkward_file_decodes_or_is_refused_with_a_code(
             if row["format"] not in ALLOWED_FORMATS:
                 assert result != "ok", member.name
                 continue
-            wanted = STRICTER.get(member.name) or ("ok" if row["pillow_decodes"] == "1" else "E_IMG")
-            if not result.startswith(wanted):
-                wrong.append((member.name, result))
-    assert not wrong and not rows
+            code = STRICTER.get(member.name) or ("ok" if row["pillow_decodes"] == "1" else "E_IMG")
+            if not result.startswith(code):
+                unexpected.append((member.name, result))
+    assert not unexpected and not rows
     assert capfd.readouterr().err == ""

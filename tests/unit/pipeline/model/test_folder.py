@@ -1,4 +1,4 @@
-"""Model folders that came from elsewhere: what is wrong with one is said, and nothing in it is run."""
+"""Untrusted model folders: the error names what is wrong, and nothing in the folder is run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clipwright.pipeline.model.folder import load_model, save_model
 from clipwright.pipeline.model.two_tower import ModelConfig, build_model
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 
-Damage = Callable[[Path, dict[str, Any], dict[str, Any]], object]
+Change = Callable[[Path, dict[str, Any], dict[str, Any]], object]
 
 
 @pytest.fixture
@@ -32,26 +32,26 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def restate(folder: Path, damage: Damage) -> None:
-    """Damages a folder's manifest, config or files, with hashes that fit what then lies there."""
+def modify(folder: Path, change: Change) -> None:
+    """Changes a folder's manifest, config or files, and updates the hashes to match."""
     manifest, config = (json.loads((folder / name).read_text()) for name in ("manifest.json", "config.json"))
-    written = damage(folder, manifest, config)
+    written = change(folder, manifest, config)
     (folder / "config.json").write_text(written if isinstance(written, str) else json.dumps(config))
     if isinstance(manifest.get("files"), dict):
         manifest["files"] |= file_entries(folder, manifest["files"])
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def forget(manifest: dict[str, Any], name: str) -> None:
+def delete(manifest: dict[str, Any], name: str) -> None:
     del manifest[name]
 
 
 @pytest.mark.parametrize(
-    ("damage", "code", "culprit", "words"),
+    ("change", "code", "culprit", "words"),
     [
-        (lambda _, manifest, config: forget(manifest, "files"), "E_MANIFEST", "manifest.json", "size and hash"),
-        (lambda _, manifest, config: forget(manifest["files"], "config.json"), "E_MANIFEST", "manifest.json", "hash"),
-        (lambda _, manifest, config: forget(manifest, "fingerprint"), "E_MANIFEST", "manifest.json", "fingerprint"),
+        (lambda _, manifest, config: delete(manifest, "files"), "E_MANIFEST", "manifest.json", "size and hash"),
+        (lambda _, manifest, config: delete(manifest["files"], "config.json"), "E_MANIFEST", "manifest.json", "hash"),
+        (lambda _, manifest, config: delete(manifest, "fingerprint"), "E_MANIFEST", "manifest.json", "fingerprint"),
         (lambda *_: "[]", "E_MANIFEST", "config.json", "a list"),
         (lambda *_: "no JSON", "E_MANIFEST", "config.json", "Expecting value"),
         (
@@ -69,19 +69,19 @@ def forget(manifest: dict[str, Any], name: str) -> None:
         ),
     ],
 )
-def test_a_malformed_model_folder(model: Path, damage: Damage, code: str, culprit: str, words: str) -> None:
+def test_malformed_model_folder_is_rejected(model: Path, change: Change, code: str, culprit: str, words: str) -> None:
     load_model(model, device="cpu")
-    restate(model, damage)
+    modify(model, change)
     with pytest.raises(ClipwrightError) as caught:
         load_model(model, device="cpu")
     assert caught.value.code == code and words in caught.value.found
     assert str(model) in caught.value.where and culprit in caught.value.where
 
 
-def test_a_model_folder_cannot_name_code_to_run(model: Path, tmp_path: Path) -> None:
+def test_model_folder_cannot_name_plugins(model: Path, tmp_path: Path) -> None:
     plugin = tmp_path / "evil.py"
     plugin.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
-    restate(model, lambda _, manifest, config: config.update(plugins=[str(plugin)]))
+    modify(model, lambda _, manifest, config: config.update(plugins=[str(plugin)]))
     with pytest.raises(ClipwrightError, match="plugins") as caught:
         load_model(model, device="cpu")
     assert caught.value.code == "E_MANIFEST" and not (tmp_path / "ran").exists()

@@ -1,4 +1,4 @@
-"""CLIP's BPE against OpenAI's algorithm written out, and against transformers' tokenizer."""
+"""CLIP's BPE against a slow version of OpenAI's algorithm and against the tokenizer of transformers."""
 
 from __future__ import annotations
 
@@ -26,76 +26,110 @@ PAIRS = ROOT.parent / "shared/data/pairs"
 SOT, EOT = 49406, 49407
 
 CASES = [
-    *("", " ", "\n\t ", "a", "A", "!", "!!", "a photo of a cat", "  two   spaces\tand\r\nlines \n"),
-    *("don't can't I'm they'll we've you're he'd it's", "O'REILLY'S D'Artagnan'll", "''s 's's '", "rock'n'roll 'tis"),
-    *(
-        "42 3.14 1,000,000 2nd B2B x86_64 v2.0-rc1",
-        "snake_case kebab-case CamelCase ALLCAPS",
-        "___ --- ...",
-        "a.b,c;d:e",
-    ),
-    *("http://example.com/a?b=c&d=e#f", "user@example.org", "C++ & C#", "#hashtag @mention $5.00 50% (a) [b] {c}"),
-    *("“curly” ‘quotes’ — dashes – and … dots", "it’s don’t ‘S ’S", "«guillemets» „low“ ‚one‘", "a′ 5″ ʼs"),
-    *(
-        "&amp; &lt;b&gt; &quot;x&quot; &#39;s &#x27;t &nbsp;",
-        "&amp;amp; &amp;lt;",
-        "&eacute;&#233;&#xe9;",
-        "AT&T R&D &",
-    ),
-    *("&#0; &#28; &#x85; &#128; &bogus; &copy &hellip;", "&lt;|endoftext|&gt;", "&amp;lt;|startoftext|&amp;gt;"),
-    *("\uff28\uff45\uff4c\uff4c\uff4f \uff11\uff12\uff13\uff01", "ﬁne ﬂow eﬃcient ﬅ ﬆ", "Ⅷ ½ ² ①", "ｶﾞｷﾞ"),
-    *("schÃ¶n cafÃ© â€œmojibakeâ€\x9d", "l’Ã©tÃ©", "ä½\xa0å¥½", "naïve café Zürich ÅNGSTRÖM Ångström"),
-    *(
-        "caf\u00e9 cafe\u0301",
-        "A\u030a \u00c5 \u212b",
-        "\u1e9b\u0323",
-        "x\u0345y !\u0345? \u03b1\u0345",
-        "İstanbul ISTANBUL ıi",
-        "ΟΔΟΣ ὈΔΥΣΣΕΎΣ Σ",
-        "STRAẞE straße",
-    ),
-    *("猫と犬", "一只猫坐在垫子上。", "你好，世界！", "東京2020", "ありがとう", "カタカナ"),
-    *("고양이 사진", "\u1100\u1161\u11a8 \u1112\u1161\u11ab\u1100\u1173\u11af", "한국어와 English", "\uac01\u11a8"),
-    *("кошка на столе", "Ёлка ЙОГУРТ", "قطة على الطاولة", "חתול על השולחן", "एक बिल्ली", "แมวบนโต๊ะ", "ქართული ᲥᲐᲠᲗᲣᲚᲘ"),
-    *(
-        "😀 😃 👍🏽 👩‍👩‍👧‍👦 🇩🇪 ❤️ 🏳️‍🌈",
-        "cat😺dog",
-        "♥♦♣♠ → ← ✓",
-        "∑ ∫ √2 ≤ 3",
-        "\u200bzero\u200dwidth\ufeff",
-        "a\xa0b\u3000c\u2028d\x85e",
-    ),
-    *(
-        "\x00 \x07 \x0b \x0c \x1b[31mred\x1b[0m \x1c\x1d\x1e\x1f \x7f",
-        "a\x0cb",
-        "a\x1cb",
-        "tab\tseparated",
-        "\ufffd \ufffe",
-    ),
-    *(
-        "ſo 'ſ ſtop K\u212a",
-        "<|ſtartoftext|>",
-        "<|startoftext|>",
-        "<|endoftext|>",
-        "a<|endoftext|>b",
-        "a <|endoftext|> b",
-    ),
-    *(
-        "!!<|endoftext|>!!",
-        "<|ENDOFTEXT|> <|StartOfText|>!?",
-        "<|endoftext|><|endoftext|>",
-        "<| endoftext |>",
-        "<|end",
-        "<||>",
-    ),
-    *("</w> <w> </W>a", "a</w>b", "supercalifragilisticexpialidocious " * 3, "antidisestablishmentarianism" * 30),
-    *("word " * 200, "é" * 500, "猫" * 300, "!" * 400, "a1" * 200, "😀" * 100, "x" * 5000),
+    "",
+    " ",
+    "\n\t ",
+    "a",
+    "A",
+    "!",
+    "!!",
+    "a photo of a cat",
+    "  two   spaces\tand\r\nlines \n",
+    "don't can't I'm they'll we've you're he'd it's",
+    "O'REILLY'S D'Artagnan'll",
+    "''s 's's '",
+    "rock'n'roll 'tis",
+    "42 3.14 1,000,000 2nd B2B x86_64 v2.0-rc1",
+    "snake_case kebab-case CamelCase ALLCAPS",
+    "___ --- ...",
+    "a.b,c;d:e",
+    "http://example.com/a?b=c&d=e#f",
+    "user@example.org",
+    "C++ & C#",
+    "#hashtag @mention $5.00 50% (a) [b] {c}",
+    "“curly” ‘quotes’ — dashes – and … dots",
+    "it’s don’t ‘S ’S",
+    "«guillemets» „low“ ‚one‘",
+    "a′ 5″ ʼs",
+    "&amp; &lt;b&gt; &quot;x&quot; &#39;s &#x27;t &nbsp;",
+    "&amp;amp; &amp;lt;",
+    "&eacute;&#233;&#xe9;",
+    "AT&T R&D &",
+    "&#0; &#28; &#x85; &#128; &bogus; &copy &hellip;",
+    "&lt;|endoftext|&gt;",
+    "&amp;lt;|startoftext|&amp;gt;",
+    "\uff28\uff45\uff4c\uff4c\uff4f \uff11\uff12\uff13\uff01",
+    "ﬁne ﬂow eﬃcient ﬅ ﬆ",
+    "Ⅷ ½ ² ①",
+    "ｶﾞｷﾞ",
+    "schÃ¶n cafÃ© â€œmojibakeâ€\x9d",
+    "l’Ã©tÃ©",
+    "ä½\xa0å¥½",
+    "naïve café Zürich ÅNGSTRÖM Ångström",
+    "caf\u00e9 cafe\u0301",
+    "A\u030a \u00c5 \u212b",
+    "\u1e9b\u0323",
+    "x\u0345y !\u0345? \u03b1\u0345",
+    "İstanbul ISTANBUL ıi",
+    "ΟΔΟΣ ὈΔΥΣΣΕΎΣ Σ",
+    "STRAẞE straße",
+    "猫と犬",
+    "一只猫坐在垫子上。",
+    "你好，世界！",
+    "東京2020",
+    "ありがとう",
+    "カタカナ",
+    "고양이 사진",
+    "\u1100\u1161\u11a8 \u1112\u1161\u11ab\u1100\u1173\u11af",
+    "한국어와 English",
+    "\uac01\u11a8",
+    "кошка на столе",
+    "Ёлка ЙОГУРТ",
+    "قطة على الطاولة",
+    "חתול על השולחן",
+    "एक बिल्ली",
+    "แมวบนโต๊ะ",
+    "ქართული ᲥᲐᲠᲗᲣᲚᲘ",
+    "😀 😃 👍🏽 👩‍👩‍👧‍👦 🇩🇪 ❤️ 🏳️‍🌈",
+    "cat😺dog",
+    "♥♦♣♠ → ← ✓",
+    "∑ ∫ √2 ≤ 3",
+    "\u200bzero\u200dwidth\ufeff",
+    "a\xa0b\u3000c\u2028d\x85e",
+    "\x00 \x07 \x0b \x0c \x1b[31mred\x1b[0m \x1c\x1d\x1e\x1f \x7f",
+    "a\x0cb",
+    "a\x1cb",
+    "tab\tseparated",
+    "\ufffd \ufffe",
+    "ſo 'ſ ſtop K\u212a",
+    "<|ſtartoftext|>",
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "a<|endoftext|>b",
+    "a <|endoftext|> b",
+    "!!<|endoftext|>!!",
+    "<|ENDOFTEXT|> <|StartOfText|>!?",
+    "<|endoftext|><|endoftext|>",
+    "<| endoftext |>",
+    "<|end",
+    "<||>",
+    "</w> <w> </W>a",
+    "a</w>b",
+    "supercalifragilisticexpialidocious " * 3,
+    "antidisestablishmentarianism" * 30,
+    "word " * 200,
+    "é" * 500,
+    "猫" * 300,
+    "!" * 400,
+    "a1" * 200,
+    "😀" * 100,
+    "x" * 5000,
 ]
 
 
 def varied(count: int) -> list[str]:
-    """Strings of random pieces: letters of many scripts, marks, entities, punctuation, spaces."""
-    draw = random.Random(0)
+    """Random strings: letters of many scripts, marks, entities, punctuation, spaces."""
+    rng = random.Random(0)
     pieces = [word for case in CASES for word in case.split(" ")[:6] if len(word) < 40]
     blocks = [(0x20, 0x7F), (0xA0, 0x250), (0x300, 0x370), (0x370, 0x530), (0x1E00, 0x2000), (0x2000, 0x2100)]
     blocks += [(0x1100, 0x1200), (0x3040, 0x3100), (0x4E00, 0x4F00), (0xAC00, 0xAD00), (0xFB00, 0xFB07)]
@@ -103,13 +137,13 @@ def varied(count: int) -> list[str]:
     out = []
     for _ in range(count):
         text = ""
-        for _ in range(draw.randint(1, 9)):
-            if draw.random() < 0.5:
-                text += draw.choice(pieces)
+        for _ in range(rng.randint(1, 9)):
+            if rng.random() < 0.5:
+                text += rng.choice(pieces)
             else:
-                block = draw.choice(blocks)
-                text += "".join(chr(draw.randrange(*block)) for _ in range(draw.randint(1, 5)))
-            text += draw.choice(["", "", " ", "  ", "'s", ".", ", ", "\n"])
+                block = rng.choice(blocks)
+                text += "".join(chr(rng.randrange(*block)) for _ in range(rng.randint(1, 5)))
+            text += rng.choice(["", "", " ", "  ", "'s", ".", ", ", "\n"])
         out.append(text)
     return out
 
@@ -121,7 +155,7 @@ def build(clean: str = "openai") -> clip_bpe.CLIPBPE:
 
 @cache
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]], dict[int, str]]:
-    """Ids, merges and the character of each byte, put together as OpenAI's simple_tokenizer.py does."""
+    """Ids, merges and the character of each byte, built as in OpenAI's simple_tokenizer.py."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     numbers, symbols, spare = printable[:], printable[:], 0
     for byte in range(256):
@@ -144,7 +178,7 @@ def ranks() -> dict[tuple[str, str], int]:
 
 @cache
 def slow_bpe(word: str) -> tuple[str, ...]:
-    """Joins the adjacent pair of lowest rank, everywhere, until none is known."""
+    """Merges the adjacent pair of lowest rank, everywhere, until no pair has a rank."""
     if word in ("<|startoftext|>", "<|endoftext|>"):
         return (word,)
     parts = [*word[:-1], word[-1] + "</w>"]
@@ -155,7 +189,7 @@ def slow_bpe(word: str) -> tuple[str, ...]:
         joined: list[str] = []
         for part in parts:
             if joined and (joined[-1], part) == best and not joined[-1].startswith("\0"):
-                joined[-1] = "\0" + "".join(best)  # marked, so that it is not joined again in this round
+                joined[-1] = "\0" + "".join(best)  # marked, so that it is not merged again in this round
             else:
                 joined.append(part)
         parts = [part.removeprefix("\0") for part in joined]
@@ -168,7 +202,7 @@ PATTERN = regex.compile(
 
 
 def slow_openai(text: str) -> list[int]:
-    """OpenAI's encode: mend, unescape twice, collapse white space, lower case, split, bytes, merges."""
+    """OpenAI's encode: fix text, unescape twice, collapse white space, lowercase, split, bytes, merges."""
     ids, _, symbol = vocabulary()
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     text = regex.sub(r"\s+", " ", text).strip().lower()
@@ -191,23 +225,23 @@ def check(clean: str, texts: list[str]) -> None:
         expected = [SOT, *reference(text), EOT]
         for context in (77, len(expected)):
             row = build(clean).encode([text], context)[0].tolist()
-            cut = [*expected[: context - 1], EOT] if len(expected) > context else expected
-            assert row == cut + [0] * (context - len(cut)), (text, context)
+            truncated = [*expected[: context - 1], EOT] if len(expected) > context else expected
+            assert row == truncated + [0] * (context - len(truncated)), (text, context)
 
 
 @pytest.mark.parametrize("clean", ["openai", "transformers"])
-def test_ids_are_the_references_on_hard_cases(clean):
+def test_ids_match_the_reference_on_hard_cases(clean):
     check(clean, CASES)
 
 
 @pytest.mark.parametrize("clean", ["openai", "transformers"])
-def test_ids_are_the_references_on_varied_strings(clean):
+def test_ids_match_the_reference_on_random_strings(clean):
     check(clean, varied(600))
 
 
 @pytest.mark.skipif(not PAIRS.exists(), reason="no ../shared/data")
 @pytest.mark.parametrize("clean", ["openai", "transformers"])
-def test_ids_are_the_references_on_captions(clean):
+def test_ids_match_the_reference_on_captions(clean):
     import pyarrow.parquet as pq
 
     texts: list[str] = []
@@ -219,7 +253,7 @@ def test_ids_are_the_references_on_captions(clean):
 
 
 def test_known_ids():
-    """The ids of CLIP's own README example."""
+    """The ids of the example in CLIP's README."""
     rows = build().encode(["a diagram", "a dog", "a cat"], 77)
     assert rows.dtype == np.int32 and rows.shape == (3, 77)
     assert rows[:, :5].tolist() == [[SOT, 320, 22697, EOT, 0], [SOT, 320, 1929, EOT, 0], [SOT, 320, 2368, EOT, 0]]
@@ -232,28 +266,28 @@ def test_no_texts_give_no_rows():
     assert build().encode([], 77).shape == (0, 77)
 
 
-def test_too_long_text_is_cut_and_ends_in_eot():
+def test_truncated_text_ends_in_eot():
     row = build().encode(["dog " * 100], 8)[0].tolist()
     assert row == [SOT, *[1929] * 6, EOT]
     assert build().encode(["dog dog"], 4)[0].tolist() == [SOT, 1929, 1929, EOT]
     assert build().encode(["dog"], 2)[0].tolist() == [SOT, EOT]
 
 
-def test_the_cleanings_disagree_where_they_should():
+def test_the_two_cleanings_differ_on_known_cases():
     for text in ("“hi”", "a &amp; b", "&#233;", "\uff21\uff22", "ﬁne", "schÃ¶n"):
-        one, two = (build(clean).encode([text], 20) for clean in ("openai", "transformers"))
-        assert (one != two).any(), text
+        first, second = (build(clean).encode([text], 20) for clean in ("openai", "transformers"))
+        assert (first != second).any(), text
 
 
 def test_a_full_cache_changes_no_id(monkeypatch):
     texts = varied(40)
     expected = build().encode(texts, 77)
-    monkeypatch.setattr(clip_bpe, "CACHE", 3)
+    monkeypatch.setattr(clip_bpe, "CACHE_WORDS", 3)
     small = TOKENIZERS.build(TOKENIZERS.preset("clip_bpe"))
     assert np.array_equal(small.encode(texts, 77), expected) and len(small._cache) <= 3
 
 
-def test_decode_gives_the_words_back():
+def test_decode_returns_the_words():
     tok = build()
     for text in ("a dog ' s life , 4 2 !", "猫 😀 naïve", ""):
         assert tok.decode(tok.encode([text], 77)[0]).replace(" ", "") == text.replace(" ", "")
@@ -261,7 +295,7 @@ def test_decode_gives_the_words_back():
     assert tok.decode(np.array([320, 1929])) == "a dog"
 
 
-def test_fingerprint_follows_what_decides_the_ids(tmp_path):
+def test_fingerprint_covers_what_determines_the_ids(tmp_path):
     assert build().fingerprint != build("transformers").fingerprint
     repacked = tmp_path / clip_bpe.VOCABULARY
     repacked.write_bytes(gzip.compress(gzip.decompress(SHIPPED.read_bytes()), 1))
@@ -273,7 +307,7 @@ def test_fingerprint_follows_what_decides_the_ids(tmp_path):
     assert TOKENIZERS.build(TOKENIZERS.preset("clip_bpe"), folder=tmp_path).fingerprint != build().fingerprint
 
 
-def test_save_and_read_back(tmp_path):
+def test_save_and_load(tmp_path):
     tok = build("transformers")
     paths = tok.save(tmp_path)
     assert [p.relative_to(tmp_path).as_posix() for p in paths] == [clip_bpe.VOCABULARY] == [p.name for p in paths]
@@ -283,24 +317,24 @@ def test_save_and_read_back(tmp_path):
     assert again.fingerprint == tok.fingerprint and np.array_equal(again.encode(texts, 30), tok.encode(texts, 30))
 
 
-def test_it_travels_to_another_process():
+def test_tokenizer_can_be_pickled():
     texts = varied(30)
     assert np.array_equal(pickle.loads(pickle.dumps(build())).encode(texts, 30), build().encode(texts, 30))
 
 
-@pytest.mark.parametrize("damage", ["missing", "not gzip", "cut", "short", "unknown symbol", "twice the same merge"])
-def test_a_bad_vocabulary_is_refused(damage, tmp_path):
+@pytest.mark.parametrize("change", ["missing", "not gzip", "truncated", "short", "unknown symbol", "repeated merge"])
+def test_invalid_vocabulary_is_rejected(change, tmp_path):
     path, packed = tmp_path / clip_bpe.VOCABULARY, SHIPPED.read_bytes()
     lines = gzip.decompress(packed).split(b"\n")
-    if damage == "short":
+    if change == "short":
         lines = lines[:1000]
-    elif damage == "unknown symbol":
+    elif change == "unknown symbol":
         lines[5] = b"zzzzqqqq xxxxyyyy"
-    elif damage == "twice the same merge":
-        lines[48894] = lines[48893]  # the last two, on which no other merge builds
-    if damage != "missing":
-        whole = gzip.compress(b"\n".join(lines), 1)
-        path.write_bytes({"not gzip": b"merges", "cut": packed[:5000]}.get(damage, whole))
+    elif change == "repeated merge":
+        lines[48894] = lines[48893]  # the last two, which no other merge uses
+    if change != "missing":
+        complete = gzip.compress(b"\n".join(lines), 1)
+        path.write_bytes({"not gzip": b"merges", "truncated": packed[:5000]}.get(change, complete))
     with pytest.raises(ClipwrightError) as caught:
         TOKENIZERS.build(TOKENIZERS.preset("clip_bpe"), folder=tmp_path)
     assert caught.value.code == "E_INPUT" and str(path) in caught.value.where and caught.value.fix

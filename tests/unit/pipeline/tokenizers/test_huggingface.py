@@ -1,4 +1,4 @@
-"""Hugging Face tokenizer folders: the ids of transformers, an end of text found or refused, a copy that travels."""
+"""Hugging Face tokenizer folders: the ids of transformers, the end of a text, and the copy that a model keeps."""
 
 from __future__ import annotations
 
@@ -29,15 +29,20 @@ CORPUS = [
     "two green squares, 42!",
 ] * 20
 TEXTS = [
-    *("", " ", "a photo of a red circle", "RED Circle", "빨간 원", "\u1107\u1161\u11af", "猫と犬", "😀👩‍👩‍👧 ok"),
-    *(
-        "naïve café cafe\u0301",
-        "“curly” &amp; ｆｕｌｌ",
-        "a\tb\nc",
-        "[SEP] </s> <|endoftext|> [CLS]",
-        "word " * 50,
-        "é" * 99,
-    ),
+    "",
+    " ",
+    "a photo of a red circle",
+    "RED Circle",
+    "빨간 원",
+    "\u1107\u1161\u11af",
+    "猫と犬",
+    "😀👩‍👩‍👧 ok",
+    "naïve café cafe\u0301",
+    "“curly” &amp; ｆｕｌｌ",
+    "a\tb\nc",
+    "[SEP] </s> <|endoftext|> [CLS]",
+    "word " * 50,
+    "é" * 99,
 ]
 
 
@@ -51,7 +56,7 @@ def bert() -> tuple[Tokenizer, dict[str, str]]:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     made.decoder = decoders.WordPiece()
-    made.enable_padding(length=50)  # as some folders have it: ours are other
+    made.enable_padding(length=50)  # some folders enable these; our tokenizer disables them
     made.enable_truncation(7)
     return made, {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
 
@@ -126,7 +131,7 @@ def opened(source: Path, copy: Path) -> HuggingFaceTokenizer:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+def test_ids_match_transformers(kind: str, tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     make, roles = KINDS[kind]
@@ -138,19 +143,19 @@ def test_ids_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     assert (ours.sot_id, ours.eot_id, ours.pad_id) == roles
     for text in TEXTS:
         expected = theirs(text, verbose=False)["input_ids"]
-        if kind in ("gpt", "llama"):  # which end no text by themselves
+        if kind in ("gpt", "llama"):  # their post-processor adds no end
             expected = [*expected, ours.eot_id]
         for context in (32, len(expected), 2):
-            cut = [*expected[: context - 1], ours.eot_id] if len(expected) > context else expected
+            truncated = [*expected[: context - 1], ours.eot_id] if len(expected) > context else expected
             row = ours.encode([text], max(context, 2))[0]
             assert row.dtype == np.int32 and row.max() < ours.vocab_size
-            assert row.tolist() == cut + [ours.pad_id] * (max(context, 2) - len(cut)), (text, context)
+            assert row.tolist() == truncated + [ours.pad_id] * (max(context, 2) - len(truncated)), (text, context)
     assert ours.encode([], 8).shape == (0, 8)
     assert np.array_equal(ours.encode(TEXTS, 20), np.concatenate([ours.encode([text], 20) for text in TEXTS]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoding_gives_the_words_back(kind: str, tmp_path: Path) -> None:
+def test_decode_returns_the_words(kind: str, tmp_path: Path) -> None:
     ours = opened(write(tmp_path / "source", *KINDS[kind][0]()), tmp_path / "copy")
     text = "a photo of a red circle"
     row = ours.encode([text], 64)[0]
@@ -167,8 +172,8 @@ def test_unknown_ids(tmp_path: Path) -> None:
     assert ours.encode(["aé"], 6)[0].tolist() == [2, 3 + 0xC3, 3 + 0xA9, 1, 1, 1]
 
 
-def test_a_folder_of_an_older_form(tmp_path: Path) -> None:
-    """vocab.txt alone, opened by transformers once; afterwards the copy needs neither it nor transformers."""
+def test_folder_in_an_older_format(tmp_path: Path) -> None:
+    """vocab.txt is converted by transformers once; the copy needs neither of them."""
     from transformers import BertTokenizer
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "##dish", "circle", ","]
@@ -186,7 +191,7 @@ def test_a_folder_of_an_older_form(tmp_path: Path) -> None:
     assert TOKENIZERS.build(config, folder=tmp_path / "copy").fingerprint == ours.fingerprint
 
 
-def test_save_and_read_back(tmp_path: Path) -> None:
+def test_save_and_load(tmp_path: Path) -> None:
     ours = opened(write(tmp_path / "source", *bert()), tmp_path / "copy")
     (tmp_path / "model").mkdir()
     paths = ours.save(tmp_path / "model")
@@ -198,7 +203,7 @@ def test_save_and_read_back(tmp_path: Path) -> None:
     assert np.array_equal(pickle.loads(pickle.dumps(ours)).encode(TEXTS, 30), ours.encode(TEXTS, 30))
 
 
-def test_fingerprint_follows_what_decides_the_ids(tmp_path: Path) -> None:
+def test_fingerprint_covers_what_determines_the_ids(tmp_path: Path) -> None:
     made, special = bert()
     first = opened(write(tmp_path / "a", made, special), tmp_path / "a1").fingerprint
     tree = json.loads((tmp_path / "a" / TOKENIZER).read_text())
@@ -230,50 +235,50 @@ def two_ends() -> tuple[Tokenizer, dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "found"),
     [
         (
             without_end,
-            "no token that ends a text: the post-processor adds none, and the special tokens are bos",
+            "no token marks the end of a text: the post-processor adds none, and the special tokens are bos",
         ),
         (one_token_for_both, "id 0 both starts and ends a text"),
         (two_ends, "0 tokens before a text and 2 after it"),
     ],
 )
-def test_a_tokenizer_without_a_usable_end_is_refused(make: Any, says: str, tmp_path: Path) -> None:
+def test_tokenizer_without_a_usable_end_is_rejected(make: Any, found: str, tmp_path: Path) -> None:
     source = write(tmp_path / "source", *make())
     with pytest.raises(ClipwrightError) as caught:
         opened(source, tmp_path / "copy")
-    assert caught.value.code == "E_INPUT" and says in caught.value.found and caught.value.fix
+    assert caught.value.code == "E_INPUT" and found in caught.value.found and caught.value.fix
     assert caught.value.where == str(source / TOKENIZER) and not list((tmp_path / "copy").iterdir())
 
 
 @pytest.mark.parametrize(
-    "damage", ["absent", "empty", "empty folder", "noise", "huge", "list", "python", "bad special"]
+    "change", ["absent", "empty", "empty folder", "noise", "huge", "list", "python", "bad special"]
 )
-def test_a_folder_that_holds_no_tokenizer_is_refused(damage: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_folder_without_a_valid_tokenizer_is_rejected(change: str, tmp_path: Path, monkeypatch: Any) -> None:
     source = write(tmp_path / "source", *bert())
     path = source / TOKENIZER
-    if damage == "absent":
+    if change == "absent":
         shutil.rmtree(source)
-    elif damage == "huge":
+    elif change == "huge":
         monkeypatch.setattr("clipwright.pipeline.tokenizers.huggingface.MAX_BYTES", 1000)
-    elif damage == "bad special":
+    elif change == "bad special":
         (source / "tokenizer_config.json").write_text("[]")
-    elif damage in ("python", "empty folder"):
+    elif change in ("python", "empty folder"):
         path.unlink()
-        config = {"tokenizer_class": "ByT5Tokenizer"} if damage == "python" else {}
+        config = {"tokenizer_class": "ByT5Tokenizer"} if change == "python" else {}
         (source / "tokenizer_config.json").write_text(json.dumps(config))
     else:
-        path.write_bytes({"empty": b"", "noise": b"\xff\x00" * 50, "list": b"[]"}[damage])
+        path.write_bytes({"empty": b"", "noise": b"\xff\x00" * 50, "list": b"[]"}[change])
     with pytest.raises(ClipwrightError) as caught:
         opened(source, tmp_path / "copy")
     assert caught.value.code == "E_INPUT" and str(source) in caught.value.where and caught.value.fix
-    if damage == "python":
+    if change == "python":
         assert "ByT5Tokenizer" in caught.value.found
 
 
-def test_a_folder_must_be_named(tmp_path: Path) -> None:
+def test_missing_folder_setting_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ClipwrightError) as caught:
         TOKENIZERS.preset("huggingface").train([], tmp_path)
     assert caught.value.code == "E_CONFIG_VALUE" and "tokenizer.folder=DIR" in caught.value.fix
@@ -283,8 +288,8 @@ def test_a_folder_must_be_named(tmp_path: Path) -> None:
 
 
 @ranks
-def test_a_run_keeps_its_own_copy(scenes: Path, tmp_path: Path, small: Any, here: Any) -> None:
-    """Trained, resumed and exported without the folder; a swapped tokenizer is refused."""
+def test_run_keeps_its_own_copy(scenes: Path, tmp_path: Path, small: Any, here: Any) -> None:
+    """A run resumes and exports without the original folder; a replaced tokenizer is rejected."""
     from clipwright import load_model
 
     source = write(tmp_path / "source", *roberta())
@@ -300,24 +305,24 @@ def test_a_run_keeps_its_own_copy(scenes: Path, tmp_path: Path, small: Any, here
     model = tmp_path / "model"
     assert {TOKENIZER, SPECIAL} <= json.loads((model / "manifest.json").read_text())["files"].keys()
     assert str(tmp_path) not in (model / "config.json").read_text()
-    vectors = load_model(model).embed_texts(["a red circle", "a red circle", "a green square"])
-    assert (vectors[0] == vectors[1]).all() and (vectors[0] != vectors[2]).any()
+    embeddings = load_model(model).embed_texts(["a red circle", "a red circle", "a green square"])
+    assert (embeddings[0] == embeddings[1]).all() and (embeddings[0] != embeddings[2]).any()
     other = byte_level(["<s>", "<pad>", "</s>", "<unk>", "<other>"])
     other.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     other.save(str(model / TOKENIZER))
     with pytest.raises(ClipwrightError) as caught:
         load_model(model)
     assert caught.value.code == "E_MODEL_HASH" and TOKENIZER in str(caught.value)
-    manifest = json.loads((model / "manifest.json").read_text())  # made to fit: only the fingerprint tells
+    manifest = json.loads((model / "manifest.json").read_text())  # now matches the files: only the fingerprint differs
     manifest["files"] = file_entries(model, manifest["files"])
     write_json(model / "manifest.json", manifest)
     with pytest.raises(ClipwrightError) as caught:
         load_model(model)
-    assert caught.value.code == "E_MODEL_HASH" and caught.value.what == "a tokenizer that is not the model's"
+    assert caught.value.code == "E_MODEL_HASH" and caught.value.what == "the tokenizer is not the one of this model"
 
 
 @ranks
-def test_a_refusal_names_the_folder(scenes: Path, tmp_path: Path, small: Any) -> None:
+def test_error_names_the_folder(scenes: Path, tmp_path: Path, small: Any) -> None:
     cli = small.cli(tmp_path)
     words = ["train", *small.settings, f"data.train={scenes}", "tokenizer.name=huggingface", "-o", "run"]
     line = cli.error(*words, "tokenizer.folder=nowhere", code=3)

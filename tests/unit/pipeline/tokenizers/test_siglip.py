@@ -1,4 +1,4 @@
-"""SigLIP's tokenizer: the ids of transformers' own, and a vocabulary that travels."""
+"""SigLIP's tokenizer: the ids of transformers, and the copy of the vocabulary that a model keeps."""
 
 from __future__ import annotations
 
@@ -16,18 +16,43 @@ from clipwright.pipeline.tokenizers.siglip import SigLIPTokenizer
 
 CAPTIONS = ["a photo of two dogs in the snow", "the red cat's house", "한국어 문장 그리고 개", "猫と犬", "un été naïf"]
 CASES = [
-    *("", " ", "\t\n", "a dog", "A DOG!", "it's 3.5% — “quoted”, l'été", "...", "?a.b-c_d", "two  \u3000\u00a0dogs "),
-    *("</s>", "a </s> b", "dog</s>", "dog </s></s>", "<unk>", " <unk>  dog", "<unk></s>", "</s", "<UNK> </S>", "▁"),
-    *("▁dog", "▁ ▁dog▁cat", "a ▁</s>", "猫と犬と鳥", "\u1112\u1161\u11ab국어", "한국어 문장"),
-    *(
-        "\U0001f468\u200d\U0001f469",
-        "ＦＵＬＬ　ｗｉｄｔｈ",
-        "&amp; &#233;",
-        "\u0000\ufeff\u200b",
-        "İstanbul ß ſ Σας",
-        "e\u0301te\u0301",
-    ),
-    *("\ud7a3\ufe0f", "dog. " * 90, "dogdog" * 90, "x </s> " * 40, "<pad> <s> [SEP]", "<0x41>"),
+    "",
+    " ",
+    "\t\n",
+    "a dog",
+    "A DOG!",
+    "it's 3.5% — “quoted”, l'été",
+    "...",
+    "?a.b-c_d",
+    "two  \u3000\u00a0dogs ",
+    "</s>",
+    "a </s> b",
+    "dog</s>",
+    "dog </s></s>",
+    "<unk>",
+    " <unk>  dog",
+    "<unk></s>",
+    "</s",
+    "<UNK> </S>",
+    "▁",
+    "▁dog",
+    "▁ ▁dog▁cat",
+    "a ▁</s>",
+    "猫と犬と鳥",
+    "\u1112\u1161\u11ab국어",
+    "한국어 문장",
+    "\U0001f468\u200d\U0001f469",
+    "ＦＵＬＬ　ｗｉｄｔｈ",
+    "&amp; &#233;",
+    "\u0000\ufeff\u200b",
+    "İstanbul ß ſ Σας",
+    "e\u0301te\u0301",
+    "\ud7a3\ufe0f",
+    "dog. " * 90,
+    "dogdog" * 90,
+    "x </s> " * 40,
+    "<pad> <s> [SEP]",
+    "<0x41>",
 ]
 
 
@@ -39,7 +64,10 @@ def train(byte_fallback: bool, kind: str) -> bytes:
         model_type=kind,
         vocab_size=380 if byte_fallback else 110,
         byte_fallback=byte_fallback,
-        **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
         minloglevel=2,
         hard_vocab_limit=False,
     )
@@ -61,7 +89,7 @@ def build(folder: Path, **fields: Any) -> SigLIPTokenizer:
 @pytest.mark.parametrize(
     "fields", [{"strip": False}, {}, {"lower_case": False, "pad": "<pad>"}], ids=["bare", "hub", "cased"]
 )
-def test_ids_are_those_of_transformers(folder: Path, fields: dict[str, Any]) -> None:
+def test_ids_match_transformers(folder: Path, fields: dict[str, Any]) -> None:
     from transformers import AddedToken, SiglipTokenizer
 
     pad, strip = fields.get("pad", "</s>"), fields.get("strip", True)
@@ -78,20 +106,20 @@ def test_ids_are_those_of_transformers(folder: Path, fields: dict[str, Any]) -> 
     )
     assert all(token.lstrip == strip for token in theirs.added_tokens_decoder.values())
     ours = build(folder, **fields)
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     parts = [*"".join(CAPTIONS), " ", "</s>", "<unk>", "<", ">", ".", "▁", "É", "\n", "Dog"]
-    texts = CASES + ["".join(random.choice(parts, size=random.integers(1, 30))) for _ in range(300)]
+    texts = CASES + ["".join(rng.choice(parts, size=rng.integers(1, 30))) for _ in range(300)]
     for context in (2, 16, 64):
-        wanted = [theirs(t, padding="max_length", truncation=True, max_length=context)["input_ids"] for t in texts]
+        expected = [theirs(t, padding="max_length", truncation=True, max_length=context)["input_ids"] for t in texts]
         rows = ours.encode(texts, context)
         assert rows.dtype == np.int32 and rows.shape == (len(texts), context)
-        for text, row, ids in zip(texts, rows.tolist(), wanted, strict=True):
+        for text, row, ids in zip(texts, rows.tolist(), expected, strict=True):
             assert row == ids, (text, context)
     assert (ours.vocab_size, ours.eot_id, ours.sot_id) == (len(theirs), theirs.eos_token_id, -1)
     assert ours.pad_id == theirs.pad_token_id and theirs.unk_token_id in ours.unknown_ids
 
 
-def test_it_travels(folder: Path, tmp_path: Path) -> None:
+def test_copy_save_and_load(folder: Path, tmp_path: Path) -> None:
     config = TOKENIZERS.preset("siglip", folder=str(folder))
     config.train([], tmp_path)
     ours = TOKENIZERS.build(config, folder=tmp_path)
@@ -106,7 +134,7 @@ def test_it_travels(folder: Path, tmp_path: Path) -> None:
     assert len(ours.unknown_ids) == (257 if with_bytes else 1)
 
 
-def test_bad_models_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_invalid_models_are_rejected(folder: Path, tmp_path: Path) -> None:
     def code(fields: dict[str, Any], *words: str) -> str:
         with pytest.raises(ClipwrightError) as caught:
             TOKENIZERS.preset("siglip", **fields).train([], tmp_path)
