@@ -153,7 +153,7 @@ def test_sizes_at_the_limits_are_accepted() -> None:
         assert pixels.probe(png_header(width, height)).width == width
 
 
-def test_jpeg_header_of_65500_a_side_is_rejection() -> None:
+def test_jpeg_header_of_65500_pixels_per_side_is_rejected() -> None:
     data = bytearray(saved(smooth(16, 16), "JPEG"))
     place = data.index(b"\xff\xc0") + 5
     data[place : place + 4] = (65_500).to_bytes(2, "big") * 2
@@ -199,8 +199,8 @@ def test_evaluation_view_matches_transformers(fit: Literal["crop", "squash"], re
 
 def test_jpeg_is_never_decoded_below_min_side() -> None:
     data = saved(smooth(1000, 750), "JPEG")
-    for expected, short in ((94, 94), (95, 188), (188, 188), (189, 375), (376, 750), (2000, 750)):
-        assert min(pixels.decode(data, min_side=expected).shape[:2]) == short
+    for min_side, short in ((94, 94), (95, 188), (188, 188), (189, 375), (376, 750), (2000, 750)):
+        assert min(pixels.decode(data, min_side=min_side).shape[:2]) == short
     full = pixels.decode(data)
     small = pixels.decode(data, min_side=100)
     assert np.abs(pixels.resize(full, small.shape[1], small.shape[0]).astype(int) - small).mean() < 2
