@@ -1,9 +1,9 @@
 """Training samples per CPU second of the loader: `python tests/bench/loader.py [CASE …] [--quick]`.
 
-Cases photos, shards256 and web: the complete loader (read, verify, decode, crop, resize, tokenize, collate) at 224 px on
-tars that `clipwright prep` wrote. The references are the usual implementation written out here or, with --peer,
-open_clip itself; also measured are the loader against its own decode and resize alone, and the time to the first batch.
-Case order: planning 10⁹ samples.
+Cases photos, shards256 and web measure the complete loader (read, verify, decode, crop, resize, tokenize, collate) at
+224 px on tars that `clipwright prep` wrote, against the usual implementation written out here or, with --peer, against
+open_clip itself. They also compare the loader with its own decode and resize alone, and measure the time to the first
+batch. Case order measures planning 10⁹ samples.
 """
 
 from __future__ import annotations
