@@ -243,8 +243,8 @@ def _find_mismatch(index: Any, ids: np.ndarray, manifest: dict[str, Any]) -> str
     if not np.array_equal(ids, np.sort(index_ids)):
         return "the ids of the embeddings are not the ids of the rows"
     canaries = manifest["canaries"]
-    found = _top1(index, np.array([canary["id"] for canary in canaries]))
-    for canary, top in zip(canaries, found, strict=True):
+    top1_ids = _top1(index, np.array([canary["id"] for canary in canaries]))
+    for canary, top in zip(canaries, top1_ids, strict=True):
         if top != canary["top1"]:
             return f"the top-1 hit of id {canary['id']} is {top}; when the index was built it was {canary['top1']}"
     return None

@@ -116,14 +116,14 @@ def _write_shard(folder: Path, stem: str, numbers: range, total: DatasetFingerpr
     }
 
 
-def _cli(*words: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """Runs `clipwright WORDS` in a process of its own, or in several under torchrun."""
-    arguments = list(map(str, words))
+def _cli(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Runs `clipwright ARGUMENTS` in a process of its own, or in several under torchrun."""
+    texts = list(map(str, arguments))
     if ranks == 1:
-        return sys.modules["conftest_root"].fork_server().run(arguments, Path.cwd(), dict(os.environ), 120)
+        return sys.modules["conftest_root"].fork_server().run(texts, Path.cwd(), dict(os.environ), 120)
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     return subprocess.run(
-        [sys.executable, "-m", *launcher, "clipwright", *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", *launcher, "clipwright", *texts], capture_output=True, text=True, timeout=120
     )
 
 
@@ -192,15 +192,15 @@ def indexed(tmp_path_factory: pytest.TempPathFactory, embedded: Path) -> Path:
 
 @pytest.fixture
 def quick_cli(monkeypatch, capfd):
-    """Runs `clipwright WORDS` in this process, which has imported torch already: faster for many expected errors."""
+    """Runs `clipwright ARGUMENTS` in this process, which has imported torch already: faster for many errors."""
     from clipwright.cli import app
 
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
 
-    def run(*words: object) -> SimpleNamespace:
+    def run(*arguments: object) -> SimpleNamespace:
         capfd.readouterr()
-        code = app(list(map(str, words)), standalone_mode=False)
+        code = app(list(map(str, arguments)), standalone_mode=False)
         printed = capfd.readouterr()
         return SimpleNamespace(returncode=code, stdout=printed.out, stderr=printed.err)
 

@@ -24,13 +24,13 @@ def read(folder: Path) -> tuple[np.ndarray, list[dict]]:
     return np.concatenate(embeddings).astype(np.float32), rows
 
 
-def srun(*words: object) -> subprocess.CompletedProcess[str]:
-    """`clipwright WORDS` in two processes that are started with Slurm's variables only."""
+def srun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`clipwright ARGUMENTS` in two processes that are started with Slurm's variables only."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     tasks = [
         subprocess.Popen(
-            [sys.executable, "-m", "clipwright", *map(str, words)],
+            [sys.executable, "-m", "clipwright", *map(str, arguments)],
             env=os.environ
             | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2", "MASTER_PORT": str(port)},
             stdout=subprocess.PIPE,
@@ -45,9 +45,9 @@ def srun(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_one_process_ignores_a_local_rank_that_a_shell_left_set(model, small, tmp_path):
-    words = [sys.executable, "-m", "clipwright", "embed", f"model={model}", f"data={small}", "-o", "out", "--json"]
+    arguments = [sys.executable, "-m", "clipwright", "embed", f"model={model}", f"data={small}", "-o", "out", "--json"]
     env = os.environ | {"LOCAL_RANK": "3"}
-    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"] == 7
 
@@ -60,8 +60,8 @@ def test_one_and_two_processes_agree(cli, make_dataset, samples, model, tmp_path
     folders = {}
     for ranks in (1, 2):
         out = tmp_path / f"ranks-{ranks}"
-        words = ("embed", f"model={model}", f"data={data}", "-o", out)
-        done = srun(*words) if (ranks, samples) == (2, 7) else cli(*words, ranks=ranks)
+        arguments = ("embed", f"model={model}", f"data={data}", "-o", out)
+        done = srun(*arguments) if (ranks, samples) == (2, 7) else cli(*arguments, ranks=ranks)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("embedded") == 1
         embeddings, rows = folders[ranks] = read(out)
@@ -167,33 +167,33 @@ def one_thread():
 
 @pytest.mark.xdist_group("ranks")
 def test_job_array_gives_the_folder_of_as_many_ranks(cli, quick_cli, model, small, tmp_path, one_thread):
-    words = ("embed", f"model={model}", f"data={small}", "-o")
-    assert cli(*words, tmp_path / "ranks", ranks=2).returncode == 0
+    arguments = ("embed", f"model={model}", f"data={small}", "-o")
+    assert cli(*arguments, tmp_path / "ranks", ranks=2).returncode == 0
     out = tmp_path / "parts"
-    assert (done := quick_cli(*words, out, "runtime.part=2/2")).returncode == 0, done.stderr
+    assert (done := quick_cli(*arguments, out, "runtime.part=2/2")).returncode == 0, done.stderr
     assert done.stdout.startswith("part 2/2: embedded 4 images") and not (out / "status.json").exists()
-    done = quick_cli(*words, out, "runtime.part=finish")
+    done = quick_cli(*arguments, out, "runtime.part=finish")
     assert done.returncode == 3 and "error[E_UNFINISHED]" in done.stderr and "1 of 2 parts" in done.stderr
     assert "are missing: 1" in done.stderr and not (out / "manifest.json").exists()
-    assert "part 2/2: already embedded: 4" in quick_cli(*words, out, "runtime.part=2/2").stdout
+    assert "part 2/2: already embedded: 4" in quick_cli(*arguments, out, "runtime.part=2/2").stdout
     # A part without a receipt is embedded again; receipts of other inputs do not count.
     (out / ".part-00001.json.partial").unlink()
-    assert "part 2/2: embedded 4" in quick_cli(*words, out, "runtime.part=2/2").stdout
-    assert "part 1/2: embedded 3" in quick_cli(*words, out, "runtime.part=1/2").stdout
-    done = quick_cli(*words, out, "what=text", "runtime.part=finish")
+    assert "part 2/2: embedded 4" in quick_cli(*arguments, out, "runtime.part=2/2").stdout
+    assert "part 1/2: embedded 3" in quick_cli(*arguments, out, "runtime.part=1/2").stdout
+    done = quick_cli(*arguments, out, "what=text", "runtime.part=finish")
     assert done.returncode == 3 and "no part of this model and dataset" in done.stderr
     # A file that changed after its receipt was written; a `finish` that was interrupted between two renames.
     content = (out / ".part-00000.npy.partial").read_bytes()
     (out / ".part-00000.npy.partial").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    done = quick_cli(*words, out, "runtime.part=finish")
+    done = quick_cli(*arguments, out, "runtime.part=finish")
     assert done.returncode == 3 and "error[E_EMBED_HASH]" in done.stderr and ".part-00000.npy" in done.stderr
     (out / ".part-00000.npy.partial").write_bytes(content)
     (out / ".part-00001.npy.partial").rename(out / "part-00001.npy")
-    assert quick_cli(*words, out, "runtime.part=finish").returncode == 0
+    assert quick_cli(*arguments, out, "runtime.part=finish").returncode == 0
     assert embed_folder(out) == embed_folder(tmp_path / "ranks")
-    assert "already embedded: 7" in quick_cli(*words, out, "runtime.part=1/2").stdout
+    assert "already embedded: 7" in quick_cli(*arguments, out, "runtime.part=1/2").stdout
     for part, code in (("3/2", "E_CONFIG_VALUE"), ("plan", "E_CONFIG_VALUE")):
-        done = quick_cli(*words, out, f"runtime.part={part}")
+        done = quick_cli(*arguments, out, f"runtime.part={part}")
         assert done.returncode == 2 and f"error[{code}]" in done.stderr and "K/N with K from 1 to N" in done.stderr
-    done = quick_cli(*words, tmp_path / "new", "runtime.part=1/2", "--fresh")
+    done = quick_cli(*arguments, tmp_path / "new", "runtime.part=1/2", "--fresh")
     assert done.returncode == 2 and "error[E_USAGE]" in done.stderr and not (tmp_path / "new").exists()

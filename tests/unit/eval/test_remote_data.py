@@ -112,8 +112,8 @@ def test_remote_dataset_gives_the_results_of_a_local_dataset(
         images = [image.read() for image in labeled.images(np.arange(3, 50, 7))]
         results[name] = (outcome.numbers, outcome.fingerprints, labeled.name, labeled.read(["colour"]), images)
     assert results["local"] == results["remote"]
-    words = [f"model={model}", f"data={places['remote']}", f"runtime.cache_dir={tmp_path / 'cache'}"]
-    done = cli("embed", *words, f"runtime.cache_gb={bound:.9f}", "-o", tmp_path / "embeddings", "--quiet")
+    arguments = [f"model={model}", f"data={places['remote']}", f"runtime.cache_dir={tmp_path / 'cache'}"]
+    done = cli("embed", *arguments, f"runtime.cache_gb={bound:.9f}", "-o", tmp_path / "embeddings", "--quiet")
     assert done.returncode == 0, done.stderr
     rows = encode_images(load_model(model), dataset_images(Dataset(data), range(50)), batch=64, workers=1)
     [(_, unit)] = list(rows)

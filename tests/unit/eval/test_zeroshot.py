@@ -284,8 +284,8 @@ def test_table_images_are_read_by_row_and_have_the_key_of_their_bytes(labeled: P
 
 def test_zeroshot_through_the_command(cli, model, small, labeled: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    words = ("eval", "zeroshot", f"model={model}", f"data={labeled / 'set-*.parquet'}", "-o", out)
-    done = cli(*words, "benchmark.where.split=b", "--json")
+    arguments = ("eval", "zeroshot", f"model={model}", f"data={labeled / 'set-*.parquet'}", "-o", out)
+    done = cli(*arguments, "benchmark.where.split=b", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report == json.loads((out / "report.json").read_text(encoding="utf-8"))
@@ -308,7 +308,7 @@ def test_zeroshot_through_the_command(cli, model, small, labeled: Path, tmp_path
     assert report["scores"][0] == {"name": "top1", **expected}
     assert [score["name"] for score in report["scores"]] == ["top1", "top5", "mean_per_class"]
     # A dataset folder, a label format over two columns, and the text for a terminal.
-    words = (
+    arguments = (
         "eval",
         "zeroshot",
         f"model={model}",
@@ -318,7 +318,7 @@ def test_zeroshot_through_the_command(cli, model, small, labeled: Path, tmp_path
         out,
         "--fresh",
     )
-    done = cli(*words, "benchmark.where.held_out=true", 'benchmark.templates=["a {}", "the {}"]')
+    done = cli(*arguments, "benchmark.where.held_out=true", 'benchmark.templates=["a {}", "the {}"]')
     assert done.returncode == 0, done.stderr
     assert "colour_top1" in done.stdout and "worst classes" in done.stdout and "2 templates" in done.stdout
     assert pq.read_table(out / "predictions.parquet").num_rows == 5
@@ -355,18 +355,18 @@ def check_queries(table: pa.Table, numbers: dict[str, Any], data: Path) -> None:
 def test_unusable_inputs_are_errors(quick_cli, refused, model, labeled: Path, tmp_path: Path) -> None:
     table = labeled / "set-0.parquet"
 
-    def wrong(code: str, exit_code: int, *named: object, data: object = table, words: tuple[str, ...] = ()) -> None:
-        refused(quick_cli("eval", "zeroshot", f"model={model}", f"data={data}", *words), code, exit_code, *named)
+    def wrong(code: str, exit_code: int, *named: object, data: object = table, arguments: tuple[str, ...] = ()) -> None:
+        refused(quick_cli("eval", "zeroshot", f"model={model}", f"data={data}", *arguments), code, exit_code, *named)
 
     listed = """benchmark.templates='["a photo of a {}"]'"""
-    wrong("E_CONFIG_VALUE", 2, "the text 'a photo of a {}'", listed, words=("benchmark.templates=a photo of a {}",))
-    wrong("E_CONFIG_VALUE", 2, "a photo", "{}", words=('benchmark.templates=["a {}", "a photo"]',))
-    wrong("E_CONFIG_CHOICE", 2, "imagenets", "'imagenet'", words=("benchmark.classes=imagenets",))
+    wrong("E_CONFIG_VALUE", 2, "the text 'a photo of a {}'", listed, arguments=("benchmark.templates=a photo of a {}",))
+    wrong("E_CONFIG_VALUE", 2, "a photo", "{}", arguments=('benchmark.templates=["a {}", "a photo"]',))
+    wrong("E_CONFIG_CHOICE", 2, "imagenets", "'imagenet'", arguments=("benchmark.classes=imagenets",))
     names = ("benchmark.label=label", 'benchmark.classes=["a", "b", "c"]')
-    wrong("E_CLASSES", 3, "3 classes", "2 classes", "benchmark.classes", words=names)
-    wrong("E_CLASSES", 3, "1 classes", "2 different", "별", words=('benchmark.classes=["heart"]',))
-    wrong("E_COLUMN", 3, "clas_name", "'class_name'", words=("benchmark.label=clas_name",))
-    wrong("E_CONFIG_VALUE", 2, "benchmark.where", "'a'", words=("benchmark.where.split=test",))
+    wrong("E_CLASSES", 3, "3 classes", "2 classes", "benchmark.classes", arguments=names)
+    wrong("E_CLASSES", 3, "1 classes", "2 different", "별", arguments=('benchmark.classes=["heart"]',))
+    wrong("E_COLUMN", 3, "clas_name", "'class_name'", arguments=("benchmark.label=clas_name",))
+    wrong("E_CONFIG_VALUE", 2, "benchmark.where", "'a'", arguments=("benchmark.where.split=test",))
     wrong("E_INPUT", 3, "nowhere.parquet", data=tmp_path / "nowhere.parquet")
     empty = tmp_path / "empty.parquet"
     pq.write_table(pq.read_table(table).slice(0, 0), empty)
@@ -376,7 +376,7 @@ def test_unusable_inputs_are_errors(quick_cli, refused, model, labeled: Path, tm
     rows[2]["image"] = rows[2]["image"][:200]
     pq.write_table(pa.Table.from_pylist(rows), broken)
     out = tmp_path / "never"
-    wrong("E_IMG_TRUNCATED", 3, "broken.parquet, row 2", data=broken, words=("-o", str(out)))
+    wrong("E_IMG_TRUNCATED", 3, "broken.parquet, row 2", data=broken, arguments=("-o", str(out)))
     assert [path.name for path in out.iterdir()] == ["status.json"]
 
 

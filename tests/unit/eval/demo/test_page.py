@@ -126,8 +126,8 @@ def finished(cli: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = root / "demo"
     for name, first, count, combinations in (("shards", 0, 36, TRAINED), ("test", 100, 48, TESTED)):
         write_table(root / f"{name}.parquet", first, count, combinations)
-        words = [f"source.path={root / name}.parquet", "source.caption=captions", "runtime.workers=1"]
-        done = cli("prep", "table", *words, "-o", folder / name)
+        arguments = [f"source.path={root / name}.parquet", "source.caption=captions", "runtime.workers=1"]
+        done = cli("prep", "table", *arguments, "-o", folder / name)
         assert done.returncode == 0, done.stderr
     (folder / "run").mkdir()
     (folder / "run" / "config.yaml").write_text("schedule: {global_batch: 8, samples: 720}\n")

@@ -61,13 +61,13 @@ def test_recipe_of_a_plugin_is_recorded_with_its_parameters(cli, refused, embedd
     (tmp_path / "hnsw.py").write_text(PLUGIN)
     plugin = f"plugins={tmp_path / 'hnsw.py'}"
     out = tmp_path / "index"
-    words = ("index", "build", f"embeddings={embedded}", plugin, "recipe.name=hnsw_test", "-o", out)
-    done = cli(*words, "recipe.ef=64")
+    arguments = ("index", "build", f"embeddings={embedded}", plugin, "recipe.name=hnsw_test", "-o", out)
+    done = cli(*arguments, "recipe.ef=64")
     assert done.returncode == 0 and "hnsw_test" in done.stdout, done.stderr
     manifest = json.loads((out / "versions/000001/manifest.json").read_text())
     assert (manifest["recipe"], manifest["recipe_parameters"]) == ("hnsw_test", {"links": 8, "ef": 64})
-    assert "already built" in cli(*words, "recipe.ef=64").stdout
-    assert json.loads(cli(*words, "--json").stdout)["name"] == "000002"  # other parameters
+    assert "already built" in cli(*arguments, "recipe.ef=64").stdout
+    assert json.loads(cli(*arguments, "--json").stdout)["name"] == "000002"  # other parameters
     refused(cli("search", out, "text=a", f"model={model}"), "E_MANIFEST", 3, "hnsw_test", "flat", "plugin")
     done = cli("search", out, "text=a", f"model={model}", plugin, "k=3")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 4, done.stderr
