@@ -45,6 +45,9 @@ app.add_typer(config_app, name="config")
 REGISTRIES = {
     "towers": ("clipwright.pipeline.towers.base:IMAGE_TOWERS", "clipwright.pipeline.towers.base:TEXT_TOWERS"),
     "losses": ("clipwright.pipeline.losses.base:LOSSES",),
+    "optimizers": ("clipwright.pipeline.train.optimizers.base:OPTIMIZERS",),
+    "schedules": ("clipwright.pipeline.train.schedules.base:SCHEDULES",),
+    "techniques": ("clipwright.pipeline.train.techniques.base:TECHNIQUES",),
     "tokenizers": ("clipwright.pipeline.tokenizers.base:TOKENIZERS",),
     "sources": ("clipwright.data_prep.sources.base:SOURCES",),
     "benchmarks": ("clipwright.eval.benchmarks.base:BENCHMARKS",),
@@ -161,7 +164,7 @@ class ListConfig:
     """What to list."""
 
     what: str
-    """What to list: towers, losses, tokenizers, sources, benchmarks, recipes, formats, prompts or configs."""
+    """What to list: towers, losses, optimizers, schedules, techniques, tokenizers, sources, benchmarks, recipes, formats, prompts or configs."""
     image_size: int | None = None
     """Image size in pixels at which image towers are measured; null: the default of each preset."""
 
@@ -175,7 +178,7 @@ class ListConfig:
     examples=("clipwright list towers image_size=224", "clipwright list configs --json"),
 )
 def list_(call: Call) -> Outcome:
-    """List towers, with their size, losses, tokenizers, sources, benchmarks, recipes, formats, prompts or configs."""
+    """List towers, losses, optimizers, schedules, techniques, tokenizers, sources, benchmarks, recipes and more."""
     from clipwright.pipeline.core.tables import align
 
     kinds = [*REGISTRIES, "prompts", "configs"]

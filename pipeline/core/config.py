@@ -27,10 +27,14 @@ T = TypeVar("T")
 
 
 class Choice:
-    """Marks a config field as a choice from `registry`: `Annotated[Base, Choice(REGISTRY, "default_name")]`."""
+    """Marks a config field as a choice from `registry`: `Annotated[Base, Choice(REGISTRY, "default_name")]`.
 
-    def __init__(self, registry: Registry[Any], default: str | None = None) -> None:
-        self.registry, self.default = registry, default
+    A list of choices is a field of type `tuple[Annotated[Base, Choice(REGISTRY)], ...]`. shared: fields of all families
+    that keep their values from lower layers when a higher layer changes `name`.
+    """
+
+    def __init__(self, registry: Registry[Any], default: str | None = None, shared: Sequence[str] = ()) -> None:
+        self.registry, self.default, self.shared = registry, default, shared
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         # Built when a config is loaded, not when the class is defined: plugins add families in between.
@@ -224,6 +228,8 @@ def _merge(kind: type[Any], layers: list[tuple[str, Any]], place: str, origins: 
         choice = _choice(hints[name])
         if choice is not None:
             tree[name] = _merge_choice(choice, set_here, where, origins)
+        elif set_here and (element := _list_choice(hints[name])) is not None:
+            tree[name] = _merge_choice_list(hints[name], element, set_here, where, origins)
         elif dataclasses.is_dataclass(section := _bare(hints[name])):
             tree[name] = _merge(section, set_here, where, origins)  # pyright: ignore[reportArgumentType]
         elif set_here:
@@ -260,8 +266,20 @@ def _merge_choice(
         )
     entry = choice.registry.entry(name)
     preset = (f"preset {name}", dict(entry.presets[name]))
-    tree = _merge(entry.tagged, [preset, *set_here[start:], (named_by, {"name": name})], place, origins)
+    kept = [(origin, {k: v for k, v in layer.items() if k in choice.shared}) for origin, layer in set_here[:start]]
+    tree = _merge(entry.tagged, [preset, *kept, *set_here[start:], (named_by, {"name": name})], place, origins)
     return {"name": tree.pop("name"), **tree}
+
+
+def _merge_choice_list(
+    hint: Any, choice: Choice, set_here: list[tuple[str, Any]], place: str, origins: dict[str, str]
+) -> Any:
+    """Expands each element of a list of choices; the highest layer replaces the whole list."""
+    origin = origins[place] = set_here[-1][0]
+    value = _leaf(hint, set_here, place)
+    if not isinstance(value, list):
+        return value  # validation refuses it
+    return [_merge_choice(choice, [(origin, item)], f"{place}.{i}", origins) for i, item in enumerate(value)]
 
 
 def _leaf(hint: Any, set_here: list[tuple[str, Any]], place: str) -> Any:
@@ -339,6 +357,12 @@ def schema(kind: type[Any]) -> dict[str, Any]:
 
 def _choice(hint: Any) -> Choice | None:
     return next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Choice)), None)
+
+
+def _list_choice(hint: Any) -> Choice | None:
+    """The choice that each element of a list is, if it is one."""
+    arguments = get_args(hint)
+    return _choice(arguments[0]) if get_origin(hint) is tuple and len(arguments) == 2 else None
 
 
 def _bare(hint: Any) -> Any:

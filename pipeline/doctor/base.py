@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from clipwright.pipeline.data.datasets import Datasets
     from clipwright.pipeline.distributed.group import World
     from clipwright.pipeline.tokenizers.base import Tokenizer
-    from clipwright.pipeline.train.config import Parts, RunConfig
+    from clipwright.pipeline.train.config import Components, RunConfig
 
 # Modules of this package, in the order they run. The first needs no torch; those after `network` need a config.
 GROUPS = ("environment", "device", "network", "data", "model", "speed", "loss", "gradients")
@@ -62,7 +62,7 @@ class Context:
     dataset: Datasets = field(init=False)  # by `dataset`
     tokenizer: Tokenizer = field(init=False)  # by `tokenizer`
     unknown_share: float = field(init=False)  # by `captions`: share of unknown tokens
-    components: Parts = field(init=False)  # by `step`
+    components: Components = field(init=False)  # by `step`
     batch: Batch = field(init=False)  # by `step`: the first batch of this rank
 
     @property

@@ -18,7 +18,7 @@ from clipwright.pipeline.model.two_tower import TwoTower
 from clipwright.pipeline.towers.checkpointing import Blocks
 from clipwright.pipeline.train.config import ActivationCheckpointing, RunConfig, prepare_towers
 from clipwright.pipeline.train.engine import Engine
-from clipwright.pipeline.train.optim import OptimConfig
+from clipwright.pipeline.train.optimizers.base import OPTIMIZERS, OptimizerConfig
 
 STEPS = 3  # an accumulation error may appear from the second step on only
 # Float32 sums in another order differ by up to 1e-5 of the largest gradient (a ResNet, on some processors). A lost
@@ -75,11 +75,11 @@ def gradients(context: Context) -> CheckResult:
 class ReferenceLoop:
     """The same model in a plain loop in one process, without DeepSpeed, micro-batches or collectives."""
 
-    def __init__(self, towers: TwoTower, loss: ContrastiveLoss, optim: OptimConfig) -> None:
+    def __init__(self, towers: TwoTower, loss: ContrastiveLoss, optim: OptimizerConfig) -> None:
         self.towers, self.loss, self.optim = towers, loss, optim
         self.optimizer = torch.optim.SGD(towers.parameters(), lr=optim.lr)
         self.loss_optimizer = torch.optim.AdamW(
-            loss.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0
+            loss.parameters(), lr=optim.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0
         )
 
     def step(
@@ -140,7 +140,7 @@ def small_config(config: RunConfig, world: World) -> RunConfig:
         config,
         image=shallow(config.image),
         text=shallow(config.text),
-        optim=OptimConfig(name="sgd", lr=0.01, weight_decay=0.0, grad_clip_norm=config.optim.grad_clip_norm),
+        optim=OPTIMIZERS.preset("sgd", lr=0.01, weight_decay=0.0, grad_clip_norm=config.optim.grad_clip_norm),
         schedule=dataclasses.replace(config.schedule, global_batch=2 * MICRO_BATCH * world.size),
         precision="fp32",
         runtime=dataclasses.replace(

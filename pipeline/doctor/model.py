@@ -16,8 +16,8 @@ from clipwright.pipeline.measure import peak_memory, reset_peak_memory
 from clipwright.pipeline.model.two_tower import build_model
 from clipwright.pipeline.towers.base import parameter_count
 from clipwright.pipeline.train.config import assemble
-from clipwright.pipeline.train.optim import OptimConfig
-from clipwright.pipeline.train.trainer import thread_count
+from clipwright.pipeline.train.optimizers.base import OptimizerConfig
+from clipwright.pipeline.train.setup import thread_count
 
 FEW_SAMPLES = 16  # samples of the first forward-backward pass
 
@@ -177,14 +177,7 @@ def autocast(context: Context) -> torch.autocast:
     return torch.autocast(context.world.device.type, torch.bfloat16, enabled=context.config.precision == "bf16")
 
 
-def moments(optim: OptimConfig) -> int:
-    """Returns how many numbers the optimizer keeps per parameter."""
-    if optim.name == "adamw":
-        return 2
-    return int(optim.momentum > 0)
-
-
-def state_bytes(optim: OptimConfig, zero: int, world: int, *, offload: bool = False) -> float:
+def state_bytes(optim: OptimizerConfig, zero: int, world: int, *, offload: bool = False) -> float:
     """Returns bytes per parameter on one rank: fp32 weight, gradient, moments, and from ZeRO 1 on a master weight.
 
     ZeRO 1 partitions moments and master weights over the ranks, 2 gradients as well, 3 weights as well. With
@@ -195,12 +188,12 @@ def state_bytes(optim: OptimConfig, zero: int, world: int, *, offload: bool = Fa
     if offload:
         return weight + gradient
     master_weight = 4 if zero else 0
-    return weight + gradient + (4 * moments(optim) + master_weight) / (world if zero else 1)
+    return weight + gradient + (4 * optim.state_size + master_weight) / (world if zero else 1)
 
 
-def checkpoint_bytes(optim: OptimConfig) -> int:
+def checkpoint_bytes(optim: OptimizerConfig) -> int:
     """Returns bytes per parameter in a checkpoint, for any world size and ZeRO stage: weight and moments."""
-    return 4 + 4 * moments(optim)
+    return 4 + 4 * optim.state_size
 
 
 def free_device_memory(context: Context) -> int:

@@ -1,4 +1,4 @@
-"""SigLIP's pairwise sigmoid loss with global negatives and several positives."""
+"""SigLIP's pairwise sigmoid loss with global negatives and several positives per image."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from torch import Tensor, nn
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.distributed.exchange import Block, Op
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, Features, LossConfig
-from clipwright.pipeline.losses.tiles import Grid, Tile, known_gradients, wants_gradients
+from clipwright.pipeline.losses.tiles import Grid, Tile, attach_gradients, needs_gradients
 
 
 @configclass
 class SigmoidConfig(LossConfig):
-    """Scale and bias at the start are SigLIP's."""
+    """The sigmoid loss; initial scale and bias are SigLIP's."""
 
     init_scale: Annotated[float, Field(ge=1, le=100)] = 10.0
+    """Initial logit scale exp(t), the inverse temperature."""
     init_bias: Annotated[float, Field(allow_inf_nan=False)] = -10.0
+    """Initial bias of the logits."""
 
 
 class SigmoidLoss(ContrastiveLoss):
-    """Is this text this image's? Each pair is asked alone.
+    """A binary classification of each pair: does this text belong to this image?
 
     L = Σ over all pairs of -log σ(z·(exp(t)·cos + b)) / number of images, z = 1 for positives and -1 for all others, in
-    float32. Each of an image's positives, and a hard negative for each image, is a pair of its own. A masked pair is
-    left out.
+    float32. Each positive of an image, and each hard negative for each image, is a pair. Masked pairs are left out.
     Source: Zhai et al. 2023, Sigmoid Loss for Language Image Pre-Training, section 3.2 and algorithm 1.
     """
 
@@ -40,32 +41,32 @@ class SigmoidLoss(ContrastiveLoss):
 
     def local_loss(self, features: Features) -> Float[Tensor, ""]:
         inputs = features.image, features.text, self.logit_scale, self.bias, features.negative
-        with_gradients = wants_gradients(inputs)
+        with_gradients = needs_gradients(inputs)
         with torch.no_grad():
             grid = Grid(features, self.repeats, math.exp(float(self.logit_scale)), float(self.bias))
-            loss, gradients = _pass(grid, with_gradients)
-        return known_gradients(loss, gradients, inputs)
+            loss, gradients = _single_pass(grid, with_gradients)
+        return attach_gradients(loss, gradients, inputs)
 
     def report(self) -> dict[str, float]:
         return {**super().report(), "bias": float(self.bias.detach())}
 
 
-def _pass(grid: Grid, with_gradients: bool) -> tuple[Tensor, list[Tensor] | None]:
-    """This rank's rows of the loss, and the gradients for images, texts, log-scale, bias and hard negatives.
+def _single_pass(grid: Grid, with_gradients: bool) -> tuple[Tensor, list[Tensor] | None]:
+    """Returns this rank's share of the loss, and the gradients for images, texts, log-scale, bias, hard negatives.
 
-    One pass: a pair's gradient depends on its own logit alone, so there are three matmuls.
+    The gradient of a pair depends on its own logit only, so one pass with three matmuls is enough.
     """
     rows = grid.rows
-    terms, bias_grad, zero = rows.new_zeros(len(rows)), rows.new_zeros(len(rows)), rows.new_zeros(())
+    row_losses, bias_grad, zero = rows.new_zeros(len(rows)), rows.new_zeros(len(rows)), rows.new_zeros(())
     image_grad = torch.zeros_like(rows) if with_gradients else rows
 
     def visit(block: Block, tiles: Iterator[Tile]) -> tuple[Tensor, ...]:
         text_grad = rows.new_zeros(block["text"].shape) if with_gradients else None
         for tile in tiles:
-            signed = tile.logits
-            if tile.positive is not None:  # their logits turned over
-                signed = tile.spare.copy_(tile.positive).mul_(-2).add_(1).mul_(tile.logits)
-            terms[tile.rows] += torch.logaddexp(signed, zero, out=tile.spare).sum(1)  # -log σ(-l) = log(1 + exp(l))
+            negated = tile.logits  # -z·logit
+            if tile.positive is not None:
+                negated = tile.spare.copy_(tile.positive).mul_(-2).add_(1).mul_(tile.logits)
+            row_losses[tile.rows] += torch.logaddexp(negated, zero, out=tile.spare).sum(1)  # -log σ(-x) = log(1 + eˣ)
             if text_grad is None:
                 continue
             grad = tile.logits.sigmoid_()
@@ -78,7 +79,7 @@ def _pass(grid: Grid, with_gradients: bool) -> tuple[Tensor, list[Tensor] | None
 
     ops: list[Op] = ["sum"] if with_gradients else []
     text_grad, negative_grad = grid.visit_texts(visit, ops), grid.visit_negatives(visit, ops)
-    loss = terms.sum() / grid.images
+    loss = row_losses.sum() / grid.images
     if not with_gradients:
         return loss, None
     image_grad.mul_(grid.scale / grid.images)

@@ -1,17 +1,18 @@
-"""DeepSpeed, and the only importer of it: one step of a contrastive model on any number of ranks.
+"""The DeepSpeed engine, and the only importer of DeepSpeed: one step of a two-tower model on any number of ranks.
 
-A step is the exact gradient of the global batch, whatever fits into memory at once: the loss sees the features of all
-samples, the towers `runtime.micro_batch` at a time (Gao et al. 2021, "Scaling deep contrastive learning batch size
-under memory limited setup").
+A step computes the exact gradient of the global batch, whatever fits into memory at once: gradients are accumulated
+with cached features (GradCache). The loss sees the features of all samples, the towers `runtime.micro_batch` samples at
+a time (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup").
 
-Works around what DeepSpeed 0.19 does on a CPU (each line has a test):
-- the first init_distributed compiles `deepspeed_shm_comm`, which needs a compiler and prints to stdout: switched off;
-- `gradient_clipping` left out means 1.0: always stated;
-- ZeRO 0 in fp32 reports no gradient norm and steps by one that is not finite, which ZeRO 1-3 skip: computed here,
-  before the step;
-- ZeRO 3 accumulates wrongly, from the second step on, when the towers are called apart: one call for both;
-- a clamp of a parameter after the step is lost under ZeRO 1-3, and a 0-dimensional parameter crashes `initialize`:
-  the loss stays outside, with a small optimiser of its own.
+Workarounds for DeepSpeed 0.19 on a CPU, each with a test in test_deepspeed.py:
+- The first init_distributed compiles `deepspeed_shm_comm`, which needs a compiler and prints to stdout: switched off.
+- If `gradient_clipping` is left out, gradients are clipped to 1.0: always stated.
+- ZeRO 0 in fp32 reports no gradient norm and applies a non-finite update, which ZeRO 1-3 skip: the norm is computed
+  here, before the step. This needs gradients that are reduced by then, so the accumulation boundary is set by hand;
+  with `managed_gradient_accumulation: false` ZeRO 0 and 1 reduce them inside `step()` only.
+- ZeRO 3 accumulates wrong gradients, from the second step on, if the towers are called separately: one call for both.
+- Under ZeRO 1-3 a clamp of a parameter after the step is lost, and a 0-dimensional parameter crashes `initialize`: the
+  loss stays outside, with a small optimizer of its own.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.data.order import key64
 from clipwright.pipeline.distributed.exchange import EXCHANGES
 from clipwright.pipeline.distributed.group import World, all_reduce_sum
-from clipwright.pipeline.losses.base import ContrastiveLoss, Features
+from clipwright.pipeline.losses.base import Features, LossTerm
 from clipwright.pipeline.losses.tiles import batch_accuracy
 from clipwright.pipeline.model.two_tower import TwoTower
 from clipwright.pipeline.tokenizers.base import LENGTH_STEP
 from clipwright.pipeline.train.config import RunConfig
-from clipwright.pipeline.train.optim import OptimConfig, make_optimizer
-from clipwright.pipeline.train.optimizer_state import Held, layout, restore, slices
+from clipwright.pipeline.train.optimizer_state import StateTensor, read_state, state_layout, state_slices
+from clipwright.pipeline.train.optimizers.base import OPTIMIZERS, build_optimizer
 from clipwright.pipeline.train.supervision.progress import enter_phase
 
 if not torch.cuda.is_available():
@@ -55,9 +56,9 @@ quiet_libraries()
 
 @dataclass
 class StepResult:
-    """Numbers of one step, over the global batch; accuracies and negatives only where they were asked for.
+    """Numbers of one step over the global batch; accuracies and negatives only if they were measured.
 
-    negatives: columns that an image was compared with, less one; wrong captions count.
+    negatives: texts that an image was compared with, other than its own; hard negatives included.
     """
 
     loss: float
@@ -68,17 +69,17 @@ class StepResult:
 
     @property
     def skipped(self) -> bool:
-        """Whether no update was made, on all ranks alike, since the loss or a gradient is not finite."""
+        """Whether no update was made, on all ranks alike, because the loss or a gradient is not finite."""
         return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
 
 
-def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary, a pure function of our config.
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """Returns DeepSpeed's config, a pure function of ours.
 
-    It knows nothing of micro-batches: the engine says which one is a step's last.
+    It states no micro-batches: the engine sets the gradient accumulation boundary itself.
     """
-    made: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.schedule.global_batch // world,
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.schedule.global_batch // world_size,
         "gradient_accumulation_steps": 1,
         "train_batch_size": config.schedule.global_batch,
         "gradient_clipping": config.optim.grad_clip_norm,
@@ -88,73 +89,77 @@ def deepspeed_config(config: RunConfig, world: int) -> dict[str, Any]:
         "wall_clock_breakdown": False,
     }
     if config.runtime.offload == "optimizer":
-        made["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-        made["zero_force_ds_cpu_optimizer"] = False  # its own AdamW is C++, compiled when it is first used
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        settings["zero_force_ds_cpu_optimizer"] = False  # its own AdamW is C++ that is compiled at first use
     if config.precision == "bf16":
         # fp32 parameters and autocast; `bf16.enabled` would cast every parameter.
-        made["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    return made
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return settings
 
 
 class Engine:
-    """A DeepSpeed engine for the towers and a replicated loss beside it."""
+    """A DeepSpeed engine for the towers, and the replicated loss beside it."""
 
-    def __init__(self, towers: TwoTower, loss: ContrastiveLoss, config: RunConfig, world: World) -> None:
+    def __init__(self, towers: TwoTower, loss: LossTerm, config: RunConfig, world: World) -> None:
         self.world, self.loss, self.config, self.zero = world, loss, config, config.runtime.zero
-        optim = config.optim
-        optimizer = make_optimizer(towers, optim, towers.no_weight_decay())
-        settings = deepspeed_config(config, world.size)
-        # Its clone of the first process group it saw, which this process may have left for another.
+        optimizer = build_optimizer(towers, config.optim, towers.no_weight_decay())
+        # DeepSpeed caches a clone of the first process group it saw, which this process may have left since.
         deepspeed.utils.groups._WORLD_GROUP = None  # pyright: ignore[reportPrivateImportUsage]
-        made: Any = deepspeed.initialize(model=towers, optimizer=optimizer, config=settings, dist_init_required=False)
-        self.engine, self.optimizer = made[0], made[1]
+        initialized: Any = deepspeed.initialize(
+            model=towers, optimizer=optimizer, config=deepspeed_config(config, world.size), dist_init_required=False
+        )
+        self.engine, self.optimizer = initialized[0], initialized[1]
         self.updates = 0  # of the towers so far
-        self.loss_optimizer = make_optimizer(loss, OptimConfig(lr=optim.lr, weight_decay=0.0))
+        self.loss_optimizer = build_optimizer(loss, OPTIMIZERS.preset("adamw", lr=config.optim.lr, weight_decay=0.0))
 
     @property
     def towers(self) -> TwoTower:
         return self.engine.module
 
     def step(self, batch: Batch, step: int, lr_factor: float, *, measure: bool) -> StepResult:
-        """Step number `step`: exact global gradient, update. Where something is not finite nothing is updated."""
+        """Runs step number `step`: the exact global gradient and one update, which is skipped if it is not finite.
+
+        measure: whether to compute accuracies and negatives.
+        """
         loss, features = self.backward(batch, step)
         result = StepResult(loss, self.update(lr_factor))
         if measure:
-            *correct, columns = batch_accuracy(features)
-            wrong = all_reduce_sum((batch.negative_row >= 0).sum().to(self.world.device))
-            result.negatives = columns - 1 + int(wrong)
-            both = all_reduce_sum(torch.stack(correct))
-            result.acc_image = float(both[0]) / (len(features.image) * self.world.size)
-            result.acc_text = float(both[1]) / (len(features.text) * self.world.size)
+            correct_images, correct_texts, columns = batch_accuracy(features)
+            hard_negatives = all_reduce_sum((batch.negative_row >= 0).sum().to(self.world.device))
+            result.negatives = columns - 1 + int(hard_negatives)
+            correct = all_reduce_sum(torch.stack([correct_images, correct_texts]))
+            result.acc_image = float(correct[0]) / (len(features.image) * self.world.size)
+            result.acc_text = float(correct[1]) / (len(features.text) * self.world.size)
         return result
 
     def backward(self, batch: Batch, step: int) -> tuple[float, Features]:
-        """The loss of the global batch and this rank's features; the gradients are left to `update`.
+        """Returns the loss of the global batch and this rank's features; leaves the gradients to `update`.
 
-        The loss is computed on leaves: of a whole batch's features, or of those embedded without a graph, micro-batch
-        by micro-batch. Its feature gradients, already exchanged between ranks, are fed back through Σ f·g, where a
-        micro-batch is embedded a second time with the same draws of dropout. DeepSpeed averages gradients over ranks,
-        hence the factor `world`; the gradients of the loss's own parameters are summed here. Where the loss or one of
-        those is not finite the towers' gradients are not either, so that their norm alone, which DeepSpeed computes
-        over all ranks, decides whether a step is skipped.
+        The loss is computed on leaves: the features of the whole batch or, with micro-batches, features embedded
+        without a graph, one micro-batch at a time. Its feature gradients, already exchanged between ranks, are
+        backpropagated through the surrogate Σ f·g, for which each micro-batch is embedded a second time with the same
+        draws of dropout. DeepSpeed averages gradients over ranks, hence the factor `world.size`; gradients of the
+        loss's own parameters are summed here. If the loss or one of those gradients is not finite, the towers'
+        gradients become NaN too, so that their global norm alone decides whether the step is skipped.
         """
         parts = micro_batches(batch, self.config.runtime.micro_batch)
-        replayed = len(parts) > 1
-        self.statistics = statistics = _Statistics(self.towers)
+        use_cached_features = len(parts) > 1
+        self.statistics = statistics = RunningStatistics(self.towers)
         enter_phase("embed")
-        with torch.no_grad() if replayed else nullcontext():
+        with torch.no_grad() if use_cached_features else nullcontext():
             pairs = [self._embed(part, step, number) for number, part in enumerate(parts)]
         image, text = (torch.cat(side).detach().float().requires_grad_() for side in zip(*pairs, strict=True))
         enter_phase("exchange")
         features = self._features(image, text, batch)
         loss = self.loss(features)
         parameters = [p for p in self.loss.parameters() if p.requires_grad]
-        *grads, image_grad, text_grad = torch.autograd.grad(loss, [*parameters, image, text])
-        for parameter, grad in zip(parameters, grads, strict=True):
+        *parameter_grads, image_grad, text_grad = torch.autograd.grad(loss, [*parameters, image, text])
+        for parameter, grad in zip(parameters, parameter_grads, strict=True):
             parameter.grad = all_reduce_sum(grad)
         total = all_reduce_sum(loss.detach().clone())
-        own = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        factor = self.world.size + 0 * (total + sum(grad.sum() for grad in own))  # NaN without asking the device
+        summed_grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        # NaN if one of them is not finite, without a synchronization with the device.
+        factor = self.world.size + 0 * (total + sum(grad.sum() for grad in summed_grads))
         grad_parts = zip(
             image_grad.split([len(part.views) for part in parts]),
             text_grad.split([len(part.tokens) for part in parts]),
@@ -162,51 +167,55 @@ class Engine:
         )
         enter_phase("backward")
         for number, (part, part_grads) in enumerate(zip(parts, grad_parts, strict=True)):
-            if replayed:
+            if use_cached_features:
                 statistics.restore()
                 pairs[number] = self._embed(part, step, number)
             surrogate = sum((f.float() * g).sum() for f, g in zip(pairs[number], part_grads, strict=True))
             self.engine.set_gradient_accumulation_boundary(number == len(parts) - 1)
             self.engine.backward(surrogate * factor, scale_wrt_gas=False)
-            if replayed:
-                statistics.add(len(part.views) / len(image))
-        if replayed:
-            statistics.settle()
+            if use_cached_features:
+                statistics.accumulate(len(part.views) / len(image))
+        if use_cached_features:
+            statistics.apply_mean()
         return float(total), features
 
     def _embed(self, part: Batch, step: int, number: int) -> tuple[Tensor, Tensor]:
-        # Dropout is a function of what is embedded: a replay and a resumed run draw what was drawn before.
+        # The seed is a function of what is embedded, so that the second pass and a resumed run repeat the draws.
         torch.manual_seed(key64("step", self.config.seed, step, self.world.rank, number) >> 1)
         return self.engine(part.images(self.world.device), part.tokens.to(self.world.device))
 
     def _features(self, image: Tensor, text: Tensor, batch: Batch) -> Features:
-        """What the loss is told; text (u, E): a row for each different caption."""
-        device, wrong = self.world.device, batch.negative_row.to(self.world.device)
-        return Features(
+        """Returns the loss's input; text (u, E): one row per distinct caption."""
+        device = self.world.device
+        features = Features(
             image=image,
             text=text[batch.text_row.to(device)],
             image_id=batch.image_id.to(device),
             caption_id=batch.caption_id.to(device),
             exchange=EXCHANGES[self.config.runtime.exchange],
-            negative=text[wrong.clamp_min(0)] if len(wrong) else None,
-            negative_id=batch.negative_id.to(device) if len(wrong) else None,
-            negative_present=wrong >= 0 if len(wrong) else None,
         )
+        if len(batch.negative_row):
+            negative_row = batch.negative_row.to(device)
+            features.negative = text[negative_row.clamp_min(0)]
+            features.negative_id = batch.negative_id.to(device)
+            features.negative_present = negative_row >= 0
+        return features
 
     def update(self, lr_factor: float) -> float:
-        """One update from what `backward` left, at `lr_factor` of the configured rate; the norm before clipping.
+        """Applies one update with the gradients of `backward`; returns the global norm before clipping.
 
-        Where that is not finite nothing changes: weights, both optimisers' states and running statistics stay.
+        lr_factor: the learning rate as a share of its peak. If the norm is not finite, nothing changes: weights, the
+        states of both optimizers and running statistics stay as they are.
         """
         enter_phase("update")
         for group in (*self.optimizer.param_groups, *self.loss_optimizer.param_groups):
             group["lr"] = self.config.optim.lr * lr_factor
-        before = self._norm_before_step()
-        if before is None or math.isfinite(before):
+        norm_before_step = self._norm_before_step()
+        if norm_before_step is None or math.isfinite(norm_before_step):
             self.engine.step()
         else:
             self.engine.zero_grad()
-        norm = float(before if before is not None else self.engine.get_global_grad_norm())
+        norm = float(self.engine.get_global_grad_norm() if norm_before_step is None else norm_before_step)
         if math.isfinite(norm):
             self.updates += 1
             self.loss_optimizer.step()
@@ -217,79 +226,91 @@ class Engine:
         return norm
 
     def gradients(self) -> dict[str, Tensor]:
-        """The whole gradients between `backward` and `update`, unclipped, towers' and loss's; every rank must call."""
+        """Returns complete unclipped gradients, between `backward` and `update`; every rank must call it.
+
+        Those of the loss are named `loss.NAME`.
+        """
         named = {name: deepspeed.utils.safe_get_full_grad(p) for name, p in self.towers.named_parameters()}
-        named |= {f"loss.{name}": p.grad for name, p in self.loss.named_parameters()}
+        for name, parameter in self.loss.named_parameters():
+            named[f"loss.{name}"] = parameter.grad
         return {name: grad.detach().float().cpu().clone() for name, grad in named.items() if grad is not None}
 
     def _norm_before_step(self) -> float | None:
-        """The global gradient norm where DeepSpeed reports none: ZeRO 0, whose gradients are whole on every rank."""
+        """Returns the global gradient norm if DeepSpeed reports none: under ZeRO 0, where ranks have all gradients."""
         if self.zero > 0:
             return None
         grads = [p.grad for p in self.towers.parameters() if p.grad is not None]
         return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads])))
 
     def weights(self) -> dict[str, Tensor]:
-        """Copies of the towers' whole fp32 state on rank 0, elsewhere nothing; every rank must call."""
+        """Returns copies of the towers' complete fp32 state on rank 0, elsewhere nothing; every rank must call it."""
         self._average_running_statistics()
-        whole: dict[str, Tensor] = {}
+        gathered: dict[str, Tensor] = {}
         if self.zero == 3:
             for name, parameter in self.towers.named_parameters():
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
                     if self.world.is_rank0:
-                        whole[name] = parameter.detach().to("cpu", copy=True)
+                        gathered[name] = parameter.detach().to("cpu", copy=True)
         if not self.world.is_rank0:
             return {}
-        state = self.towers.state_dict()
-        return whole | {name: state[name].detach().to("cpu", copy=True) for name in state if name not in whole}
+        for name, tensor in self.towers.state_dict().items():
+            if name not in gathered:
+                gathered[name] = tensor.detach().to("cpu", copy=True)
+        return gathered
 
     def _average_running_statistics(self) -> None:
-        """Batch-norm statistics differ between ranks (nothing synchronises buffers): make them the average."""
-        for buffer in _Statistics(self.towers).buffers:
+        """Averages batch-norm statistics over ranks; DeepSpeed synchronizes no buffers."""
+        for buffer in RunningStatistics(self.towers).buffers:
             if self.world.size > 1 and buffer.is_floating_point():
                 dist.all_reduce(buffer)
                 buffer /= self.world.size
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Copies of the optimiser's state that this rank is to write; see `optimizer_state.py`."""
-        return slices(self._torch_optimizer.state, self._held(), self.zero, self.world.rank, self.world.size)
+        """Returns copies of the optimizer state that this rank writes; see `optimizer_state.py`."""
+        return state_slices(
+            self._torch_optimizer.state, self._state_layout(), self.zero, self.world.rank, self.world.size
+        )
 
     def restore_optimizer(self, files: Iterable[Path], updates: int) -> None:
-        """Takes over the towers' optimiser state after `updates` updates from what any layout wrote."""
-        restore(self._torch_optimizer, self._held(), files, updates)
+        """Restores the towers' optimizer state after `updates` updates from files of any layout."""
+        count = updates if self.config.optim.counts_updates else None
+        read_state(self._torch_optimizer, self._state_layout(), files, count)
         self.updates = updates
 
     @property
     def _torch_optimizer(self) -> torch.optim.Optimizer:
-        """The one that `make_optimizer` made, which DeepSpeed wraps from ZeRO 1 on."""
+        """The optimizer of `build_optimizer`, which DeepSpeed wraps from ZeRO 1 on."""
         return self.optimizer.optimizer if self.zero else self.optimizer
 
-    def _held(self) -> list[Held]:
+    def _state_layout(self) -> list[StateTensor]:
         names = {parameter: name for name, parameter in self.towers.named_parameters()}
-        return layout(self.optimizer, self.zero, names, self.world.rank, self.world.size)
+        return state_layout(self.optimizer, self.zero, names, self.world.rank, self.world.size)
 
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
-    """A batch's views, with their colours, and its tokens in equally large parts of at most `size` samples; 0: in one.
+    """Splits a batch's views and tokens into equal parts of at most `size` samples; 0: one part.
 
-    The parts' other fields are the whole batch's. A part's tokens are trimmed to its own longest caption; the loader
-    puts captions of like length side by side. Each part has a caption, so that each goes through both towers. Where
-    there are fewer captions than parts, the last parts repeat one behind the batch's own: no row of features points at
-    it and its gradient is zero.
+    The other fields of each part are those of the whole batch. The tokens of a part are trimmed to its own longest
+    caption; the loader puts captions of similar length side by side. Each part has a caption, so that each goes through
+    both towers: with fewer captions than parts, the last parts repeat the first caption, after the batch's own, where
+    no row of features refers to it and its gradient is zero.
     """
     count = -(-len(batch.views) // size) if size else 1
-    colors = [None] * count if batch.color_jitter is None else batch.color_jitter.tensor_split(count)
-    texts = [part if len(part) else batch.tokens[:1] for part in batch.tokens.tensor_split(count)]
+    views = batch.views.tensor_split(count)
+    jitters = [None] * count if batch.color_jitter is None else batch.color_jitter.tensor_split(count)
+    tokens = [part if len(part) else batch.tokens[:1] for part in batch.tokens.tensor_split(count)]
     if batch.lengths is not None:
-        lengths = [part if len(part) else batch.lengths[:1] for part in batch.lengths.tensor_split(count)]
-        wide = (-(-int(part.max()) // LENGTH_STEP) * LENGTH_STEP for part in lengths)
-        texts = [part[:, :most] for part, most in zip(texts, wide, strict=True)]
-    cut = zip(batch.views.tensor_split(count), colors, texts, strict=True)
-    return [dataclasses.replace(batch, views=views, color_jitter=colors, tokens=text) for views, colors, text in cut]
+        for number, part in enumerate(batch.lengths.tensor_split(count)):
+            longest = int(part.max() if len(part) else batch.lengths[0])
+            tokens[number] = tokens[number][:, : -(-longest // LENGTH_STEP) * LENGTH_STEP]
+    return [
+        dataclasses.replace(batch, views=part_views, color_jitter=part_jitters, tokens=part_tokens)
+        for part_views, part_jitters, part_tokens in zip(views, jitters, tokens, strict=True)
+    ]
 
 
-class _Statistics:
-    """Batch norm's running statistics, which move once a step: by the mean of what each replay would do alone."""
+class RunningStatistics:
+    """Batch norm's running statistics, which move once per step: to the mean over micro-batches."""
 
     def __init__(self, towers: TwoTower) -> None:
         names = ("running_mean", "running_var", "num_batches_tracked")
@@ -298,13 +319,15 @@ class _Statistics:
         self.mean = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in self.buffers]
 
     def restore(self) -> None:
+        """Restores the statistics of before the step."""
         for buffer, before in zip(self.buffers, self.before, strict=True):
             buffer.copy_(before)
 
-    def add(self, share: float) -> None:
+    def accumulate(self, weight: float) -> None:
+        """Adds the current statistics to the mean; weight: the micro-batch's share of the batch."""
         for buffer, mean in zip(self.buffers, self.mean, strict=True):
-            mean += share * buffer
+            mean += weight * buffer
 
-    def settle(self) -> None:
+    def apply_mean(self) -> None:
         for buffer, mean in zip(self.buffers, self.mean, strict=True):
             buffer.copy_(mean if buffer.is_floating_point() else mean.round())

@@ -16,15 +16,19 @@ from clipwright.pipeline.model.folder import load_model, save_model
 from clipwright.pipeline.train import run_folder
 from clipwright.pipeline.train.checkpoints import checkpoint
 from clipwright.pipeline.train.config import RunConfig, model_tree, stored_tokenizer
+from clipwright.pipeline.train.techniques.base import build_techniques
 
 
 @configclass
 class ExportConfig:
-    """Which run, which step (the newest by default), and to which form."""
+    """Which checkpoint to export, and to which format."""
 
     run: str
+    """Run folder."""
     to: Literal["safetensors"] = "safetensors"
+    """Format of the model folder."""
     step: int | None = None
+    """Step of the checkpoint; by default the newest."""
 
 
 def export(call: Call) -> Outcome:
@@ -34,23 +38,31 @@ def export(call: Call) -> Outcome:
     tree = run_folder.stored_tree(run)
     if tree is None:
         raise ClipwrightError(
-            "E_INPUT", "not a run folder", where=run, found="no config.yaml", fix="give the -o folder of `train`"
+            "E_INPUT",
+            "this is not a run folder",
+            where=run,
+            found="no config.yaml",
+            fix="give the -o folder of `train`",
         )
     found = checkpoint.newest(run, config.step)
     if found is None:
         raise ClipwrightError(
             "E_CKPT_NONE",
-            "a run without checkpoint",
+            "the run has no checkpoint yet",
             where=run,
-            found="none was saved yet",
-            fix="train on, then export",
+            found="none was saved",
+            fix="resume training, then export",
         )
     output.check(out, output.MODEL)
     if call.dry_run:
         result = {"run": str(run), "step": found.step, "model": str(call.out)}
         return Outcome(result, f"would export step {found.step} of {run} to {out}")
     run_config = resolve(RunConfig, base=tree).value
-    loss = {f"loss.{k}": v for k, v in found.loss().items() if not k.startswith("optimizer.")}
+    techniques = build_techniques(run_config.techniques)
+    found.restore_techniques(techniques)
+    weights = techniques.export(found.weights())
+    for name, tensor in found.loss().items():
+        weights[f"loss.{name}"] = tensor
     made_from = {
         "dataset": found.manifest["identity"]["data"]["train"],
         "run": digest(found.manifest["identity"]),
@@ -60,13 +72,13 @@ def export(call: Call) -> Outcome:
         manifest = save_model(
             staged,
             config=model_tree(tree),
-            weights={**found.weights(), **loss},
+            weights=weights,
             tokenizer=stored_tokenizer(run_config.tokenizer, run),
             made_from=made_from,
             card=_card(tree, made_from, found.manifest["accepted"]),
         )
         progress.add(1)
-        load_model(staged, device="cpu")  # what is announced has been read back
+        load_model(staged, device="cpu")  # verified before it is published
         progress.add(1)
     result = {"model": str(call.out), "fingerprint": manifest["fingerprint"], "step": found.step, **made_from}
     return Outcome(
@@ -77,15 +89,18 @@ def export(call: Call) -> Outcome:
 
 
 def _card(tree: dict[str, Any], made_from: dict[str, Any], accepted: list[dict[str, Any]]) -> str:
+    """Returns the text of the model card."""
     image, text = tree["image"], tree["text"]
-    changed = "".join(f"- changed behind step {one['step']:,}: {'; '.join(one['changed'])}\n" for one in accepted)
+    changes = "".join(
+        f"- config changed after step {change['step']:,}: {'; '.join(change['changed'])}\n" for change in accepted
+    )
     return (
         "# A two-tower image-text model\n\n"
         f"- image tower: {image['name']} at {image['image_size']} px\n"
         f"- text tower: {text['name']}, context {text['context']}, tokenizer {tree['tokenizer']['name']}\n"
         f"- embedding: {tree['embed_dim']} numbers, unit length\n"
         f"- trained on {made_from['samples']:,} samples of the dataset with fingerprint {made_from['dataset']}\n"
-        f"{changed}\n"
-        "Made by clipwright. Open it with `clipwright.load_model(folder)`. It knows what its training data showed it, "
-        "biases included; test it on your own data before you rely on it.\n"
+        f"{changes}\n"
+        "Made by clipwright. Open it with `clipwright.load_model(folder)`. The model knows only what its training data "
+        "showed, including its biases; test it on your own data before you rely on it.\n"
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from clipwright.pipeline.core.command import Outcome
@@ -19,7 +20,7 @@ from clipwright.pipeline.distributed.group import World
 from clipwright.pipeline.measure import peak_memory
 from clipwright.pipeline.towers.base import parameter_count
 from clipwright.pipeline.train import run_folder
-from clipwright.pipeline.train.config import Parts, RunConfig
+from clipwright.pipeline.train.config import Components, RunConfig
 from clipwright.pipeline.train.engine import StepResult
 from clipwright.pipeline.train.run_folder import LOG, StepFile
 
@@ -27,53 +28,80 @@ _TAGS = ("loss", "acc_image", "acc_text", "scale", "lr", "grad_norm", "samples_p
 
 
 class RunLog:
-    """`log.jsonl` is the truth, one object per logged step; on resume it is cut back to the checkpoint's step."""
+    """`log.jsonl`, one object per logged step, and the same numbers in TensorBoard; written by rank 0 only.
 
-    def __init__(self, run: Path, step: int) -> None:
-        self._file = StepFile(run / LOG, step)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+    On resume both are cut back to the checkpoint's step.
+    """
+
+    def __init__(self, run: Path, step: int, world: World) -> None:
+        self._file: StepFile | None = None
+        if world.is_rank0:
+            self._file = StepFile(run / LOG, step)
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, record: dict[str, Any]) -> None:
+        if self._file is None:
+            return
         self._file.write(record)
-        for tag in (*_TAGS, *(name for name in record if name.startswith("val_"))):
+        scores = [name for name in record if name.startswith("val_")]
+        for tag in (*_TAGS, *scores):
             if record.get(tag) is not None:
                 self._board.add_scalar(tag, record[tag], record["step"])
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
 
-def header(config: RunConfig, parts: Parts, world: World, threads: int) -> str:
-    """A run's numbers, printed before its first step."""
-    towers, schedule, data = parts.towers, config.schedule, parts.loader.data
+def header(config: RunConfig, components: Components, world: World, threads: int) -> str:
+    """Returns a run's numbers, printed before its first step."""
+    towers, schedule, data = components.towers, config.schedule, components.loader.data
     epochs = data.epochs(schedule.samples)
-    many = len(epochs) > 1
-    named = (f"{part.folder.name} " if many else "" for part in data.datasets)
-    told = ", ".join(f"{name}{turns:.1f}" for name, turns in zip(named, epochs, strict=True))
+    if len(epochs) > 1:
+        names = [dataset.folder.name for dataset in data.datasets]
+        of_datasets = f" of {len(epochs)} datasets"
+        epochs_text = ", ".join(f"{name} {count:.1f}" for name, count in zip(names, epochs, strict=True))
+    else:
+        of_datasets, epochs_text = "", f"{epochs[0]:.1f}"
     return (
-        f"image {config.image.name} {parameter_count(towers.image):,} · "
-        f"text {config.text.name} {parameter_count(towers.text):,} parameters · embed {config.embed_dim}\n"
-        f"data {data.samples:,} samples in {len(data.sizes)} shards{f' of {len(epochs)} datasets' if many else ''} · "
-        f"{schedule.samples:,} training samples = {told} epochs · "
+        f"image {config.image.name} {_parameters(towers.image)} · text {config.text.name} {_parameters(towers.text)} "
+        f"parameters · embedding {config.embed_dim}\n"
+        f"data {data.samples:,} samples in {len(data.sizes)} shards{of_datasets} · "
+        f"{schedule.samples:,} training samples = {epochs_text} epochs · "
         f"{schedule.steps:,} steps of {schedule.global_batch}\n"
         f"{world} · {world.device.type} · precision {config.precision} · "
         f"ZeRO {config.runtime.zero} · {threads} threads · seed {config.seed}"
     )
 
 
-def step_line(record: dict[str, Any], steps: int, eta: float) -> str:
-    """One fixed-field line of a step, for people and grep."""
-    counts = "".join(f"{name} {record[name]}  " for name in ("replaced", "skipped") if record[name])
+def _parameters(tower: nn.Module) -> str:
+    """Returns the number of parameters, and of trainable ones if some are frozen."""
+    total, trainable = sum(p.numel() for p in tower.parameters()), parameter_count(tower)
+    return f"{total:,}" if trainable == total else f"{total:,} ({trainable:,} trainable)"
+
+
+def step_line(record: dict[str, Any], steps: int, eta_seconds: float) -> str:
+    """Returns one line with fixed fields about a step, for people and grep."""
+    fields = [
+        f"step {record['step']:>{len(str(steps))}}/{steps}",
+        f"loss {_number(record['loss'], '.4f')}",
+        f"i2t acc {record['acc_image']:.2f}",
+        f"t2i acc {record['acc_text']:.2f}",
+        f"negatives {record['negatives']}",
+        f"scale {record.get('scale', 0):.1f}",
+        f"lr {record['lr']:.2e}",
+        f"grad norm {_number(record['grad_norm'], '.2f')}",
+        f"samples/s {record['samples_per_s']:.0f}",
+        f"data wait {record['data_share']:.0%}",
+    ]
+    for count in ("replaced", "skipped"):
+        if record[count]:
+            fields.append(f"{count} {record[count]}")
     if "val_i2t_r1" in record:
-        counts += f"val R@1 i2t {record['val_i2t_r1']:.3f} t2i {record['val_t2i_r1']:.3f}  "
-    return (
-        f"step {record['step']:>{len(str(steps))}}/{steps}  loss {_number(record['loss'], '.4f')}  "
-        f"acc i2t {record['acc_image']:.2f} t2i {record['acc_text']:.2f}  "
-        f"neg {record['negatives']}  scale {record.get('scale', 0):.1f}  "
-        f"lr {record['lr']:.2e}  gnorm {_number(record['grad_norm'], '.2f')}  smp/s {record['samples_per_s']:.0f}  "
-        f"data {record['data_share']:.0%}  {counts}mem {record['memory_gb']:.1f}G  eta {format_duration(eta)}"
-    )
+        fields.append(f"val R@1 i2t {record['val_i2t_r1']:.3f} t2i {record['val_t2i_r1']:.3f}")
+    fields += [f"memory {record['memory_gb']:.1f} GB", f"eta {format_duration(eta_seconds)}"]
+    return "  ".join(fields)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -81,42 +109,45 @@ def _number(value: float | None, form: str) -> str:
 
 
 class Meter:
-    """Speed between two logged steps, and a logged step's record."""
+    """Measures speed between two logged steps, and makes a logged step's record."""
 
-    def __init__(self, step: int, device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.begin(step)
+        self.restart(0)
 
-    def begin(self, step: int) -> None:
-        """What is timed begins now, behind step `step`."""
-        self._since, self._step, self.waited = time.perf_counter(), step, 0.0
+    def restart(self, step: int) -> None:
+        """Starts the next interval after step `step`."""
+        self._started, self._step, self.waited = time.perf_counter(), step, 0.0
 
-    def record(self, step: int, samples: int, result: StepResult, **more: Any) -> dict[str, Any]:
-        """The record of step `step`, up to which `samples` were trained on; what is not finite stands as null."""
-        seconds, steps = max(time.perf_counter() - self._since, 1e-9), step - self._step
-        share = min(self.waited / seconds, 1.0)
-        self.begin(step)
-        numbers = dataclasses.asdict(result)
+    def record(self, step: int, samples: int, result: StepResult, **further: Any) -> dict[str, Any]:
+        """Returns the record of step `step`, after `samples` samples; a number that is not finite becomes null."""
+        seconds, steps = max(time.perf_counter() - self._started, 1e-9), step - self._step
+        data_share = min(self.waited / seconds, 1.0)
+        self.restart(step)
+        numbers = {
+            name: value if value is None or math.isfinite(value) else None
+            for name, value in dataclasses.asdict(result).items()
+        }
         return {
             "step": step,
             "samples": samples,
-            **{name: value if value is None or math.isfinite(value) else None for name, value in numbers.items()},
-            **more,
+            **numbers,
+            **further,
             "samples_per_s": samples / step * steps / seconds,
-            "data_share": share,
+            "data_share": data_share,
             "memory_gb": peak_memory(self._device) / 2**30,
         }
 
 
 def summary(run: Path, config: RunConfig, world: World, steps: int) -> Outcome:
-    """The outcome of a completed run."""
+    """Returns the outcome of a complete run."""
     lines = run_folder.read_log(run)
     if not lines:
         raise ClipwrightError(
             "E_INPUT",
-            "a finished run without its log",
+            "the log of this finished run is empty",
             where=run / LOG,
-            found="no line; the checkpoints are whole",
+            found="no line; the checkpoints are valid",
             fix=f"export it (clipwright export {run} -o MODEL), or train again with --fresh",
         )
     result = {

@@ -18,7 +18,7 @@ from clipwright.pipeline.tokenizers.base import Tokenizer
 LOG, LEDGER = "log.jsonl", "ledger.jsonl"
 # Keys of an identity that a run may change on its way, if asked to: nothing that decides which samples a step sees, or
 # what its weights are weights of.
-ACCEPTABLE = re.compile(r"(optim|loss|data\.augment)\.(?!name$)[\w.]+|schedule\.(warmup|decay|final_lr_ratio)")
+ACCEPTABLE = re.compile(r"(optim|loss|data\.augment)\.(?!name$)[\w.]+|schedule\.(?!samples$|global_batch$)[\w.]+")
 
 
 def stored_tree(run: Path) -> dict[str, Any] | None:

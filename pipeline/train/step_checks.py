@@ -1,4 +1,4 @@
-"""Checks on each step: updates that are not finite, and ranks that are slow."""
+"""Checks after each step: non-finite steps, and slow ranks."""
 
 from __future__ import annotations
 
@@ -15,86 +15,90 @@ from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.distributed.group import World, all_gather, all_gather_object
 from clipwright.pipeline.train.engine import StepResult
 from clipwright.pipeline.train.sample_log import merge
-from clipwright.pipeline.train.supervision.failures import MAX_LISTED_RANKS
 from clipwright.pipeline.train.supervision.progress import PROGRESS
 
-IN_A_ROW = 3  # steps that are skipped
+MAX_SKIPPED_IN_A_ROW = 3
+SHOWN_KEYS = 4
 
-
-WINDOW = 16  # steps over which ranks are compared: two of them, begun anywhere, are over within 48
-
-
-SLOW, SHARE = 1.6, 0.02  # times the median of the others; and at least this share of the time all take
+PACE_WINDOW = 16  # steps over which ranks are compared: two windows fit into any 48 steps
+# A slow rank takes SLOW_FACTOR times the median of the other ranks, and the excess matters: SLOW_SHARE of the time.
+SLOW_FACTOR, SLOW_SHARE = 1.6, 0.02
 
 
 class NonFiniteSteps:
-    """Steps that were skipped, since their loss or gradient is not finite; IN_A_ROW of them end the run."""
+    """Counts skipped steps, whose loss or gradient is not finite; MAX_SKIPPED_IN_A_ROW in a row end the run."""
 
     def __init__(self, run: Path, count: int) -> None:
-        self.run, self.count, self._row = run, count, 0
+        self.run, self.count, self._in_a_row = run, count, 0
 
     def add(self, result: StepResult) -> None:
-        self._row = self._row + 1 if result.skipped else 0
+        self._in_a_row = self._in_a_row + 1 if result.skipped else 0
         self.count += result.skipped
 
     @property
     def too_many(self) -> bool:
         """Whether the run ends, on all ranks alike."""
-        return self._row >= IN_A_ROW
+        return self._in_a_row >= MAX_SKIPPED_IN_A_ROW
 
     def error(self, result: StepResult, step: int, batch: Batch) -> ClipwrightError:
-        """E_NONFINITE behind step `step`, whose part on this rank was `batch`; every rank must call."""
+        """Returns E_NONFINITE after step `step`; batch: this rank's part. Every rank must call it."""
         keys = merge(all_gather_object(batch.batch_samples)).keys
         latest = self.run / "latest"
-        stands = latest.read_text(encoding="utf-8").strip() if latest.exists() else "no checkpoint"
+        newest = latest.read_text(encoding="utf-8").strip() if latest.exists() else "none"
         return ClipwrightError(
             "E_NONFINITE",
-            f"{IN_A_ROW} steps in a row that are not finite",
-            where=f"{self.run} step {step}: {', '.join(keys[:MAX_LISTED_RANKS])}, …",
-            found=f"loss {result.loss}, gradient norm {result.grad_norm}; {stands} stands, no update was made since",
-            fix=f"see all samples: clipwright data ledger {self.run} step={step}; "
+            f"loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row",
+            where=f"{self.run} step {step}: samples {', '.join(keys[:SHOWN_KEYS])}, …",
+            found=f"loss {result.loss}, gradient norm {result.grad_norm}, no update was made; "
+            f"newest checkpoint: {newest}",
+            fix=f"list the step's samples: clipwright data ledger {self.run} step={step}; "
             "lower optim.lr or use precision=fp32, with --fresh or another -o",
         )
 
 
 class StepPace:
-    """Which ranks hold up the others: what each takes by itself for WINDOW steps, compared."""
+    """Finds ranks that slow down the others, by the time each spends by itself in PACE_WINDOW steps."""
 
     def __init__(self, world: World) -> None:
-        self.world, self.slow = world, list[int]()
+        self.world = world
+        self.slow: list[int] = []
         self._hosts = all_gather_object(os.uname().nodename)
         self._suspects: set[int] = set()
-        self._before: torch.Tensor | None = None  # the first window holds what is slow only once
+        self._before: torch.Tensor | None = None  # None in the first window, whose start-up costs do not count
 
     def add(self, step: int) -> list[str]:
-        """Behind step `step`; every rank must call. A line for each rank that was slow twice, the first time only."""
-        if step % WINDOW or self.world.size == 1:
+        """Returns a line for each rank that was slow in two windows, once; every rank must call it after each step."""
+        if step % PACE_WINDOW or self.world.size == 1:
             return []
-        now = torch.tensor(
-            [[PROGRESS.phase_seconds["data"], PROGRESS.phase_seconds["embed"], time.monotonic()]], dtype=torch.float64
-        )
+        seconds = PROGRESS.phase_seconds
+        now = torch.tensor([[seconds["data"], seconds["embed"], time.monotonic()]], dtype=torch.float64)
         before, self._before = self._before, now
         if before is None:
             return []
-        took = all_gather((now - before).to(self.world.device)).cpu()
-        own, data, wall = (took[:, 0] + took[:, 1]).tolist(), took[:, 0].tolist(), float(took[:, 2].mean())
-        suspects = slow_ranks(own, wall)
+        spent = all_gather((now - before).to(self.world.device)).cpu()
+        data = spent[:, 0].tolist()
+        own = (spent[:, 0] + spent[:, 1]).tolist()
+        suspects = slow_ranks(own, float(spent[:, 2].mean()))
         known, self.slow = self.slow, sorted(suspects & self._suspects)
         self._suspects = suspects
         return [
-            f"slow: rank {rank} on {self._hosts[rank]} takes {own[rank] / WINDOW:.3f} s a step by itself, the others' "
-            f"median is {_others(own, rank) / WINDOW:.3f}; {data[rank] / own[rank]:.0%} of it is waiting for data"
+            f"slow: rank {rank} on {self._hosts[rank]} takes {own[rank] / PACE_WINDOW:.3f} s per step by itself, the "
+            f"median of the other ranks is {_median_of_others(own, rank) / PACE_WINDOW:.3f} s; "
+            f"{data[rank] / own[rank]:.0%} of it is spent waiting for data"
             for rank in self.slow
             if rank not in known
         ]
 
 
-def slow_ranks(own: Sequence[float], wall: float) -> set[int]:
-    """Ranks whose own seconds are far above the median of the others', and matter in the `wall` seconds all took."""
-    medians = [_others(own, rank) for rank in range(len(own))]
-    pairs = zip(own, medians, strict=True)
-    return {rank for rank, (mine, others) in enumerate(pairs) if mine > max(SLOW * others, others + SHARE * wall)}
+def slow_ranks(own: Sequence[float], elapsed: float) -> set[int]:
+    """Returns the ranks far above the median of the others; own: seconds per rank, elapsed: seconds of the window."""
+    slow: set[int] = set()
+    for rank, seconds in enumerate(own):
+        others = _median_of_others(own, rank)
+        if seconds > max(SLOW_FACTOR * others, others + SLOW_SHARE * elapsed):
+            slow.add(rank)
+    return slow
 
 
-def _others(own: Sequence[float], rank: int) -> float:
+def _median_of_others(own: Sequence[float], rank: int) -> float:
     return statistics.median([*own[:rank], *own[rank + 1 :]])

@@ -1,6 +1,6 @@
-"""Scores of a held-out dataset while training goes on.
+"""Retrieval scores on a held-out dataset during training.
 
-How to score comes from the front door: evaluation is built on the pipeline, which does not import it.
+The front door passes in how to score: evaluation is built on the pipeline, which does not import it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from clipwright.pipeline.tokenizers.base import Tokenizer
 from clipwright.pipeline.train.config import RunConfig
 from clipwright.pipeline.train.engine import Engine
 from clipwright.pipeline.train.supervision.progress import heartbeat
+from clipwright.pipeline.train.techniques.base import Technique
 
 # (model, data, batch=, workers=, quiet=) → {i2t, t2i: {r1, r5, r10, …}}, as eval.benchmarks.retrieval.score
 Score = Callable[..., dict[str, Any]]
-BATCH = 64
+BATCH_SIZE = 64
 
 
 class Validation:
-    """Retrieval on `runtime.validation` by the first rank, on towers of its own, while the other ranks wait.
+    """Retrieval on `runtime.validation` by rank 0, on towers of its own, while the other ranks wait.
 
-    The weights are those of a checkpoint of that step, in float32.
+    The weights are those of a model exported from a checkpoint of that step, in float32.
     """
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, world: World, score: Score) -> None:
@@ -43,47 +44,51 @@ class Validation:
     def due(self, step: int, end: int) -> bool:
         return step == end or step % self.config.runtime.validate_every == 0
 
-    def run(self, engine: Engine, told_to_stop: Callable[[], bool]) -> dict[str, float]:
-        """`{val_i2t_r1, …, val_t2i_r10}` in [0, 1], nothing when told to stop meanwhile; every rank must call."""
+    def run(self, engine: Engine, techniques: Technique, should_stop: Callable[[], bool]) -> dict[str, float]:
+        """Returns `{val_i2t_r1, …, val_t2i_r10}` in [0, 1], or nothing if it was stopped; every rank must call it."""
         weights = engine.weights()
-        found: dict[str, float] = {}
-        run_on_rank0(lambda: found.update(self._scores(weights, told_to_stop)))
-        told: Any = broadcast_object(found)
-        return told
+        scores: dict[str, float] = {}
+        run_on_rank0(lambda: scores.update(self._scores(techniques.export(weights), should_stop)))
+        on_all_ranks: Any = broadcast_object(scores)
+        return on_all_ranks
 
-    def _scores(self, weights: dict[str, Tensor], told_to_stop: Callable[[], bool]) -> dict[str, float]:
+    def _scores(self, weights: dict[str, Tensor], should_stop: Callable[[], bool]) -> dict[str, float]:
         towers = build_model(self.config, self.tokenizer).to(self.world.device)
         towers.load_state_dict(weights)
-        model = _Stoppable(Model(self.config, towers, self.tokenizer, ""), told_to_stop)
+        model = _StoppableModel(Model(self.config, towers, self.tokenizer, ""), should_stop)
         try:
-            ways = self.score(model, self._data, batch=BATCH, workers=self.config.runtime.workers, quiet=True)
+            result = self.score(model, self._data, batch=BATCH_SIZE, workers=self.config.runtime.workers, quiet=True)
         except _Stopped:
             return {}
-        return {f"val_{way}_r{k}": float(ways[way][f"r{k}"]) for way in ("i2t", "t2i") for k in (1, 5, 10)}
+        return {
+            f"val_{direction}_r{k}": float(result[direction][f"r{k}"])
+            for direction in ("i2t", "t2i")
+            for k in (1, 5, 10)
+        }
 
 
 class _Stopped(Exception):
-    """Raised out of a score that takes too long for a run that is to stop."""
+    """Ends the scoring of a run that should stop."""
 
 
-class _Stoppable:
-    """A model that stops between batches, and says that it is alive."""
+class _StoppableModel:
+    """A model that checks between batches whether to stop, and sends heartbeats."""
 
-    def __init__(self, model: Model, told_to_stop: Callable[[], bool]) -> None:
-        self.model, self.told_to_stop = model, told_to_stop
+    def __init__(self, model: Model, should_stop: Callable[[], bool]) -> None:
+        self.model, self.should_stop = model, should_stop
 
     def view(self, data: bytes) -> np.ndarray:
         return self.model.view(data)
 
     def embed_images(self, views: np.ndarray) -> Tensor:
-        self._look()
+        self._check()
         return self.model.embed_images(views)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        self._look()
+        self._check()
         return self.model.embed_texts(texts)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         heartbeat()
-        if self.told_to_stop():
+        if self.should_stop():
             raise _Stopped

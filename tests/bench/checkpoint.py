@@ -32,7 +32,8 @@ from clipwright.pipeline.train.checkpoints import checkpoint
 from clipwright.pipeline.train.checkpoints.saver import Saver
 from clipwright.pipeline.train.config import RunConfig
 from clipwright.pipeline.train.engine import Engine
-from clipwright.pipeline.train.optim import ScheduleConfig
+from clipwright.pipeline.train.optimizers.base import OPTIMIZERS
+from clipwright.pipeline.train.schedules.base import SCHEDULES
 
 CASES = {"nano": ("vit_nano", "text_nano", 64), "small": ("deit_small_patch16", "text_nano", 16)}
 VOCABULARY, STEPS, MINUTES = 49_408, 1000, 15
@@ -47,7 +48,8 @@ def config(case: str) -> RunConfig:
         embed_dim=256,
         data=DataConfig(train="none"),
         loss=LOSSES.preset("softmax"),
-        schedule=ScheduleConfig(global_batch=batch),
+        optim=OPTIMIZERS.preset("adamw"),
+        schedule=SCHEDULES.preset("cosine", global_batch=batch),
         precision="fp32",
     )
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layouts import Case, config, model, share
+from layouts import Case, config, model, rank_batch
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.distributed.group import World, process_group
@@ -61,7 +61,7 @@ def trained(run: Path, case: Case, zero: int, world: World, end: int, **runtime:
     losses = {}
     for step in range(start, end):
         saving.settle(saving.pending, saving.failed) if world.size == 1 else None
-        losses[step], _ = engine.backward(share(case, step, world.rank, world.size), step)
+        losses[step], _ = engine.backward(rank_batch(case, step, world.rank, world.size), step)
         engine.update(1.0)
         (run / "progress").write_text(str(step + 1))
         if saving.due(step + 1, late=False):

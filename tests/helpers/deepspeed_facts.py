@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import clipwright.pipeline.train.engine  # noqa: F401  before DeepSpeed: switches its C++ off
 from clipwright.pipeline.distributed.group import World, all_gather_object, process_group
-from clipwright.pipeline.train.optimizer_state import layout, restore, slices
+from clipwright.pipeline.train.optimizer_state import read_state, state_layout, state_slices
 
 import deepspeed  # isort: skip
 import deepspeed.ops
@@ -386,10 +386,10 @@ def an_offloaded_optimizer_is_exact_and_its_state_is_found_by_name(world: World)
                 engine = initialize(towers, adamw, zero_force_ds_cpu_optimizer=False, **settings)
                 assert engine.zero_use_cpu_optimizer(), zero
                 names = {parameter: name for name, parameter in engine.module.named_parameters()}
-                held = layout(engine.optimizer, zero, names, world.rank, world.size)
+                held = state_layout(engine.optimizer, zero, names, world.rank, world.size)
                 if first:
                     files = [Path(place) for place in all_gather_object(str(Path(folder) / "state.safetensors"))]
-                    restore(engine.optimizer.optimizer, held, files, 2)
+                    read_state(engine.optimizer.optimizer, held, files, 2)
                 for number in range(first, first + 2):
                     for part in range(2):
                         image, text = inputs(world.rank, number)
@@ -399,7 +399,7 @@ def an_offloaded_optimizer_is_exact_and_its_state_is_found_by_name(world: World)
                     grads = {n: deepspeed.utils.safe_get_full_grad(p) for n, p in engine.module.named_parameters()}
                     engine.step()
                 states.append(weights(engine))
-                state = slices(engine.optimizer.optimizer.state, held, zero, world.rank, world.size)
+                state = state_slices(engine.optimizer.optimizer.state, held, zero, world.rank, world.size)
                 save_file(state, Path(folder) / "state.safetensors")
                 all_gather_object(None)  # all are written
             all_gather_object(None)  # all are read

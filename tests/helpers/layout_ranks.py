@@ -1,5 +1,5 @@
-"""What the ranks of test_layouts.py do: `python layout_ranks.py OUT WORLD...` forks the ranks of each world, trains all
-of its layouts in them, with and without mutations, and writes what rank 0 saw.
+"""The ranks of test_layouts.py: `python layout_ranks.py OUT WORLD_SIZE...` forks the ranks of each world size, trains
+all of its layouts in them, with and without mutations, and writes what rank 0 saw.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layouts import IMAGE, LAYOUTS, STEPS, Case, Layout, config, formula, model, named, share
+from layouts import IMAGE_SIZE, LAYOUTS, STEPS, Case, Layout, config, formula, model, named, rank_batch
 from torch import Tensor
 
 from clipwright.pipeline.data.batch import Batch
@@ -27,72 +27,79 @@ from clipwright.pipeline.train import engine as engine_module
 from clipwright.pipeline.train.engine import Engine, micro_batches
 
 
-def trained(layout: Layout, world: World, spoil: Callable[[Engine], Any] | None = None) -> dict[str, Any]:
-    made = config(layout.case, micro_batch=layout.micro, zero=layout.zero, exchange=layout.exchange)
-    towers, loss = model(made)
-    engine = Engine(towers, loss, made, world)
-    if spoil is not None:
-        spoil(engine)
+def train(layout: Layout, world: World, mutate: Callable[[Engine], Any] | None = None) -> dict[str, Any]:
+    run_config = config(layout.case, micro_batch=layout.micro, zero=layout.zero, exchange=layout.exchange)
+    towers, loss = model(run_config)
+    engine = Engine(towers, loss, run_config, world)
+    if mutate is not None:
+        mutate(engine)
     seen: dict[str, Any] = {"loss": [], "gradients": [], "norm": []}
     for step in range(STEPS):
-        batch = share(layout.case, step, world.rank, world.size)
+        batch = rank_batch(layout.case, step, world.rank, world.size)
         value, _ = engine.backward(batch, step)
         seen["loss"].append(value)
         seen["gradients"].append(engine.gradients())
         seen["norm"].append(engine.update(1.0))
-    own = {f"loss.{name}": tensor.detach().clone() for name, tensor in engine.loss.state_dict().items()}
-    seen["weights"] = {**{k: v.clone() for k, v in engine.weights().items()}, **own}
-    if spoil is None:
-        batch = share(layout.case, STEPS, world.rank, world.size)
+    weights = {name: tensor.clone() for name, tensor in engine.weights().items()}
+    for name, tensor in engine.loss.state_dict().items():
+        weights[f"loss.{name}"] = tensor.detach().clone()
+    seen["weights"] = weights
+    if mutate is None:
+        batch = rank_batch(layout.case, STEPS, world.rank, world.size)
         seen["negatives"] = engine.step(batch, STEPS, 1.0, measure=True).negatives
     return seen
 
 
-def wide(engine: Engine) -> None:
-    """The loss's own parameters get a gradient too large by the number of ranks."""
+# Mutations, each of which the tests must notice
+
+
+def loss_gradient_times_world(engine: Engine) -> None:
+    """The gradient of the loss's own parameters is too large by the number of ranks."""
     real = engine_module.all_reduce_sum
     engine_module.all_reduce_sum = lambda tensor: real(tensor).mul_(engine.world.size if tensor.shape == (1,) else 1)
 
 
-def alone(engine: Engine) -> None:
-    """DeepSpeed's mean over ranks is not made up for."""
+def mean_over_ranks(engine: Engine) -> None:
+    """DeepSpeed's mean over ranks is not compensated."""
     engine.world = dataclasses.replace(engine.world, size=1)
 
 
-def unsummed(engine: Engine) -> None:
-    """Feature gradients stay on the rank that found them."""
+def feature_gradients_not_summed(engine: Engine) -> None:
+    """Feature gradients are not summed over ranks."""
     exchange.reduce_scatter_sum = lambda tensor: tensor.chunk(engine.world.size)[engine.world.rank].contiguous()
 
 
-def unmerged(engine: Engine) -> None:
-    """The texts' log-sum-exps are those of this rank's images alone."""
-    real = exchange._merge_own
+def log_sum_exps_not_merged(engine: Engine) -> None:
+    """The log-sum-exps of the texts are those of this rank's images only."""
+    real = exchange._reduce_scatter
 
     def merge(part: Tensor, op: str) -> Tensor:
         if op == "sum":
             return real(part, op)
         return part.chunk(engine.world.size)[engine.world.rank].contiguous()
 
-    exchange._merge_own = merge
+    exchange._reduce_scatter = merge
 
 
-def unmerged_ring(engine: Engine) -> None:
-    """What the last rank found of a block takes the place of what the others did."""
+def ring_results_not_merged(engine: Engine) -> None:
+    """The last rank's results for a block replace those of the other ranks."""
     exchange._MERGE["logaddexp"] = lambda first, second, out: out.copy_(second)
 
 
-def past_deepspeed(engine: Engine) -> None:
-    """The replay goes to the towers and not through the engine."""
-    through = engine._embed
+def replay_without_deepspeed(engine: Engine) -> None:
+    """The second pass calls the towers instead of the DeepSpeed engine."""
+    embed_with_engine = engine._embed
 
     def embed(part: Batch, step: int, number: int) -> tuple[Tensor, Tensor]:
-        return engine.towers(part.views, part.tokens) if torch.is_grad_enabled() else through(part, step, number)
+        if torch.is_grad_enabled():
+            return engine.towers(part.views, part.tokens)
+        return embed_with_engine(part, step, number)
 
     engine._embed = embed
 
 
-def apart(engine: Engine) -> None:
-    """Each tower is replayed by a call of its own."""
+def towers_called_separately(engine: Engine) -> None:
+    """The second pass calls the DeepSpeed engine once per tower."""
     towers, deepspeed_engine = engine.towers, engine.engine
     encoders = towers.encode_image, towers.encode_text
     towers.forward = lambda side, inputs: encoders[side](inputs)
@@ -114,186 +121,203 @@ def apart(engine: Engine) -> None:
     engine.backward = backward
 
 
-# What a mutation does to which layout; all of them must be seen.
+# Mutation → the layout in which it must be noticed
 MUTATIONS: dict[Callable[[Engine], None], Layout] = {
-    wide: Layout(Case(), 2, 16),
-    alone: Layout(Case(), 2, 16),
-    unsummed: Layout(Case(), 2),
-    unmerged: Layout(Case(), 2),
-    unmerged_ring: Layout(Case(), 2, exchange="ring"),
-    past_deepspeed: Layout(Case(), 2, 16, zero=3),
-    apart: Layout(Case(), 2, zero=3),
+    loss_gradient_times_world: Layout(Case(), 2, 16),
+    mean_over_ranks: Layout(Case(), 2, 16),
+    feature_gradients_not_summed: Layout(Case(), 2),
+    log_sum_exps_not_merged: Layout(Case(), 2),
+    ring_results_not_merged: Layout(Case(), 2, exchange="ring"),
+    replay_without_deepspeed: Layout(Case(), 2, 16, zero=3),
+    towers_called_separately: Layout(Case(), 2, zero=3),
 }
 
 
-def mutated(spoil: Callable[[Engine], None], layout: Layout, world: World) -> dict[str, Any]:
-    kept = [(module, dict(vars(module))) for module in (exchange, engine_module)]
+def train_mutated(mutate: Callable[[Engine], None], layout: Layout, world: World) -> dict[str, Any]:
+    """Trains with a mutation, which is undone afterwards."""
+    modules = [(module, dict(vars(module))) for module in (exchange, engine_module)]
     merge = dict(exchange._MERGE)
     try:
-        return trained(layout, world, spoil)
+        return train(layout, world, mutate)
     finally:
-        for module, before in kept:
+        for module, before in modules:
             vars(module).update(before)
         exchange._MERGE.update(merge)
 
 
-def dropped(world: World) -> dict[str, Any]:
-    """Gradients of the first step under drop path, ours and those of the micro-batches in one graph."""
+# Further comparisons
+
+
+def with_drop_path(world: World) -> dict[str, Any]:
+    """Returns gradients of the first step with drop path, ours and those of the micro-batches in one graph."""
     case, size = Case(), 16
-    made = config(case, micro_batch=size)
-    made = dataclasses.replace(
-        made,
-        image=dataclasses.replace(made.image, drop_path=0.5),
-        text=dataclasses.replace(made.text, drop_path=0.5),
+    run_config = config(case, micro_batch=size)
+    run_config = dataclasses.replace(
+        run_config,
+        image=dataclasses.replace(run_config.image, drop_path=0.5),
+        text=dataclasses.replace(run_config.text, drop_path=0.5),
     )
-    towers, loss = model(made)
+    towers, loss = model(run_config)
     plain_towers, plain_loss = copy.deepcopy((towers, loss))
-    engine, batch = Engine(towers, loss, made, world), share(case, 0)
+    engine, batch = Engine(towers, loss, run_config, world), rank_batch(case, 0)
     engine.backward(batch, 0)
     pairs = []
     for number, part in enumerate(micro_batches(batch, size)):
-        torch.manual_seed(key64("step", made.seed, 0, 0, number) >> 1)
+        torch.manual_seed(key64("step", run_config.seed, 0, 0, number) >> 1)
         pairs.append(plain_towers(part.views, part.tokens))
     image, text = (torch.cat(side) for side in zip(*pairs, strict=True))
     formula(case.loss, plain_loss, image, text, batch).backward()
     return {"ours": engine.gradients(), "plain": named(plain_towers, plain_loss, lambda p: p.grad)}
 
 
-def normed(world: World) -> dict[str, Any]:
-    """A tower with batch norm: statistics after a step, and gradients where it stands still."""
+def batch_norm_config(case: Case, **runtime: Any) -> Any:
+    """The config of a model whose image tower has batch norm."""
+    image = IMAGE_TOWERS.preset("convmixer_nano", image_size=IMAGE_SIZE, patch=2, dim=16, depth=1, kernel=3)
+    return dataclasses.replace(config(case, **runtime), image=image)
+
+
+def with_batch_norm(world: World) -> dict[str, Any]:
+    """Returns running statistics after a step, and gradients with the statistics in evaluation mode."""
     case, size = Case(), 16
-    made = config(case, micro_batch=size)
-    image = IMAGE_TOWERS.preset("convmixer_nano", image_size=IMAGE, patch=2, dim=16, depth=1, kernel=3)
-    made = dataclasses.replace(made, image=image)
-    towers, loss = model(made)
+    run_config = batch_norm_config(case, micro_batch=size)
+    towers, loss = model(run_config)
     before, plain_loss = copy.deepcopy((towers, loss))
-    engine, mine = Engine(towers, loss, made, world), share(case, 0, world.rank, world.size)
-    engine.backward(mine, 0)
+    engine, own_batch = Engine(towers, loss, run_config, world), rank_batch(case, 0, world.rank, world.size)
+    engine.backward(own_batch, 0)
     engine.update(1.0)
-    each = []
-    for number in range(world.size):
-        for part in micro_batches(share(case, 0, number, world.size), size):
-            each.append(copy.deepcopy(before))
-            each[-1].encode_image(part.views)
-    names = [name for name, _ in before.named_buffers() if name.endswith(("running_mean", "running_var", "tracked"))]
-    mean = {name: sum(tower.get_buffer(name) for tower in each) / len(each) for name in names}
-    found = {
-        "ours": {name: tensor.clone() for name, tensor in engine.weights().items() if name in names},
+    after_part = []
+    for rank in range(world.size):
+        for part in micro_batches(rank_batch(case, 0, rank, world.size), size):
+            after_part.append(copy.deepcopy(before))
+            after_part[-1].encode_image(part.views)
+    statistics = ("running_mean", "running_var", "tracked")
+    names = [name for name, _ in before.named_buffers() if name.endswith(statistics)]
+    mean = {name: sum(towers.get_buffer(name) for towers in after_part) / len(after_part) for name in names}
+    ours = {name: tensor.clone() for name, tensor in engine.weights().items() if name in names}
+
+    evaluating = copy.deepcopy(before)
+    evaluating.image.eval()
+    engine = Engine(copy.deepcopy(evaluating), copy.deepcopy(plain_loss), run_config, world)
+    engine.backward(own_batch, 0)
+    batch = rank_batch(case, 0)
+    formula(case.loss, plain_loss, *evaluating(batch.views, batch.tokens), batch).backward()
+    return {
+        "ours": ours,
         "plain": mean,
+        "ours_evaluating": engine.gradients(),
+        "plain_evaluating": named(evaluating, plain_loss, lambda p: p.grad),
     }
 
-    still = copy.deepcopy(before)
-    still.image.eval()
-    engine = Engine(copy.deepcopy(still), copy.deepcopy(plain_loss), made, world)
-    engine.backward(mine, 0)
-    batch = share(case, 0)
-    vectors = still(batch.views, batch.tokens)
-    formula(case.loss, plain_loss, *vectors, batch).backward()
-    found |= {"ours_still": engine.gradients(), "plain_still": named(still, plain_loss, lambda p: p.grad)}
-    return found
+
+def nan_features(engine: Engine) -> None:
+    embed = engine._embed
+    engine._embed = lambda *args: tuple(side * torch.nan for side in embed(*args))
 
 
-def in_features(engine: Engine) -> None:
-    through = engine._embed
-    engine._embed = lambda *words: tuple(side * torch.nan for side in through(*words))
+def nan_gradient(engine: Engine) -> None:
+    backward = engine.engine.backward
+    engine.engine.backward = lambda loss, **kwargs: backward(loss * torch.nan, **kwargs)
 
 
-def in_a_gradient(engine: Engine) -> None:
-    through = engine.engine.backward
-    engine.engine.backward = lambda loss, **words: through(loss * torch.nan, **words)
-
-
-def in_the_scale(engine: Engine) -> None:
+def infinite_scale_gradient(engine: Engine) -> None:
     engine.loss.logit_scale.register_hook(lambda grad: grad + torch.inf)
 
 
-ILL = (in_features, in_a_gradient, in_the_scale)
+FAULTS = (nan_features, nan_gradient, infinite_scale_gradient)
 
 
-def skipped(world: World, zero: int, make_ill: Callable[[Engine], None] | None, micro: int) -> dict[str, Any]:
-    """Three steps, the second ill on one rank or left out: weights behind each, and which ranks skipped it."""
+def skip_a_step(world: World, zero: int, fault: Callable[[Engine], None] | None, micro: int) -> dict[str, Any]:
+    """Runs three steps, the second with a fault on rank 1, or without a fault left out.
+
+    Returns the weights after each, and what each rank reported as skipped.
+    """
     case = Case(optim="adamw", clip=0.5)
-    made = config(case, zero=zero, micro_batch=micro)
-    image = IMAGE_TOWERS.preset("convmixer_nano", image_size=IMAGE, patch=2, dim=16, depth=1, kernel=3)
-    towers, loss = model(dataclasses.replace(made, image=image))
-    engine = Engine(towers, loss, made, world)
-    found: dict[str, Any] = {"weights": [], "told": []}
+    towers, loss = model(batch_norm_config(case))
+    engine = Engine(towers, loss, config(case, zero=zero, micro_batch=micro), world)
+    seen: dict[str, Any] = {"weights": [], "skipped": []}
     for step in (0, 1, 2):
-        if step == 1 and world.rank == 1 and make_ill is not None:
-            make_ill(engine)
-        if step != 1 or make_ill is not None:
-            result = engine.step(share(case, step, world.rank, world.size), step, 1.0, measure=False)
-            found["told"].append(all_gather_object(result.skipped))
+        if step == 1 and world.rank == 1 and fault is not None:
+            fault(engine)
+        if step != 1 or fault is not None:
+            result = engine.step(rank_batch(case, step, world.rank, world.size), step, 1.0, measure=False)
+            seen["skipped"].append(all_gather_object(result.skipped))
         vars(engine).pop("_embed", None)
         vars(engine.engine).pop("backward", None)
         engine.loss.logit_scale._backward_hooks = None
-        own = {f"loss.{name}": tensor for name, tensor in engine.loss.state_dict().items()}
-        found["weights"].append({k: v.clone() for k, v in {**_held(engine), **own}.items()})
-    return found
+        tensors = _local_tensors(engine)
+        tensors.update({f"loss.{name}": tensor for name, tensor in engine.loss.state_dict().items()})
+        seen["weights"].append({name: tensor.clone() for name, tensor in tensors.items()})
+    return seen
 
 
-def _held(engine: Engine) -> dict[str, Tensor]:
-    """What this rank holds: parameters, or its parts of them, and buffers as they are."""
-    parts = {name: getattr(p, "ds_tensor", p).detach() for name, p in engine.towers.named_parameters()}
-    return {**parts, **dict(engine.towers.named_buffers())}
+def _local_tensors(engine: Engine) -> dict[str, Tensor]:
+    """Returns what this rank holds: parameters or its partitions of them, and buffers."""
+    partitions = {name: getattr(p, "ds_tensor", p).detach() for name, p in engine.towers.named_parameters()}
+    return {**partitions, **dict(engine.towers.named_buffers())}
 
 
-def exchanged(world: World) -> dict[str, int]:
-    """Bytes by which a rank grows while gradients of its columns, 16 MiB, go through each exchange."""
-    found = {}
+def exchange_memory(world: World) -> dict[str, int]:
+    """Returns the bytes by which a rank grows while each exchange reduces gradients of its columns, 16 MiB."""
+    growth = {}
     for name, kind in exchange.EXCHANGES.items():
         own = torch.zeros(8192, 512)
         reset_peak_memory(world.device)
         before = peak_memory(world.device)
         kind({"text": own}).reduce(lambda block: [block["text"] + 1], ["sum"])
-        found[name] = peak_memory(world.device) - before
-    return found
+        growth[name] = peak_memory(world.device) - before
+    return growth
 
 
-def rank(number: int, size: int, port: int, out: Path) -> None:
+def run_rank(rank: int, world_size: int, port: int, out: Path) -> None:
     os.environ.update(
-        {"RANK": str(number), "WORLD_SIZE": str(size), "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": str(size)},
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
     with process_group() as world:
-        seen = {str(layout): trained(layout, world) for layout in LAYOUTS if layout.world == size}
-        if size == 1:
-            seen |= {"dropped": dropped(world), "normed1": normed(world)}
-        if size == 2:
-            seen["normed2"] = normed(world)
+        seen = {str(layout): train(layout, world) for layout in LAYOUTS if layout.world == world_size}
+        if world_size == 1:
+            seen["drop path"] = with_drop_path(world)
+            seen["batch norm 1"] = with_batch_norm(world)
+        if world_size == 2:
+            seen["batch norm 2"] = with_batch_norm(world)
             for zero, micro in ((0, 0), (1, 16), (2, 0), (3, 16)):
-                for ill in (None, *ILL):
-                    seen[f"{ill and ill.__name__} {zero}"] = skipped(world, zero, ill, micro)
-            seen |= {spoil.__name__: mutated(spoil, layout, world) for spoil, layout in MUTATIONS.items()}
-        if size == 4:
-            seen["exchanged"] = exchanged(world)
+                seen[f"left out {zero}"] = skip_a_step(world, zero, None, micro)
+                for fault in FAULTS:
+                    seen[f"{fault.__name__} {zero}"] = skip_a_step(world, zero, fault, micro)
+            for mutate, layout in MUTATIONS.items():
+                seen[mutate.__name__] = train_mutated(mutate, layout, world)
+        if world_size == 4:
+            seen["exchange memory"] = exchange_memory(world)
         if world.is_rank0:
-            torch.save(seen, out / f"{size}.pt")
+            torch.save(seen, out / f"{world_size}.pt")
 
 
-def main(out: Path, sizes: list[int]) -> None:
-    for size in sizes:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ranks = []
-        for number in range(size):
+def main(out: Path, world_sizes: list[int]) -> None:
+    for world_size in world_sizes:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        pids = []
+        for rank in range(world_size):
             if (pid := os.fork()) == 0:
                 code = 1
                 try:
-                    rank(number, size, port, out)
+                    run_rank(rank, world_size, port, out)
                     code = 0
                 finally:
                     if code:
                         sys.excepthook(*sys.exc_info())
                     os._exit(code)
-            ranks.append(pid)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+            pids.append(pid)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         if any(codes):
-            sys.exit(f"world {size}: ranks ended with {codes}")
+            sys.exit(f"world size {world_size}: ranks ended with {codes}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(word) for word in sys.argv[2:]])
+    main(Path(sys.argv[1]), [int(size) for size in sys.argv[2:]])

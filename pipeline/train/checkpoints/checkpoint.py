@@ -24,14 +24,16 @@ from clipwright.pipeline.core.files import digest, json_text
 from clipwright.pipeline.core.unsafe import refuse_code
 from clipwright.pipeline.distributed.group import World, all_gather_object, broadcast_object
 from clipwright.pipeline.folders.records import MANIFEST, check_files, differences, read_manifest
-from clipwright.pipeline.losses.base import ContrastiveLoss
+from clipwright.pipeline.losses.base import LossTerm
 from clipwright.pipeline.model.folder import load_weights
 from clipwright.pipeline.model.two_tower import TwoTower
 from clipwright.pipeline.train import run_folder
 from clipwright.pipeline.train.engine import Engine
+from clipwright.pipeline.train.techniques.base import Technique
 
 FOLDER, LATEST = "checkpoints", "latest"
 WEIGHTS, LOSS, OPTIMIZER = "model.safetensors", "loss.safetensors", "optimizer-{:05d}.safetensors"
+TECHNIQUES = "techniques.safetensors"  # only if a technique has state
 SAID = {"step", "samples", "updates", "skipped", "world", "zero", "identity", "accepted", "figures", "files"}
 MOMENTS = "optimizer."  # begins the names of the loss's own optimiser in its file
 
@@ -72,14 +74,24 @@ class Checkpoint:
         """The parameters of the loss."""
         return {name: tensor for name, tensor in self._tensors(LOSS).items() if not name.startswith(MOMENTS)}
 
-    def restore_weights(self, towers: TwoTower, loss: ContrastiveLoss) -> None:
+    def restore_weights(self, towers: TwoTower, loss: LossTerm) -> None:
         """To be called before DeepSpeed takes the towers and divides them among ranks as its stage has it."""
         load_weights(towers, self.weights(), self.folder / WEIGHTS)
         load_weights(loss, self.loss(), self.folder / LOSS)
 
+    def restore_techniques(self, techniques: Technique) -> None:
+        """Restores the state of the run's techniques."""
+        state = self._tensors(TECHNIQUES) if TECHNIQUES in self.manifest["files"] else {}
+        try:
+            techniques.load_state(state)
+        except KeyError as error:
+            raise malformed(self.folder / TECHNIQUES, f"no tensor {error}") from None
+
     def restore_optimizers(self, engine: Engine) -> None:
         """To be called once DeepSpeed has the towers; reads what this rank needs from the files of all ranks."""
-        files = [self.folder / name for name in sorted(self.manifest["files"]) if name not in (WEIGHTS, LOSS)]
+        files = [
+            self.folder / name for name in sorted(self.manifest["files"]) if name not in (WEIGHTS, LOSS, TECHNIQUES)
+        ]
         try:
             engine.restore_optimizer(files, self.manifest["updates"])
         except (SafetensorError, ValueError) as error:

@@ -34,6 +34,7 @@ from clipwright.pipeline.train.checkpoints.checkpoint import (
     LOSS,
     MOMENTS,
     OPTIMIZER,
+    TECHNIQUES,
     WEIGHTS,
     saved_steps,
     step_name,
@@ -41,6 +42,7 @@ from clipwright.pipeline.train.checkpoints.checkpoint import (
 from clipwright.pipeline.train.checkpoints.copies import Copies
 from clipwright.pipeline.train.config import RuntimeConfig
 from clipwright.pipeline.train.engine import Engine
+from clipwright.pipeline.train.techniques.base import Technique
 
 SPARE = 1.2  # times its bytes must be free before a checkpoint is begun
 
@@ -56,9 +58,18 @@ class Saver:
     `late`, `pending` and `failed` are what this rank knows: all ranks must agree on them before they act.
     """
 
-    def __init__(self, run: Path, world: World, runtime: RuntimeConfig, about: dict[str, Any], step: int) -> None:
+    def __init__(
+        self,
+        run: Path,
+        world: World,
+        runtime: RuntimeConfig,
+        about: dict[str, Any],
+        step: int,
+        techniques: Technique | None = None,
+    ) -> None:
         """about: what all manifests say of the run; step: the checkpoint it goes on from, 0 for none."""
         self.run, self.world, self.runtime, self.about = run, world, runtime, about
+        self.techniques = techniques or Technique()
         self.begun = self.sealed = step  # newest that is on its way, newest that stands
         self._from = step
         self._own = {step}
@@ -120,9 +131,14 @@ class Saver:
     def _begin(self, engine: Engine, step: int) -> None:
         self._since = time.monotonic()
         weights, state = engine.weights(), engine.optimizer_state()
+        technique_state = self.techniques.state()
         files = {OPTIMIZER.format(self.world.rank): state} if state else {}
         if self.world.is_rank0:
             files |= {WEIGHTS: weights, LOSS: _loss_state(engine)}
+            if technique_state:
+                files[TECHNIQUES] = {
+                    name: tensor.detach().to("cpu", copy=True) for name, tensor in technique_state.items()
+                }
         body = {
             "step": step,
             "samples": step * engine.config.schedule.global_batch,

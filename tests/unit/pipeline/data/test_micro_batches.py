@@ -12,7 +12,7 @@ import torch
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.distributed.group import process_group
-from clipwright.pipeline.train.config import Parts, RunConfig, assemble, stored_tokenizer
+from clipwright.pipeline.train.config import Components, RunConfig, assemble, stored_tokenizer
 from clipwright.pipeline.train.engine import Engine, micro_batches
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -31,17 +31,17 @@ def test_micro_batches_are_trimmed_to_their_own_longest_caption(make_dataset: An
     words += ["data.negatives=wrong", "data.negative_count=2"]
     config = resolve(RunConfig, verb="train", overrides=words).value
     with process_group() as world:
-        parts: Parts = assemble(config, world, stored_tokenizer(config.tokenizer, None))
-        batches = parts.loader.batches(0)
+        components: Components = assemble(config, world, stored_tokenizer(config.tokenizer, None))
+        batches = components.loader.batches(0)
         [batch] = itertools.islice(batches, 1)
         batches.close()
         assert batch.lengths is not None and batch.lengths.tolist() == sorted(batch.lengths.tolist())
-        ends = (batch.tokens == parts.tokenizer.eot_id).int().argmax(1) + 1
+        ends = (batch.tokens == components.tokenizer.eot_id).int().argmax(1) + 1
         assert torch.equal(ends, batch.lengths)
         cut = micro_batches(batch, 4)
         widths = [part.tokens.shape[1] for part in cut]
         assert widths == [-(-int(part.max()) // 8) * 8 for part in batch.lengths.tensor_split(4)]
-        decode = parts.tokenizer.decode
+        decode = components.tokenizer.decode
         for i, number in enumerate(batch.views[:, 16, 16, 0].tolist()):  # the color encodes the image's number
             rows = batch.text_row[2 * i : 2 * i + 2], batch.negative_row[2 * i : 2 * i + 2]
             captions, hard = ([decode(batch.tokens[row].tolist()) for row in some if row >= 0] for some in rows)
@@ -51,8 +51,8 @@ def test_micro_batches_are_trimmed_to_their_own_longest_caption(make_dataset: An
 
         def gradients(size: int, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
             runtime = dataclasses.replace(config.runtime, micro_batch=size)
-            parts.towers.zero_grad(set_to_none=True)
-            engine = Engine(parts.towers, parts.loss, dataclasses.replace(config, runtime=runtime), world)
+            components.towers.zero_grad(set_to_none=True)
+            engine = Engine(components.towers, components.loss, dataclasses.replace(config, runtime=runtime), world)
             loss, _ = engine.backward(batch, 0)
             return loss, engine.gradients()
 

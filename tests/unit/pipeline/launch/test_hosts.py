@@ -16,7 +16,7 @@ import pytest
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-SGD = ["optim.name=sgd", "optim.lr=0.05", "optim.weight_decay=0", "schedule.warmup=0", "schedule.decay=constant"]
+SGD = ["optim.name=sgd", "optim.lr=0.05", "optim.weight_decay=0", "schedule.warmup=0", "schedule.name=constant"]
 BATCH = ["schedule.global_batch=12", "schedule.samples=48"]
 RANK0_ADDRESS = "10.77.0.1"
 INTERFACE = "cw0"  # of each host

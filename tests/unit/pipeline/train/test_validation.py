@@ -20,6 +20,7 @@ from clipwright.pipeline.model.two_tower import build_model
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 from clipwright.pipeline.train.config import RunConfig
 from clipwright.pipeline.train.supervision.failures import Peer, find_failure
+from clipwright.pipeline.train.techniques.base import Technique
 from clipwright.pipeline.train.validation import Validation
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -83,10 +84,10 @@ def test_a_run_that_is_told_to_stop_leaves_the_scores_out(
 
     with process_group() as world:
         validation = Validation(config, tokenizer, world, score)
-        assert validation.run(engine, lambda: False).keys() == {
+        assert validation.run(engine, Technique(), lambda: False).keys() == {
             f"val_{w}_r{k}" for w in ("i2t", "t2i") for k in (1, 5, 10)
         }
-        assert validation.run(engine, told) == {} and len(asked) == 3
+        assert validation.run(engine, Technique(), told) == {} and len(asked) == 3
 
 
 @pytest.mark.parametrize("signs", [True, False])

@@ -1,0 +1,50 @@
+"""What a run consists of, built and checked before anything is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipwright.pipeline.core.config import Resolved
+from clipwright.pipeline.distributed.group import World
+from clipwright.pipeline.train.config import Components, RunConfig, RuntimeConfig, build, identity
+from clipwright.pipeline.train.validation import Score, Validation
+from clipwright.pipeline.train.warm_start import WarmStart, init_source
+
+
+@dataclass
+class Setup:
+    """The parts of a run."""
+
+    resolved: Resolved[RunConfig]
+    components: Components
+    validation: Validation | None
+    identity: dict[str, Any]
+
+
+def set_up(resolved: Resolved[RunConfig], world: World, run: Path, *, fresh: bool, score: Callable[[], Score]) -> Setup:
+    """Builds a run's components, validation and identity, and sets this rank's threads.
+
+    run: the run folder; score: returns how to score a model.
+    """
+    config = resolved.value
+    torch.set_num_threads(thread_count(config.runtime, world))
+    components = build(config, world, None if fresh else run)
+    validation = None
+    if config.runtime.validation:
+        validation = Validation(config, components.tokenizer, world, score())
+    dataset, tokenizer = components.loader.data.fingerprint, components.tokenizer.fingerprint
+    source = init_source(config.init_from, run, fresh=fresh)
+    if source is not None:
+        components.techniques.add("init_from", WarmStart(config.init_from, source, tokenizer))
+    return Setup(resolved, components, validation, identity(resolved, dataset, tokenizer, source))
+
+
+def thread_count(runtime: RuntimeConfig, world: World) -> int:
+    """Returns the threads of one rank: as configured, or its share of this machine's cores."""
+    return runtime.threads or max(1, (os.cpu_count() or 1) // world.local_size)
