@@ -1,4 +1,4 @@
-"""The losses' formulas written plainly, and ranks as threads of one process."""
+"""Plain formulas of the losses, and ranks as threads of one process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, Features
 
 @dataclass
 class Batch:
-    """A global batch of vectors that are not yet of length 1, and how the loss is set."""
+    """A global batch of embeddings before normalization, and the settings of the loss."""
 
     image: Tensor
     text: Tensor
@@ -36,7 +36,7 @@ class Batch:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def learned(self) -> list[float]:
+    def parameters(self) -> list[float]:
         return [self.scale, self.bias] if self.name == "sigmoid" else [self.scale]
 
     def loss(self) -> ContrastiveLoss:
@@ -56,53 +56,53 @@ class Result:
     image: Tensor
     text: Tensor
     negative: Tensor | None
-    learned: list[Tensor]  # log-scale, bias
+    parameters: list[Tensor]  # log-scale, bias
 
 
 def random_batch(
     images: int, per_image: int, dim: int, *, seed: int = 0, repeats: bool = False, negatives: int = 0, **rest: Any
 ) -> Batch:
-    """Random directions. repeats: some images and captions stand twice; negatives: hard ones an image, some absent."""
-    draw = torch.Generator().manual_seed(seed)
+    """Random directions. repeats: some images and captions repeat; negatives: per image, some absent."""
+    generator = torch.Generator().manual_seed(seed)
     image_id, caption_id = torch.arange(images), torch.arange(images * per_image).view(images, per_image) + 1000
     if repeats:
-        image_id[torch.randperm(images, generator=draw)[: images // 4]] = image_id[0].item()
-        some = torch.randperm(images * per_image, generator=draw)
+        image_id[torch.randperm(images, generator=generator)[: images // 4]] = image_id[0].item()
+        some = torch.randperm(images * per_image, generator=generator)
         caption_id.view(-1)[some[: images // 3]] = caption_id.view(-1)[some[images // 3 : 2 * (images // 3)]]
     batch = Batch(
-        torch.randn(images, dim, generator=draw),
-        torch.randn(images * per_image, dim, generator=draw),
+        torch.randn(images, dim, generator=generator),
+        torch.randn(images * per_image, dim, generator=generator),
         image_id,
         caption_id,
         **rest,
     )
     if negatives:
         count = images * negatives
-        batch.negative = torch.randn(count, dim, generator=draw)
-        # Some are a caption of the batch, for whose image they are no negative.
+        batch.negative = torch.randn(count, dim, generator=generator)
+        # Some equal a caption of the batch and are ignored for its image.
         batch.negative_id = torch.where(
-            torch.rand(count, generator=draw) < 0.3, caption_id[0, 0], torch.arange(count) + 5000
+            torch.rand(count, generator=generator) < 0.3, caption_id[0, 0], torch.arange(count) + 5000
         )
-        batch.present = torch.rand(count, generator=draw) < 0.7
+        batch.present = torch.rand(count, generator=generator) < 0.7
     return batch
 
 
 def plain(batch: Batch) -> Result:
-    """The formulas over whole matrices in float64, differentiated by autograd down to the raw vectors."""
+    """Computes the formulas over full matrices in float64; autograd gives the gradients of the raw embeddings."""
     raw = [None if side is None else side.double().requires_grad_() for side in sides(batch)]
     t = torch.tensor(batch.scale).log().double().requires_grad_()
     b = torch.tensor(batch.bias).double().requires_grad_()
-    wanted = batch.settings.get("matryoshka")
-    dims = wanted.dims if wanted else (batch.image.shape[1],)
+    nested = batch.settings.get("matryoshka")
+    dims = nested.dims if nested else (batch.image.shape[1],)
     loss = torch.zeros((), dtype=torch.float64)
-    for dim, weight in zip(dims, wanted.weights if wanted and wanted.weights else [1.0] * len(dims), strict=True):
-        cut = [None if side is None else side[:, :dim] / side[:, :dim].norm(dim=1, keepdim=True) for side in raw]
-        loss = loss + weight * (sigmoid if batch.name == "sigmoid" else softmax)(batch, cut, t, b)
+    for dim, weight in zip(dims, nested.weights if nested and nested.weights else [1.0] * len(dims), strict=True):
+        truncated = [None if side is None else side[:, :dim] / side[:, :dim].norm(dim=1, keepdim=True) for side in raw]
+        loss = loss + weight * (sigmoid if batch.name == "sigmoid" else softmax)(batch, truncated, t, b)
     loss.backward()
     image, text, negative = (None if side is None else side.grad for side in raw)
     assert image is not None and text is not None
-    learned = [x.grad for x in (t, b)][: len(batch.learned)]
-    return Result(loss.detach(), image, text, negative, learned)  # pyright: ignore[reportArgumentType]
+    parameters = [x.grad for x in (t, b)][: len(batch.parameters)]
+    return Result(loss.detach(), image, text, negative, parameters)  # pyright: ignore[reportArgumentType]
 
 
 def sides(batch: Batch) -> list[Tensor | None]:
@@ -110,7 +110,7 @@ def sides(batch: Batch) -> list[Tensor | None]:
 
 
 def relations(batch: Batch) -> tuple[Tensor, Tensor]:
-    """For each image and text, negatives behind the texts: is it a positive, is it left out?"""
+    """Returns whether each pair of an image and a text (hard negatives last) is positive, and is excluded."""
     images, per_image = batch.caption_id.shape
     image_id, captions = batch.image_id.tolist(), batch.caption_id.tolist()
     texts = [(owner, captions[owner][k]) for owner in range(images) for k in range(per_image)]
@@ -127,15 +127,15 @@ def relations(batch: Batch) -> tuple[Tensor, Tensor]:
     return positive, torch.cat([excluded, own | ~batch.present], 1)
 
 
-def scores(cut: list[Tensor | None]) -> Tensor:
-    image, *others = (side for side in cut if side is not None)
+def scores(unit: list[Tensor | None]) -> Tensor:
+    image, *others = (side for side in unit if side is not None)
     return image @ torch.cat(others).T
 
 
-def softmax(batch: Batch, cut: list[Tensor | None], t: Tensor, b: Tensor) -> Tensor:
+def softmax(batch: Batch, unit: list[Tensor | None], t: Tensor, b: Tensor) -> Tensor:
     """½ (mean over images + mean over texts) of the cross-entropy against the smoothed uniform target."""
     positive, excluded = relations(batch)
-    logits = (t.exp() * scores(cut)).masked_fill(excluded, -torch.inf)
+    logits = (t.exp() * scores(unit)).masked_fill(excluded, -torch.inf)
     texts, smoothing = len(batch.text), batch.settings.get("label_smoothing", 0.0)
 
     def entropy(logits: Tensor, positive: Tensor, excluded: Tensor) -> Tensor:
@@ -148,15 +148,15 @@ def softmax(batch: Batch, cut: list[Tensor | None], t: Tensor, b: Tensor) -> Ten
     return (entropy(logits, positive, excluded) + backward) / 2
 
 
-def sigmoid(batch: Batch, cut: list[Tensor | None], t: Tensor, b: Tensor) -> Tensor:
+def sigmoid(batch: Batch, unit: list[Tensor | None], t: Tensor, b: Tensor) -> Tensor:
     """-log σ(±logit) of every pair, summed, over the number of images."""
     positive, excluded = relations(batch)
-    signed = (t.exp() * scores(cut) + b) * torch.where(positive, 1.0, -1.0)
+    signed = (t.exp() * scores(unit) + b) * torch.where(positive, 1.0, -1.0)
     return -(F.logsigmoid(signed).masked_fill(excluded, 0.0)).sum() / len(batch.image)
 
 
 class Hub:
-    """What ranks of one process pass to each other: everyone's value in everyone's hands."""
+    """All-gather among ranks that are threads of one process."""
 
     def __init__(self, ranks: int) -> None:
         self.slots: list[Any] = [None] * ranks
@@ -177,7 +177,7 @@ MERGE: dict[str, Callable[..., Tensor]] = {
 
 
 def rank_columns(hub: Hub, index: int, merge: dict[str, Callable[..., Tensor]], block_by_block: bool) -> type[Columns]:
-    """`Columns` of one of several ranks. block_by_block: a rank's columns are a block, else all are one."""
+    """Returns the `Columns` of one of several ranks. block_by_block: one block per rank, else one for all."""
 
     class RankColumns(Columns):
         ranks, rank = len(hub.slots), index
@@ -186,10 +186,10 @@ def rank_columns(hub: Hub, index: int, merge: dict[str, Callable[..., Tensor]], 
             blocks = hub.share(index, self.own | (extra or {}))
             if not block_by_block:
                 blocks = [{name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}]
-            found = [list(part) for part in zip(*(work(block) for block in blocks), strict=True)]
-            all_found = hub.share(index, [torch.cat(parts) for parts in found])
-            merged = [merge[op]([parts[number] for parts in all_found]) for number, op in enumerate(ops)]
-            return [whole.chunk(len(hub.slots))[index].clone() for whole in merged]
+            results = [list(part) for part in zip(*(work(block) for block in blocks), strict=True)]
+            all_results = hub.share(index, [torch.cat(parts) for parts in results])
+            merged = [merge[op]([parts[number] for parts in all_results]) for number, op in enumerate(ops)]
+            return [values.chunk(len(hub.slots))[index].clone() for values in merged]
 
     return RankColumns
 
@@ -202,7 +202,7 @@ def run(
     merge: dict[str, Callable[..., Tensor]] = MERGE,
     dtype: torch.dtype = torch.float32,
 ) -> Result:
-    """Our loss on so many ranks: the shares' sum, the raw vectors' gradients, the learned numbers' gradients' sum."""
+    """Runs our loss on `ranks` ranks: sums of the loss and of the parameters' gradients, gradients of embeddings."""
     hub = Hub(ranks)
 
     def on_rank(rank: int) -> list[Tensor | None]:
@@ -223,57 +223,57 @@ def run(
             )
         share = loss(features)
         share.backward()
-        learned = [parameter.grad for parameter in loss.parameters()]
-        return [share.detach(), *(None if side is None else side.grad for side in raw), *learned]
+        grads = [parameter.grad for parameter in loss.parameters()]
+        return [share.detach(), *(None if side is None else side.grad for side in raw), *grads]
 
     with ThreadPoolExecutor(ranks) as pool:
         rows = list(pool.map(on_rank, range(ranks)))
-    share, image, text, negative, *learned = (
+    share, image, text, negative, *parameters = (
         None if part[0] is None else [tensor.double() for tensor in part] for part in zip(*rows, strict=True)
     )
-    assert share and image and text and all(learned)
+    assert share and image and text and all(parameters)
     return Result(
         torch.stack(share).sum(),
         torch.cat(image),
         torch.cat(text),
         None if negative is None else torch.cat(negative),
-        [torch.stack(part).sum(0)[0] for part in learned if part],
+        [torch.stack(part).sum(0)[0] for part in parameters if part],
     )
 
 
 def error(ours: Tensor, reference: Tensor, floor: float) -> float:
-    """Largest absolute difference over the largest absolute reference, or over `floor` if that is more."""
+    """Returns the largest absolute difference, relative to the largest absolute reference or to `floor` if larger."""
     return float((ours - reference).abs().max() / max(float(reference.abs().max()), floor))
 
 
 def errors(batch: Batch, ours: Result, reference: Result) -> dict[str, float]:
-    """The error of the loss and of each gradient, by the floors that the issue states."""
+    """Returns the error of the loss and of each gradient, with a floor for gradients that vanish."""
     shortest = min(float(side.double().norm(dim=1).min()) for side in sides(batch) if side is not None)
     floor = batch.scale / (shortest if batch.name == "sigmoid" else shortest * len(batch.image))
-    found = {
+    result = {
         "loss": error(ours.loss, reference.loss, 1.0),
         "image": error(ours.image, reference.image, floor),
         "text": error(ours.text, reference.text, floor),
-        "scale": error(ours.learned[0], reference.learned[0], batch.scale),
+        "scale": error(ours.parameters[0], reference.parameters[0], batch.scale),
     }
     if batch.name == "sigmoid":
-        found["bias"] = error(ours.learned[1], reference.learned[1], 1.0)
+        result["bias"] = error(ours.parameters[1], reference.parameters[1], 1.0)
     if reference.negative is not None:
         assert ours.negative is not None
-        found["negative"] = error(ours.negative, reference.negative, floor)
-    return found
+        result["negative"] = error(ours.negative, reference.negative, floor)
+    return result
 
 
 def check(batch: Batch, ranks: int = 1, *, limit: float = 1e-5, **options: Any) -> None:
-    """Our loss equals the formula."""
+    """Asserts that our loss equals the formula."""
     reference = plain(batch)
-    found = errors(batch, run(batch, ranks, **options), reference)
-    assert max(found.values()) <= limit, found  # NaN fails too
+    differences = errors(batch, run(batch, ranks, **options), reference)
+    assert max(differences.values()) <= limit, differences  # NaN fails too
 
 
 @dataclass
 class Plain:
-    """The helpers above, for tests: tests are no package that could be imported from."""
+    """The helpers above, for tests, which cannot import them."""
 
     batch: Any = random_batch
     formula: Any = plain
@@ -290,5 +290,5 @@ def plainly() -> Plain:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles that no batch here is a multiple of."""
+    """Sets tile sizes that divide no batch of these tests."""
     monkeypatch.setattr(tiles, "CPU_TILE", (5, 7))

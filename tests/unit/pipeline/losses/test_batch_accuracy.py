@@ -1,4 +1,4 @@
-"""How often a positive is ranked first."""
+"""Batch accuracy: how often a positive is ranked first."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from clipwright.pipeline.losses.base import Features
 from clipwright.pipeline.losses.tiles import batch_accuracy
 
 
-def slow_compared(features: Features) -> tuple[int, int]:
-    """Pair by pair, in plain Python."""
+def plain_accuracy(features: Features) -> tuple[int, int]:
+    """Counts pair by pair, in plain Python."""
     per_image = features.caption_id.shape[1]
     flat = features.caption_id.flatten().tolist()
 
@@ -27,8 +27,8 @@ def slow_compared(features: Features) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("tile", [(512, 2048), (3, 5)])
-def test_accuracy_counts_the_positives_of_the_loss(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Class-name captions repeat in a batch: any image of the class is right."""
+def test_batch_accuracy_uses_the_positives_of_the_loss(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Class-name captions repeat in a batch: any image of the class is correct."""
     monkeypatch.setattr(tiles, "CPU_TILE", tile)
     torch.manual_seed(0)
     seen = set()
@@ -38,7 +38,7 @@ def test_accuracy_counts_the_positives_of_the_loss(tile: tuple[int, int], monkey
         image, text = torch.randn(8, 5), torch.randn(8 * per_image, 5)
         features = Features(image, text, image_id, caption_id)
         *correct, columns = batch_accuracy(features)
-        found = tuple(int(number) for number in correct)
-        assert found == slow_compared(features) and columns == 8 * per_image
-        seen.add(found)
+        counts = tuple(int(number) for number in correct)
+        assert counts == plain_accuracy(features) and columns == 8 * per_image
+        seen.add(counts)
     assert len(seen) == 2
