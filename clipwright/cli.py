@@ -164,7 +164,7 @@ class ListConfig:
     """What to list."""
 
     what: str
-    """What to list: towers, losses, optimizers, schedules, techniques, tokenizers, sources, benchmarks, recipes, formats, prompts or configs."""
+    """What to list: a kind of registry such as towers, losses or optimizers, or prompts or configs."""
     image_size: int | None = None
     """Image size in pixels at which image towers are measured; null: the default of each preset."""
 
