@@ -228,7 +228,7 @@ def _merge(kind: type[Any], layers: list[tuple[str, Any]], place: str, origins: 
         choice = _choice(hints[name])
         if choice is not None:
             tree[name] = _merge_choice(choice, set_here, where, origins)
-        elif set_here and (element := _list_choice(hints[name])) is not None:
+        elif set_here and (element := list_choice(hints[name])) is not None:
             tree[name] = _merge_choice_list(hints[name], element, set_here, where, origins)
         elif dataclasses.is_dataclass(section := _bare(hints[name])):
             tree[name] = _merge(section, set_here, where, origins)  # pyright: ignore[reportArgumentType]
@@ -359,7 +359,7 @@ def _choice(hint: Any) -> Choice | None:
     return next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Choice)), None)
 
 
-def _list_choice(hint: Any) -> Choice | None:
+def list_choice(hint: Any) -> Choice | None:
     """The choice that each element of a list is, if it is one."""
     arguments = get_args(hint)
     return _choice(arguments[0]) if get_origin(hint) is tuple and len(arguments) == 2 else None

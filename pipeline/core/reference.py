@@ -14,7 +14,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from clipwright.pipeline.core.command import Command, load_kind
-from clipwright.pipeline.core.config import Choice
+from clipwright.pipeline.core.config import Choice, list_choice
 from clipwright.pipeline.core.field_docs import field_docs
 
 HEADER = """\
@@ -92,7 +92,7 @@ def _classes(config: type[Any]) -> Iterator[type[Any]]:
     """A config class and all classes of its sections, as they are written in the source."""
     yield config
     for hint in get_type_hints(config, include_extras=True).values():
-        choice = _choice(hint)
+        choice = _choice(hint) or list_choice(hint)
         if choice is not None:
             for entry in choice.registry.families:
                 yield from _classes(entry.config)
@@ -119,6 +119,8 @@ def _section(config: type[Any], place: str, level: int) -> list[str]:
             plain.append(Key(inner, type_text(hint), _default(field), meaning))
             for section in _sections_in(hint):
                 below += [_heading(f"{inner}[]", level), *_section(section, f"{inner}[]", level)]
+            if (element := list_choice(hint)) is not None:
+                below += _choice_section(element, _bare(get_args(hint)[0]), f"{inner}[]", "", level)
     return [*_table(plain), *below]
 
 
