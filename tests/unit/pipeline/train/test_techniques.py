@@ -68,7 +68,7 @@ def test_first_blocks_are_frozen_with_the_stem(name: str) -> None:
     names = {id(parameter): key for key, parameter in tower.named_parameters()}
     frozen = {names[id(parameter)] for parameter in frozen_parameters(tower, 1, "here")}
     first, last = ({names[id(parameter)] for parameter in blocks[i].parameters()} for i in (0, -1))
-    stem = list(names.values())[0]
+    stem = next(iter(names.values()))
     assert first <= frozen and stem in frozen
     if len(blocks) > 1:
         assert not last & frozen
