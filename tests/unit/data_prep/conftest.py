@@ -26,7 +26,7 @@ def image_bytes(seed: int, width: int = 48, height: int = 36, format: str = "JPE
 
 
 @pytest.fixture
-def picture() -> Callable[..., bytes]:
+def make_image() -> Callable[..., bytes]:
     return image_bytes
 
 
@@ -60,11 +60,11 @@ SCRIPT = "<script>alert(1)</script> & <b>bold</b>"
 @pytest.fixture
 def dataset(tmp_path: Path, write_table: Callable[..., Path], run_prep: Callable[..., Prepared]) -> Path:
     """A dataset folder of three shards of 4, 3 and 3 samples; one row merged, one truncated, one without caption."""
-    pictures = [image_bytes(i, 40 + 8 * i, 48) for i in range(13)]
-    pictures[5], pictures[8] = pictures[1], pictures[8][:200]
+    images = [image_bytes(i, 40 + 8 * i, 48) for i in range(13)]
+    images[5], images[8] = images[1], images[8][:200]
     captions: list[Any] = [["a red circle", f"number {i}"] for i in range(13)]
     captions[2], captions[3], captions[11] = ["빨간 원", SCRIPT, "猫とねこ"], ["W" * 300], [" "]
-    table = write_table(pictures, captions, n=pa.array(range(13)))
+    table = write_table(images, captions, n=pa.array(range(13)))
     arguments = ("source.name=table", f"source.path={table}", "source.caption=captions", "shards.samples=4")
     run_prep(tmp_path / "data", *arguments)
     return tmp_path / "data"

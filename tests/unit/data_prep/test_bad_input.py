@@ -13,12 +13,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-Picture, Write = Callable[..., bytes], Callable[..., Path]
+MakeImage, Write = Callable[..., bytes], Callable[..., Path]
 
 
 @pytest.fixture
-def good(tmp_path: Path, write_table: Write, picture: Picture) -> Path:
-    return write_table([picture(0), picture(1)], [["one"], ["two"]])
+def good(tmp_path: Path, write_table: Write, make_image: MakeImage) -> Path:
+    return write_table([make_image(0), make_image(1)], [["one"], ["two"]])
 
 
 def bomb() -> bytes:
@@ -77,22 +77,22 @@ def test_prep_refuses_invalid_config_and_tables(
     assert not (tmp_path / "out").exists()
 
 
-def test_prep_rejects_bad_rows_and_writes_the_rest(tmp_path: Path, cli: Any, picture: Picture) -> None:
+def test_prep_rejects_bad_rows_and_writes_the_rest(tmp_path: Path, cli: Any, make_image: MakeImage) -> None:
     images = tmp_path / "images"
     images.mkdir()
     contents = {
-        "good.jpg": picture(0),
-        "cut.jpg": picture(1)[:300],
+        "good.jpg": make_image(0),
+        "cut.jpg": make_image(1)[:300],
         "page.jpg": b"<!doctype html><title>404</title>",
         "none.jpg": b"",
         "bomb.png": bomb(),
-        "nocap.jpg": picture(2),
-        "latin.jpg": picture(3),
-        "long.jpg": picture(4),
+        "nocap.jpg": make_image(2),
+        "latin.jpg": make_image(3),
+        "long.jpg": make_image(4),
     }
     for name, data in contents.items():
         (images / name).write_bytes(data)
-    (tmp_path / "secret.jpg").write_bytes(picture(9))
+    (tmp_path / "secret.jpg").write_bytes(make_image(9))
     (images / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     (images / "inside.jpg").symlink_to("good.jpg")
     lines = [f"{name},a picture".encode() for name in ("good.jpg", "cut.jpg", "page.jpg", "none.jpg", "bomb.png")]
@@ -119,11 +119,13 @@ def test_prep_rejects_bad_rows_and_writes_the_rest(tmp_path: Path, cli: Any, pic
     counts = ("rows_in", "written", "merged", "rejected")
     assert {name: result[name] for name in counts} == {"rows_in": 15, "written": 1, "merged": 1, "rejected": 13}
     assert result["rejects"]["E_IMG_PATH"] == 6 and result["shards"] == 1
-    everything = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != "status.json")
-    assert str(tmp_path).encode() not in everything
+    all_bytes = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != "status.json")
+    assert str(tmp_path).encode() not in all_bytes
 
 
-def test_prep_without_usable_sample_fails_and_leaves_no_dataset(tmp_path: Path, cli: Any, picture: Picture) -> None:
+def test_prep_without_usable_sample_fails_and_leaves_no_dataset(
+    tmp_path: Path, cli: Any, make_image: MakeImage
+) -> None:
     (tmp_path / "a.jpg").write_bytes(b"<html>")
     (tmp_path / "pairs.tsv").write_text("image\tcaption\na.jpg\tx\nb.jpg\ty\n")
     arguments = ["prep", "table", "source.path=pairs.tsv", "-o", "out"]
@@ -133,7 +135,7 @@ def test_prep_without_usable_sample_fails_and_leaves_no_dataset(tmp_path: Path, 
     assert "manifest.json" not in names and not [n for n in names if n.endswith((".tar", ".partial"))]
     status = json.loads((tmp_path / "out" / "status.json").read_text())
     assert (status["exit_code"], status["error"]["code"]) == (3, "E_PREP_EMPTY")
-    (tmp_path / "a.jpg").write_bytes(picture(0))  # with the input fixed, the same command works
+    (tmp_path / "a.jpg").write_bytes(make_image(0))  # with the input fixed, the same command works
     assert cli.json(*arguments)["written"] == 1
 
 

@@ -43,21 +43,21 @@ def content(out: Path) -> dict[str, bytes]:
     return {name: data for name, data in left.items() if name not in ("config.yaml", "status.json")}
 
 
-def table(write_table: Run, picture: Run) -> list[str]:
+def table(write_table: Run, make_image: Run) -> list[str]:
     """Writes a table of 13 rows with one duplicate and two bad rows; returns the settings of its source."""
-    pictures = [picture(i) for i in range(13)]
-    pictures[11], pictures[8] = pictures[1], pictures[8][:200]
+    images = [make_image(i) for i in range(13)]
+    images[11], images[8] = images[1], images[8][:200]
     captions: list[Any] = [["a circle", f"number {i}"] for i in range(13)]
     captions[3] = [" "]
-    path = write_table(pictures, captions, n=pa.array(range(13)))
+    path = write_table(images, captions, n=pa.array(range(13)))
     return ["source.name=table", f"source.path={path}", "source.caption=captions", "shards.samples=3"]
 
 
-def images(folder: Path, picture: Run) -> list[str]:
+def images(folder: Path, make_image: Run) -> list[str]:
     """Writes a folder of images, each with a JSON file with a column; returns the settings of its source."""
     (folder / "in").mkdir()
     for i in range(9):
-        (folder / "in" / f"{i}.jpg").write_bytes(picture(i % 7))
+        (folder / "in" / f"{i}.jpg").write_bytes(make_image(i % 7))
         (folder / "in" / f"{i}.json").write_text(json.dumps({"caption": f"picture {i}", "n": i}))
     (folder / "in" / "alone.txt").write_text("no image")
     return ["source.name=folder", f"source.path={folder / 'in'}", "shards.samples=2"]
@@ -66,10 +66,10 @@ def images(folder: Path, picture: Run) -> list[str]:
 @pytest.mark.parametrize("kind", ["table", "folder", "scenes"])
 @pytest.mark.parametrize("duplicates", ["merge", "keep"])
 def test_parts_produce_the_bytes_of_a_single_run(
-    kind: str, duplicates: str, tmp_path: Path, write_table: Run, picture: Run, run_prep: Run, run_part: Run
+    kind: str, duplicates: str, tmp_path: Path, write_table: Run, make_image: Run, run_prep: Run, run_part: Run
 ) -> None:
     scenes = ["source.name=scenes", "source.count=20", "source.image_size=32", "shards.samples=3"]
-    arguments = {"table": lambda: table(write_table, picture), "folder": lambda: images(tmp_path, picture)}
+    arguments = {"table": lambda: table(write_table, make_image), "folder": lambda: images(tmp_path, make_image)}
     arguments = [*arguments.get(kind, lambda: scenes)(), f"duplicates={duplicates}"]
     run_prep(tmp_path / "one", *arguments)
     whole = content(tmp_path / "one")
@@ -164,28 +164,28 @@ def test_killed_part_can_be_run_again(
 
 
 def test_part_waits_for_the_plan_and_reports_it(
-    tmp_path: Path, write_table: Run, picture: Run, run_part: Run, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, write_table: Run, make_image: Run, run_part: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = table(write_table, picture)
+    arguments = table(write_table, make_image)
     out, done = tmp_path / "out", []
     run_part("plan/1/2", out, *arguments)
     with prep_folder.in_turn(out, lambda: None):  # like a part that makes the plan
         other = threading.Thread(target=lambda: done.append(run_part("1/2", out, *arguments, quiet=False)))
         other.start()
         deadline = time.monotonic() + 20
-        said = ""
-        while "waiting for the part that makes the plan" not in said and time.monotonic() < deadline:
-            said += capsys.readouterr().err
+        output_text = ""
+        while "waiting for the part that makes the plan" not in output_text and time.monotonic() < deadline:
+            output_text += capsys.readouterr().err
             time.sleep(0.02)
-        assert "waiting" in said and not done and not (out / "plan.parquet").exists()
+        assert "waiting" in output_text and not done and not (out / "plan.parquet").exists()
     other.join(20)
     assert done[0].shards == 2 and (out / "plan.parquet").exists()
 
 
 def test_plan_reuses_keys_hashed_by_parts(
-    tmp_path: Path, write_table: Run, picture: Run, run_part: Run, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, write_table: Run, make_image: Run, run_part: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments, hashed = table(write_table, picture), []
+    arguments, hashed = table(write_table, make_image), []
     real = plan.hash_rows
     monkeypatch.setattr(plan, "ROWS_PER_TASK", 3)
     monkeypatch.setattr(plan, "hash_rows", lambda job, rows: (hashed.extend(rows), real(job, rows))[1])
@@ -197,9 +197,9 @@ def test_plan_reuses_keys_hashed_by_parts(
 
 
 def test_parts_reuse_the_scan_until_files_change(
-    tmp_path: Path, picture: Run, run_part: Run, run_prep: Run, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make_image: Run, run_part: Run, run_prep: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments, hashed = images(tmp_path, picture), []
+    arguments, hashed = images(tmp_path, make_image), []
     real = folder_source._file_hash
     monkeypatch.setattr(folder_source, "_file_hash", lambda root, name: (hashed.append(name), real(root, name))[1])
     run_part("plan", tmp_path / "out", *arguments)
@@ -216,9 +216,9 @@ def test_parts_reuse_the_scan_until_files_change(
 
 
 def test_invalid_and_conflicting_parts_are_refused(
-    tmp_path: Path, write_table: Run, picture: Run, run_part: Run, run_prep: Run
+    tmp_path: Path, write_table: Run, make_image: Run, run_part: Run, run_prep: Run
 ) -> None:
-    arguments, out = table(write_table, picture), tmp_path / "out"
+    arguments, out = table(write_table, make_image), tmp_path / "out"
 
     def refused(code: str, named: str, call: Callable[[], object]) -> None:
         with pytest.raises(ClipwrightError) as caught:

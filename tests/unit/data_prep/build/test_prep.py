@@ -20,10 +20,10 @@ from PIL import Image
 from clipwright.pipeline import pixels
 from clipwright.pipeline.folders.records import DatasetFingerprint
 
-Picture, Write, Run = Callable[..., bytes], Callable[..., Path], Callable[..., Any]
+MakeImage, Write, Run = Callable[..., bytes], Callable[..., Path], Callable[..., Any]
 
 
-def table_words(path: Path, *more: str) -> list[str]:
+def table_arguments(path: Path, *more: str) -> list[str]:
     return ["source.name=table", f"source.path={path}", "source.caption=captions", *more]
 
 
@@ -42,10 +42,10 @@ def files(out: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def mixed(write_table: Write, picture: Picture) -> Path:
+def mixed(write_table: Write, make_image: MakeImage) -> Path:
     """30 rows in several formats: one pair of duplicates, one truncated, one without caption."""
     formats = ["JPEG", "PNG", "WEBP", "TIFF", "GIF"]
-    images = [picture(i, format=formats[i % 5]) for i in range(30)]
+    images = [make_image(i, format=formats[i % 5]) for i in range(30)]
     images[20] = images[3]
     images[9] = images[9][:200]
     captions: list[Any] = [[f"caption {i}", f"another of {i}"] for i in range(30)]
@@ -54,15 +54,15 @@ def mixed(write_table: Write, picture: Picture) -> Path:
 
 
 def test_output_bytes_do_not_depend_on_workers(mixed: Path, tmp_path: Path, run_prep: Run) -> None:
-    words = table_words(mixed, "images.resize=longest", "images.size=32", "shards.samples=4")
+    arguments = table_arguments(mixed, "images.resize=longest", "images.size=32", "shards.samples=4")
     for workers in (1, 2, 3):
-        run_prep(tmp_path / f"out{workers}", *words, f"runtime.workers={workers}")
+        run_prep(tmp_path / f"out{workers}", *arguments, f"runtime.workers={workers}")
     assert files(tmp_path / "out1") == files(tmp_path / "out2") == files(tmp_path / "out3")
     assert not [p.name for p in (tmp_path / "out2").rglob("*") if p.name.endswith(".partial") or ".prep" in str(p)]
 
 
 def test_sidecar_offsets_match_tar_members(mixed: Path, tmp_path: Path, run_prep: Run) -> None:
-    manifest = run_prep(tmp_path / "out", *table_words(mixed, "shards.samples=8")).manifest
+    manifest = run_prep(tmp_path / "out", *table_arguments(mixed, "shards.samples=8")).manifest
     assert (manifest["rows_in"], manifest["written"], manifest["merged"], manifest["rejected"]) == (30, 27, 1, 2)
     assert manifest["rejects"] == {"E_CAP_EMPTY": 1, "E_IMG_TRUNCATED": 1}
     fingerprint = DatasetFingerprint()
@@ -84,20 +84,20 @@ def test_sidecar_offsets_match_tar_members(mixed: Path, tmp_path: Path, run_prep
                 assert image.size == row["size"] and image.name.rpartition(".")[2] in ("jpg", "png", "webp")
                 data = tar_path.read_bytes()[row["offset"] : row["offset"] + row["size"]]
                 assert hashlib.sha256(data).hexdigest() == row["sha256"]
-                shown = pixels.decode(data)
-                assert shown.shape[:2] == (row["height"], row["width"])
+                decoded = pixels.decode(data)
+                assert decoded.shape[:2] == (row["height"], row["width"])
                 read = {x: tar.extractfile(f"{row['key']}.{x}") for x in ("txt", "json")}
                 assert read["txt"] is not None and read["txt"].read().decode() == row["captions"][0]
                 assert read["json"] is not None
-                about = json.load(read["json"])
-                assert about["captions"] == row["captions"] and about["columns"]["label"] == row["label"]
+                metadata = json.load(read["json"])
+                assert metadata["captions"] == row["captions"] and metadata["columns"]["label"] == row["label"]
                 fingerprint.sample(row["key"], row["sha256"], row["captions"])
         fingerprint.shard(len(rows))
     assert fingerprint.hexdigest() == manifest["fingerprint"]
 
 
 def test_user_columns_keep_their_types_and_are_renamed_on_conflict(mixed: Path, tmp_path: Path, run_prep: Run) -> None:
-    manifest = run_prep(tmp_path / "out", *table_words(mixed)).manifest
+    manifest = run_prep(tmp_path / "out", *table_arguments(mixed)).manifest
     schema = pq.read_schema(tmp_path / "out" / manifest["shards"][0]["sidecar"])
     assert schema.field("label").type == pa.int16() and schema.field("input_width").type == pa.float64()
     assert schema.field("width").type == pa.int32() and "image" not in schema.names
@@ -108,30 +108,36 @@ def test_webdataset_reads_the_same_samples(mixed: Path, tmp_path: Path, run_prep
     import webdataset
 
     out = tmp_path / "out"
-    manifest = run_prep(out, *table_words(mixed, "shards.samples=10")).manifest
+    manifest = run_prep(out, *table_arguments(mixed, "shards.samples=10")).manifest
     tars = [str(out / shard["tar"]) for shard in manifest["shards"]]
     rows = sidecar(out)
-    seen = list(webdataset.WebDataset(tars, shardshuffle=False).decode("pil"))  # pyright: ignore
-    assert [sample["__key__"] for sample in seen] == [row["key"] for row in rows]
-    for sample, row in zip(seen, rows, strict=True):
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False).decode("pil"))  # pyright: ignore
+    assert [sample["__key__"] for sample in samples] == [row["key"] for row in rows]
+    for sample, row in zip(samples, rows, strict=True):
         assert sample["json"]["captions"] == row["captions"] and sample["txt"] == row["captions"][0]
-        shown = next(sample[x] for x in ("jpg", "png", "webp") if x in sample)
+        decoded = next(sample[x] for x in ("jpg", "png", "webp") if x in sample)
         with Path(sample["__url__"]).open("rb") as file:
             file.seek(row["offset"])
-            assert (np.asarray(shown) == pixels.decode(file.read(row["size"]))).all()
+            assert (np.asarray(decoded) == pixels.decode(file.read(row["size"]))).all()
 
 
 def test_unchanged_images_are_copied_and_others_encoded(
-    write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run
+    write_table: Write, make_image: MakeImage, tmp_path: Path, run_prep: Run
 ) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     gps = Image.Exif()
     gps.get_ifd(0x8825)[1] = "N"
-    images = [picture(1), picture(2, format="PNG"), picture(3, 200, 100), picture(4, exif=exif), picture(5, exif=gps)]
+    images = [
+        make_image(1),
+        make_image(2, format="PNG"),
+        make_image(3, 200, 100),
+        make_image(4, exif=exif),
+        make_image(5, exif=gps),
+    ]
     out = tmp_path / "out"
-    words = table_words(write_table(images, [["x"]] * 5), "images.resize=longest", "images.size=64")
-    run_prep(out, *words)
+    arguments = table_arguments(write_table(images, [["x"]] * 5), "images.resize=longest", "images.size=64")
+    run_prep(out, *arguments)
     rows = sidecar(out)
     assert [row["key"] for row in rows] == [hashlib.sha256(data).hexdigest()[:32] for data in images]
     assert [row["sha256"] == hashlib.sha256(d).hexdigest() for row, d in zip(rows, images, strict=True)] == [
@@ -153,11 +159,11 @@ DUPLICATES = [(0, ["b", "a"]), (1, ["c"]), (0, ["a", "d"]), (2, ["e"]), (0, ["f"
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_merge_collects_captions_of_duplicates(
-    write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run, workers: int
+    write_table: Write, make_image: MakeImage, tmp_path: Path, run_prep: Run, workers: int
 ) -> None:
-    path = write_table([picture(i) for i, _ in DUPLICATES], [c for _, c in DUPLICATES], label=pa.array(range(6)))
-    words = table_words(path, "shards.samples=2", f"runtime.workers={workers}")
-    manifest = run_prep(tmp_path / "out", *words).manifest
+    path = write_table([make_image(i) for i, _ in DUPLICATES], [c for _, c in DUPLICATES], label=pa.array(range(6)))
+    arguments = table_arguments(path, "shards.samples=2", f"runtime.workers={workers}")
+    manifest = run_prep(tmp_path / "out", *arguments).manifest
     assert (manifest["written"], manifest["merged"], manifest["rejected"], manifest["rejects"]) == (3, 3, 0, {})
     rows = sidecar(tmp_path / "out")
     assert [(r["row"], r["captions"], r["label"]) for r in rows] == [
@@ -165,27 +171,29 @@ def test_merge_collects_captions_of_duplicates(
         (1, ["c"], 1),
         (3, ["e"], 3),
     ]
-    lost = rejects(tmp_path / "out")
-    assert [(r["row"], r["reason"], r["kept_row"]) for r in lost] == [
+    rejected = rejects(tmp_path / "out")
+    assert [(r["row"], r["reason"], r["kept_row"]) for r in rejected] == [
         (2, "merged", 0),
         (4, "merged", 0),
         (5, "merged", 3),
     ]
-    assert lost[0]["kept_key"] == rows[0]["key"]
-    assert json.loads(lost[0]["record"]) == {"captions": ["a", "d"], "source_key": None, "columns": {"label": 2}}
+    assert rejected[0]["kept_key"] == rows[0]["key"]
+    assert json.loads(rejected[0]["record"]) == {"captions": ["a", "d"], "source_key": None, "columns": {"label": 2}}
 
 
-def test_first_keeps_only_its_own_captions(write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run) -> None:
-    path = write_table([picture(i) for i, _ in DUPLICATES], [c for _, c in DUPLICATES])
-    manifest = run_prep(tmp_path / "out", *table_words(path, "duplicates=first")).manifest
+def test_first_keeps_only_its_own_captions(
+    write_table: Write, make_image: MakeImage, tmp_path: Path, run_prep: Run
+) -> None:
+    path = write_table([make_image(i) for i, _ in DUPLICATES], [c for _, c in DUPLICATES])
+    manifest = run_prep(tmp_path / "out", *table_arguments(path, "duplicates=first")).manifest
     assert (manifest["written"], manifest["merged"], manifest["rejected"]) == (3, 0, 3)
     assert manifest["rejects"] == {"duplicate": 3}
     assert [r["captions"] for r in sidecar(tmp_path / "out")] == [["b", "a"], ["c"], ["e"]]
 
 
-def test_keep_numbers_duplicate_keys(write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run) -> None:
-    path = write_table([picture(i) for i, _ in DUPLICATES], [c for _, c in DUPLICATES])
-    manifest = run_prep(tmp_path / "out", *table_words(path, "duplicates=keep", "shards.samples=4")).manifest
+def test_keep_numbers_duplicate_keys(write_table: Write, make_image: MakeImage, tmp_path: Path, run_prep: Run) -> None:
+    path = write_table([make_image(i) for i, _ in DUPLICATES], [c for _, c in DUPLICATES])
+    manifest = run_prep(tmp_path / "out", *table_arguments(path, "duplicates=keep", "shards.samples=4")).manifest
     assert (manifest["written"], manifest["rejected"]) == (6, 0)
     keys = [r["key"] for r in sidecar(tmp_path / "out")]
     assert [key[32:] for key in keys] == ["", "", "_1", "", "_2", "_1"]
@@ -193,12 +201,12 @@ def test_keep_numbers_duplicate_keys(write_table: Write, picture: Picture, tmp_p
 
 
 def test_duplicates_of_a_rejected_row_are_rejected_with_its_code(
-    write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run
+    write_table: Write, make_image: MakeImage, tmp_path: Path, run_prep: Run
 ) -> None:
-    corrupt, bare, rescued = picture(0)[:150], picture(1), picture(2)
-    images = [corrupt, bare, corrupt, bare, rescued, rescued, picture(3), b"", b""]
+    corrupt, bare, rescued = make_image(0)[:150], make_image(1), make_image(2)
+    images = [corrupt, bare, corrupt, bare, rescued, rescued, make_image(3), b"", b""]
     captions = [["a"], [""], ["b"], ["   "], [""], ["late"], ["good"], ["x"], ["y"]]
-    run_prep(tmp_path / "merge", *table_words(write_table(images, captions)))
+    run_prep(tmp_path / "merge", *table_arguments(write_table(images, captions)))
     reasons = {r["row"]: r["reason"] for r in rejects(tmp_path / "merge")}
     assert reasons == {
         0: "E_IMG_TRUNCATED",
@@ -210,41 +218,44 @@ def test_duplicates_of_a_rejected_row_are_rejected_with_its_code(
         8: "E_IMG_EMPTY",
     }
     assert [(r["row"], r["captions"]) for r in sidecar(tmp_path / "merge")] == [(4, ["late"]), (6, ["good"])]
-    run_prep(tmp_path / "first", *table_words(write_table(images, captions), "duplicates=first"))
+    run_prep(tmp_path / "first", *table_arguments(write_table(images, captions), "duplicates=first"))
     reasons = {r["row"]: r["reason"] for r in rejects(tmp_path / "first")}
     assert reasons[4] == reasons[5] == "E_CAP_EMPTY" and reasons[2] == "E_IMG_TRUNCATED"
 
 
 def test_invalid_captions_are_dropped_and_the_row_is_kept(
-    write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run
+    write_table: Write, make_image: MakeImage, tmp_path: Path, run_prep: Run
 ) -> None:
     texts = ["  two\n words ", "", "two words", "cafe\u0301", "x" * 9000, "a\x00b\u202e c", None]
-    manifest = run_prep(tmp_path / "out", *table_words(write_table([picture(0)], [texts]))).manifest
+    manifest = run_prep(tmp_path / "out", *table_arguments(write_table([make_image(0)], [texts]))).manifest
     (row,) = sidecar(tmp_path / "out")
     assert row["captions"] == ["two words", "caf\u00e9", "a b c"]
     assert (manifest["captions"], manifest["captions_dropped"]) == (3, 3)
 
 
-def test_random_tables_conserve_rows(write_table: Write, picture: Picture, tmp_path: Path, run_prep: Run) -> None:
+def test_random_tables_conserve_rows(write_table: Write, make_image: MakeImage, tmp_path: Path, run_prep: Run) -> None:
     """Every plan row occurs once, counts add up, keys are unique, and a slow reference writes the same captions."""
-    bad = [b"", b"<html>", picture(0)[:99]]
+    bad = [b"", b"<html>", make_image(0)[:99]]
     for seed in range(12):
         draw = np.random.default_rng(seed)
         count = int(draw.integers(1, 40))
-        pool = [picture(100 + i) for i in range(int(draw.integers(1, 12)))] + bad
-        images = [picture(100)] + [pool[draw.integers(len(pool))] for _ in range(count)]
-        words = ["", " ", "a", "b", "a  b", "c"]
-        captions = [["first"], *([words[draw.integers(6)] for _ in range(draw.integers(0, 4))] for _ in range(count))]
+        pool = [make_image(100 + i) for i in range(int(draw.integers(1, 12)))] + bad
+        images = [make_image(100)] + [pool[draw.integers(len(pool))] for _ in range(count)]
+        arguments = ["", " ", "a", "b", "a  b", "c"]
+        captions = [
+            ["first"],
+            *([arguments[draw.integers(6)] for _ in range(draw.integers(0, 4))] for _ in range(count)),
+        ]
         mode = ("merge", "first", "keep")[seed % 3]
         path = write_table(images, captions, f"{seed}.parquet")
         out = tmp_path / f"out{seed}"
-        run_prep(out, *table_words(path, f"duplicates={mode}", f"shards.samples={draw.integers(1, 9)}"))
+        run_prep(out, *table_arguments(path, f"duplicates={mode}", f"shards.samples={draw.integers(1, 9)}"))
         manifest = json.loads((out / "manifest.json").read_text())
-        written, lost = sidecar(out), rejects(out)
-        assert sorted([r["row"] for r in written] + [r["row"] for r in lost]) == list(range(count + 1))
+        written, rejected = sidecar(out), rejects(out)
+        assert sorted([r["row"] for r in written] + [r["row"] for r in rejected]) == list(range(count + 1))
         assert manifest["rows_in"] == manifest["written"] + manifest["merged"] + manifest["rejected"] == count + 1
         assert len({r["key"] for r in written}) == len(written) == manifest["written"]
-        assert Counter(r["reason"] for r in lost if r["reason"] != "merged") == manifest["rejects"]
+        assert Counter(r["reason"] for r in rejected if r["reason"] != "merged") == manifest["rejects"]
         assert {r["row"]: r["captions"] for r in written} == reference(images, captions, mode, bad), seed
 
 
@@ -252,11 +263,11 @@ def reference(images: list[bytes], captions: list[list[str]], mode: str, bad: li
     groups: dict[object, list[int]] = {}
     for row, image in enumerate(images):
         groups.setdefault(row if mode == "keep" else image, []).append(row)
-    found: dict[int, list[str]] = {}
+    expected: dict[int, list[str]] = {}
     for rows in groups.values():
         taken = rows if mode == "merge" else rows[:1]
         texts = [" ".join(text.split()) for row in taken for text in captions[row]]
         texts = list(dict.fromkeys(text for text in texts if text))
         if texts and images[rows[0]] not in bad:
-            found[rows[0]] = texts
-    return found
+            expected[rows[0]] = texts
+    return expected

@@ -66,9 +66,9 @@ def slow(tmp_path: Path) -> list[str]:
     return ["prep", *arguments, "shards.samples=50"]
 
 
-def begin(folder: Path, arguments: list[str], *more: str) -> subprocess.Popen[str]:
+def start_run(folder: Path, arguments: list[str], *extra: str) -> subprocess.Popen[str]:
     """Starts a run and waits until it has finished six shards and waits at the gate."""
-    command = [sys.executable, "-m", "clipwright", *arguments, "-o", "out", *more]
+    command = [sys.executable, "-m", "clipwright", *arguments, "-o", "out", *extra]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
     deadline = time.monotonic() + 90
@@ -82,7 +82,7 @@ def begin(folder: Path, arguments: list[str], *more: str) -> subprocess.Popen[st
 def test_killed_run_resumes_without_rewriting_finished_shards(
     tmp_path: Path, cli: Any, slow: list[str], workers: int
 ) -> None:
-    process = begin(tmp_path, slow, f"runtime.workers={workers}")
+    process = start_run(tmp_path, slow, f"runtime.workers={workers}")
     time.sleep(0.3)
     process.kill()
     process.communicate(timeout=30)  # the pipes close when the last worker has exited
@@ -105,7 +105,7 @@ def test_killed_run_resumes_without_rewriting_finished_shards(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85)])
 def test_signal_lets_running_shards_finish(tmp_path: Path, cli: Any, slow: list[str], number: int, code: int) -> None:
-    process = begin(tmp_path, slow, "runtime.workers=2")
+    process = start_run(tmp_path, slow, "runtime.workers=2")
     os.killpg(process.pid, number)  # like a terminal or a launcher: workers receive it too
     time.sleep(0.5)
     (tmp_path / "gate").unlink()
@@ -148,7 +148,7 @@ def test_changed_config_is_refused_and_fresh_starts_over(tmp_path: Path, cli: An
 
 
 def test_unfinished_run_of_another_config_is_refused(tmp_path: Path, slow: list[str], cli: Any) -> None:
-    process = begin(tmp_path, slow, "runtime.workers=1")
+    process = start_run(tmp_path, slow, "runtime.workers=1")
     second = cli.error(*slow, "-o", "out", code=2)
     assert second.startswith("error[E_OUTPUT]") and "another run" in second
     process.kill()

@@ -30,13 +30,13 @@ from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.folders.records import DatasetFingerprint, write_manifest
 from clipwright.pipeline.folders.schema import SIDECAR_SCHEMA
 
-Picture = Callable[..., bytes]
+MakeImage = Callable[..., bytes]
 
 
 def info(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "") -> tuple[tarfile.TarInfo, bytes]:
-    made = tarfile.TarInfo(name)
-    made.size, made.type, made.linkname = len(data), kind, link
-    return made, data
+    tar_info = tarfile.TarInfo(name)
+    tar_info.size, tar_info.type, tar_info.linkname = len(data), kind, link
+    return tar_info, data
 
 
 def write_tar(path: Path, entries: list[Any], format: int = tarfile.PAX_FORMAT) -> Path:
@@ -44,8 +44,8 @@ def write_tar(path: Path, entries: list[Any], format: int = tarfile.PAX_FORMAT) 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=format) as tar:
         for name, data in entries:
-            made = info(name, data)[0] if isinstance(name, str) else name
-            tar.addfile(made, io.BytesIO(data))
+            tar_info = info(name, data)[0] if isinstance(name, str) else name
+            tar.addfile(tar_info, io.BytesIO(data))
     return path
 
 
@@ -88,17 +88,17 @@ class Bomb:
 
 
 @pytest.fixture
-def tars(tmp_path: Path, picture: Picture) -> Path:
+def tars(tmp_path: Path, make_image: MakeImage) -> Path:
     """Two tars of 5 and 4 samples as img2dataset writes them. The caption contains the number of the image."""
     folder, number = tmp_path / "tars", 0
     for name, count in (("00000", 5), ("00001", 4)):
         entries: list[tuple[str, bytes]] = []
         for _ in range(count):
-            about = {"url": f"https://x.test/{number}", "caption": f"picture {number}", "similarity": 0.3}
-            image = picture(number)
+            metadata = {"url": f"https://x.test/{number}", "caption": f"picture {number}", "similarity": 0.3}
+            image = make_image(number)
             entries += [
                 *pair(f"{number:09d}", image, f"picture {number}"),
-                (f"{number:09d}.json", json.dumps(about).encode()),
+                (f"{number:09d}.json", json.dumps(metadata).encode()),
             ]
             number += 1
         write_tar(folder / f"{name}.tar", entries)
@@ -107,7 +107,7 @@ def tars(tmp_path: Path, picture: Picture) -> Path:
     return folder
 
 
-def test_index_img2dataset_tars(tars: Path, tmp_path: Path, cli: Any, picture: Picture) -> None:
+def test_index_img2dataset_tars(tars: Path, tmp_path: Path, cli: Any, make_image: MakeImage) -> None:
     before = content(tars)
     result = cli.json("data", "index", "tars")
     assert (result["rows_in"], result["written"], result["rejected"], result["ignored"]) == (9, 9, 0, 0)
@@ -121,7 +121,7 @@ def test_index_img2dataset_tars(tars: Path, tmp_path: Path, cli: Any, picture: P
     }
     assert json.loads((tars / "status.json").read_text())["verb"] == "data index"
     for number, row in enumerate(sidecar_rows(tars)):
-        image = picture(number)
+        image = make_image(number)
         assert row["key"] == hashlib.sha256(image).hexdigest()[:32] and row["source_key"] == f"{number:09d}"
         assert row["captions"] == [f"picture {number}"] and (row["width"], row["height"]) == (48, 36)
         assert (row["url"], row["similarity"]) == (f"https://x.test/{number}", 0.3) and "caption" not in row
@@ -133,7 +133,7 @@ def test_index_img2dataset_tars(tars: Path, tmp_path: Path, cli: Any, picture: P
     shown = view(ViewConfig(data=str(tars)), tmp_path / "page", quiet=True)
     assert shown["kept"] == 9
     data = Dataset(tars)
-    assert data.samples == 9 and data.image(1, 3) == picture(8)
+    assert data.samples == 9 and data.image(1, 3) == make_image(8)
     # A second run does nothing. Elsewhere, with more workers, the bytes are the same.
     assert index(ForeignIndexConfig(data=str(tars)), quiet=True).already
     other = tmp_path / "elsewhere"
@@ -144,9 +144,9 @@ def test_index_img2dataset_tars(tars: Path, tmp_path: Path, cli: Any, picture: P
     assert content(other).items() <= after.items()
 
 
-def test_json_members_become_typed_columns(tmp_path: Path, picture: Picture) -> None:
+def test_json_members_become_typed_columns(tmp_path: Path, make_image: MakeImage) -> None:
     deep = {"b": [1, {"c": None}], "a": "\ud800"}
-    about: list[Any] = [
+    metadata: list[Any] = [
         {"id": 1, "score": 1, "tags": ["x", "é"], "key": "k0", "mixed": 1, "deep": deep, "flag": True, "wide": 2**60},
         {"id": 2, "score": 0.5, "tags": [], "mixed": "x", "deep": [[1]], "none": None, "wide": 7, "row": 1.5},
         None,
@@ -155,8 +155,8 @@ def test_json_members_become_typed_columns(tmp_path: Path, picture: Picture) -> 
         {"id": 2**53 + 2, "more": "only here", "part": 2**53 + 1, "row": -1},
         {"part": 0.5, "dates": ["2026", None, 7]},
     ]
-    entries = [pair(str(n), picture(n), f"picture {n}") for n in range(len(about))]
-    for n, one in enumerate(about):
+    entries = [pair(str(n), make_image(n), f"picture {n}") for n in range(len(metadata))]
+    for n, one in enumerate(metadata):
         entries[n] += [] if one is None else [(f"{n}.json", json.dumps(one).encode())]
     write_tar(tmp_path / "t" / "a.tar", [*itertools.chain(*entries[:3])])
     write_tar(tmp_path / "t" / "b.tar", [*itertools.chain(*entries[3:])])
@@ -189,7 +189,7 @@ def test_json_members_become_typed_columns(tmp_path: Path, picture: Picture) -> 
     assert [row["captions"] for row in rows] == [[f"picture {n}"] for n in range(7)]
     assert Dataset(tmp_path / "t", negatives="tags").rows(0).negatives is not None
     # A different name in every sample: too many for columns.
-    many = [[*pair(str(n), picture(n), "x"), (f"{n}.json", json.dumps({f"id{n}": n}).encode())] for n in range(300)]
+    many = [[*pair(str(n), make_image(n), "x"), (f"{n}.json", json.dumps({f"id{n}": n}).encode())] for n in range(300)]
     write_tar(tmp_path / "u" / "a.tar", [*itertools.chain(*many)])
     run(tmp_path / "u")
     rows = sidecar_rows(tmp_path / "u")
@@ -224,9 +224,9 @@ def test_dataset_reader_opens_cut_over_foreign_tars(tars: Path, tmp_path: Path) 
     assert caught.value.code == "E_DATA_HASH" and "../tars/00001.tar" in str(caught.value)
 
 
-def bad_groups(picture: Picture, canary: Path) -> dict[str, tuple[list[Any], str]]:
+def bad_groups(make_image: MakeImage, canary: Path) -> dict[str, tuple[list[Any], str]]:
     """Malformed groups, each with the expected reason for its rejection."""
-    image, text = picture(1000), b"a caption"
+    image, text = make_image(1000), b"a caption"
     return {
         "noimage": ([("noimage.txt", text)], "E_PAIR_IMAGE"),
         "nocaption": ([("nocaption.jpg", image)], "E_CAP_EMPTY"),
@@ -236,9 +236,9 @@ def bad_groups(picture: Picture, canary: Path) -> dict[str, tuple[list[Any], str
         "deep": ([("deep.jpg", image), ("deep.json", b"[" * 100_000)], "E_CAP_FILE"),
         "number": ([("number.jpg", image), ("number.json", b'{"caption": {"a": 1}}')], "E_CAP_FILE"),
         "twoimages": ([("twoimages.jpg", image), ("twoimages.png", image), ("twoimages.txt", text)], "E_PAIR_IMAGE"),
-        "twice": ([("twice.jpg", image), ("twice.txt", text), ("twice.jpg", picture(1001))], "E_PAIR_DUPLICATE"),
+        "twice": ([("twice.jpg", image), ("twice.txt", text), ("twice.jpg", make_image(1001))], "E_PAIR_DUPLICATE"),
         "dots": ([("dots.b.jpg", image), ("dots.b.txt", text)], "E_PAIR_KEY"),
-        "dots2": ([*pair("dots2", image, "x"), *pair("dots2.b", picture(1002), "y")], "E_PAIR_KEY"),
+        "dots2": ([*pair("dots2", image, "x"), *pair("dots2.b", make_image(1002), "y")], "E_PAIR_KEY"),
         "cut": ([("broken.jpg", image[:300]), ("broken.txt", text)], "E_IMG_TRUNCATED"),
         "html": ([("html.jpg", b"<html>"), ("html.txt", text)], "E_IMG_FORMAT"),
         "empty": ([("empty.jpg", b""), ("empty.txt", text)], "E_IMG_EMPTY"),
@@ -257,12 +257,12 @@ def bad_groups(picture: Picture, canary: Path) -> dict[str, tuple[list[Any], str
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_malformed_groups_are_rejected_with_their_reason(tmp_path: Path, picture: Picture, format: int) -> None:
+def test_malformed_groups_are_rejected_with_their_reason(tmp_path: Path, make_image: MakeImage, format: int) -> None:
     canary = tmp_path / "canary"
-    bad = bad_groups(picture, canary)
+    bad = bad_groups(make_image, canary)
     entries: list[Any] = []
     for number, (members_of_it, _) in enumerate(bad.values()):
-        entries += [*pair(f"good{number}", picture(number), f"good {number}"), *members_of_it]
+        entries += [*pair(f"good{number}", make_image(number), f"good {number}"), *members_of_it]
     write_tar(tmp_path / "t" / "a.tar", entries, format)
     manifest = run(tmp_path / "t")
     reasons = [reason for _, reason in bad.values()]
@@ -275,8 +275,8 @@ def test_malformed_groups_are_rejected_with_their_reason(tmp_path: Path, picture
     assert not canary.exists() and not (tmp_path / "up.jpg").exists()
 
 
-def test_split_groups_and_reused_keys_are_rejected(tmp_path: Path, picture: Picture) -> None:
-    one, two, three, four = (picture(n) for n in range(4))
+def test_split_groups_and_reused_keys_are_rejected(tmp_path: Path, make_image: MakeImage) -> None:
+    one, two, three, four = (make_image(n) for n in range(4))
     entries = [
         *[("a.jpg", one), ("b.jpg", two), ("a.txt", b"of a"), ("b.txt", b"of b")],
         *pair("c", three, "fine"),
@@ -293,18 +293,21 @@ def test_split_groups_and_reused_keys_are_rejected(tmp_path: Path, picture: Pict
     assert run(tmp_path / "u")["written"] == 2
 
 
-def test_unusual_but_valid_tars_are_accepted(tmp_path: Path, picture: Picture) -> None:
+def test_unusual_but_valid_tars_are_accepted(tmp_path: Path, make_image: MakeImage) -> None:
     long = f"folder/{'n' * 150}/{'k' * 120}"
     entries = [
         info("nested", kind=tarfile.DIRTYPE),
         ("README", b"read me"),
         ("nested/._x.jpg", b"resource fork"),
-        *pair("./nested/deep/x", picture(0), "nested"),
-        *[("mask.mask.png", picture(5, format="PNG")), *pair("mask", picture(1), "with a mask")],
-        *[*pair(long, picture(2), "long"), (f"{long}.cls", b"3")],
-        *[("UP.JPG", picture(3)), ("UP.TXT", "빨간 원".encode())],
-        *[("j.json", b'{"captions": ["one", "two", "one"], "caption": "three"}'), ("j.png", picture(4, format="PNG"))],
-        *[("l.jpg", picture(6)), ("l.json", b'{"caption": ["four", "five"]}')],
+        *pair("./nested/deep/x", make_image(0), "nested"),
+        *[("mask.mask.png", make_image(5, format="PNG")), *pair("mask", make_image(1), "with a mask")],
+        *[*pair(long, make_image(2), "long"), (f"{long}.cls", b"3")],
+        *[("UP.JPG", make_image(3)), ("UP.TXT", "빨간 원".encode())],
+        *[
+            ("j.json", b'{"captions": ["one", "two", "one"], "caption": "three"}'),
+            ("j.png", make_image(4, format="PNG")),
+        ],
+        *[("l.jpg", make_image(6)), ("l.json", b'{"caption": ["four", "five"]}')],
     ]
     for name, format in (("pax", tarfile.PAX_FORMAT), ("gnu", tarfile.GNU_FORMAT)):
         write_tar(tmp_path / name / "a.tar", entries, format)
@@ -317,7 +320,7 @@ def test_unusual_but_valid_tars_are_accepted(tmp_path: Path, picture: Picture) -
 
 
 def test_truncated_and_invalid_tars_keep_their_good_samples(
-    tars: Path, tmp_path: Path, picture: Picture, cli: Any
+    tars: Path, tmp_path: Path, make_image: MakeImage, cli: Any
 ) -> None:
     whole = (tars / "00000.tar").read_bytes()
     third = whole.index(b"000000002.txt")
@@ -333,7 +336,7 @@ def test_truncated_and_invalid_tars_keep_their_good_samples(
     }
     for name, (data, reason, good) in cases.items():
         folder = tmp_path / name
-        write_tar(folder / "z.tar", pair("z", picture(100), "z"))
+        write_tar(folder / "z.tar", pair("z", make_image(100), "z"))
         (folder / "a.tar").write_bytes(data)
         assert run(folder)["written"] == good + 1, name
         assert [row["reason"] for row in rejects(folder)] == ([reason] if reason else []), name
@@ -352,9 +355,9 @@ def test_hostile_headers_fail_fast_in_bounded_memory(tmp_path: Path) -> None:
         return caught.value
 
     def header(kind: bytes, size: int) -> bytes:
-        made = tarfile.TarInfo("a.jpg")
-        made.type, made.size = kind, size
-        return made.tobuf(tarfile.GNU_FORMAT)
+        tar_info = tarfile.TarInfo("a.jpg")
+        tar_info.type, tar_info.size = kind, size
+        return tar_info.tobuf(tarfile.GNU_FORMAT)
 
     assert "extended header of" in read(header(tarfile.XHDTYPE, 5 << 30)).args[1]
     assert "extended header of" in read(header(tarfile.GNUTYPE_LONGNAME, 5 << 30)).args[1]
@@ -369,9 +372,9 @@ def test_hostile_headers_fail_fast_in_bounded_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("duplicates", ["merge", "first", "keep"])
-def test_duplicate_images_across_tars(tmp_path: Path, picture: Picture, duplicates: str) -> None:
-    same = picture(0)
-    write_tar(tmp_path / "t" / "a.tar", [*pair("a", same, "one"), *pair("b", picture(1), "other")])
+def test_duplicate_images_across_tars(tmp_path: Path, make_image: MakeImage, duplicates: str) -> None:
+    same = make_image(0)
+    write_tar(tmp_path / "t" / "a.tar", [*pair("a", same, "one"), *pair("b", make_image(1), "other")])
     write_tar(tmp_path / "t" / "b.tar", [*pair("c", same, "two"), ("c.json", b'{"n": 3}'), *pair("d", same, "one")])
     manifest = run(tmp_path / "t", duplicates=duplicates)
     rows, left = sidecar_rows(tmp_path / "t"), rejects(tmp_path / "t")

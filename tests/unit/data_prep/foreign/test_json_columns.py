@@ -24,39 +24,39 @@ def value(draw: random.Random, depth: int = 0) -> Any:
     return draw.choice([[None], [True, False], EDGES, TEXTS][kind])
 
 
-def held(cell: Any, value: Any, kind: str) -> bool:
+def is_equal(cell: Any, value: Any, kind: str) -> bool:
     """Whether a cell of a column equals the value in the JSON."""
     if value is None:
         return cell is None
     if kind.startswith("list:"):
-        return len(cell) == len(value) and all(map(held, cell, value, [kind[5:]] * len(cell)))
+        return len(cell) == len(value) and all(map(is_equal, cell, value, [kind[5:]] * len(cell)))
     if kind == "text":
         return cell == value if isinstance(value, str) else json.loads(cell) == value
     return cell == value and isinstance(cell, bool) == isinstance(value, bool)
 
 
 def test_columns_hold_every_json_value() -> None:
-    seen: set[str] = set()
+    seen_kinds: set[str] = set()
     for seed in range(1500):
         draw = random.Random(seed)
         parts = [
             [{draw.choice(NAMES): value(draw) for _ in range(draw.randrange(5))} for _ in range(draw.randrange(4))]
             for _ in range(draw.randint(1, 3))
         ]
-        texts = [[json_columns.metadata_text(one) for one in part] for part in parts]
+        texts = [[json_columns.metadata_text(scalar_kinds) for scalar_kinds in part] for part in parts]
         kinds, flat = json_columns.combine(map(json_columns.kinds_of, texts)), sum(texts, [])  # noqa: RUF017
         assert kinds is not None and kinds == json_columns.kinds_of(flat)
-        seen |= set(kinds.values())
+        seen_kinds |= set(kinds.values())
         schema, rows = json_columns.schema_of(kinds), [json_columns.row_of(text, kinds) for text in flat]
         cells = pa.Table.from_pylist(rows, schema=schema).to_pylist() if len(schema) else rows
         for text, row in zip(flat, cells, strict=True):
-            for name, said in (json.loads(text) if text else {}).items():
-                assert held(row[name], said, kinds[name]), (seed, name, said, row[name])
-    one = {"", "bool", "int", "big", "float", "text"}
-    assert seen == one | {f"list:{kind}" for kind in one}
+            for name, value_in_json in (json.loads(text) if text else {}).items():
+                assert is_equal(row[name], value_in_json, kinds[name]), (seed, name, value_in_json, row[name])
+    scalar_kinds = {"", "bool", "int", "big", "float", "text"}
+    assert seen_kinds == scalar_kinds | {f"list:{kind}" for kind in scalar_kinds}
 
 
 def test_non_finite_numbers_become_null() -> None:
-    about = json_columns.parse(b'{"a": NaN, "b": -Infinity, "c": 1e999, "d": [1.5, Infinity], "caption": "x"}')
-    assert json_columns.metadata_text(about) == '{"a":null,"b":null,"c":null,"d":[1.5,null]}'
+    metadata = json_columns.parse(b'{"a": NaN, "b": -Infinity, "c": 1e999, "d": [1.5, Infinity], "caption": "x"}')
+    assert json_columns.metadata_text(metadata) == '{"a":null,"b":null,"c":null,"d":[1.5,null]}'
     assert json_columns.metadata_text({"captions": ["x"]}) == ""

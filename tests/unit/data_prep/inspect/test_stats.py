@@ -52,9 +52,9 @@ def test_statistics_match_manual_counts(dataset: Path) -> None:
     assert result["rejects"] == {"E_CAP_EMPTY": 1, "E_IMG_TRUNCATED": 1}
 
 
-def test_near_duplicates_are_counted(tmp_path: Path, write_table: Any, run_prep: Any, picture: Any) -> None:
-    pictures = [picture(0), picture(0, quality=95), picture(1), picture(2)]
-    table = write_table(pictures, [[f"{i}"] for i in range(4)])
+def test_near_duplicates_are_counted(tmp_path: Path, write_table: Any, run_prep: Any, make_image: Any) -> None:
+    images = [make_image(0), make_image(0, quality=95), make_image(1), make_image(2)]
+    table = write_table(images, [[f"{i}"] for i in range(4)])
     run_prep(tmp_path / "out", "source.name=table", f"source.path={table}", "source.caption=captions")
     assert stats(tmp_path / "out", quiet=True)["duplicates"] == {"exact_merged": 0, "near_groups": 1, "near_images": 2}
 
@@ -62,8 +62,8 @@ def test_near_duplicates_are_counted(tmp_path: Path, write_table: Any, run_prep:
 def test_command_prints_a_table_or_json(dataset: Path, tmp_path: Path, cli: Any) -> None:
     before = {path.name for path in dataset.iterdir()}
     text = cli("data", "stats", "data", "-o", "report").stdout
-    for words in ("10 samples in 3 shards", "characters", "Hangul", "E_IMG_TRUNCATED", "8 × a red circle"):
-        assert words in text
+    for text_part in ("10 samples in 3 shards", "characters", "Hangul", "E_IMG_TRUNCATED", "8 × a red circle"):
+        assert text_part in text
     assert (tmp_path / "report" / "report.json").is_file() and {path.name for path in dataset.iterdir()} == before
     assert cli.json("data", "stats", "data") == stats(dataset, quiet=True) | {"data": "data"}
     (dataset / "data-000001.parquet").unlink()

@@ -43,7 +43,7 @@ def restate(dataset: Path, **changes: Any) -> None:
     path.write_text(json.dumps(manifest | changes))
 
 
-def found(dataset: Path, code: str = "E_DATA_HASH") -> list[dict[str, Any]]:
+def find_faults(dataset: Path, code: str = "E_DATA_HASH") -> list[dict[str, Any]]:
     result = verify(dataset, quiet=True)
     assert not result["ok"]
     error = failure(result)
@@ -60,8 +60,8 @@ def member(dataset: Path, shard: int, name: str) -> tarfile.TarInfo:
 def test_intact_dataset_passes_and_is_unchanged(
     dataset: Path, tmp_path: Path, cli: Any, run_prep: Callable[..., Any], workers: int
 ) -> None:
-    words = ("source.name=table", f"source.path={tmp_path / 'pairs.parquet'}", "source.caption=captions")
-    run_prep(tmp_path / "other", *words, "shards.samples=3", f"runtime.workers={workers}")
+    arguments = ("source.name=table", f"source.path={tmp_path / 'pairs.parquet'}", "source.caption=captions")
+    run_prep(tmp_path / "other", *arguments, "shards.samples=3", f"runtime.workers={workers}")
     before = content(tmp_path / "other")
     result = cli.json("data", "verify", "other")
     assert (result["ok"], result["faults"], result["shards_ok"], result["samples"]) == (True, [], 4, 10)
@@ -83,9 +83,10 @@ def test_flipped_byte_is_reported_with_shard_key_and_offset(dataset: Path, cli: 
     assert result["faults"][0]["key"] == row["key"] and result["faults"][0]["offset"] == row["offset"]
     assert (result["shards_ok"], result["shards_bad"]) == (1, 2)
     assert content(dataset) == before
-    said = cli("data", "verify", "data", code=3).stdout
+    output = cli("data", "verify", "data", code=3).stdout
     assert (
-        f"bad data-000001.tar: sample {row['key']} at offset {row['offset']}" in said and "1 shards ok, 2 bad" in said
+        f"bad data-000001.tar: sample {row['key']} at offset {row['offset']}" in output
+        and "1 shards ok, 2 bad" in output
     )
 
 
@@ -95,22 +96,22 @@ def test_truncated_and_missing_tars_are_reported(dataset: Path, cli: Any) -> Non
     error = cli.error("data", "verify", "data", code=3)
     assert "E_DATA_HASH" in error and "data-000001.tar" in error and row["key"] in error and "the file ends" in error
     tar.unlink()
-    assert [(fault["file"], fault["problem"]) for fault in found(dataset)] == [
+    assert [(fault["file"], fault["problem"]) for fault in find_faults(dataset)] == [
         ("data-000001.tar", "the file is missing")
     ]
 
 
 def test_headers_and_padding_are_checked(dataset: Path) -> None:
     tar = dataset / "data-000000.tar"
-    whole, row = tar.read_bytes(), rows_of(dataset, 0)[1]
-    flip(tar, len(whole) - 1)
-    assert "headers or padding" in found(dataset)[0]["problem"]
-    tar.write_bytes(whole)
+    intact, row = tar.read_bytes(), rows_of(dataset, 0)[1]
+    flip(tar, len(intact) - 1)
+    assert "headers or padding" in find_faults(dataset)[0]["problem"]
+    tar.write_bytes(intact)
     flip(tar, row["offset"] - 512 + 3)
-    (fault,) = found(dataset)
+    (fault,) = find_faults(dataset)
     assert fault["key"] == row["key"] and fault["offset"] == row["offset"] - 512 and "header" in fault["problem"]
-    tar.write_bytes(whole + b"more")
-    assert "the manifest has" in found(dataset)[0]["problem"]
+    tar.write_bytes(intact + b"more")
+    assert "the manifest has" in find_faults(dataset)[0]["problem"]
 
 
 @pytest.mark.parametrize("corruption", ["missing", "flipped"])
@@ -122,7 +123,7 @@ def test_bad_sidecar_is_reported(dataset: Path, cli: Any, corruption: str) -> No
         flip(sidecar, 300)
     error = cli.error("data", "verify", "data", code=3)
     assert error.startswith("error[E_DATA_HASH]") and "data-000002.parquet" in error
-    assert len(found(dataset)) == 1
+    assert len(find_faults(dataset)) == 1
 
 
 @pytest.mark.parametrize("extension", ["txt", "json"])
@@ -134,7 +135,7 @@ def test_changed_caption_is_reported_even_if_hashes_match(dataset: Path, extensi
     assert at < info.offset_data + info.size
     flip(tar, at)
     restate(dataset)
-    (fault,) = found(dataset)
+    (fault,) = find_faults(dataset)
     assert (fault["file"], fault["key"], fault["offset"]) == ("data-000000.tar", key, info.offset_data)
     assert ("first caption" if extension == "txt" else "captions differ") in fault["problem"]
 
@@ -142,38 +143,38 @@ def test_changed_caption_is_reported_even_if_hashes_match(dataset: Path, extensi
 def test_missing_and_duplicate_plan_rows_are_reported(dataset: Path) -> None:
     rejects = pq.read_table(dataset / "rejects.parquet")
     pq.write_table(rejects.slice(1), dataset / "rejects.parquet")
-    assert [fault["file"] for fault in found(dataset)] == ["rejects.parquet"]
+    assert [fault["file"] for fault in find_faults(dataset)] == ["rejects.parquet"]
     (dataset / "rejects.parquet").write_bytes(b"no table")
     restate(dataset)
-    assert ["rejects.parquet: the file cannot be read" in fault["text"] for fault in found(dataset)] == [True]
+    assert ["rejects.parquet: the file cannot be read" in fault["text"] for fault in find_faults(dataset)] == [True]
     pq.write_table(rejects.slice(1), dataset / "rejects.parquet")
     restate(dataset)
-    text = " ".join(fault["text"] for fault in found(dataset, "E_MANIFEST"))
+    text = " ".join(fault["text"] for fault in find_faults(dataset, "E_MANIFEST"))
     assert "rows_in is 13, but the files have 12" in text and "exactly once" in text
     pq.write_table(pa.concat_tables([rejects.slice(0, 1), rejects.slice(0, 2)]), dataset / "rejects.parquet")
     restate(dataset)
-    assert "exactly once" in " ".join(fault["text"] for fault in found(dataset, "E_MANIFEST"))
+    assert "exactly once" in " ".join(fault["text"] for fault in find_faults(dataset, "E_MANIFEST"))
 
 
 def test_wrong_totals_and_changed_plan_are_reported(dataset: Path) -> None:
     fingerprint = json.loads((dataset / "manifest.json").read_text())["fingerprint"]
     restate(dataset, fingerprint="0" * 64)
-    (fault,) = found(dataset, "E_MANIFEST")
+    (fault,) = find_faults(dataset, "E_MANIFEST")
     assert fault["file"] == "manifest.json" and fingerprint in fault["problem"]
     captions = json.loads((dataset / "manifest.json").read_text())["captions"]
     restate(dataset, fingerprint=fingerprint, captions=1)
-    assert [fault["problem"] for fault in found(dataset, "E_MANIFEST")] == [
+    assert [fault["problem"] for fault in find_faults(dataset, "E_MANIFEST")] == [
         f"captions is 1, but the files have {captions}"
     ]
     restate(dataset, captions=captions)
     restate(dataset, fingerprint=fingerprint)
     assert verify(dataset, quiet=True)["ok"]
     flip(dataset / "plan.parquet", 20)
-    assert [fault["file"] for fault in found(dataset)] == ["plan.parquet"]
+    assert [fault["file"] for fault in find_faults(dataset)] == ["plan.parquet"]
 
 
 @pytest.mark.parametrize(
-    ("verb", "manifest", "code", "words"),
+    ("verb", "manifest", "code", "expected"),
     [
         ("verify", None, "E_MANIFEST", "no manifest.json"),
         ("verify", '{"format": "index", "version": 1}', "E_MANIFEST", "wanted 'dataset'"),
@@ -188,12 +189,12 @@ def test_wrong_totals_and_changed_plan_are_reported(dataset: Path) -> None:
     ],
 )
 def test_commands_refuse_a_folder_that_is_not_a_dataset(
-    tmp_path: Path, cli: Any, verb: str, manifest: str | None, code: str, words: str
+    tmp_path: Path, cli: Any, verb: str, manifest: str | None, code: str, expected: str
 ) -> None:
     if manifest != "no folder":
         (tmp_path / "odd").mkdir()
     if manifest not in (None, "no folder"):
         (tmp_path / "odd" / "manifest.json").write_text(str(manifest))
     error = cli.error("data", verb, "odd", *(("-o", "pages") if verb == "view" else ()), code=3)
-    assert error.startswith(f"error[{code}]") and "odd" in error and words in error
+    assert error.startswith(f"error[{code}]") and "odd" in error and expected in error
     assert not (tmp_path / "pages").exists()

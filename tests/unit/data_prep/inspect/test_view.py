@@ -16,7 +16,7 @@ from PIL import Image
 
 from clipwright.data_prep.inspect.view import ViewConfig, view
 
-Picture = Callable[..., bytes]
+MakeImage = Callable[..., bytes]
 
 
 def page(dataset: Path, out: Path, **fields: Any) -> tuple[str, dict[str, Any]]:
@@ -28,21 +28,21 @@ def rejects(dataset: Path) -> dict[str, str]:
     return {row["reason"]: row["detail"] for row in pq.read_table(dataset / "rejects.parquet").to_pylist()}
 
 
-def pictures(text: str) -> list[Image.Image]:
+def embedded_images(text: str) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(d))) for d in re.findall(r"data:image/jpeg;base64,([^\"]+)", text)]
 
 
 def test_page_shows_counts_kept_and_rejected_pairs(dataset: Path, tmp_path: Path) -> None:
     text, result = page(dataset, tmp_path / "pages")
     assert (result["kept"], result["rejected"], result["problem"]) == (10, 2, "")
-    for number, words in ((13, "rows in"), (10, "written"), (1, "merged"), (2, "rejected")):
-        assert f"<b>{number}</b> {words}" in text
+    for number, label in ((13, "rows in"), (10, "written"), (1, "merged"), (2, "rejected")):
+        assert f"<b>{number}</b> {label}" in text
     assert "E_<wbr>IMG_<wbr>TRUNCATED" in text and "the image cannot be decoded" in text
     assert rejects(dataset)["E_IMG_TRUNCATED"] in text and rejects(dataset)["E_CAP_EMPTY"] in text
     assert "빨간 원" in text and "猫とねこ" in text and "W" * 200 in text and "W" * 300 not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;b&gt;bold&lt;/b&gt;" in text and "<script" not in text
     # Ten kept images and the one rejected for its caption, all small.
-    assert len(pictures(text)) == 11 and all(max(image.size) <= 160 for image in pictures(text))
+    assert len(embedded_images(text)) == 11 and all(max(image.size) <= 160 for image in embedded_images(text))
     assert [path.name for path in (tmp_path / "pages").iterdir()] == ["view.html"]
 
 
@@ -52,19 +52,19 @@ def test_kept_pairs_are_spread_and_seeded(dataset: Path, tmp_path: Path) -> None
     sources = [int(n) for n in re.findall(r"pairs.parquet#(\d+) · [0-9a-f]{12}", drawn[0])]
     assert len(sources) == 3 and sources[0] < 4 <= sources[1] < 9 <= sources[2]
     none, result = page(dataset, tmp_path / "none", kept=0, rejected=0)
-    assert (result["kept"], result["rejected"]) == (0, 0) and not pictures(none)
+    assert (result["kept"], result["rejected"]) == (0, 0) and not embedded_images(none)
 
 
 def test_missing_or_changed_source_is_reported_on_the_page(
-    dataset: Path, tmp_path: Path, write_table: Callable[..., Path], picture: Picture
+    dataset: Path, tmp_path: Path, write_table: Callable[..., Path], make_image: MakeImage
 ) -> None:
-    write_table([picture(i) for i in range(100, 112)], [["other"]] * 12, n=list(range(12)))
+    write_table([make_image(i) for i in range(100, 112)], [["other"]] * 12, n=list(range(12)))
     text, result = page(dataset, tmp_path / "changed")
-    assert result["problem"] == "" and "the source has changed" in text and len(pictures(text)) == 10
+    assert result["problem"] == "" and "the source has changed" in text and len(embedded_images(text)) == 10
     (tmp_path / "pairs.parquet").unlink()
     text, result = page(dataset, tmp_path / "moved")
     assert "The source cannot be read again" in text and "the input file does not exist" in result["problem"]
-    assert "E_<wbr>CAP_<wbr>EMPTY" in text and "nothing but white space" in text and len(pictures(text)) == 10
+    assert "E_<wbr>CAP_<wbr>EMPTY" in text and "nothing but white space" in text and len(embedded_images(text)) == 10
     (dataset / "config.yaml").unlink()
     assert "cannot be read again" in page(dataset, tmp_path / "bare")[1]["problem"]
 
@@ -80,17 +80,17 @@ def test_changed_image_is_not_shown(dataset: Path, tmp_path: Path) -> None:
     tar = dataset / "data-000002.tar"
     tar.write_bytes(tar.read_bytes()[:600])
     text, _ = page(dataset, tmp_path / "pages")
-    assert text.count("has changed; run clipwright data verify") == 3 and len(pictures(text)) == 8
+    assert text.count("has changed; run clipwright data verify") == 3 and len(embedded_images(text)) == 8
     tar.unlink()
     assert "No such file" in page(dataset, tmp_path / "pages")[0]
 
 
 def test_command_resolves_source_relative_to_the_prep_folder(
-    dataset: Path, tmp_path: Path, cli: Any, picture: Picture
+    dataset: Path, tmp_path: Path, cli: Any, make_image: MakeImage
 ) -> None:
     (tmp_path / "images").mkdir()
     for i in range(6):
-        (tmp_path / "images" / f"{i}.jpg").write_bytes(picture(i))
+        (tmp_path / "images" / f"{i}.jpg").write_bytes(make_image(i))
         (tmp_path / "images" / f"{i}.txt").write_bytes("빨간 원".encode("cp949" if i == 3 else "utf-8"))
     cli("prep", "folder", "source.path=images", "-o", "made")
     result = cli.json("data", "view", tmp_path / "made", "-o", tmp_path / "pages", "rejected=5")
@@ -99,7 +99,7 @@ def test_command_resolves_source_relative_to_the_prep_folder(
     cli.folder = tmp_path / "elsewhere"
     assert cli.json("data", "view", "../made", "-o", "pages")["problem"] == ""
     text = (tmp_path / "elsewhere" / "pages" / "view.html").read_text(encoding="utf-8")
-    assert len(pictures(text)) == 6 and "3.txt is not utf-8" in text and "source.encoding=" in text
+    assert len(embedded_images(text)) == 6 and "3.txt is not utf-8" in text and "source.encoding=" in text
 
 
 def test_foreign_output_folder_is_refused_unchanged(dataset: Path, cli: Any) -> None:
@@ -114,6 +114,10 @@ def test_foreign_output_folder_is_refused_unchanged(dataset: Path, cli: Any) -> 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_page_in_a_browser(dataset: Path, tmp_path: Path, look: Any, width: int) -> None:
     page(dataset, tmp_path / "pages")
-    seen = look(tmp_path / "pages" / "view.html", width)
-    assert (seen.errors, seen.requests, seen.overflow) == ([], [], 0)
-    assert "<script>alert(1)</script>" in seen.text and "빨간 원" in seen.text and "E_IMG_TRUNCATED" in seen.text
+    rendered = look(tmp_path / "pages" / "view.html", width)
+    assert (rendered.errors, rendered.requests, rendered.overflow) == ([], [], 0)
+    assert (
+        "<script>alert(1)</script>" in rendered.text
+        and "빨간 원" in rendered.text
+        and "E_IMG_TRUNCATED" in rendered.text
+    )

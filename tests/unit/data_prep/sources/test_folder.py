@@ -17,7 +17,7 @@ from clipwright.data_prep.sources.base import SOURCES, Source
 from clipwright.pipeline import pixels
 from clipwright.pipeline.core.errors import ClipwrightError
 
-Picture, Write, Run = Callable[..., bytes], Callable[..., Path], Callable[..., Any]
+MakeImage, Write, Run = Callable[..., bytes], Callable[..., Path], Callable[..., Any]
 KOREAN = "빨간 원"
 
 
@@ -26,7 +26,7 @@ def build(folder: Path, **fields: Any) -> Source:
 
 
 @pytest.fixture
-def images(tmp_path: Path, picture: Picture) -> Path:
+def images(tmp_path: Path, make_image: MakeImage) -> Path:
     """A folder with every kind of caption file, unusual names, links, and files that are not part of a pair."""
     folder = tmp_path / "images"
     (folder / "b" / "deep").mkdir(parents=True)
@@ -34,7 +34,7 @@ def images(tmp_path: Path, picture: Picture) -> Path:
     for i, name in enumerate(
         ("a.jpg", "b/c.PNG", "b/deep/d.e.jpeg", "b/f.jpg", ".hidden/x.jpg", ".y.jpg", "z.jpg.partial")
     ):
-        (folder / name).write_bytes(picture(i, format="PNG" if "PNG" in name else "JPEG"))
+        (folder / name).write_bytes(make_image(i, format="PNG" if "PNG" in name else "JPEG"))
     (folder / "a.txt").write_bytes(b"\xef\xbb\xbf" + f"first\r\n\n  \n{KOREAN}\n".encode())
     (folder / "a.json").write_text(json.dumps({"caption": "not taken", "n": 1, "width": 7, "tags": ["x"]}))
     (folder / "b" / "c.json").write_text(json.dumps({"caption": ["one", "two"], "n": 2.5, "ok": True, "odd": "text"}))
@@ -68,10 +68,10 @@ def test_folder_reads_pairs_captions_and_columns(images: Path) -> None:
     assert "linked folders that were not followed: 1, the first is link" in source.notes
 
 
-def test_folder_with_custom_caption_key_and_encoding(tmp_path: Path, picture: Picture) -> None:
-    (tmp_path / "a.jpg").write_bytes(picture(0))
+def test_folder_with_custom_caption_key_and_encoding(tmp_path: Path, make_image: MakeImage) -> None:
+    (tmp_path / "a.jpg").write_bytes(make_image(0))
     (tmp_path / "a.txt").write_bytes(KOREAN.encode("cp949"))
-    (tmp_path / "b.jpg").write_bytes(picture(1))
+    (tmp_path / "b.jpg").write_bytes(make_image(1))
     (tmp_path / "b.json").write_bytes(json.dumps({"alt": KOREAN, "caption": "x"}, ensure_ascii=False).encode("cp949"))
     rows = list(build(tmp_path, encoding="cp949", caption="alt").read([0, 1]))
     assert [row.captions for row in rows] == [[KOREAN], [KOREAN]]
@@ -95,20 +95,20 @@ def test_identity_depends_on_names_and_content_not_location(images: Path, tmp_pa
 
 
 def test_folder_and_table_give_the_same_keys(
-    tmp_path: Path, write_table: Write, picture: Picture, run_prep: Run
+    tmp_path: Path, write_table: Write, make_image: MakeImage, run_prep: Run
 ) -> None:
-    pictures = [picture(i) for i in range(12)]
-    pictures[7] = pictures[2]
-    table = write_table(pictures, [[f"caption {i}", KOREAN] for i in range(12)])
+    image_bytes = [make_image(i) for i in range(12)]
+    image_bytes[7] = image_bytes[2]
+    table = write_table(image_bytes, [[f"caption {i}", KOREAN] for i in range(12)])
     (tmp_path / "images").mkdir()
-    for i, data in enumerate(pictures):
+    for i, data in enumerate(image_bytes):
         (tmp_path / "images" / f"{i:02d}.jpg").write_bytes(data)
         (tmp_path / "images" / f"{i:02d}.txt").write_text(f"caption {i}\n{KOREAN}\n", encoding="utf-8")
     run_prep(tmp_path / "table", "source.name=table", f"source.path={table}", "source.caption=captions")
     shards = ("images.resize=longest", "images.size=32", "shards.samples=3")
     for workers in (1, 2):
-        words = ("source.name=folder", f"source.path={tmp_path / 'images'}", *shards, f"runtime.workers={workers}")
-        run_prep(tmp_path / f"folder{workers}", *words)
+        arguments = ("source.name=folder", f"source.path={tmp_path / 'images'}", *shards, f"runtime.workers={workers}")
+        run_prep(tmp_path / f"folder{workers}", *arguments)
     rows = {
         name: [
             (row["key"], row["captions"])
@@ -118,7 +118,7 @@ def test_folder_and_table_give_the_same_keys(
         for name in ("table", "folder1")
     }
     assert rows["table"] == rows["folder1"] and len(rows["table"]) == 11
-    assert rows["table"][2] == (pixels.bytes_key(pictures[2]), ["caption 2", KOREAN, "caption 7"])
+    assert rows["table"][2] == (pixels.bytes_key(image_bytes[2]), ["caption 2", KOREAN, "caption 7"])
     assert content(tmp_path / "folder1") == content(tmp_path / "folder2")
 
 
@@ -130,23 +130,25 @@ def content(out: Path) -> dict[str, str]:
 def test_folder_run_resumes_after_failure(images: Path, tmp_path: Path, run_prep: Run, monkeypatch: Any) -> None:
     from clipwright.data_prep.build import shards
 
-    words = ("source.name=folder", f"source.path={images}", "shards.samples=1")
-    run_prep(tmp_path / "clean", *words)
+    arguments = ("source.name=folder", f"source.path={images}", "shards.samples=1")
+    run_prep(tmp_path / "clean", *arguments)
     write = shards.write_json
-    monkeypatch.setattr(shards, "write_json", lambda path, told: 1 / 0 if told["shard"] == 2 else write(path, told))
+    monkeypatch.setattr(
+        shards, "write_json", lambda path, receipt: 1 / 0 if receipt["shard"] == 2 else write(path, receipt)
+    )
     with pytest.raises(ZeroDivisionError):
-        run_prep(tmp_path / "out", *words)
+        run_prep(tmp_path / "out", *arguments)
     monkeypatch.undo()
     assert (tmp_path / "out" / "plan.parquet").is_file() and not (tmp_path / "out" / "manifest.json").exists()
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("data-00000[01].tar")}
-    run_prep(tmp_path / "out", *words)
+    run_prep(tmp_path / "out", *arguments)
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in before} == before and len(before) == 2
     assert content(tmp_path / "out") == content(tmp_path / "clean")
 
 
-def test_rejects_name_the_file_and_the_remedy(images: Path, tmp_path: Path, cli: Any, picture: Picture) -> None:
+def test_rejects_name_the_file_and_the_remedy(images: Path, tmp_path: Path, cli: Any, make_image: MakeImage) -> None:
     os.mkfifo(images / "pipe.jpg")
-    (tmp_path / "secret.jpg").write_bytes(picture(90))
+    (tmp_path / "secret.jpg").write_bytes(make_image(90))
     (tmp_path / "secret.txt").write_text("secret words")
     (images / "out.jpg").symlink_to(tmp_path / "secret.jpg")
     cases: dict[str, tuple[Any, str, list[str]]] = {
@@ -162,21 +164,21 @@ def test_rejects_name_the_file_and_the_remedy(images: Path, tmp_path: Path, cli:
         "led": (tmp_path / "secret.txt", "E_CAP_FILE", ["led.txt", "leaves the root"]),
     }
     for i, (stem, (captions, _, _)) in enumerate(cases.items()):
-        (images / f"{stem}.jpg").write_bytes(picture(20 + i))
+        (images / f"{stem}.jpg").write_bytes(make_image(20 + i))
         if isinstance(captions, bytes):
             (images / f"{stem}.txt").write_bytes(captions)
         elif captions is not None:
             (images / f"{stem}.txt").symlink_to(captions)
     for stem, text in (("cut", '{"caption": "x"'), ("list", '["x"]'), ("object", '{"caption": {"en": "x"}}')):
-        (images / f"{stem}.jpg").write_bytes(picture(40 + len(stem)))
+        (images / f"{stem}.jpg").write_bytes(make_image(40 + len(stem)))
         (images / f"{stem}.json").write_text(text)
     (images / "new.avif").write_bytes(b"\0\0\0\x20ftypavif")
     (images / "new.txt").write_text("a format that is not read")
     result = cli.json("prep", "folder", "source.path=images", "-o", "out")
     rejects = {Path(r["source"]).stem: r for r in pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()}
-    for stem, (_, code, words) in cases.items():
+    for stem, (_, code, arguments) in cases.items():
         assert rejects[stem]["reason"] == code, stem
-        assert all(word in rejects[stem]["detail"] for word in words), rejects[stem]["detail"]
+        assert all(word in rejects[stem]["detail"] for word in arguments), rejects[stem]["detail"]
     wanted = {
         "cut": "E_CAP_FILE",
         "list": "E_CAP_FILE",
@@ -188,37 +190,37 @@ def test_rejects_name_the_file_and_the_remedy(images: Path, tmp_path: Path, cli:
     assert {stem: rejects[stem]["reason"] for stem in wanted} == wanted and len(rejects) == len(cases) + len(wanted)
     assert (result["rows_in"], result["written"], result["rejected"]) == (16, 4, 12)
     assert any("lone.txt" in note for note in result["notes"])
-    everything = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != "status.json")
-    assert b"secret words" not in everything and str(tmp_path).encode() not in everything
+    all_bytes = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != "status.json")
+    assert b"secret words" not in all_bytes and str(tmp_path).encode() not in all_bytes
 
 
-def test_unreadable_text_file_counts_as_dropped_caption(tmp_path: Path, picture: Picture, run_prep: Run) -> None:
+def test_unreadable_text_file_counts_as_dropped_caption(tmp_path: Path, make_image: MakeImage, run_prep: Run) -> None:
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "images" / "a.jpg").write_bytes(make_image(0))
     (tmp_path / "images" / "a.txt").write_bytes(KOREAN.encode("cp949"))
     (tmp_path / "images" / "a.json").write_text(json.dumps({"caption": "red circle"}))
     manifest = run_prep(tmp_path / "out", "source.name=folder", f"source.path={tmp_path / 'images'}").manifest
     assert (manifest["written"], manifest["captions"], manifest["captions_dropped"]) == (1, 1, 1)
 
 
-def test_notes_escape_control_characters_in_names(tmp_path: Path, picture: Picture) -> None:
-    (tmp_path / "a.jpg").write_bytes(picture(0))
+def test_notes_escape_control_characters_in_names(tmp_path: Path, make_image: MakeImage) -> None:
+    (tmp_path / "a.jpg").write_bytes(make_image(0))
     (tmp_path / "a.txt").write_text("words")
     (tmp_path / "new\nline\x1b[2J.txt").write_text("of no image")
     assert build(tmp_path).notes == ["caption files without an image: 1, the first is new\\nline\\x1b[2J.txt"]
 
 
-def test_duplicate_provides_the_missing_caption(tmp_path: Path, picture: Picture, run_prep: Run) -> None:
+def test_duplicate_provides_the_missing_caption(tmp_path: Path, make_image: MakeImage, run_prep: Run) -> None:
     (tmp_path / "images").mkdir()
     for name in ("a", "b"):
-        (tmp_path / "images" / f"{name}.jpg").write_bytes(picture(0))
+        (tmp_path / "images" / f"{name}.jpg").write_bytes(make_image(0))
     (tmp_path / "images" / "b.txt").write_text("words of b")
     manifest = run_prep(tmp_path / "out", "source.name=folder", f"source.path={tmp_path / 'images'}").manifest
     assert (manifest["written"], manifest["merged"], manifest["rejected"]) == (1, 1, 0)
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "exit_code", "culprit", "remedy"),
+    ("arguments", "code", "exit_code", "culprit", "remedy"),
     [
         (["source.path=nowhere"], "E_INPUT", 3, "nowhere", "check the path"),
         (["source.path=file.csv"], "E_INPUT", 3, "file.csv", "prep table"),
@@ -229,20 +231,29 @@ def test_duplicate_provides_the_missing_caption(tmp_path: Path, picture: Picture
     ],
 )
 def test_prep_folder_refuses_invalid_input(
-    tmp_path: Path, picture: Picture, cli: Any, words: list[str], code: str, exit_code: int, culprit: str, remedy: str
+    tmp_path: Path,
+    make_image: MakeImage,
+    cli: Any,
+    arguments: list[str],
+    code: str,
+    exit_code: int,
+    culprit: str,
+    remedy: str,
 ) -> None:
     (tmp_path / "file.csv").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("words")
     (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "bare" / "a.jpg").write_bytes(make_image(0))
     (tmp_path / "bare" / "other.txt").write_text("words of another stem")
-    error = cli.error("prep", "folder", *words, "-o", "out", code=exit_code)
+    error = cli.error("prep", "folder", *arguments, "-o", "out", code=exit_code)
     assert error.startswith(f"error[{code}]") and culprit in error and remedy in error
     assert not (tmp_path / "out").exists()
 
 
-def test_image_changed_during_a_run_stops_it(images: Path, tmp_path: Path, run_prep: Run, picture: Picture) -> None:
+def test_image_changed_during_a_run_stops_it(
+    images: Path, tmp_path: Path, run_prep: Run, make_image: MakeImage
+) -> None:
     from clipwright.data_prep.sources import folder
 
     scan = folder.FolderSource.scan
@@ -250,7 +261,7 @@ def test_image_changed_during_a_run_stops_it(images: Path, tmp_path: Path, run_p
 
         def change(self: Any, *, quiet: bool = False) -> None:
             scan(self, quiet=quiet)
-            (images / "a.jpg").write_bytes(picture(77))
+            (images / "a.jpg").write_bytes(make_image(77))
 
         patch.setattr(folder.FolderSource, "scan", change)
         with pytest.raises(ClipwrightError) as caught:

@@ -40,26 +40,26 @@ def test_held_out_pairs_depend_on_the_seed_and_are_never_trained_on() -> None:
         assert len(pairs) == 10 and max(Counter(c for c, _ in pairs).values()) <= 2 >= max(
             Counter(s for _, s in pairs).values()
         )
-    shown: dict[str, set[tuple[str, str]]] = {}
+    pairs_shown: dict[str, set[tuple[str, str]]] = {}
     for which in ("train", "held_out", "all"):
         source = build(count=1500, image_size=16, seed=3, combinations=which)
         rows = [record.columns.to_pylist()[0] for record in source.read(range(source.count))]
-        shown[which] = {(row["colour"], row["shape"]) for row in rows}
+        pairs_shown[which] = {(row["colour"], row["shape"]) for row in rows}
         assert all(
-            row["held_out"] == ((row["colour"], row["shape"]) in shown["held_out"])
+            row["held_out"] == ((row["colour"], row["shape"]) in pairs_shown["held_out"])
             for row in rows
             if which == "held_out"
         )
         assert {row["count"] for row in rows} == {1, 2, 3}
         assert sum(row["count"] == 1 for row in rows) > 900
     named = {(ENGLISH.colours[c], ENGLISH.shapes[s]) for c, s in sets[3]}
-    assert shown["held_out"] == named and len(shown["train"]) == 38 and not shown["train"] & named
-    assert shown["all"] == shown["train"] | named
+    assert pairs_shown["held_out"] == named and len(pairs_shown["train"]) == 38 and not pairs_shown["train"] & named
+    assert pairs_shown["all"] == pairs_shown["train"] | named
 
 
 def test_captions_describe_the_scene() -> None:
     source = build(count=800, image_size=16, combinations="all")
-    words: Counter[str] = Counter()
+    positions: Counter[str] = Counter()
     for record in source.read(range(source.count)):
         (row,) = record.columns.to_pylist()
         assert 2 <= len(set(map(str, record.captions))) == len(record.captions) <= 3
@@ -70,21 +70,21 @@ def test_captions_describe_the_scene() -> None:
             assert number == ([] if row["count"] == 1 else [("two", "three")[row["count"] - 2]])
             assert [s for s in ("small", "medium", "large") if s in text] in ([], [row["size"]])
             if row["position"] and " the " in text and text.endswith(row["position"]):
-                words[row["position"]] += 1
-    assert len(words) == 9
+                positions[row["position"]] += 1
+    assert len(positions) == 9
 
 
 def test_images_differ_by_seed_and_split_and_keep_their_bytes() -> None:
-    pictures = [r.image for r in build(count=64).read(range(64))]
-    keys = {pixels.pixel_key(image) for image in pictures if isinstance(image, np.ndarray)}
+    images = [r.image for r in build(count=64).read(range(64))]
+    keys = {pixels.pixel_key(image) for image in images if isinstance(image, np.ndarray)}
     assert len(keys) == 64
     for seed, split in ((1, "train"), (0, "test")):
         other = build(count=64, seed=seed, split=split)
         assert not keys & {pixels.pixel_key(r.image) for r in other.read(range(64)) if isinstance(r.image, np.ndarray)}
-    flat = [np.mean(np.diff(image.astype(int), axis=1) == 0) for image in pictures if isinstance(image, np.ndarray)]
+    flat = [np.mean(np.diff(image.astype(int), axis=1) == 0) for image in images if isinstance(image, np.ndarray)]
     assert max(flat) < 0.6 and np.mean(flat) < 0.3  # no flat backgrounds
     # Exactly these pixels on every machine, because only exactly rounded operations compute them.
-    first = pictures[0]
+    first = images[0]
     assert isinstance(first, np.ndarray) and pixels.pixel_key(first) == "e9eb3785f252b846c428274bda9c5a91"
 
 
@@ -104,8 +104,8 @@ def test_drawn_area_matches_the_shape(shape: int) -> None:
     assert 0.3 < wanted.sum() / (0.6 * side) ** 2 < 0.85
     objects = drawing.Objects(one * shape, one * 0, one * 2, one, centres)
     words, look = np.zeros((1, drawing.noise_words(side)), np.uint64), drawing.LOOKS["normal"]
-    made = drawing.draw(look, side, objects, np.full((1, 36), 0.5), words, np.zeros((1, 0, drawing.SPECK)))
-    assert made.shape == (1, side, side, 3) and made[0, 32, 32, 0] > made[0, 32, 32, 1] + 60  # red in the middle
+    image = drawing.draw(look, side, objects, np.full((1, 36), 0.5), words, np.zeros((1, 0, drawing.SPECK)))
+    assert image.shape == (1, side, side, 3) and image[0, 32, 32, 0] > image[0, 32, 32, 1] + 60  # red in the middle
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_sentences_of_both_languages_correspond() -> None:
 
 @pytest.mark.parametrize("which", ["single", "several"])
 def test_templates_of_both_languages_use_the_same_attributes(which: str) -> None:
-    def told(template: str) -> set[str]:
+    def attributes(template: str) -> set[str]:
         names = re.findall(r"{(\w+?)}", template)
         return {next(f for f in ("colour", "shape", "size", "number", "place") if f in name) for name in names}
 
@@ -168,8 +168,8 @@ def test_templates_of_both_languages_use_the_same_attributes(which: str) -> None
     assert len(set(english)) == len(english) == len(korean) == len(set(korean))
     for ours, theirs in zip(english, korean, strict=True):
         # English marks a single object with `a`, `one` or `the`, Korean with nothing or with a counter.
-        assert told(ours) - {"number"} == told(theirs) - {"number"}, (ours, theirs)
-        assert which == "single" or "number" in told(ours) & told(theirs)
+        assert attributes(ours) - {"number"} == attributes(theirs) - {"number"}, (ours, theirs)
+        assert which == "single" or "number" in attributes(ours) & attributes(theirs)
     for words in ("colours", "shapes", "sizes", "places"):
         assert len(getattr(ENGLISH, words)) == len(getattr(KOREAN, words)) == len(set(getattr(KOREAN, words)))
 
@@ -192,8 +192,8 @@ def test_rows_correspond_between_languages() -> None:
         (ours,), (theirs,) = one.columns.to_pylist(), other.columns.to_pylist()
         assert two.columns == one.columns
         for name, words in (("colour", "colours"), ("shape", "shapes"), ("size", "sizes"), ("position", "places")):
-            told = dict(zip(getattr(ENGLISH, words), getattr(KOREAN, words), strict=True))
-            assert theirs[name] == (told[ours[name]] if ours[name] else None)
+            translation = dict(zip(getattr(ENGLISH, words), getattr(KOREAN, words), strict=True))
+            assert theirs[name] == (translation[ours[name]] if ours[name] else None)
         assert (ours["count"], ours["held_out"]) == (theirs["count"], theirs["held_out"])
         for text in map(str, other.captions):
             assert theirs["colour"] in text and theirs["shape"] in text and not re.search("[a-zA-Z{}]", text)
@@ -202,10 +202,10 @@ def test_rows_correspond_between_languages() -> None:
 
 def looks(difficulty: str, count: int = 400) -> dict[str, float]:
     """Measures images: fraction with a single object, unevenness of the edges, difference of neighboring pixels."""
-    made = rows(build(count=count, combinations="all", difficulty=difficulty, image_size=64))
-    images = np.stack([record.image for record in made if isinstance(record.image, np.ndarray)]).astype(float)
-    told = [record.columns.to_pylist()[0] for record in made]
-    single = np.array([row["count"] == 1 for row in told])
+    records = rows(build(count=count, combinations="all", difficulty=difficulty, image_size=64))
+    images = np.stack([record.image for record in records if isinstance(record.image, np.ndarray)]).astype(float)
+    columns = [record.columns.to_pylist()[0] for record in records]
+    single = np.array([row["count"] == 1 for row in columns])
     # The outermost pixels of each image, which few objects and specks reach.
     edge = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], axis=1)
     return {
@@ -233,8 +233,8 @@ def test_objects_shrink_fade_and_rotate_with_difficulty(size: int) -> None:
         quiet = replace(look, field=(0.0, 0.0), grain=(0.0, 0.0), blur=(0.0, 0.0), specks=0)
         objects = drawing.Objects(one, 0 * one, size * one, one, np.full((batch, 3, 2), 0.5))
         words = np.zeros((batch, drawing.noise_words(side)), np.uint64)
-        made = drawing.draw(quiet, side, objects, u, words, np.zeros((batch, 0, drawing.SPECK))).astype(float)
-        away = np.abs(made - made[:, :1, :1]).sum(axis=3)
+        images = drawing.draw(quiet, side, objects, u, words, np.zeros((batch, 0, drawing.SPECK))).astype(float)
+        away = np.abs(images - images[:, :1, :1]).sum(axis=3)
         inside = away > away[:, side // 2, side // 2][:, None, None] / 2
         areas[name] = inside.mean()
         contrasts[name] = away[:, side // 2, side // 2].mean()
@@ -292,19 +292,22 @@ def test_prep_preserves_korean_text(tmp_path: Path, run_prep: Callable[..., Prep
     with tarfile.open(sidecar.with_suffix(".tar")) as tar:
         files = {member.name: tar.extractfile(member) for member in tar}
         for row in stored:
-            text, about = files[f"{row['key']}.txt"], files[f"{row['key']}.json"]
-            assert text is not None and about is not None
+            text, member = files[f"{row['key']}.txt"], files[f"{row['key']}.json"]
+            assert text is not None and member is not None
             assert text.read().decode() == row["captions"][0]
-            raw = about.read().decode()
+            raw = member.read().decode()
             assert row["captions"][-1] in raw  # as written, not as escapes
-            told = json.loads(raw)
-            assert told["captions"] == row["captions"] and told["columns"]["shape"] == row["shape"]
+            metadata = json.loads(raw)
+            assert metadata["captions"] == row["captions"] and metadata["columns"]["shape"] == row["shape"]
 
 
 def test_rejects_preserve_korean_text(
-    tmp_path: Path, run_prep: Callable[..., Prepared], write_table: Callable[..., Path], picture: Callable[..., bytes]
+    tmp_path: Path,
+    run_prep: Callable[..., Prepared],
+    write_table: Callable[..., Path],
+    make_image: Callable[..., bytes],
 ) -> None:
-    images = [picture(0), picture(0), b"no image"]
+    images = [make_image(0), make_image(0), b"no image"]
     captions = [["빨간 원"], [unicodedata.normalize("NFD", "원은 빨간색이다")], ["별"]]
     table = write_table(images, captions, name="쌍.parquet", shape=["원", "원", "별"])
     run_prep(tmp_path / "out", "source.name=table", f"source.path={table}", "source.caption=captions")

@@ -17,7 +17,7 @@ from clipwright.data_prep.sources.base import SOURCES, Record, Source
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import canonical_json
 
-Picture, Write = Callable[..., bytes], Callable[..., Path]
+MakeImage, Write = Callable[..., bytes], Callable[..., Path]
 
 
 def build(name: str, **fields: Any) -> Source:
@@ -31,41 +31,41 @@ def as_tuple(record: Record) -> tuple[Any, ...]:
 
 
 @pytest.fixture
-def sources(tmp_path: Path, write_table: Write, picture: Picture) -> dict[str, Source]:
+def sources(tmp_path: Path, write_table: Write, make_image: MakeImage) -> dict[str, Source]:
     """A small instance of every registered source. A new source adds its own line here."""
     paths = [
-        write_table([picture(i) for i in range(k, k + 20)], [[f"{i}"] for i in range(20)], f"{k}.parquet")
+        write_table([make_image(i) for i in range(k, k + 20)], [[f"{i}"] for i in range(20)], f"{k}.parquet")
         for k in (0, 20)
     ]
     (tmp_path / "images" / "sub").mkdir(parents=True)
     for i in range(40):
         stem = tmp_path / "images" / ("sub" if i % 3 else "") / f"{i:02d}"
-        stem.with_suffix(".jpg").write_bytes(picture(i))
+        stem.with_suffix(".jpg").write_bytes(make_image(i))
         stem.with_suffix(".json").write_text(json.dumps({"caption": f"words {i}", "n": i, "x": None if i % 2 else 0.5}))
-    made = {
+    sources = {
         "folder": build("folder", path=str(tmp_path / "images")),
         "table": build("table", path=[str(path) for path in paths], caption="captions"),
         "scenes": build("scenes", count=70, image_size=24),
     }
-    assert set(made) == set(SOURCES.entries)
-    return made
+    assert set(sources) == set(SOURCES.entries)
+    return sources
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES.entries))
 def test_rows_do_not_depend_on_order_or_process(sources: dict[str, Source], name: str) -> None:
     source = sources[name]
-    everything = [as_tuple(record) for record in source.read(range(source.count))]
-    assert [row[0] for row in everything] == list(range(source.count))
+    all_rows = [as_tuple(record) for record in source.read(range(source.count))]
+    assert [row[0] for row in all_rows] == list(range(source.count))
     again = pickle.loads(pickle.dumps(source))
     for rows in ([0], [3, 17, 18, 39], list(range(1, source.count, 7)), [source.count - 1], []):
-        assert [as_tuple(record) for record in again.read(rows)] == [everything[row] for row in rows]
+        assert [as_tuple(record) for record in again.read(rows)] == [all_rows[row] for row in rows]
     assert canonical_json(source.identity()) == canonical_json(again.identity())
     assert next(iter(source.read([0]))).columns.schema == source.columns
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
-def test_table_formats_give_the_same_records(tmp_path: Path, picture: Picture, suffix: str) -> None:
-    (tmp_path / "a.jpg").write_bytes(picture(0))
+def test_table_formats_give_the_same_records(tmp_path: Path, make_image: MakeImage, suffix: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(make_image(0))
     rows = [
         {"file": "a.jpg", "text": 'say "hi", twice', "n": 1, "split": "train"},
         {"file": "a.jpg", "text": "second", "n": 2, "split": "test"},
@@ -83,22 +83,22 @@ def test_table_formats_give_the_same_records(tmp_path: Path, picture: Picture, s
         ]
         path.write_text("\n".join(mark.join(line) for line in [list(rows[0]), *cells]) + "\n")
     source = build("table", path=str(path), image="file", caption="text", where={"split": "train"})
-    found = list(source.read(range(source.count)))
-    texts = [[t.decode() if isinstance(t, bytes) else t for t in record.captions] for record in found]
+    records = list(source.read(range(source.count)))
+    texts = [[t.decode() if isinstance(t, bytes) else t for t in record.captions] for record in records]
     assert texts == [['say "hi", twice'], ["third é"]]
-    assert [record.columns.to_pylist() for record in found] == [
+    assert [record.columns.to_pylist() for record in records] == [
         [{"n": 1, "split": "train"}],
         [{"n": 3, "split": "train"}],
     ]
     assert source.columns.field("n").type == pa.int64()
-    assert [record.source for record in found] == [f"t.{suffix}#0", f"t.{suffix}#2"]
-    assert found[0].image == picture(0) and found[0].source_key == "a.jpg"
+    assert [record.source for record in records] == [f"t.{suffix}#0", f"t.{suffix}#2"]
+    assert records[0].image == make_image(0) and records[0].source_key == "a.jpg"
 
 
-def test_table_templates_structs_and_where(tmp_path: Path, picture: Picture) -> None:
+def test_table_templates_structs_and_where(tmp_path: Path, make_image: MakeImage) -> None:
     table = pa.table(
         {
-            "image": pa.array([{"bytes": picture(i), "path": f"{i}.jpg"} for i in range(4)]),
+            "image": pa.array([{"bytes": make_image(i), "path": f"{i}.jpg"} for i in range(4)]),
             "class_name": ["cat", "ox", None, "owl"],
             "n": pa.array([1, 2, 3, 4], pa.int8()),
             "when": pa.array([10**9 + i for i in range(4)], pa.timestamp("ns")),
@@ -107,21 +107,23 @@ def test_table_templates_structs_and_where(tmp_path: Path, picture: Picture) -> 
     path = tmp_path / "labelled.parquet"
     pq.write_table(table, path)
     source = build("table", path=str(path), caption="a photo of {class_name} {{no {n}}}", where={"n": [1, 3, 4]})
-    found = list(source.read(range(source.count)))
-    assert [r.captions for r in found] == [["a photo of cat {no 1}"], [None], ["a photo of owl {no 4}"]]
-    assert [r.source_key for r in found] == ["0.jpg", "2.jpg", "3.jpg"] and found[2].image == picture(3)
+    records = list(source.read(range(source.count)))
+    assert [r.captions for r in records] == [["a photo of cat {no 1}"], [None], ["a photo of owl {no 4}"]]
+    assert [r.source_key for r in records] == ["0.jpg", "2.jpg", "3.jpg"] and records[2].image == make_image(3)
     assert source.columns.names == ["class_name", "n", "when"]
     with pytest.raises(ClipwrightError) as caught:
         build("table", path=str(path), caption="class_name", where={"n": "many"})
     assert caught.value.code == "E_CONFIG_VALUE" and "source.where.n" in str(caught.value)
 
 
-def test_table_identity_depends_on_content_not_location(tmp_path: Path, write_table: Write, picture: Picture) -> None:
-    path = write_table([picture(0)], [["x"]])
+def test_table_identity_depends_on_content_not_location(
+    tmp_path: Path, write_table: Write, make_image: MakeImage
+) -> None:
+    path = write_table([make_image(0)], [["x"]])
     first = build("table", path=str(path), caption="captions").identity()
     (tmp_path / "elsewhere").mkdir()
     moved = path.rename(tmp_path / "elsewhere" / path.name)
     assert build("table", path=str(moved), caption="captions").identity() == first
     assert str(tmp_path) not in canonical_json(first)
-    write_table([picture(1)], [["x"]])
+    write_table([make_image(1)], [["x"]])
     assert build("table", path=str(path), caption="captions").identity() != first
