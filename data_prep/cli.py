@@ -60,7 +60,7 @@ def _prep_part(call: Call, resolved: Any, folder: Path) -> Outcome:
     call.status.disable()  # the folder's status describes the complete job
     part = resolved.value.runtime.part
     done = prepare_part(resolved, folder, fresh=call.fresh, quiet=call.quiet)
-    if done.already:
+    if done.already_finished:
         summary = "finished before, nothing to do"
     elif part == "plan":
         summary = f"{done.shards} shards to write"
@@ -74,19 +74,19 @@ def _prep_part(call: Call, resolved: Any, folder: Path) -> Outcome:
 def _summary(result: dict[str, Any], done: Prepared) -> str:
     lines = [f"prep: {_counts(result, 'rows')}"]
     if done.manifest["captions_dropped"]:
-        lines.append(f"prep: {done.manifest['captions_dropped']} invalid captions dropped from written samples")
+        lines.append(f"prep: {done.manifest['captions_dropped']:,} invalid captions dropped from written samples")
     lines += [f"prep: {note}" for note in done.notes]
-    duration = "finished before, nothing to do" if done.already else f"{result['seconds']:.1f} s"
+    duration = "finished before, nothing to do" if done.already_finished else f"{result['seconds']:.1f} s"
     lines.append(f"prep: {result['shards']} shards in {result['output']}, {duration}")
     lines.append(f"prep: fingerprint {result['fingerprint']}")
     return "\n".join(lines)
 
 
 def _counts(result: dict[str, Any], unit: str) -> str:
-    """`5 rows in = 3 written + 0 merged + 2 rejected (E_IMG_EMPTY 2)`"""
-    counts = f"{result['rows_in']} {unit} in = {result['written']} written + {result['merged']} merged"
-    counts += f" + {result['rejected']} rejected"
-    reasons = ", ".join(f"{reason} {count}" for reason, count in result["rejects"].items())
+    """`5,000 rows in = 4,998 written + 0 merged + 2 rejected (E_IMG_EMPTY 2)`"""
+    counts = f"{result['rows_in']:,} {unit} in = {result['written']:,} written + {result['merged']:,} merged"
+    counts += f" + {result['rejected']:,} rejected"
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in result["rejects"].items())
     return f"{counts} ({reasons})" if reasons else counts
 
 
@@ -97,13 +97,15 @@ def _dry_run(resolved: Any, *, quiet: bool) -> Outcome:
     most = -(-source.count // resolved.value.shards.samples)
     result = {"rows_in": source.count, "shards_at_most": most, "columns": source.columns.names}
     names = ", ".join(source.columns.names) or "none"
-    return Outcome(result, f"prep: would read {source.count} rows and write at most {most} shards; columns {names}")
+    return Outcome(
+        result, f"prep: would read {source.count:,} rows and write at most {most:,} shards; columns: {names}"
+    )
 
 
 @command(
     data_app,
     "data verify",
-    kind="clipwright.data_prep.inspect.dataset_files:DataConfig",
+    kind="clipwright.data_prep.inspect.dataset_files:DatasetArgument",
     subject="data",
     metavar="DATASET",
     flags=("-o",),
@@ -128,7 +130,7 @@ def data_verify(call: Call) -> Outcome:
 @command(
     data_app,
     "data stats",
-    kind="clipwright.data_prep.inspect.dataset_files:DataConfig",
+    kind="clipwright.data_prep.inspect.dataset_files:DatasetArgument",
     subject="data",
     metavar="DATASET",
     flags=("-o",),
@@ -176,7 +178,7 @@ def data_index(call: Call) -> Outcome:
     lines = [f"index: {_counts(result, 'groups')}"]
     if done.ignored:
         lines.append(f"index: {done.ignored} members that belong to no sample were ignored")
-    lines.append("index: finished before, nothing to do" if done.already else f"index: manifest in {folder}")
+    lines.append("index: finished before, nothing to do" if done.already_finished else f"index: manifest in {folder}")
     return Outcome(result, "\n".join(lines), next=f"clipwright data verify {folder}")
 
 

@@ -78,7 +78,7 @@ class Prepared:
     """The result of a run: the manifest, whether an earlier run had finished it, and notes about unused input."""
 
     manifest: dict[str, Any]
-    already: bool
+    already_finished: bool
     notes: list[str]
 
 

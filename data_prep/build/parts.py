@@ -34,7 +34,7 @@ class PartDone:
     shards: int = 0
     samples: int = 0
     rejected: int = 0
-    already: bool = False
+    already_finished: bool = False
 
 
 def prepare_part(resolved: Resolved[PrepConfig], folder: Path, *, fresh: bool = False, quiet: bool = False) -> PartDone:
@@ -54,7 +54,7 @@ def prepare_part(resolved: Resolved[PrepConfig], folder: Path, *, fresh: bool = 
         with prep_folder.in_turn(folder, lambda: _report_waiting(quiet)):
             if prep_folder.finished(folder, identity) is not None:
                 output.release(folder, output.DATASET)
-                return PartDone(already=True)
+                return PartDone(already_finished=True)
             if not prep_folder.started(folder):
                 start_run(resolved, folder, source, identity)
         return _run_part(job, config, part, plugin_hashes(resolved), quiet)

@@ -46,7 +46,7 @@ class Indexed:
     """The result of a run: the manifest, whether an earlier run had finished it, and how many members were ignored."""
 
     manifest: dict[str, Any]
-    already: bool
+    already_finished: bool
     ignored: int
 
 

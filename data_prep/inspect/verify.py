@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from clipwright.data_prep.build.finish import add_to_fingerprint, count_reasons
 from clipwright.data_prep.build.images import EXTENSION
 from clipwright.data_prep.foreign.tars import BLOCK, HashingReader
-from clipwright.data_prep.inspect.dataset_files import open_dataset, read_part
+from clipwright.data_prep.inspect.dataset_files import open_dataset, read_parquet
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import file_sha256
 from clipwright.pipeline.core.log import Progress
@@ -76,7 +76,7 @@ def verify(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     rejects: pa.Table | None = None
     if not any(fault.file == REJECTS for fault in faults):
         try:
-            rejects = read_part(folder / REJECTS, ["row", "reason"])
+            rejects = read_parquet(folder / REJECTS, ["row", "reason"])
         except ClipwrightError as error:
             faults.append(Fault(REJECTS, f"the file cannot be read: {error.found}"))
     samples = sum(shard["samples"] for shard in shards)

@@ -19,9 +19,9 @@ from pydantic import Field
 from clipwright.data_prep.build.pack import PrepConfig
 from clipwright.data_prep.build.plan import record_key
 from clipwright.data_prep.inspect.dataset_files import (
-    DataConfig,
+    DatasetArgument,
     open_dataset,
-    read_part,
+    read_parquet,
     read_sidecar,
 )
 from clipwright.data_prep.sources.base import SOURCES, Record
@@ -42,7 +42,7 @@ _NOT_SHOWN = "so rejected images are not shown"
 
 
 @configclass
-class ViewConfig(DataConfig):
+class ViewConfig(DatasetArgument):
     """What the page shows. The limits keep it small."""
 
     kept: Annotated[int, Field(ge=0, le=160)] = 48
@@ -79,7 +79,7 @@ def view(config: ViewConfig, out: Path, *, quiet: bool = False) -> dict[str, Any
     folder = Path(config.data)
     manifest = open_dataset(folder)
     output.check(out, output.INSPECTION)
-    rejects = read_part(folder / REJECTS, ["row", "reason", "detail", "source", "key"])
+    rejects = read_parquet(folder / REJECTS, ["row", "reason", "detail", "source", "key"])
     chosen = _choose_rejects(rejects, config.rejected, config.seed)
     if manifest.get("foreign"):
         rejected_rows = _RejectedRows(problem="Rejected images stay in their tars and are not shown.")

@@ -81,8 +81,8 @@ def test_parts_produce_the_bytes_of_a_single_run(
         assert not (out / "manifest.json").exists() and not (out / "status.json").exists()
     run_prep(out, *arguments, "runtime.part=finish")
     assert content(out) == whole
-    assert run_part("1/3", out, *arguments).already and content(out) == whole
-    assert run_prep(out, *arguments, "runtime.part=finish").already
+    assert run_part("1/3", out, *arguments).already_finished and content(out) == whole
+    assert run_prep(out, *arguments, "runtime.part=finish").already_finished
     # Not planned beforehand, with more parts than shards.
     out = tmp_path / "unplanned"
     done = [run_part(f"{k}/9", out, *arguments) for k in (4, 9, 8, 7, 6, 5, 3, 2, 1)]

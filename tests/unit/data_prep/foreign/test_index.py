@@ -135,7 +135,7 @@ def test_index_img2dataset_tars(tars: Path, tmp_path: Path, cli: Any, make_image
     data = Dataset(tars)
     assert data.samples == 9 and data.image(1, 3) == make_image(8)
     # A second run does nothing. Elsewhere, with more workers, the bytes are the same.
-    assert index(ForeignIndexConfig(data=str(tars)), quiet=True).already
+    assert index(ForeignIndexConfig(data=str(tars)), quiet=True).already_finished
     other = tmp_path / "elsewhere"
     other.mkdir()
     for tar in tars.glob("*.tar"):
