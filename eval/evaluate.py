@@ -56,26 +56,26 @@ def run(resolved: Resolved[EvalConfig], out: Path | None, *, quiet: bool, fresh:
                 found=f"its {REPORT} was made with another config",
                 fix="name a new folder, or add --fresh to replace the report",
             )
-    outcome = BENCHMARKS.build(config.benchmark).run(make_context(config, quiet=quiet))
+    result = BENCHMARKS.build(config.benchmark).run(make_context(config, quiet=quiet))
     folders = {}
     for name in ("model", "data", "index"):
         place = getattr(config, name)
         if place is not None:
-            folders[name] = {"name": Path(place).name, "fingerprint": outcome.fingerprints.get(name)}
+            folders[name] = {"name": Path(place).name, "fingerprint": result.fingerprints.get(name)}
     report = {
         "format": "report",
         "version": VERSION,
         "benchmark": config.benchmark.name,
-        "scores": [dataclasses.asdict(score) for score in outcome.scores],
-        config.benchmark.name: outcome.numbers,
-        "fingerprints": outcome.fingerprints,
+        "scores": [dataclasses.asdict(score) for score in result.scores],
+        config.benchmark.name: result.numbers,
+        "fingerprints": result.fingerprints,
         "config": {**resolved.identity(), **folders},
     }
     if out is not None:
-        _write(out, resolved.yaml(), report, outcome.tables)
-    text = score_table(outcome.scores)
-    if outcome.details:
-        text += f"\n\n{outcome.details}"
+        _write(out, resolved.yaml(), report, result.tables)
+    text = score_table(result.scores)
+    if result.details:
+        text += f"\n\n{result.details}"
     return report, text
 
 

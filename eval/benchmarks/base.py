@@ -109,7 +109,7 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BenchmarkResult:
     """The result of a benchmark."""
 
     scores: list[Score]
@@ -122,7 +122,7 @@ class Outcome:
 class Benchmark(Protocol):
     files: ClassVar[tuple[str, ...]]  # the file names of its tables
 
-    def run(self, context: Context) -> Outcome: ...
+    def run(self, context: Context) -> BenchmarkResult: ...
 
 
 BENCHMARKS: Registry[Benchmark] = Registry("benchmark", "clipwright.eval.benchmarks")

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, Outcome, Score
+from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, BenchmarkResult, Context, Score
 from clipwright.eval.search.query import Searcher
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
@@ -56,7 +56,7 @@ class SearchBenchmark:
     files: ClassVar[tuple[str, ...]] = ("hits.parquet",)
     config: SearchBenchmarkConfig
 
-    def run(self, context: Context) -> Outcome:
+    def run(self, context: Context) -> BenchmarkResult:
         searcher = context.index
         rows = searcher.index.rows
         metadata = rows["metadata"].to_pylist() if "metadata" in rows.column_names else [{}] * len(rows)
@@ -79,7 +79,7 @@ class SearchBenchmark:
                 progress.add(1)
         numbers = self._numbers(queries, k, len(rows))
         precision = numbers[f"mean_precision_at_{k}"]
-        return Outcome(
+        return BenchmarkResult(
             scores=[Score.without_interval(f"mean_precision@{k}", precision, len(queries), numbers["chance"])],
             numbers=numbers,
             fingerprints={"model": searcher.model.fingerprint, "index": searcher.index.manifest["fingerprint"]},
