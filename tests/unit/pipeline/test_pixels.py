@@ -155,8 +155,8 @@ def test_sizes_at_the_limits_are_accepted() -> None:
 
 def test_jpeg_header_of_65500_pixels_per_side_is_rejected() -> None:
     data = bytearray(saved(smooth(16, 16), "JPEG"))
-    place = data.index(b"\xff\xc0") + 5
-    data[place : place + 4] = (65_500).to_bytes(2, "big") * 2
+    offset = data.index(b"\xff\xc0") + 5
+    data[offset : offset + 4] = (65_500).to_bytes(2, "big") * 2
     assert rejection(bytes(data))[0] == "E_IMG_PIXELS"
 
 
@@ -236,8 +236,8 @@ def test_fast_jpeg_decoder_matches_pillow(options: dict[str, Any], monkeypatch: 
     pixels.decode(saved(Image.fromarray(noise).convert("CMYK"), "JPEG"))
     assert len(fast) == before
     data = saved(noise, "JPEG", **options)
-    place = data.index(b"\xff\xdb")
-    junk = data[:place] + b"junk" + data[place:]
+    offset = data.index(b"\xff\xdb")
+    junk = data[:offset] + b"junk" + data[offset:]
     assert (pixels.decode(junk) == by_pillow(junk, 1)).all() and len(fast) == before
 
 

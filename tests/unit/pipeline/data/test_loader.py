@@ -188,8 +188,8 @@ def test_invalid_mixtures_are_rejected(config: dict, code: str, pieces: list[str
 
 
 def test_missing_negatives_column_is_an_error(scenes: Path, tmp_path: Path, small: Any) -> None:
-    words = [*small.settings, f"data.train={scenes}", "data.negatives=captoins", "-o", "run"]
-    line = small.cli(tmp_path).error("train", *words, code=3)
+    arguments = [*small.settings, f"data.train={scenes}", "data.negatives=captoins", "-o", "run"]
+    line = small.cli(tmp_path).error("train", *arguments, code=3)
     assert line.startswith("error[E_COLUMN]") and ".parquet: captoins" in line and "did you mean 'captions'?" in line
     assert not (tmp_path / "run" / "latest").exists()
 

@@ -27,9 +27,9 @@ def test_micro_batches_are_trimmed_to_their_own_longest_caption(make_dataset: An
     folder = make_dataset(
         "d", [40], lambda i: [f"caption {'of something ' * (i * 7 % 13)}{i}", f"a {i}"], wrong=negatives
     )
-    words = [f"data.train={folder}", *small.settings, "text.context=40", "data.captions=2"]
-    words += ["data.negatives=wrong", "data.negative_count=2"]
-    config = resolve(RunConfig, verb="train", overrides=words).value
+    overrides = [f"data.train={folder}", *small.settings, "text.context=40", "data.captions=2"]
+    overrides += ["data.negatives=wrong", "data.negative_count=2"]
+    config = resolve(RunConfig, verb="train", overrides=overrides).value
     with process_group() as world:
         components: Components = assemble(config, world, stored_tokenizer(config.tokenizer, None))
         batches = components.loader.batches(0)
@@ -56,12 +56,12 @@ def test_micro_batches_are_trimmed_to_their_own_longest_caption(make_dataset: An
             loss, _ = engine.backward(batch, 0)
             return loss, engine.gradients()
 
-        whole, ours = gradients(0, batch), gradients(4, batch)
+        full_batch, ours = gradients(0, batch), gradients(4, batch)
         full = gradients(4, dataclasses.replace(batch, lengths=None))
     for other in (ours, full):
-        assert whole[0] == pytest.approx(other[0], abs=1e-5)
-        largest = max(float(grad.abs().max()) for grad in whole[1].values())
-        for name, grad in whole[1].items():
+        assert full_batch[0] == pytest.approx(other[0], abs=1e-5)
+        largest = max(float(grad.abs().max()) for grad in full_batch[1].values())
+        for name, grad in full_batch[1].items():
             assert (other[1][name] - grad).abs().max() <= 1e-5 * largest, name
     few = dataclasses.replace(batch, tokens=batch.tokens[:2], lengths=batch.lengths[:2])
     assert [len(part.tokens) for part in micro_batches(few, 4)] == [1, 1, 1, 1]

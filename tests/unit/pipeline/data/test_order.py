@@ -22,9 +22,9 @@ def slow_permute(index: int, size: int, key: int) -> int:
         half += 1
     while True:
         left, right = index >> half, index & (2**half - 1)
-        for turn in range(4):
-            odd = (2 * turn + 1) * 0x9E3779B97F4A7C15 & MASK
-            mixed = slow_mix((right + key * odd + turn) & MASK)
+        for number in range(4):
+            multiplier = (2 * number + 1) * 0x9E3779B97F4A7C15 & MASK
+            mixed = slow_mix((right + key * multiplier + number) & MASK)
             left, right = right, left ^ (mixed & (2**half - 1))
         index = (left << half) | right
         if index < size:
@@ -46,14 +46,14 @@ def slow_epoch(sizes: list[int], streams: int, window: int, seed: int, fingerpri
     out: dict[int, tuple] = {}
     start = 0
     for stream in range(streams):
-        mine = [p for p in range(first, first + total) if p % streams == stream]
-        block = flat[start : start + len(mine)]
-        start += len(mine)
-        for w in range(0, len(mine), window):
+        positions = [p for p in range(first, first + total) if p % streams == stream]
+        block = flat[start : start + len(positions)]
+        start += len(positions)
+        for w in range(0, len(positions), window):
             part = block[w : w + window]
             key = slow_mix((slow_mix((base + stream) & MASK) + w // window) & MASK)
             for i in range(len(part)):
-                out[mine[w + i]] = part[slow_permute(i, len(part), key)]
+                out[positions[w + i]] = part[slow_permute(i, len(part), key)]
     return [out[p] for p in range(first, first + total)]
 
 

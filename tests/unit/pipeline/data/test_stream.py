@@ -95,12 +95,20 @@ def test_run_resumes_with_other_ranks_and_workers_within_an_epoch(
 ) -> None:
     """The same through `clipwright train`: 1, 2 and 1 ranks, in `make soak` 1, 2, 4, 2 and 3."""
     folder = make_dataset("d", RAGGED)
-    words = [f"data.train={folder}", "data.streams=8", "data.window=3", "seed=5", "runtime.ledger=keys", "-o", "run"]
-    words += ["schedule.global_batch=12", "schedule.samples=84"]
+    arguments = [
+        f"data.train={folder}",
+        "data.streams=8",
+        "data.window=3",
+        "seed=5",
+        "runtime.ledger=keys",
+        "-o",
+        "run",
+    ]
+    arguments += ["schedule.global_batch=12", "schedule.samples=84"]
     legs = [(1, 1, 1), (2, 2, 2), (4, 3, 3), (2, 1, 4), (3, 3, 7)] if ROUNDS else [(1, 1, 2), (2, 3, 4), (1, 2, 7)]
     for world, workers, last in legs:
         many = {"ranks": world} if world > 1 else {}
-        small(tmp_path, *words, f"runtime.workers={workers}", f"runtime.stop_at={last}", **many)
+        small(tmp_path, *arguments, f"runtime.workers={workers}", f"runtime.stop_at={last}", **many)
         assert len((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()) == last
     run(tmp_path / "clean", str(folder), 1, 2, 12, 0, 7, **SMALL)
     assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == (tmp_path / "clean").read_bytes()
@@ -166,11 +174,11 @@ def test_captions_stay_with_their_image(make_dataset: Any) -> None:
     """The color of each image and its caption encode the same number, up to the model's input."""
     folder = str(make_dataset("d", [300, 1, 499], lambda i: [f"number {i}", f"again {i}"]))
     want, pairs = 100_000 if ROUNDS else 2_000, 0
-    words = tokenizer()
+    decode = tokenizer().decode
 
     @functools.cache
     def number(tokens: tuple[int, ...]) -> int:
-        return int(words.decode(list(tokens)).replace(" ", "").removeprefix("number").removeprefix("again"))
+        return int(decode(list(tokens)).replace(" ", "").removeprefix("number").removeprefix("again"))
 
     with ranks(folder, 2, 2, 100, 0, streams=8, window=40, captions=2) as steps:
         for parts in steps:
@@ -209,7 +217,7 @@ def test_a_hundred_thousand_shards_are_checked_in_seconds(tmp_path: Path) -> Non
     entry = {"tar_bytes": 512, "tar_sha256": "", "sidecar_bytes": 512, "sidecar_sha256": "", "samples": 100}
     shards = [{**entry, "tar": name, "sidecar": side} for name, side in zip(names, sidecars, strict=True)]
     late = count * 9 // 10
-    for change, words in (
+    for change, message in (
         ({}, ""),
         ({"tar": names[3]}, f"{names[3]} — the manifest names it twice"),
         ({"tar": "gone.tar"}, "gone.tar — the file is missing"),
@@ -221,9 +229,9 @@ def test_a_hundred_thousand_shards_are_checked_in_seconds(tmp_path: Path) -> Non
         write_manifest(tmp_path, "dataset", "0" * 64, {"shards": changed})
         started = time.process_time()  # CPU time, since the machine may be busy
         try:
-            made = loader(str(tmp_path), RankBatch(0, 1, 64), 1)
-            made.order.locate(np.arange(64))
-            assert not words
+            source = loader(str(tmp_path), RankBatch(0, 1, 64), 1)
+            source.order.locate(np.arange(64))
+            assert not message
         except ClipwrightError as error:
-            assert error.code == "E_DATA_HASH" and words and words in str(error), error
+            assert error.code == "E_DATA_HASH" and message and message in str(error), error
         assert time.process_time() - started < 10

@@ -108,16 +108,16 @@ def make_siglip(tmp_path_factory: pytest.TempPathFactory, spiece: Path) -> Calla
     ) -> Path:
         folder = tmp_path_factory.mktemp("siglip")
         side = (vision or {}).get("image_size", 40)
-        words = SiglipTokenizer(str(spiece), **{"model_max_length": 64, **(tokenizer or {})})
+        siglip_tokenizer = SiglipTokenizer(str(spiece), **{"model_max_length": 64, **(tokenizer or {})})
         config = SiglipConfig(
-            text_config={**TEXT, "projection_size": 36, "vocab_size": len(words), **(text or {})},
+            text_config={**TEXT, "projection_size": 36, "vocab_size": len(siglip_tokenizer), **(text or {})},
             vision_config={**VISION, "image_size": side, "patch_size": 8, **(vision or {})},
         )
         save(SiglipModel(config), folder, seed=2, dtype=dtype)
         SiglipImageProcessorPil(**{"size": {"height": side, "width": side}, **(processor or {})}).save_pretrained(
             folder
         )
-        words.save_pretrained(folder)
+        siglip_tokenizer.save_pretrained(folder)
         return folder
 
     return make
@@ -135,7 +135,7 @@ def siglip(make_siglip: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
-    """`clipwright WORDS` in this process, which has torch loaded, without network access."""
+    """`clipwright ARGUMENTS` in this process, which has torch loaded, without network access."""
     from clipwright.cli import app
 
     def refuse(*_: object) -> None:
@@ -146,9 +146,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
     monkeypatch.setattr("socket.getaddrinfo", refuse)
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
 
-    def call(*words: object) -> SimpleNamespace:
+    def call(*arguments: object) -> SimpleNamespace:
         capfd.readouterr()
-        code = app(list(map(str, words)), standalone_mode=False)
+        code = app(list(map(str, arguments)), standalone_mode=False)
         printed = capfd.readouterr()
         assert "Traceback" not in printed.err, printed.err
         last = (printed.err.strip().splitlines() or [""])[-1]

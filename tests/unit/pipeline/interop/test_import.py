@@ -44,9 +44,9 @@ def reference(folder: Path, fixed: bool) -> tuple[Any, Any]:
 
     model, processor = (SiglipModel, SiglipImageProcessorPil) if fixed else (CLIPModel, CLIPImageProcessorPil)
     opened = model.from_pretrained(folder, dtype=torch.float32).eval()
-    words = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     context = opened.config.text_config.max_position_embeddings
-    ids = words(TEXTS, padding="max_length", truncation=True, max_length=context, return_tensors="pt")["input_ids"]
+    ids = tokenizer(TEXTS, padding="max_length", truncation=True, max_length=context, return_tensors="pt")["input_ids"]
     inputs = processor.from_pretrained(folder)([Image.fromarray(image) for image in images()], return_tensors="pt")
     with torch.inference_mode():
         return opened, opened(input_ids=ids, pixel_values=inputs["pixel_values"])
@@ -168,8 +168,8 @@ def test_sharded_weights_processor_config_and_separate_vocabulary(clip: Path, ru
     for file, names in halves.items():
         save_file({name: tensors[name] for name in names}, other / file)
     (other / "model.safetensors").unlink()
-    places = {name: file for file, names in halves.items() for name in names}
-    (other / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    weight_map = {name: file for file, names in halves.items() for name in names}
+    (other / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     processor = json.loads((other / "preprocessor_config.json").read_text())
     (other / "preprocessor_config.json").unlink()
     (other / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
@@ -193,9 +193,9 @@ def test_another_clip_vocabulary_is_copied(make_clip: Make, run: Any, tmp_path: 
 
     letters = "abcdefghijklmnopqrstuvwxyz"
     tokens = [*letters, *(x + "</w>" for x in letters), "do", "dog</w>", "<|startoftext|>", "<|endoftext|>"]
-    words = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[("d", "o"), ("do", "g</w>")])
+    small = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[("d", "o"), ("do", "g</w>")])
     folder, out = make_clip(text={"vocab_size": 56, "eos_token_id": 55, "bos_token_id": 54}), tmp_path / "model"
-    words.save_pretrained(folder)
+    small.save_pretrained(folder)
     assert (done := run("import", folder, "-o", out)).code == 0, done.err
     ours = load_model(out, device="cpu")
     assert ours.config.tokenizer.name == "huggingface" and ours.tokenizer.vocab_size == 56
@@ -213,10 +213,10 @@ def test_siglip_with_a_fast_tokenizer(make_siglip: Make, run: Any, tmp_path: Pat
     backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split("▁", "merged_with_previous"), decoders.ByteFallback()
     backend.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
-    words = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     folder, out = make_siglip(text={"vocab_size": 265, "max_position_embeddings": 12}), tmp_path / "model"
     (folder / "spiece.model").unlink()
-    words.save_pretrained(folder)
+    fast.save_pretrained(folder)
     assert (done := run("import", folder, "-o", out)).code == 0, done.err
     ours = check(folder, out)
     assert (ours.config.tokenizer.name, ours.tokenizer.pad_id, ours.tokenizer.eot_id) == ("huggingface", 0, 1)
@@ -226,7 +226,7 @@ def test_published_sizes_map_to_the_presets_of_the_same_name(tmp_path: Path) -> 
     """The configs of published folders, which state only what differs from the defaults of transformers."""
     from transformers import CLIPConfig, SiglipConfig
 
-    words = TOKENIZERS.build(TOKENIZERS.preset("clip_bpe"))
+    tokenizer = TOKENIZERS.build(TOKENIZERS.preset("clip_bpe"))
     large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     wide = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
     so400m = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
@@ -248,7 +248,7 @@ def test_published_sizes_map_to_the_presets_of_the_same_name(tmp_path: Path) -> 
         assert isinstance(model_format, TransformersFormat)
         config.text_config.vocab_size = 49408
         checked = towers.CheckedConfig(tmp_path, config)
-        image, text = model_format.image_fields(checked), model_format.text_fields(checked, words)
+        image, text = model_format.image_fields(checked), model_format.text_fields(checked, tokenizer)
         assert (image["name"], text["name"], model_format.embed_dim(checked)) == names
 
 
@@ -321,7 +321,7 @@ def test_receipt_detects_conversion_errors(
         return {**to_ours(self, tensors), "loss.bias": torch.zeros(1)}
 
     activations = {**towers.ACTIVATIONS, "gelu_pytorch_tanh": "quick_gelu"}
-    for target, name, value, words in (
+    for target, name, value, parts in (
         (towers, "ACTIVATIONS", activations, ("images", "texts", "logits")),
         (towers.CheckedConfig, "block_fields", other_eps, ("images", "texts")),
         (NameTable, "to_ours", swapped_projections, ("images", "texts")),
@@ -331,7 +331,7 @@ def test_receipt_detects_conversion_errors(
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, value)
-            check_parity_failure(run, siglip, out, *words)
+            check_parity_failure(run, siglip, out, *parts)
     with monkeypatch.context() as patch:
         patch.setattr(SigLIPTokenizer, "_text_pieces", lambda self, text: self._pieces.encode(text, out_type=str))
         check_parity_failure(run, siglip, out, "texts", "token ids differ for the text 'Two CATS, running")
@@ -341,10 +341,10 @@ def test_receipt_detects_conversion_errors(
     assert not list(tmp_path.iterdir())
 
 
-def check_parity_failure(run: Any, folder: Path, out: Path, *words: str) -> None:
+def check_parity_failure(run: Any, folder: Path, out: Path, *parts: str) -> None:
     done = run("import", folder, "-o", out)
     assert done.code == 1 and done.error.startswith("error[E_PARITY]: "), done.error
-    assert str(folder) in done.error and all(word in done.error for word in words), done.error
+    assert str(folder) in done.error and all(part in done.error for part in parts), done.error
 
 
 def test_overflowing_embeddings_fail_the_parity_check(siglip: Path, run: Any, tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_imported_model_works_up_to_a_search_hit(siglip: Path, run: Any, tmp_pat
     for number, pixels in enumerate(images()):
         (pairs / f"{number}.png").write_bytes(encode(pixels, "png"))
         (pairs / f"{number}.txt").write_text(f"a photo of number {number}")
-    for words in (
+    for arguments in (
         ("prep", "folder", f"source.path={pairs}", "runtime.workers=1", "-o", data),
         ("import", siglip, "-o", model),
         ("eval", "retrieval", f"model={model}", f"data={data}"),
@@ -373,7 +373,7 @@ def test_imported_model_works_up_to_a_search_hit(siglip: Path, run: Any, tmp_pat
         ("index", "build", "flat", f"embeddings={emb}", "-o", index),
         ("search", index, "text=a photo of two dogs", "k=2"),
     ):
-        assert (done := run(*words)).code == 0, done.err
+        assert (done := run(*arguments)).code == 0, done.err
     done = run("search", index, f"image={pairs / '2.png'}", "k=1", "--json")
     hit = json.loads(done.out)["hits"][0]
     assert hit["caption"] == "a photo of number 2" and hit["score"] == pytest.approx(1, abs=1e-3)

@@ -14,18 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 Change = Callable[[Path], object]
-CONFIG, PREPROCESSOR, WORDS = "config.json", "preprocessor_config.json", "tokenizer_config.json"
+CONFIG, PREPROCESSOR, TOKENIZER_CONFIG = "config.json", "preprocessor_config.json", "tokenizer_config.json"
 HEAD = "vision_model.head.attention.in_proj_weight"
 TABLE = "vision_model.embeddings.position_embedding.weight"
 
 
-def state(file: str, **places: Any) -> Change:
+def state(file: str, **keys: Any) -> Change:
     """Sets keys (`section__key`) of a JSON file; `...` removes the key."""
 
     def change(folder: Path) -> None:
         tree = json.loads((folder / file).read_text())
-        for place, value in places.items():
-            *path, last = place.split("__")
+        for key, value in keys.items():
+            *path, last = key.split("__")
             node = tree
             for part in path:
                 node = node[part]
@@ -82,10 +82,10 @@ def add_code(folder: Path) -> None:
     state(CONFIG, auto_map={"AutoModel": "modeling.Model"})(folder)
 
 
-def shards(**places: str) -> Change:
+def shards(**weight_map: str) -> Change:
     def change(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "a.safetensors")
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
     return change
 
@@ -94,7 +94,11 @@ def shards(**places: str) -> Change:
 SIGLIP: dict[str, tuple[Any, ...]] = {
     "pickle": (keep_only_a_pickle, "E_IMPORT", "pytorch_model.bin", "expected model.safetensors", "may run code"),
     "code": (add_code, "E_IMPORT", "config.json: auto_map", "expected no code", "modeling.Model"),
-    "tokenizer code": (state(WORDS, auto_map={"AutoTokenizer": ["t.T", None]}), "E_IMPORT", f"{WORDS}: auto_map"),
+    "tokenizer code": (
+        state(TOKENIZER_CONFIG, auto_map={"AutoTokenizer": ["t.T", None]}),
+        "E_IMPORT",
+        f"{TOKENIZER_CONFIG}: auto_map",
+    ),
     "processor code": (state(PREPROCESSOR, auto_map={"AutoProcessor": "p.P"}), "E_IMPORT", f"{PREPROCESSOR}: auto_map"),
     "nested code": (
         state(CONFIG, text_config__auto_map={"AutoModel": "m.M"}),
@@ -236,18 +240,18 @@ SIGLIP: dict[str, tuple[Any, ...]] = {
         "SiglipImageProcessor",
         "'ViTImageProcessor'",
     ),
-    "no tokenizer": (remove("spiece.model", WORDS), "E_INPUT", "none of the files", "spiece.model"),
+    "no tokenizer": (remove("spiece.model", TOKENIZER_CONFIG), "E_INPUT", "none of the files", "spiece.model"),
     "corrupt tokenizer": (write("spiece.model", b"\xff" * 99), "E_INPUT", "tokenizer cannot be read"),
     "other length": (
-        state(WORDS, model_max_length=32),
+        state(TOKENIZER_CONFIG, model_max_length=32),
         "E_IMPORT",
-        f"{WORDS}: model_max_length",
+        f"{TOKENIZER_CONFIG}: model_max_length",
         "expected 64, as in text_config.max_position_embeddings",
         "got 32",
     ),
     "added token": (
         state(
-            WORDS,
+            TOKENIZER_CONFIG,
             added_tokens_decoder__9={
                 "content": "<x>",
                 "lstrip": False,
@@ -293,9 +297,9 @@ CLIP: dict[str, tuple[Any, ...]] = {
         "expected processor_config.json's 2, got 3",
     ),
     "other length": (
-        state(WORDS, model_max_length=32),
+        state(TOKENIZER_CONFIG, model_max_length=32),
         "E_IMPORT",
-        f"{WORDS}: model_max_length",
+        f"{TOKENIZER_CONFIG}: model_max_length",
         "expected 77, as in text_config.max_position_embeddings",
         "got 32",
     ),
@@ -307,7 +311,7 @@ CLIP: dict[str, tuple[Any, ...]] = {
         "vocab.json without it",
     ),
     "another tokenizer": (
-        state(WORDS, tokenizer_class="BertTokenizer"),
+        state(TOKENIZER_CONFIG, tokenizer_class="BertTokenizer"),
         "E_IMPORT",
         "text_config.vocab_size",
         "tokenizer's largest id",
@@ -323,14 +327,14 @@ CLIP: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check(run: Any, original: Path, folder: Path, change: Change, code: str, *words: str) -> None:
+def check(run: Any, original: Path, folder: Path, change: Change, code: str, *parts: str) -> None:
     copy, out = folder / "folder", folder / "model"
     shutil.copytree(original, copy)
     change(copy)
     done = run("import", copy, "-o", out)
     assert done.code == 3 and done.error.startswith(f"error[{code}]: "), done.error
     _, where, _, fix = done.error.split(" — ")
-    assert str(copy) in where and fix and all(word in done.error for word in words), (words, done.error)
+    assert str(copy) in where and fix and all(part in done.error for part in parts), (parts, done.error)
     assert [path.name for path in folder.iterdir()] == ["folder"]
     shutil.rmtree(copy)
 
@@ -340,20 +344,20 @@ def test_invalid_siglip_folders_are_rejected(
 ) -> None:
     (work := tmp_path / "work").mkdir()
     monkeypatch.chdir(work)
-    for number, (change, code, *words) in enumerate(SIGLIP.values()):
-        (place := tmp_path / str(number)).mkdir()
-        check(run, siglip, place, change, code, *words)
+    for number, (change, code, *parts) in enumerate(SIGLIP.values()):
+        (folder := tmp_path / str(number)).mkdir()
+        check(run, siglip, folder, change, code, *parts)
     assert not list(work.iterdir())  # no code of a folder was run
 
 
 def test_invalid_clip_folders_are_rejected(clip: Path, run: Any, tmp_path: Path) -> None:
-    for number, (change, code, *words) in enumerate(CLIP.values()):
-        (place := tmp_path / str(number)).mkdir()
-        check(run, clip, place, change, code, *words)
+    for number, (change, code, *parts) in enumerate(CLIP.values()):
+        (folder := tmp_path / str(number)).mkdir()
+        check(run, clip, folder, change, code, *parts)
 
 
 def test_import_command_line_errors(siglip: Path, run: Any, tmp_path: Path) -> None:
-    other = tmp_path / "mine"
+    other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("dear")
     done = run("import", siglip, "-o", other)
@@ -365,4 +369,4 @@ def test_import_command_line_errors(siglip: Path, run: Any, tmp_path: Path) -> N
     assert (done := run("import", "-o", tmp_path / "model")).code == 2 and "folder" in done.error
     done = run("import", siglip, "-o", tmp_path / "model", "--dry-run")
     assert done.code == 0 and "would import the SiglipModel" in done.out
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]

@@ -47,7 +47,7 @@ def delete(manifest: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "culprit", "words"),
+    ("change", "code", "culprit", "found"),
     [
         (lambda _, manifest, config: delete(manifest, "files"), "E_MANIFEST", "manifest.json", "size and hash"),
         (lambda _, manifest, config: delete(manifest["files"], "config.json"), "E_MANIFEST", "manifest.json", "hash"),
@@ -69,12 +69,12 @@ def delete(manifest: dict[str, Any], name: str) -> None:
         ),
     ],
 )
-def test_malformed_model_folder_is_rejected(model: Path, change: Change, code: str, culprit: str, words: str) -> None:
+def test_malformed_model_folder_is_rejected(model: Path, change: Change, code: str, culprit: str, found: str) -> None:
     load_model(model, device="cpu")
     modify(model, change)
     with pytest.raises(ClipwrightError) as caught:
         load_model(model, device="cpu")
-    assert caught.value.code == code and words in caught.value.found
+    assert caught.value.code == code and found in caught.value.found
     assert str(model) in caught.value.where and culprit in caught.value.where
 
 

@@ -9,9 +9,9 @@ from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.model.two_tower import ModelConfig, TwoTower
 
 
-def towers(*words: str) -> TwoTower:
+def towers(*overrides: str) -> TwoTower:
     torch.manual_seed(0)
-    config = resolve(ModelConfig, overrides=["image.image_size=16", "embed_dim=24", *words]).value
+    config = resolve(ModelConfig, overrides=["image.image_size=16", "embed_dim=24", *overrides]).value
     return TwoTower(config, vocab_size=50, eot_id=49).eval()
 
 
@@ -47,9 +47,9 @@ def test_both_projections_have_gradients_and_weight_decay():
     assert "extra_projections.dist.weight" not in exempt
 
 
-@pytest.mark.parametrize("words", [("image.name=vit_nano",), ("image.name=deit_nano", "image.distilled=false")])
-def test_tower_without_extra_features_has_no_extra_projection(words):
-    model = towers(*words)
+@pytest.mark.parametrize("overrides", [("image.name=vit_nano",), ("image.name=deit_nano", "image.distilled=false")])
+def test_tower_without_extra_features_has_no_extra_projection(overrides):
+    model = towers(*overrides)
     assert not [name for name in model.state_dict() if name.startswith("extra_projections")]
     norms = model.encode_image(views()).norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(3), atol=1e-6, rtol=0)

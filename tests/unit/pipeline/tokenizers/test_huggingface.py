@@ -47,36 +47,36 @@ TEXTS = [
 
 
 def bert() -> tuple[Tokenizer, dict[str, str]]:
-    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer(lowercase=True)
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    made.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=200, special_tokens=special))
-    made.post_processor = processors.TemplateProcessing(
+    backend.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=200, special_tokens=special))
+    backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    made.decoder = decoders.WordPiece()
-    made.enable_padding(length=50)  # some folders enable these; our tokenizer disables them
-    made.enable_truncation(7)
-    return made, {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    backend.decoder = decoders.WordPiece()
+    backend.enable_padding(length=50)  # some folders enable these; our tokenizer disables them
+    backend.enable_truncation(7)
+    return backend, {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
 
 
 def byte_level(special: list[str], **fields: Any) -> Tokenizer:
-    made = Tokenizer(models.BPE(**fields))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    backend = Tokenizer(models.BPE(**fields))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    made.train_from_iterator(CORPUS, trainer)
-    return made
+    backend.train_from_iterator(CORPUS, trainer)
+    return backend
 
 
 def roberta() -> tuple[Tokenizer, dict[str, str]]:
-    made = byte_level(["<s>", "<pad>", "</s>", "<unk>"])
-    made.post_processor = processors.Sequence(
+    backend = byte_level(["<s>", "<pad>", "</s>", "<unk>"])
+    backend.post_processor = processors.Sequence(
         [processors.ByteLevel(trim_offsets=True), processors.RobertaProcessing(("</s>", 2), ("<s>", 0))]
     )
-    return made, {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "cls_token": "<s>"}
+    return backend, {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "cls_token": "<s>"}
 
 
 def gpt() -> tuple[Tokenizer, dict[str, str]]:
@@ -84,27 +84,27 @@ def gpt() -> tuple[Tokenizer, dict[str, str]]:
 
 
 def unigram(template: str, special: list[str]) -> Tokenizer:
-    made = Tokenizer(models.Unigram())
-    made.normalizer = normalizers.NFKC()
-    made.pre_tokenizer = pre_tokenizers.Metaspace()
-    made.decoder = decoders.Metaspace()
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=special, unk_token="<unk>")
-    made.train_from_iterator(CORPUS, trainer)
+    backend.train_from_iterator(CORPUS, trainer)
     ids = [(token, special.index(token)) for token in template.split() if token != "$A"]
-    made.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
-    return made
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return backend
 
 
 def t5() -> tuple[Tokenizer, dict[str, str]]:
-    made = unigram("$A </s>", ["<pad>", "</s>", "<unk>"])
-    return made, {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    backend = unigram("$A </s>", ["<pad>", "</s>", "<unk>"])
+    return backend, {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
 def llama() -> tuple[Tokenizer, dict[str, str]]:
     return unigram("<s> $A", ["<unk>", "<s>", "</s>"]), {"bos_token": "<s>", "eos_token": "</s>"}
 
 
-# What is made, and its ids of start, end and padding.
+# Name → how it is built, and its ids of start, end and padding.
 KINDS: dict[str, tuple[Callable[[], tuple[Tokenizer, dict[str, str]]], tuple[int, int, int]]] = {
     "bert": (bert, (2, 3, 0)),
     "roberta": (roberta, (0, 2, 1)),
@@ -114,9 +114,9 @@ KINDS: dict[str, tuple[Callable[[], tuple[Tokenizer, dict[str, str]]], tuple[int
 }
 
 
-def write(folder: Path, made: Tokenizer, special: dict[str, str]) -> Path:
+def write(folder: Path, backend: Tokenizer, special: dict[str, str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    made.save(str(folder / TOKENIZER))
+    backend.save(str(folder / TOKENIZER))
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
     return folder
 
@@ -166,8 +166,8 @@ def test_unknown_ids(tmp_path: Path) -> None:
     unknown = {kind: opened(write(tmp_path / kind, *KINDS[kind][0]()), tmp_path / kind).unknown_ids for kind in KINDS}
     assert unknown == {"bert": (1,), "roberta": (), "gpt": (), "t5": (2,), "llama": (0,)}
     vocabulary = {"<unk>": 0, "</s>": 1, "a": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
-    made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    ours = opened(write(tmp_path / "bytes", made, {"eos_token": "</s>"}), tmp_path / "bytes")
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    ours = opened(write(tmp_path / "bytes", backend, {"eos_token": "</s>"}), tmp_path / "bytes")
     assert ours.unknown_ids == (0, *range(3, 259))
     assert ours.encode(["aé"], 6)[0].tolist() == [2, 3 + 0xC3, 3 + 0xA9, 1, 1, 1]
 
@@ -176,10 +176,10 @@ def test_folder_in_an_older_format(tmp_path: Path) -> None:
     """vocab.txt is converted by transformers once; the copy needs neither of them."""
     from transformers import BertTokenizer
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "##dish", "circle", ","]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "##dish", "circle", ","]
     source = tmp_path / "source"
     source.mkdir()
-    (source / "vocab.txt").write_text("\n".join(words))
+    (source / "vocab.txt").write_text("\n".join(vocabulary))
     (source / "config.json").write_text(json.dumps({"model_type": "bert"}))
     ours = opened(source, tmp_path / "copy")
     theirs = BertTokenizer.from_pretrained(source, local_files_only=True)
@@ -204,17 +204,17 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 def test_fingerprint_covers_what_determines_the_ids(tmp_path: Path) -> None:
-    made, special = bert()
-    first = opened(write(tmp_path / "a", made, special), tmp_path / "a1").fingerprint
+    backend, special = bert()
+    first = opened(write(tmp_path / "a", backend, special), tmp_path / "a1").fingerprint
     tree = json.loads((tmp_path / "a" / TOKENIZER).read_text())
     (tmp_path / "a" / TOKENIZER).write_text(json.dumps(tree, indent=7))
     assert opened(tmp_path / "a", tmp_path / "a2").fingerprint == first
-    made.no_padding()
-    assert opened(write(tmp_path / "b", made, special), tmp_path / "b1").fingerprint == first
-    made.normalizer = normalizers.BertNormalizer(lowercase=False)
-    cased = opened(write(tmp_path / "c", made, special), tmp_path / "c1").fingerprint
+    backend.no_padding()
+    assert opened(write(tmp_path / "b", backend, special), tmp_path / "b1").fingerprint == first
+    backend.normalizer = normalizers.BertNormalizer(lowercase=False)
+    cased = opened(write(tmp_path / "c", backend, special), tmp_path / "c1").fingerprint
     assert cased != first
-    padded = opened(write(tmp_path / "d", made, {**special, "pad_token": "[UNK]"}), tmp_path / "d1").fingerprint
+    padded = opened(write(tmp_path / "d", backend, {**special, "pad_token": "[UNK]"}), tmp_path / "d1").fingerprint
     assert padded not in (first, cased)
 
 
@@ -223,15 +223,15 @@ def without_end() -> tuple[Tokenizer, dict[str, str]]:
 
 
 def one_token_for_both() -> tuple[Tokenizer, dict[str, str]]:
-    made = byte_level(["</s>"])
-    made.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 0)])
-    return made, {"bos_token": "</s>", "eos_token": "</s>"}
+    backend = byte_level(["</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 0)])
+    return backend, {"bos_token": "</s>", "eos_token": "</s>"}
 
 
 def two_ends() -> tuple[Tokenizer, dict[str, str]]:
-    made = byte_level(["</s>", "en"])
-    made.post_processor = processors.TemplateProcessing(single="$A </s> en", special_tokens=[("</s>", 0), ("en", 1)])
-    return made, {"eos_token": "</s>"}
+    backend = byte_level(["</s>", "en"])
+    backend.post_processor = processors.TemplateProcessing(single="$A </s> en", special_tokens=[("</s>", 0), ("en", 1)])
+    return backend, {"eos_token": "</s>"}
 
 
 @pytest.mark.parametrize(
@@ -294,11 +294,11 @@ def test_run_keeps_its_own_copy(scenes: Path, tmp_path: Path, small: Any, here: 
 
     source = write(tmp_path / "source", *roberta())
     cli = small.cli(tmp_path)
-    words = ["train", *small.settings, f"data.train={scenes}", "schedule.samples=64", "-o", "run"]
-    words += ["tokenizer.name=huggingface", f"tokenizer.folder={source}"]
-    cli(*words, "runtime.stop_at=2")
+    arguments = ["train", *small.settings, f"data.train={scenes}", "schedule.samples=64", "-o", "run"]
+    arguments += ["tokenizer.name=huggingface", f"tokenizer.folder={source}"]
+    cli(*arguments, "runtime.stop_at=2")
     source.rename(tmp_path / "moved")
-    done = cli(*words[:-1], f"tokenizer.folder={tmp_path / 'moved'}")
+    done = cli(*arguments[:-1], f"tokenizer.folder={tmp_path / 'moved'}")
     assert "resuming at step 2" in done.stdout
     shutil.rmtree(tmp_path / "moved")
     here(tmp_path, "export", "run", "-o", "model")
@@ -324,6 +324,6 @@ def test_run_keeps_its_own_copy(scenes: Path, tmp_path: Path, small: Any, here: 
 @ranks
 def test_error_names_the_folder(scenes: Path, tmp_path: Path, small: Any) -> None:
     cli = small.cli(tmp_path)
-    words = ["train", *small.settings, f"data.train={scenes}", "tokenizer.name=huggingface", "-o", "run"]
-    line = cli.error(*words, "tokenizer.folder=nowhere", code=3)
+    arguments = ["train", *small.settings, f"data.train={scenes}", "tokenizer.name=huggingface", "-o", "run"]
+    line = cli.error(*arguments, "tokenizer.folder=nowhere", code=3)
     assert line.startswith("error[E_INPUT]") and "nowhere" in line

@@ -200,22 +200,22 @@ def test_captions_of_a_large_dataset_are_sampled_evenly(scenes: Path) -> None:
 # Through the command ------------------------------------------------------------------------------------------------
 
 
-def train_words(scenes: Path, *words: str) -> list[str]:
-    return [f"data.train={scenes}", "schedule.samples=64", "-o", "run", *words]
+def train_arguments(scenes: Path, *arguments: str) -> list[str]:
+    return [f"data.train={scenes}", "schedule.samples=64", "-o", "run", *arguments]
 
 
 @ranks
 def test_vocabulary_too_large_for_the_captions(scenes: Path, tmp_path: Path, small: Any, here: Any) -> None:
     """Rejected before anything is written; the size that the error suggests works with the same -o."""
-    words = ["train", *small.settings, *train_words(scenes), "tokenizer.name=sentencepiece"]
-    line = here(tmp_path, *words, code=2).error
+    arguments = ["train", *small.settings, *train_arguments(scenes), "tokenizer.name=sentencepiece"]
+    line = here(tmp_path, *arguments, code=2).error
     assert line.startswith("error[E_CONFIG_VALUE]") and "tokenizer.vocab_size=8000" in line
     most = re.search(r"set tokenizer\.vocab_size=(\d+) or less", line)
     assert most is not None
     assert not list(tmp_path.iterdir())
-    here(tmp_path, *words, f"tokenizer.vocab_size={most[1]}", "--dry-run")
+    here(tmp_path, *arguments, f"tokenizer.vocab_size={most[1]}", "--dry-run")
     assert not list(tmp_path.iterdir())
-    done = small.cli(tmp_path)(*words, f"tokenizer.vocab_size={most[1]}", "--json")
+    done = small.cli(tmp_path)(*arguments, f"tokenizer.vocab_size={most[1]}", "--json")
     assert json.loads(done.stdout)["samples"] == 64 and "sentencepiece" not in done.stderr.lower()
 
 
@@ -223,7 +223,7 @@ def test_vocabulary_too_large_for_the_captions(scenes: Path, tmp_path: Path, sma
 def partial_run(scenes: Path, tmp_path_factory: pytest.TempPathFactory, small: Any) -> Path:
     """A run stopped at its second step of four."""
     folder = tmp_path_factory.mktemp("partial_run")
-    small(folder, *train_words(scenes, *SMALL, "runtime.stop_at=2"))
+    small(folder, *train_arguments(scenes, *SMALL, "runtime.stop_at=2"))
     return folder
 
 
@@ -234,22 +234,22 @@ def test_run_resumes_with_its_own_tokenizer(
     shutil.copytree(partial_run / "run", tmp_path / "run")
     file = tmp_path / "run" / "tokenizer" / MODEL
     model = file.read_bytes()
-    cli, words = small.cli(tmp_path), ["train", *small.settings, *train_words(scenes, *SMALL)]
-    line = here(tmp_path, *words, "tokenizer.vocab_size=401", code=2).error
+    cli, arguments = small.cli(tmp_path), ["train", *small.settings, *train_arguments(scenes, *SMALL)]
+    line = here(tmp_path, *arguments, "tokenizer.vocab_size=401", code=2).error
     assert line.startswith("error[E_RESUME]") and "tokenizer.vocab_size: 400 → 401" in line
     # A tokenizer of another run is valid, but its ids have other meanings.
     train(tmp_path / "other")
     shutil.copy(tmp_path / "other" / MODEL, file)
-    line = here(tmp_path, *words, code=3).error
+    line = here(tmp_path, *arguments, code=3).error
     assert line.startswith("error[E_CKPT_HASH]") and MODEL in line and "--fresh" in line
     file.unlink()
     line = here(tmp_path, "export", "run", "-o", "model", code=3).error
     assert line.startswith("error[E_INPUT]") and MODEL in line and "--fresh" in line
     assert not (tmp_path / "model").exists() and not list(tmp_path.glob("**/*.partial"))
     file.write_bytes(model)
-    done = cli(*words)
+    done = cli(*arguments)
     assert "resuming at step 2" in done.stdout and file.read_bytes() == model
-    cli(*words, "tokenizer.vocab_size=350", "runtime.stop_at=1", "--fresh")
+    cli(*arguments, "tokenizer.vocab_size=350", "runtime.stop_at=1", "--fresh")
     assert file.read_bytes() != model
 
 
@@ -293,11 +293,11 @@ def update_manifest(model: Path) -> None:
 def test_ranks_share_the_tokenizer_that_rank_0_trained(
     scenes: Path, partial_run: Path, tmp_path: Path, small: Any
 ) -> None:
-    small(tmp_path, *train_words(scenes, *SMALL, "runtime.stop_at=2"), ranks=2)
+    small(tmp_path, *train_arguments(scenes, *SMALL, "runtime.stop_at=2"), ranks=2)
     first, second = (folder / "run" / "tokenizer" / MODEL for folder in (partial_run, tmp_path))
     assert hashlib.sha256(first.read_bytes()).digest() == hashlib.sha256(second.read_bytes()).digest()
     for ours, theirs in zip(small.losses(tmp_path / "run"), small.losses(partial_run / "run"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-    done = small(tmp_path, *train_words(scenes, "tokenizer.name=sentencepiece", "--fresh"), ranks=2, code=1)
+    done = small(tmp_path, *train_arguments(scenes, "tokenizer.name=sentencepiece", "--fresh"), ranks=2, code=1)
     assert done.stderr.count("error[E_CONFIG_VALUE]") == 1  # both ranks stop, one reports
     assert (tmp_path / "run" / "latest").exists()  # a rejected start keeps the old run

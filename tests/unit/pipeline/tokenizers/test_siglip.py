@@ -76,9 +76,9 @@ def train(byte_fallback: bool, kind: str) -> bytes:
 
 @pytest.fixture(scope="module", params=[(False, "unigram"), (True, "unigram"), (False, "bpe")], ids=str)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("spiece")
-    (made / "spiece.model").write_bytes(train(*request.param))
-    return made
+    folder = tmp_path_factory.mktemp("spiece")
+    (folder / "spiece.model").write_bytes(train(*request.param))
+    return folder
 
 
 def build(folder: Path, **fields: Any) -> SigLIPTokenizer:
@@ -135,10 +135,10 @@ def test_copy_save_and_load(folder: Path, tmp_path: Path) -> None:
 
 
 def test_invalid_models_are_rejected(folder: Path, tmp_path: Path) -> None:
-    def code(fields: dict[str, Any], *words: str) -> str:
+    def code(fields: dict[str, Any], *parts: str) -> str:
         with pytest.raises(ClipwrightError) as caught:
             TOKENIZERS.preset("siglip", **fields).train([], tmp_path)
-        assert all(word in str(caught.value) for word in words), caught.value
+        assert all(part in str(caught.value) for part in parts), caught.value
         return caught.value.code
 
     assert code({}, "tokenizer.folder", "DIR") == "E_CONFIG_VALUE"

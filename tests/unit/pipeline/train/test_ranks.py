@@ -48,7 +48,7 @@ def test_ranks_that_cannot_share_the_batch_are_refused(scenes: Path, tmp_path: P
     words = [f"data.train={scenes}", "schedule.global_batch=15", "schedule.samples=30", "-o", "run"]
     done = small(tmp_path, *words, ranks=2, code=1)  # torchrun turns every exit code into 1
     assert "error[E_BATCH]" in done.stderr and "schedule.global_batch=15" in done.stderr
-    assert "take a multiple of 2" in done.stderr
+    assert "use a multiple of 2" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
