@@ -1,5 +1,5 @@
 # make demo: from a bare machine with Python 3.11, pip and make to a report.  make test: everything CI runs.
-# make soak: the tests of survival at length, resumable, into soak.json.
+# make soak: long versions of the resilience tests; resumable, results in soak.json.
 # TORCH_INDEX: address of an index with CPU builds of torch, where pip's own has only CUDA builds.
 TORCH_INDEX ?=
 PYTHON ?= python3

@@ -1,7 +1,7 @@
-"""Long versions of the tests of survival, class by class; what was done stands in soak.json, and is not done again.
+"""Long versions of the resilience tests, by class; results go to soak.json, and passed classes are not run again.
 
-`make soak`, or `python tests/soak.py [CLASS …]`. A class is a test and how often it is tried. One that passed at this
-commit is passed over.
+`make soak`, or `python tests/soak.py [CLASS …]`. A class is a test and its number of rounds. A class that has passed at
+the current commit is skipped.
 """
 
 from __future__ import annotations
@@ -19,45 +19,46 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "soak.json"
-STREAM, RESUME = "tests/unit/pipeline/data/test_stream.py", "tests/unit/pipeline/train/test_resume.py"
-HEALTH = "tests/unit/pipeline/train/test_supervision.py"
-CHECKPOINT = "tests/unit/pipeline/train/test_checkpoint.py"
+STREAM = "tests/unit/pipeline/data/test_stream.py"
 REMOTE = "tests/unit/pipeline/folders/test_remote.py"
-# What is tried, and how often: a test of one round takes its long form.
+RESUME = "tests/unit/pipeline/train/test_resume.py"
+SUPERVISION = "tests/unit/pipeline/train/test_supervision.py"
+CHECKPOINT = "tests/unit/pipeline/train/test_checkpoint.py"
+HOSTS = "tests/unit/pipeline/launch/test_hosts.py"
+# Class → (test, rounds); a test of one round has a long form of its own.
 CLASSES = {
-    "stream": (f"{STREAM}::test_killed_at_random_steps_nothing_is_lost_or_repeated", 200),
+    "stream": (f"{STREAM}::test_runs_killed_at_random_steps_lose_and_repeat_no_sample", 200),
     "layouts": (f"{STREAM}::test_no_layout_hangs", 1),
-    "pairs": (f"{STREAM}::test_captions_stay_with_their_picture", 1),
+    "pairs": (f"{STREAM}::test_captions_stay_with_their_image", 1),
     "memory": (f"{STREAM}::test_memory_does_not_grow", 1),
-    "shards": (f"{STREAM}::test_a_hundred_thousand_shards_are_checked_in_seconds", 1),
+    "many-shards": (f"{STREAM}::test_a_hundred_thousand_shards_are_checked_in_seconds", 1),
     "remote": (f"{REMOTE}::test_a_killed_run_on_a_bad_line_leaves_the_local_runs_ledger", 1),
-    "worlds": (f"{STREAM}::test_runs_go_on_with_other_ranks_and_workers_inside_an_epoch", 1),
-    "preempt": (f"{HEALTH}::test_told_to_stop_in_any_phase_nothing_is_lost", 20),
-    "ill": (f"{HEALTH}::test_any_illness_is_named_and_the_same_command_resumes", 20),
-    "nonfinite": (f"{HEALTH}::test_a_run_of_three_bad_steps_keeps_a_finite_checkpoint", 20),
-    "slow": (f"{HEALTH}::test_a_rank_of_half_the_pace_is_flagged_within_fifty_steps", 1),
+    "world-size": (f"{STREAM}::test_run_resumes_with_other_ranks_and_workers_within_an_epoch", 1),
+    "preempt": (f"{SUPERVISION}::test_preemption_in_any_phase_loses_no_step", 20),
+    "failed-rank": (f"{SUPERVISION}::test_any_failed_rank_is_named_and_the_same_command_resumes", 20),
+    "nonfinite": (f"{SUPERVISION}::test_three_nonfinite_steps_end_the_run_with_a_finite_checkpoint", 20),
+    "slow-rank": (f"{SUPERVISION}::test_rank_of_half_the_pace_is_reported_within_fifty_steps", 1),
     "goodput": (f"{RESUME}::test_killed_again_and_again_little_is_done_twice", 1),
-    "hosts": ("tests/unit/pipeline/launch/test_hosts.py", 1),
+    "hosts": (HOSTS, 1),
     "kill": (f"{RESUME}::test_killed_at_a_random_step", 20),
-    "save-kill": (f"{CHECKPOINT}::test_killed_inside_a_save", 160),
-    "disk-full": (f"{CHECKPOINT}::test_a_full_disk_ends_all_ranks_and_the_older_checkpoint_stands", 1),
+    "kill-in-save": (f"{CHECKPOINT}::test_run_killed_inside_a_save_resumes_bit_identically", 160),
+    "disk-full": (f"{CHECKPOINT}::test_full_disk_fails_all_ranks_and_keeps_the_older_checkpoint", 1),
 }
 
 
 def main(names: list[str]) -> int:
-    """Runs the classes that are asked for, or all; 1 if one of them failed."""
+    """Runs the named classes, or all; returns 1 if one of them failed."""
     report: dict[str, Any] = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {}
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     for name in names or CLASSES:
         before = report.get(name, {})
         if before.get("commit") == commit and before["passes"] == before["count"] and not commit.endswith("-dirty"):
             print(f"{name}: passed at this commit", flush=True)
             continue
-        test, count = CLASSES[name]
-        print(f"{name}: {count} × {test}", flush=True)
-        report[name] = {**tried(test, count), "commit": commit}
+        test, rounds = CLASSES[name]
+        print(f"{name}: {rounds} × {test}", flush=True)
+        report[name] = {**run_class(test, rounds), "commit": commit}
         staged = REPORT.with_name(".soak.json.partial")
         staged.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         staged.replace(REPORT)
@@ -65,21 +66,21 @@ def main(names: list[str]) -> int:
     return int(any(report[name]["passes"] < report[name]["count"] for name in names or CLASSES))
 
 
-def tried(test: str, count: int) -> dict[str, Any]:
-    """A class's count, passes, date and duration."""
+def run_class(test: str, rounds: int) -> dict[str, Any]:
+    """Runs a test for `rounds` rounds; returns the numbers of cases and passes, the duration and the date."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "junit.xml"
         subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-n", "0", f"--junitxml={log}", test],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CLIPWRIGHT_SOAK": str(count)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CLIPWRIGHT_SOAK": str(rounds)},
             check=False,
         )
         cases = list(ET.parse(log).getroot().iter("testcase")) if log.exists() else []
     passes = sum(not list(case.iter("failure")) and not list(case.iter("error")) for case in cases)
     return {
-        "count": max(count, len(cases)),
+        "count": max(rounds, len(cases)),
         "passes": passes,
         "seconds": round(time.monotonic() - started, 1),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -97,7 +97,7 @@ class Trainer:
         enter_phase("agree")
         flags = (self.should_stop(), self.saver.late, self.saver.pending, self.saver.failed)
         stopping, late, pending, failed = any_rank_flags(flags, self.world.device)
-        self.saver.settle(pending, failed)
+        self.saver.commit_if_written(pending, failed)
         if stopping or batch is None:
             self.supervisor.agree_to_stop()
             self.save(wait=True)
@@ -134,7 +134,7 @@ class Trainer:
                 self.call.say(line)
         if self.skips.too_many:
             enter_phase("save")
-            self.saver.seal()  # the checkpoint being written is from before these steps
+            self.saver.commit()  # the checkpoint being written is from before these steps
             raise self.skips.error(result, self.step, batch)
         if self.saver.due(self.step, save_now):
             self.save()
@@ -154,7 +154,7 @@ class Trainer:
         further: dict[str, Any] = self.engine.loss.report()
         further["lr"] = self.config.optim.lr * self.schedule.factor(self.samples - self.schedule.global_batch)
         further["replaced"], further["skipped"] = self.ledger.replaced, self.skips.count
-        further["saved"] = self.saver.sealed
+        further["saved"] = self.saver.committed
         if self.changed:
             further["accepted"], self.changed = self.changed, []  # in the first record only
         record = self.meter.record(self.step, self.samples, result, **further)

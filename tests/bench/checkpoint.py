@@ -1,11 +1,12 @@
-"""What checkpoints cost: `python tests/bench/checkpoint.py [CASE …] [--quick]`; cases are models.
+"""The cost of checkpoints: `python tests/bench/checkpoint.py [CASE …] [--quick]`; cases are models.
 
-blocking: seconds a save holds up the training (the copy, and the seal once all is written), against `torch.save` and
-fsync of the same state in the loop; `share` is what that is of 1,000 steps, or of 15 minutes if they come earlier, and
-`beside` by how much a step is slower while files are written. written: bytes a second from the copy until the seal,
-where training waits for it.
-size: bytes on disk. restart: seconds from a built model to the end of its first step, verifying and reading included,
-against torch.load of the other. One process, as many threads as cores, wall seconds.
+blocking: seconds that a save blocks training (the copy, and the commit once all files are written), against
+`torch.save` and fsync of the same state in the training loop; `share` is its share of 1,000 steps, or of 15 minutes if
+they are shorter, and `beside` the factor by which a step is slower while files are written.
+written: bytes per second from the copy until the commit, if training waits for it.
+size: bytes on disk.
+restart: seconds from a built model to the end of its first step, verification and reading included, against torch.load
+of the other file. One process, as many threads as cores, wall-clock seconds.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def config(case: str) -> RunConfig:
     return RunConfig(
         image=IMAGE_TOWERS.preset(image),
         text=TEXT_TOWERS.preset(text),
-        tokenizer=None,  # pyright: ignore[reportArgumentType]  tokens are made here
+        tokenizer=None,  # pyright: ignore[reportArgumentType]  tokens are random
         embed_dim=256,
         data=DataConfig(train="none"),
         loss=LOSSES.preset("softmax"),
@@ -54,8 +55,9 @@ def config(case: str) -> RunConfig:
     )
 
 
-def made_batch(made: RunConfig) -> Batch:
-    count, side, none = made.schedule.global_batch, made.image.image_size, torch.empty(0, dtype=torch.int64)
+def random_batch(run_config: RunConfig) -> Batch:
+    count, side = run_config.schedule.global_batch, run_config.image.image_size
+    none = torch.empty(0, dtype=torch.int64)
     return Batch(
         views=torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8),
         tokens=torch.randint(1, VOCABULARY - 1, (count, 16)).index_fill(1, torch.tensor([15]), VOCABULARY - 1),
@@ -67,20 +69,20 @@ def made_batch(made: RunConfig) -> Batch:
     )
 
 
-def built(made: RunConfig) -> tuple[TwoTower, Any]:
+def build(run_config: RunConfig) -> tuple[TwoTower, Any]:
     torch.manual_seed(0)
-    towers = TwoTower(made, vocab_size=VOCABULARY, eot_id=VOCABULARY - 1).train()
-    return towers, LOSSES.build(made.loss, embed_dim=made.embed_dim)
+    towers = TwoTower(run_config, vocab_size=VOCABULARY, eot_id=VOCABULARY - 1).train()
+    return towers, LOSSES.build(run_config.loss, embed_dim=run_config.embed_dim)
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     work()
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def plain_save(engine: Engine, path: Path) -> None:
-    """The incumbents' way: everything by torch.save, in the loop."""
+    """As other trainers do: the complete state by torch.save, in the training loop."""
     state = {"model": engine.towers.state_dict(), "loss": engine.loss.state_dict()}
     state["optimizer"] = engine.optimizer.state_dict()
     with path.open("wb") as file:
@@ -89,32 +91,32 @@ def plain_save(engine: Engine, path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def saved(engine: Engine, saver: Saver, batch: Batch, step: int) -> tuple[float, list[float]]:
-    """Seconds that a save holds up the loop, and those of the steps beside it."""
-    beside = list[float]()
-    held = seconds(lambda: saver.save(engine, step))
+def measure_save(engine: Engine, saver: Saver, batch: Batch, step: int) -> tuple[float, list[float]]:
+    """Seconds that a save blocks the training loop, and seconds of each step that runs while files are written."""
+    steps = list[float]()
+    blocking = seconds(lambda: saver.save(engine, step))
     while saver.pending:
-        beside.append(seconds(lambda: engine.step(batch, step, 1.0, measure=False)))
-    held += seconds(lambda: saver.settle(False, saver.failed))
-    assert saver.sealed == step
-    return held, beside
+        steps.append(seconds(lambda: engine.step(batch, step, 1.0, measure=False)))
+    blocking += seconds(lambda: saver.commit_if_written(False, saver.failed))
+    assert saver.committed == step
+    return blocking, steps
 
 
-def restart(made: RunConfig, world: World, batch: Batch, run: Path, path: Path) -> tuple[float, float]:
-    towers, loss = built(made)
+def restart(run_config: RunConfig, world: World, batch: Batch, run: Path, path: Path) -> tuple[float, float]:
+    towers, loss = build(run_config)
 
     def ours() -> None:
         found = checkpoint.newest(run, world=world)
         assert found is not None
         found.restore_weights(towers, loss)
-        engine = Engine(towers, loss, made, world)
+        engine = Engine(towers, loss, run_config, world)
         found.restore_optimizers(engine)
         engine.step(batch, found.step, 1.0, measure=False)
 
     def theirs() -> None:
         state = torch.load(path, weights_only=True)
         towers.load_state_dict(state["model"])
-        engine = Engine(towers, loss, made, world)
+        engine = Engine(towers, loss, run_config, world)
         engine.optimizer.load_state_dict(state["optimizer"])
         engine.step(batch, 1, 1.0, measure=False)
 
@@ -122,35 +124,40 @@ def restart(made: RunConfig, world: World, batch: Batch, run: Path, path: Path) 
 
 
 def measure(case: str, runs: int, world: World, folder: Path) -> list[dict[str, Any]]:
-    made = config(case)
-    batch, path, run = made_batch(made), folder / f"{case}.pt", folder / case
+    run_config = config(case)
+    batch, path, run = random_batch(run_config), folder / f"{case}.pt", folder / case
     run.mkdir()
-    engine = Engine(*built(made), made, world)
-    saver = Saver(run, world, made.runtime, {"identity": {}, "accepted": []}, 0)
+    engine = Engine(*build(run_config), run_config, world)
+    saver = Saver(run, world, run_config.runtime, {"identity": {}, "accepted": []}, 0)
     steps = [seconds(lambda: engine.step(batch, 0, 1.0, measure=False)) for _ in range(runs + 1)][1:]
-    step_seconds, turns = statistics.median(steps), []
-    for step in range(0, 2 * runs + 2, 2):
-        held, beside = saved(engine, saver, batch, step + 1)
-        plain = seconds(lambda: plain_save(engine, path))
-        waited = seconds(lambda step=step: saver.save(engine, step + 2, wait=True))
-        turns.append((held, beside, plain, waited))
-    turns = turns[1:]  # the first warms up
-    size = sum(file.stat().st_size for file in (run / "checkpoints" / checkpoint.step_name(saver.sealed)).iterdir())
-    starts = [restart(made, world, batch, run, path) for _ in range(runs)]
-    held, plain, bytes = [turn[0] for turn in turns], [turn[2] for turn in turns], path.stat().st_size
-    beside = [one for turn in turns for one in turn[1]]
-    rates = ([size / turn[3] for turn in turns], [bytes / one for one in plain])
+    step_seconds = statistics.median(steps)
+    blocking, beside, plain, waited = list[float](), list[float](), list[float](), list[float]()
+    for number in range(runs + 1):
+        step = 2 * number
+        blocking_seconds, beside_seconds = measure_save(engine, saver, batch, step + 1)
+        plain_seconds = seconds(lambda: plain_save(engine, path))
+        waited_seconds = seconds(lambda step=step: saver.save(engine, step + 2, wait=True))
+        if number > 0:  # the first run warms up
+            blocking.append(blocking_seconds)
+            beside += beside_seconds
+            plain.append(plain_seconds)
+            waited.append(waited_seconds)
+    committed = run / "checkpoints" / checkpoint.step_name(saver.committed)
+    size = sum(file.stat().st_size for file in committed.iterdir())
+    plain_size = path.stat().st_size
+    restarts = [restart(run_config, world, batch, run, path) for _ in range(runs)]
+    rates = ([size / value for value in waited], [plain_size / value for value in plain])
     reference = "torch.save and fsync of the same state in the loop"
     more = {
         "step_seconds": round(step_seconds, 4),
-        "share": round(statistics.median(held) / min(STEPS * step_seconds, MINUTES * 60), 6),
+        "share": round(statistics.median(blocking) / min(STEPS * step_seconds, MINUTES * 60), 6),
         "beside": round(statistics.median(beside) / step_seconds, 3) if beside else None,
     }
     return [
-        line(case, "blocking", "s", held, plain, reference, lower=True, **more),
-        line(case, "written", "B/s", *rates, f"{reference}; ours is hashed and sealed too", lower=False),
-        line(case, "size", "B", [size], [bytes], "the file of torch.save", lower=True),
-        line(case, "restart", "s", *zip(*starts, strict=True), "torch.load, not verified", lower=True),
+        line(case, "blocking", "s", blocking, plain, reference, lower=True, **more),
+        line(case, "written", "B/s", *rates, f"{reference}; ours is hashed and committed too", lower=False),
+        line(case, "size", "B", [size], [plain_size], "the file of torch.save", lower=True),
+        line(case, "restart", "s", *zip(*restarts, strict=True), "torch.load, not verified", lower=True),
     ]
 
 
@@ -173,14 +180,14 @@ def line(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("case", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all if none")
+    parser.add_argument("case", nargs="*", metavar="CASE", help=f"one of {', '.join(CASES)}; all by default")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder, process_group() as world:
         for case in options.case or (["nano"] if options.quick else CASES):
-            for found in measure(case, 1 if options.quick else 5, world, Path(folder)):
-                print(json.dumps(found), flush=True)
+            for result in measure(case, 1 if options.quick else 5, world, Path(folder)):
+                print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

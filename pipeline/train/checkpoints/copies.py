@@ -1,8 +1,9 @@
-"""Copies of a run's checkpoints in a bucket, made while it trains.
+"""Copies of a run's checkpoints in a bucket, made during training.
 
-At `runtime.copy_to` lies what lies in the run folder: `checkpoints/step-…/`, each manifest behind its other files, what
-the run needs to go on, and `latest` last. Nothing is removed there, and `clipwright train` reads nothing from there:
-copy it back into an empty folder (`aws s3 sync URL RUN`, say), and the same command with `-o RUN` goes on.
+The address `runtime.copy_to` then holds what the run folder holds: `checkpoints/step-…/`, each with its manifest as the
+last file, the files that the run needs to resume, and `latest` as the last file of all. Nothing is removed there, and
+`clipwright train` reads nothing from there: copy it into an empty folder (`aws s3 sync URL RUN`, for example), and the
+same command with `-o RUN` resumes.
 """
 
 from __future__ import annotations
@@ -20,54 +21,55 @@ from clipwright.pipeline.train.checkpoints.checkpoint import FOLDER, LATEST, sav
 
 
 class Copies:
-    """Copies checkpoints one after another, beside the training; what failed is tried again with the next."""
+    """Copies checkpoints in a thread, one after another; a failed copy is tried again with the next checkpoint."""
 
     def __init__(self, run: Path, address: str) -> None:
-        """address: one that `remote.reach` takes."""
+        """address: one that `remote.reach` accepts."""
         self.run, self.address = run, address.rstrip("/")
-        self.busy: set[int] = set()  # steps whose folders must stay
+        self.in_progress: set[int] = set()  # steps whose folders must not be removed
         self._done: set[int] = set()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Copies the checkpoints that are not there yet, unless it is still at those before."""
+        """Starts to copy the checkpoints that have not been copied, unless an earlier copy is still running."""
         if self._thread is not None and self._thread.is_alive():
             return
-        self.busy = saved_steps(self.run).keys() - self._done
-        self._thread = threading.Thread(target=self._copy, args=(sorted(self.busy),), name="copies", daemon=True)
+        self.in_progress = saved_steps(self.run).keys() - self._done
+        steps = sorted(self.in_progress)
+        self._thread = threading.Thread(target=self._copy_all, args=(steps,), name="copies", daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
-        """Waits until all are there, or one could not be copied."""
+        """Waits until all checkpoints are copied, or one has failed again."""
         if self._thread is not None:
             self._thread.join()
-        self.start()  # what failed; what an earlier start of the run left
+        self.start()  # those that failed, and those of an earlier start of the run
         assert self._thread is not None
         self._thread.join()
 
-    def _copy(self, steps: list[int]) -> None:
+    def _copy_all(self, steps: list[int]) -> None:
         for step in steps:
             try:
-                self._one(step)
+                self._copy(step)
             except (ClipwrightError, OSError) as error:
-                found = error.found if isinstance(error, ClipwrightError) else error
+                reason = error.found if isinstance(error, ClipwrightError) else error
                 print(
-                    f"warning: {step_name(step)} is not copied to {remote.shown(self.address)}: {found}; "
-                    "it is tried again with the next checkpoint",
+                    f"warning: {step_name(step)} was not copied to {remote.shown(self.address)}: {reason}; "
+                    "it will be tried again with the next checkpoint",
                     file=sys.stderr,
                     flush=True,
                 )
                 break
             self._done.add(step)
-        self.busy = set()
+        self.in_progress = set()
 
-    def _one(self, step: int) -> None:
+    def _copy(self, step: int) -> None:
         folder = self.run / FOLDER / step_name(step)
         if remote.holds(f"{self.address}/{FOLDER}/{folder.name}/{MANIFEST}", (folder / MANIFEST).read_bytes()):
-            return  # by an earlier start of the run
-        learned = (self.run / run_folder.TOKENIZER).glob("*")
-        own = (self.run / name for name in (run_folder.CONFIG, run_folder.LOG, run_folder.LEDGER, IDENTITY))
+            return  # an earlier start of the run copied it
+        run_files = [self.run / name for name in (run_folder.CONFIG, run_folder.LOG, run_folder.LEDGER, IDENTITY)]
+        tokenizer = sorted((self.run / run_folder.TOKENIZER).glob("*"))
         files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
-        for path in [*files, folder / MANIFEST, *learned, *own]:
+        for path in [*files, folder / MANIFEST, *tokenizer, *run_files]:
             remote.upload(path, f"{self.address}/{path.relative_to(self.run)}")
         remote.upload(self.run / LATEST, f"{self.address}/{LATEST}")

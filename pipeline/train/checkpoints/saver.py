@@ -1,9 +1,9 @@
-"""Saves a run's checkpoints while it trains: all ranks together, whole or not at all.
+"""Saves a run's checkpoints during training: on all ranks together, complete or not at all.
 
-A rank copies its state into host memory and goes on; a thread writes, syncs and hashes its files in a hidden folder.
-Once those of all ranks are there the checkpoint is sealed by its manifest, renamed, and only then pointed to by
-`latest`; old ones go last. Disk full, a lost disk, numbers that are not finite: what fails on one rank is raised on
-all, and the older checkpoints stand.
+A rank copies its state into host memory and continues training; a thread writes, syncs and hashes its files in a
+staged folder. Once the files of all ranks are written, the checkpoint is committed: its manifest is written, the folder
+renamed, and `latest` set to it; after that, old checkpoints are removed. What fails on one rank (a full disk, a lost
+disk, values that are not finite) is raised on all ranks, and the older checkpoints remain.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import atomic_write, digest, fsync_folder
+from clipwright.pipeline.core.files import atomic_write, digest
 from clipwright.pipeline.distributed.group import World, all_gather_object, run_on_rank0
+from clipwright.pipeline.folders.output import publish, remove_staged, staged_path
 from clipwright.pipeline.folders.records import file_entries, read_manifest, write_manifest
 from clipwright.pipeline.train.checkpoints.checkpoint import (
     FOLDER,
     LATEST,
     LOSS,
-    MOMENTS,
+    LOSS_OPTIMIZER_PREFIX,
     OPTIMIZER,
     TECHNIQUES,
     WEIGHTS,
@@ -44,18 +45,18 @@ from clipwright.pipeline.train.config import RuntimeConfig
 from clipwright.pipeline.train.engine import Engine
 from clipwright.pipeline.train.techniques.base import Technique
 
-SPARE = 1.2  # times its bytes must be free before a checkpoint is begun
+FREE_SPACE_FACTOR = 1.2  # times a checkpoint's bytes must be free before it is started
 
 
-def staged(run: Path, step: int) -> Path:
-    """Where a checkpoint lies until it is whole."""
-    return run / FOLDER / f".{step_name(step)}.partial"
+def staged_folder(run: Path, step: int) -> Path:
+    """Returns where a checkpoint is written until it is committed."""
+    return staged_path(run / FOLDER / step_name(step))
 
 
 class Saver:
-    """Saves a run's checkpoints, one at a time; every rank has one, and all call it alike.
+    """Saves a run's checkpoints, one at a time. Every rank has a saver, and all ranks call its methods alike.
 
-    `late`, `pending` and `failed` are what this rank knows: all ranks must agree on them before they act.
+    `late`, `pending` and `failed` are this rank's: the ranks must combine them before they act on them.
     """
 
     def __init__(
@@ -63,82 +64,81 @@ class Saver:
         run: Path,
         world: World,
         runtime: RuntimeConfig,
-        about: dict[str, Any],
+        metadata: dict[str, Any],
         step: int,
         techniques: Technique | None = None,
     ) -> None:
-        """about: what all manifests say of the run; step: the checkpoint it goes on from, 0 for none."""
-        self.run, self.world, self.runtime, self.about = run, world, runtime, about
+        """metadata: further entries of all manifests; step: that of the checkpoint the run resumes from, or 0."""
+        self.run, self.world, self.runtime, self.metadata = run, world, runtime, metadata
         self.techniques = techniques or Technique()
-        self.begun = self.sealed = step  # newest that is on its way, newest that stands
-        self._from = step
-        self._own = {step}
+        self.started = self.committed = step  # the newest checkpoint being written, the newest that is complete
+        self._resumed_from = step
+        self._own_steps = {step}
         self._figures: dict[str, Any] = {}  # since the last checkpoint
-        self._noted: set[str] = set()
-        self._since = time.monotonic()
-        self._writing: _Writing | None = None
+        self._known_figures: set[str] = set()
+        self._last_save = time.monotonic()
+        self._writer: _Writer | None = None
         self._copies = Copies(run, runtime.copy_to) if runtime.copy_to else None
-        if world.is_rank0:  # what a kill left of others
-            for left in (run / FOLDER).glob(".*.partial"):
-                shutil.rmtree(left, ignore_errors=True)
+        if world.is_rank0:  # left by a killed run
+            remove_staged(run / FOLDER)
 
     @property
     def late(self) -> bool:
-        """Whether it is time for a checkpoint. Clocks differ between ranks: the first one's counts."""
-        return self.world.is_rank0 and time.monotonic() - self._since > self.runtime.save_minutes * 60
+        """Whether the time for a checkpoint has come, by rank 0's clock."""
+        return self.world.is_rank0 and time.monotonic() - self._last_save > self.runtime.save_minutes * 60
 
     @property
     def pending(self) -> bool:
-        return self._writing is not None and self._writing.is_alive()
+        """Whether this rank's files are being written."""
+        return self._writer is not None and self._writer.is_alive()
 
     @property
     def failed(self) -> bool:
-        return self._writing is not None and self._writing.error is not None
+        """Whether writing this rank's files has failed."""
+        return self._writer is not None and self._writer.error is not None
 
     def due(self, step: int, late: bool) -> bool:
-        """Whether to save behind step `step`."""
+        """Whether to save after step `step`; late: whether any rank's `late` is set."""
         return late or step % self.runtime.save_every == 0
 
     def note(self, figures: Mapping[str, Any]) -> None:
-        """Figures of the model as it is; the one that `keep_best` names counts for the next checkpoint."""
-        self._figures |= figures
+        """Records figures of the current model; the one that `keep_best` names goes into the next checkpoint."""
+        self._figures.update(figures)
 
     def save(self, engine: Engine, step: int, *, wait: bool = False) -> None:
-        """Copies every rank's state and begins to write it; with `wait`, until it is sealed.
+        """Copies every rank's state and starts to write it; with `wait`, returns once it is committed.
 
-        Raises what an earlier one failed with.
+        Raises the error of an earlier checkpoint that could not be written.
         """
-        if step != self.begun:
-            self.seal()
-            self._begin(engine, step)
+        if step != self.started:
+            self.commit()
+            self._start(engine, step)
         if wait:
-            self.seal()
+            self.commit()
 
-    def settle(self, pending: bool, failed: bool) -> None:
-        """Seals the checkpoint that all ranks have written, if there is one; raises on all what failed on one.
-
-        pending, failed: whether any rank's is.
-        """
+    def commit_if_written(self, pending: bool, failed: bool) -> None:
+        """Commits the checkpoint if all ranks have written it, or raises if it failed; the flags are any rank's."""
         if failed or not pending:
-            self.seal()
+            self.commit()
 
     def finish(self) -> None:
-        """Waits for what is copied elsewhere, and removes what had to stay for that."""
+        """Waits for copies in a bucket, then removes checkpoints that were kept only for them."""
         if self._copies is not None and self.world.is_rank0:
             self._copies.finish()
-            self._retain(self.sealed)
+            self._remove_old(self.committed)
 
-    def _begin(self, engine: Engine, step: int) -> None:
-        self._since = time.monotonic()
-        weights, state = engine.weights(), engine.optimizer_state()
+    def _start(self, engine: Engine, step: int) -> None:
+        self._last_save = time.monotonic()
+        weights, optimizer_state = engine.weights(), engine.optimizer_state()
         technique_state = self.techniques.state()
-        files = {OPTIMIZER.format(self.world.rank): state} if state else {}
+        files: dict[str, dict[str, Tensor]] = {}
+        if optimizer_state:
+            files[OPTIMIZER.format(self.world.rank)] = optimizer_state
         if self.world.is_rank0:
-            files |= {WEIGHTS: weights, LOSS: _loss_state(engine)}
+            files[WEIGHTS] = weights
+            files[LOSS] = _loss_state(engine)
             if technique_state:
-                files[TECHNIQUES] = {
-                    name: tensor.detach().to("cpu", copy=True) for name, tensor in technique_state.items()
-                }
+                files[TECHNIQUES] = _to_host(technique_state)
         body = {
             "step": step,
             "samples": step * engine.config.schedule.global_batch,
@@ -146,90 +146,94 @@ class Saver:
             "skipped": step - engine.updates,
             "world": self.world.size,
             "zero": engine.zero,
-            **self.about,
-            "figures": self._chosen(),
+            **self.metadata,
+            "figures": self._take_best_figure(),
         }
-        own = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
-        every: Any = all_gather_object((own, _free(self.run)))
-        need, free = sum(bytes for bytes, _ in every), min(free for _, free in every)
-        run_on_rank0(lambda: self._stage(step, need, free))
-        self.begun = step
-        self._writing = _Writing(self.run, files, body, need)
+        own_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+        by_rank = all_gather_object((own_bytes, _free_bytes(self.run)))
+        needed = sum(rank_bytes for rank_bytes, _ in by_rank)
+        free = min(rank_free for _, rank_free in by_rank)
+        run_on_rank0(lambda: self._stage(step, needed, free))
+        self.started = step
+        self._writer = _Writer(self.run, files, body, needed)
 
-    def _chosen(self) -> dict[str, float]:
-        """The figure that the best is known by, if it was noted since the last checkpoint."""
-        name, found, self._figures = self.runtime.keep_best, self._figures, {}
-        self._noted |= {key for key, value in found.items() if isinstance(value, (int, float))}
-        if name and name not in self._noted and self.world.is_rank0:
+    def _take_best_figure(self) -> dict[str, float]:
+        """Returns the figure that `keep_best` names, if it was recorded since the last checkpoint."""
+        name, figures = self.runtime.keep_best, self._figures
+        self._figures = {}
+        self._known_figures |= {key for key, value in figures.items() if isinstance(value, (int, float))}
+        if name and name not in self._known_figures and self.world.is_rank0:
+            known = ", ".join(sorted(self._known_figures)) or "none"
             print(
-                f"warning: runtime.keep_best={name}: the figures so far are {', '.join(sorted(self._noted)) or 'none'}",
+                f"warning: runtime.keep_best={name} is not a logged figure; figures so far: {known}",
                 file=sys.stderr,
                 flush=True,
             )
-        return {name: found[name]} if name and found.get(name) is not None else {}
+        value = figures.get(name) if name else None
+        return {} if value is None else {name: value}
 
-    def _stage(self, step: int, need: int, free: int) -> None:
-        """An empty folder for the files of all ranks."""
-        if free < SPARE * need:
-            raise _full(self.run, need, free)
+    def _stage(self, step: int, needed: int, free: int) -> None:
+        """Makes an empty folder for the files of all ranks. Raises E_DISK if there is not enough free space."""
+        if free < FREE_SPACE_FACTOR * needed:
+            raise _disk_full(self.run, needed, free)
         try:
-            staged(self.run, step).mkdir(parents=True)
+            staged_folder(self.run, step).mkdir(parents=True)
         except OSError as error:
-            raise _refused(error, self.run, need) from None
+            raise _write_error(error, self.run, needed) from None
 
-    def seal(self) -> None:
-        """Waits for this rank's files, then seals the checkpoint if those of all are there; every rank must call."""
-        writing, self._writing = self._writing, None
-        if writing is None:
+    def commit(self) -> None:
+        """Waits for all ranks' files and commits the checkpoint, if one is being written; all ranks must call it."""
+        writer, self._writer = self._writer, None
+        if writer is None:
             return
-        writing.join()
-        every: Any = all_gather_object((writing.entries, writing.error))
-        error = next((error for _, error in every if error is not None), None)
-        if error is not None:
+        writer.join()
+        by_rank = all_gather_object((writer.entries, writer.error))
+        errors = [error for _, error in by_rank if error is not None]
+        if errors:
             if self.world.is_rank0:
-                shutil.rmtree(writing.folder, ignore_errors=True)
-            raise error
-        body = {**writing.body, "files": {name: entry for entries, _ in every for name, entry in entries.items()}}
-        run_on_rank0(lambda: self._publish(writing, body))
-        self.sealed = self.begun
-        self._own.add(self.sealed)
+                shutil.rmtree(writer.folder, ignore_errors=True)
+            raise errors[0]
+        entries = {name: entry for rank_entries, _ in by_rank for name, entry in rank_entries.items()}
+        run_on_rank0(lambda: self._publish(writer, {**writer.body, "files": entries}))
+        self.committed = self.started
+        self._own_steps.add(self.committed)
         if self._copies is not None and self.world.is_rank0:
             self._copies.start()
 
-    def _publish(self, writing: _Writing, body: dict[str, Any]) -> None:
+    def _publish(self, writer: _Writer, body: dict[str, Any]) -> None:
         name = step_name(body["step"])
-        final = self.run / FOLDER / name
         try:
-            write_manifest(writing.folder, "checkpoint", digest(body), body)
-            if final.exists():  # broken, or this run would not have come here again
-                shutil.rmtree(final)
-            writing.folder.rename(final)
-            fsync_folder(final.parent)
+            write_manifest(writer.folder, "checkpoint", digest(body), body)
+            # It replaces a folder of this name, which is corrupt: otherwise the run would have resumed from it.
+            publish((writer.folder, self.run / FOLDER / name), synced=True)
             atomic_write(self.run / LATEST, f"{name}\n")
-            self._retain(body["step"])
+            self._remove_old(body["step"])
         except OSError as error:
-            shutil.rmtree(writing.folder, ignore_errors=True)
-            raise _refused(error, self.run, writing.need) from None
+            shutil.rmtree(writer.folder, ignore_errors=True)
+            raise _write_error(error, self.run, writer.needed) from None
 
-    def _retain(self, sealed: int) -> None:
-        """Removes what need not be kept; never before a newer checkpoint stands."""
-        steps = saved_steps(self.run)
-        # What lies behind the checkpoint this run went on from was broken.
-        stray = {step for step in steps if step > self._from} - self._own - {sealed}
-        going = steps.keys() - kept({step: steps[step] for step in steps.keys() - stray}, self.runtime)
-        for step in going - (self._copies.busy if self._copies is not None else set()):
-            # A kill in between leaves no half of one under its name.
-            shutil.rmtree(steps[step].rename(steps[step].with_name(f".{steps[step].name}.partial")))
+    def _remove_old(self, newest: int) -> None:
+        """Removes checkpoints that need not be kept; only called once a newer one is complete."""
+        folders = saved_steps(self.run)
+        # Those after the checkpoint that this run resumed from were corrupt.
+        corrupt = {step for step in folders if step > self._resumed_from} - self._own_steps - {newest}
+        valid = {step: folder for step, folder in folders.items() if step not in corrupt}
+        removable = folders.keys() - steps_to_keep(valid, self.runtime)
+        if self._copies is not None:
+            removable -= self._copies.in_progress
+        for step in removable:
+            # Renamed first: a kill leaves no incomplete checkpoint under its name.
+            shutil.rmtree(folders[step].rename(staged_path(folders[step])))
 
 
-class _Writing(threading.Thread):
-    """This rank's files of one checkpoint, written, synced and hashed beside the training."""
+class _Writer(threading.Thread):
+    """Writes, syncs and hashes this rank's files of one checkpoint during training."""
 
-    def __init__(self, saved: Path, files: dict[str, dict[str, Tensor]], body: dict[str, Any], need: int) -> None:
-        """`saved`: the run; `need`: bytes of all ranks' files."""
+    def __init__(self, run: Path, files: dict[str, dict[str, Tensor]], body: dict[str, Any], needed: int) -> None:
+        """body: of the manifest, without the files; needed: bytes of all ranks' files."""
         super().__init__(name="checkpoint", daemon=True)
-        self.saved, self.files, self.body, self.need = saved, files, body, need
-        self.folder = staged(saved, body["step"])
+        self.run_path, self.files, self.body, self.needed = run, files, body, needed
+        self.folder = staged_folder(run, body["step"])
         self.entries: dict[str, dict[str, Any]] = {}
         self.error: ClipwrightError | None = None
         self.start()
@@ -242,24 +246,23 @@ class _Writing(threading.Thread):
         except ClipwrightError as error:
             self.error = error
         except Exception as error:
-            self.error = _refused(error, self.saved, self.need)
+            self.error = _write_error(error, self.run_path, self.needed)
             if not isinstance(error, (OSError, SafetensorError)):
                 raise
         self.files = {}
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        # Never sealed, never promoted: the last update may have overflowed after its loss was finite.
-        bad = next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
-        if bad is not None:
-            raise ClipwrightError(
-                "E_NONFINITE",
-                "weights that are not finite are not saved",
-                where=f"{self.saved} step {self.body['step']}",
-                found=f"{bad} holds them",
-                fix="lower optim.lr or use precision=fp32, with --fresh or another -o; older checkpoints stand",
-            )
+        # The last update may have overflowed after its loss was finite.
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise ClipwrightError(
+                    "E_NONFINITE",
+                    f"{name} is not finite: the checkpoint is not saved",
+                    where=f"{self.run_path} step {self.body['step']}",
+                    fix="lower optim.lr or use precision=fp32, with --fresh or another -o; older checkpoints remain",
+                )
         save_file(dict(sorted(tensors.items())), path)
-        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that nobody else may read
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read its files
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -268,63 +271,74 @@ class _Writing(threading.Thread):
 
 
 def _loss_state(engine: Engine) -> dict[str, Tensor]:
-    """The loss's parameters and its small optimiser's state."""
-    state = engine.loss_optimizer.state_dict()["state"]
-    moments = {f"{MOMENTS}{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
-    both = {**engine.loss.state_dict(), **moments}
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in both.items()}
+    """Returns the loss's parameters and the state of its small optimizer, in host memory."""
+    tensors = dict(engine.loss.state_dict())
+    for index, entry in engine.loss_optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
+            tensors[f"{LOSS_OPTIMIZER_PREFIX}{index}.{key}"] = value
+    return _to_host(tensors)
 
 
-def kept(folders: Mapping[int, Path], runtime: RuntimeConfig) -> set[int]:
-    """The steps whose checkpoints stay: the newest, every `keep_every` steps one, and the best.
+def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns copies in host memory."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
-    The best has the highest figure of that name in its manifest, of losses the lowest.
+
+def steps_to_keep(folders: Mapping[int, Path], runtime: RuntimeConfig) -> set[int]:
+    """Returns the steps whose checkpoints are kept: the newest ones, every `keep_every` steps one, and the best.
+
+    The best has the highest figure of the name `keep_best` in its manifest; for losses, the lowest.
     """
-    found = set(sorted(folders)[-runtime.keep :])
+    steps = set(sorted(folders)[-runtime.keep :])
     if runtime.keep_every:
-        found |= {step for step in folders if step % runtime.keep_every == 0}
-    if name := runtime.keep_best:
-        sign = -1 if name.endswith("loss") else 1
-        known = {step: _figure(folder, name) for step, folder in folders.items()}
-        ranked = [(sign * value, step) for step, value in known.items() if value is not None]
-        found |= {max(ranked)[1]} if ranked else set()
-    return found
+        steps |= {step for step in folders if step % runtime.keep_every == 0}
+    if runtime.keep_best:
+        sign = -1 if runtime.keep_best.endswith("loss") else 1
+        figures = {step: _figure(folder, runtime.keep_best) for step, folder in folders.items()}
+        ranked = [(sign * figure, step) for step, figure in figures.items() if figure is not None]
+        if ranked:
+            steps.add(max(ranked)[1])
+    return steps
 
 
 def _figure(folder: Path, name: str) -> float | None:
-    with suppress(ClipwrightError):  # a broken one has none
+    with suppress(ClipwrightError):  # a corrupt checkpoint has none
         return read_manifest(folder, "checkpoint").get("figures", {}).get(name)
     return None
 
 
-def _free(folder: Path) -> int:
-    """Bytes that may still be written there; none where the disk does not answer."""
+def _free_bytes(folder: Path) -> int:
+    """Returns the bytes that may still be written to the disk; 0 if it does not answer."""
     try:
-        found = os.statvfs(folder)
+        disk = os.statvfs(folder)
     except OSError:
         return 0
-    return found.f_bavail * found.f_frsize
+    return disk.f_bavail * disk.f_frsize
 
 
-def _full(run: Path, need: int, free: int) -> ClipwrightError:
+def _disk_full(run: Path, needed: int, free: int) -> ClipwrightError:
+    with_margin = int(FREE_SPACE_FACTOR * needed)
     return ClipwrightError(
         "E_DISK",
-        "no room for a checkpoint",
+        "there is not enough disk space for a checkpoint",
         where=run,
-        found=f"it needs {need:,} bytes, with room to spare {int(SPARE * need):,}; {free:,} are free, a quota apart",
-        fix="free space and run the same command again; the older checkpoints stand",
+        found=f"it needs {needed:,} bytes, {with_margin:,} with a margin; {free:,} are free, not counting quotas",
+        fix="free space and run the same command again; the older checkpoints remain",
     )
 
 
-def _refused(error: Exception, run: Path, need: int) -> ClipwrightError:
-    """What the operating system said while a checkpoint was written; safetensors hands it on as text."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full):
-        return _full(run, need, _free(run))
+def _write_error(error: Exception, run: Path, needed: int) -> ClipwrightError:
+    """Returns E_DISK or E_SYSTEM for an error of the operating system, which safetensors only passes on as text."""
+    disk_full_errors = (errno.ENOSPC, errno.EDQUOT)
+    is_disk_full = getattr(error, "errno", None) in disk_full_errors or any(
+        f"os error {number}" in str(error) for number in disk_full_errors
+    )
+    if is_disk_full:
+        return _disk_full(run, needed, _free_bytes(run))
     return ClipwrightError(
         "E_SYSTEM",
         "a checkpoint could not be written",
         where=getattr(error, "filename", None) or run,
         found=getattr(error, "strerror", None) or str(error),
-        fix="mend the path or its permissions, which all ranks must share, and run the same command again",
+        fix="fix the path or its permissions, which all ranks must share, and run the same command again",
     )

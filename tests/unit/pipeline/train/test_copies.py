@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket: a run that lost its disk goes on from there."""
+"""Copies of checkpoints in a bucket: a run that lost its disk resumes from them."""
 
 from __future__ import annotations
 
@@ -38,27 +38,32 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Makes a bucket; the environment is set as for S3."""
-    names = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"}
-    for name, value in {**names, "AWS_ENDPOINT_URL": endpoint}.items():
+    """`bucket(name)` makes a bucket and returns an address in it; the environment is set up for S3."""
+    variables = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": endpoint,
+    }
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     remote._store.cache_clear()
 
     def make(name: str) -> str:
-        words = "Credential=x/20200101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=x"
-        headers = {"Authorization": f"AWS4-HMAC-SHA256 {words}"}
+        credential = "Credential=x/20200101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=x"
+        headers = {"Authorization": f"AWS4-HMAC-SHA256 {credential}"}
         urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", headers=headers, method="PUT")).close()
         return f"s3://{name}/runs/one"
 
     return make
 
 
-def names(address: str) -> set[str]:
-    """What lies at an address."""
+def object_names(address: str) -> set[str]:
+    """The names of all objects at an address."""
     return {entry["path"] for page in obstore.list(remote._store(address)) for entry in page}
 
 
-def trained(run: Path, world: World, address: str) -> None:
+def save_four_times(run: Path, world: World, address: str) -> None:
     """Four saves, as the trainer makes them; of two numbers, without DeepSpeed."""
     (run / "tokenizer").mkdir(parents=True)
     for name in ("config.yaml", "identity.json", "log.jsonl", "ledger.jsonl", "tokenizer/vocabulary"):
@@ -81,47 +86,47 @@ def trained(run: Path, world: World, address: str) -> None:
     saver.finish()
 
 
-def test_a_run_is_copied_and_goes_on_from_the_copy(
+def test_run_is_copied_and_resumes_from_the_copy(
     tmp_path: Path, bucket: Callable[[str], str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     address = bucket("kept")
     run, back = tmp_path / "run", tmp_path / "back"
     with process_group() as world:
-        trained(run, world, address)
+        save_four_times(run, world, address)
     assert "warning" not in capfd.readouterr().err
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
     own = {"latest", "config.yaml", "identity.json", "log.jsonl", "ledger.jsonl", "tokenizer/vocabulary"}
     last = {f"checkpoints/step-00000004/{path.name}" for path in (run / "checkpoints" / "step-00000004").iterdir()}
-    assert len(last) == 4 and last | own <= names(address)
-    for name in names(address):
+    assert len(last) == 4 and last | own <= object_names(address)
+    for name in object_names(address):
         (back / name).parent.mkdir(parents=True, exist_ok=True)
         (back / name).write_bytes(remote.fetch(f"{address}/{name}"))
     found = checkpoint.newest(back)
     assert found is not None and found.step == 4 and not capfd.readouterr().err
     assert all((back / name).read_bytes() == (run / name).read_bytes() for name in own)
 
-    before = names(address)
-    copies = Copies(run, address)  # another start of the run finds all there
+    before = object_names(address)
+    copies = Copies(run, address)  # another start of the run: all checkpoints are copied already
     shutil.move(run / "latest", run / "hidden")
     copies.start()
     copies.finish()
-    assert names(address) == before and "warning" not in capfd.readouterr().err
+    assert object_names(address) == before and "warning" not in capfd.readouterr().err
     shutil.move(run / "hidden", run / "latest")
 
     copies = Copies(run, address.replace("kept", "later"))
     copies.start()
     copies.finish()
-    said = capfd.readouterr().err
-    assert said.count("warning: step-00000004 is not copied to s3://later/runs/one") == 2, said
+    stderr = capfd.readouterr().err
+    assert stderr.count("warning: step-00000004 was not copied to s3://later/runs/one") == 2, stderr
     bucket("later")
     copies.start()
     copies.finish()
-    assert names(address.replace("kept", "later")) == last | own
+    assert object_names(address.replace("kept", "later")) == last | own
     assert "warning" not in capfd.readouterr().err
 
 
-def test_an_address_that_is_none(scenes: Path, tmp_path: Path, small: Any, here: Callable[..., Any]) -> None:
-    words = ["train", *small.settings, f"data.train={scenes}", "runtime.copy_to=ftp://somewhere/x", "-o", "run"]
-    line = here(tmp_path, *words, code=3).error
+def test_invalid_copy_address_is_refused(scenes: Path, tmp_path: Path, small: Any, here: Callable[..., Any]) -> None:
+    arguments = ["train", *small.settings, f"data.train={scenes}", "runtime.copy_to=ftp://somewhere/x", "-o", "run"]
+    line = here(tmp_path, *arguments, code=3).error
     assert line.startswith("error[E_REMOTE]") and "ftp://somewhere" in line and "s3" in line
     assert not (tmp_path / "run").exists()

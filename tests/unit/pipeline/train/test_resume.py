@@ -146,7 +146,7 @@ def test_a_broken_checkpoint_is_skipped_loudly_and_all_broken_or_gone_is_an_erro
         file.seek(5000)
         file.write(b"\xff\x00\xff")
     done = small(tmp_path, *words)
-    assert "skipping a broken checkpoint" in done.stderr and "resuming at step 20" in done.stdout
+    assert "skipping a corrupt checkpoint" in done.stderr and "resuming at step 20" in done.stdout
     same(run, uninterrupted, small)
     for folder in (run / "checkpoints").iterdir():
         (folder / "loss.safetensors").unlink()
