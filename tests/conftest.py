@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 from fork_server import ForkServer
+from shape_checks import install_shape_checks
 
+install_shape_checks()
 sys.modules.setdefault("conftest_root", sys.modules[__name__])
 # A shell starts background jobs deaf to Ctrl-C, and so would be every command that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

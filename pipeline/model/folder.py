@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Model:
     def device(self) -> torch.device:
         return next(self.towers.parameters()).device
 
-    def view(self, data: bytes) -> np.ndarray:
+    def view(self, data: bytes) -> UInt8[np.ndarray, "h w 3"]:
         """Preprocesses an image file for evaluation: uint8 (S, S, 3). Raises pixels.PixelError."""
         preprocessing = self.config.preprocessing
         return evaluation_view(
@@ -51,12 +52,12 @@ class Model:
         )
 
     @torch.inference_mode()
-    def embed_images(self, views: np.ndarray) -> Tensor:
+    def embed_images(self, views: UInt8[np.ndarray, "b h w 3"]) -> Float[Tensor, "b e"]:
         """Embeds views: uint8 (B, S, S, 3) → float32 (B, E) on the CPU, unit rows."""
         return self.towers.encode_image(torch.from_numpy(views).to(self.device)).cpu()
 
     @torch.inference_mode()
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+    def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b e"]:
         """Embeds captions → float32 (B, E) on the CPU, unit rows."""
         tokens = self.tokenizer.encode(list(texts), self.config.text.context)
         tokens = trim(tokens, self.tokenizer.eot_id, self.config.text.pad)

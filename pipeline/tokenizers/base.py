@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int32, Integer
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import Registry, configclass
@@ -30,6 +31,10 @@ class TokenizerConfig:
         raise AssertionError("a trained tokenizer defines train")
 
 
+TokenIds = Sequence[int] | Integer[np.ndarray, " n"]
+
+
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to token ids. `fingerprint` is the SHA-256 of everything that determines them."""
 
@@ -40,11 +45,11 @@ class Tokenizer(Protocol):
     unknown_ids: tuple[int, ...]  # ids of text that the vocabulary does not cover: unknown, or single bytes
     fingerprint: str
 
-    def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
+    def encode(self, texts: Sequence[str], context: int) -> Int32[np.ndarray, "texts context"]:
         """Returns int32 (len(texts), context): SOT + ids + EOT + padding; a truncated text ends in EOT."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: TokenIds) -> str:
         """Returns the text of `ids` without special ids."""
         ...
 
@@ -74,7 +79,7 @@ TOKENIZERS: Registry[Tokenizer] = Registry("tokenizer", "clipwright.pipeline.tok
 LENGTH_STEP = 8  # tokens; the length of trimmed captions is a multiple of it
 
 
-def trim(tokens: np.ndarray, eot_id: int, pad: str) -> np.ndarray:
+def trim(tokens: Integer[np.ndarray, "b n"], eot_id: int, pad: str) -> Integer[np.ndarray, "b m"]:
     """Trims token ids (B, context) to the longest caption, rounded up to 8, if the text tower's `pad` is `longest`."""
     if pad != "longest":
         return tokens

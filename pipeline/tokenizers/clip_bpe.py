@@ -17,12 +17,13 @@ from typing import Literal
 import ftfy
 import numpy as np
 import regex
+from jaxtyping import Int32
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, canonical_json
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig
+from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenIds, TokenizerConfig
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # openai/CLIP, MIT; a header line, then one merge per line
 MERGES = 49152 - 256 - 2
@@ -82,7 +83,7 @@ class CLIPBPE:
         identity = canonical_json(dataclasses.asdict(config)).encode()
         self.fingerprint = hashlib.sha256(vocabulary + identity).hexdigest()
 
-    def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
+    def encode(self, texts: Sequence[str], context: int) -> Int32[np.ndarray, "texts context"]:
         """Returns int32 (len(texts), context): SOT + ids + EOT + zeros; a truncated text ends in EOT."""
         assert context >= 2, context
         rows = np.full((len(texts), context), self.pad_id, dtype=np.int32)
@@ -97,7 +98,7 @@ class CLIPBPE:
             row[: len(ids)] = ids
         return rows
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: TokenIds) -> str:
         """Returns the lowercase text of `ids` up to the first EOT, without SOT."""
         content = itertools.takewhile(lambda i: i != self.eot_id, map(int, ids))
         symbols = "".join(self._tokens[i].replace("</w>", " ") for i in content if i != self.sot_id)

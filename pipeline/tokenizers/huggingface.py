@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Int32
 from tokenizers import Tokenizer
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, digest
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.unsafe import unsafe
-from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig, read_bounded
+from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenIds, TokenizerConfig, read_bounded
 
 TOKENIZER, SPECIAL, SETTINGS = "tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"
 MAX_BYTES = 128 * 2**20  # of an untrusted file; a vocabulary of 256,000 pieces has 34 MB
@@ -78,7 +79,7 @@ class HuggingFaceTokenizer:
         content = {key: value for key, value in tree.items() if key not in ("padding", "truncation")}
         self.fingerprint = digest({"tokenizer": content, "ids": [self.sot_id, self.eot_id, self.pad_id]})
 
-    def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
+    def encode(self, texts: Sequence[str], context: int) -> Int32[np.ndarray, "texts context"]:
         """Returns int32 (len(texts), context): start + ids + end + padding; a truncated text ends in the end id."""
         assert context >= 2, context
         rows = np.full((len(texts), context), self.pad_id, dtype=np.int32)
@@ -89,7 +90,7 @@ class HuggingFaceTokenizer:
             row[: len(ids)] = ids
         return rows
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: TokenIds) -> str:
         """Returns the normalized text of `ids` up to the first end, without special ids."""
         content = itertools.takewhile(lambda i: i != self.eot_id, map(int, ids))
         return self._tokenizer.decode(list(content), skip_special_tokens=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+from jaxtyping import Int32
 from pydantic import Field
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
@@ -18,7 +19,7 @@ from clipwright.pipeline.core.captions import MAX_BYTES
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig, read_bounded
+from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenIds, TokenizerConfig, read_bounded
 
 MODEL = "sentencepiece.model"
 MAX_MODEL_BYTES = 64 * 2**20  # of an untrusted model; a million pieces have 30 MB
@@ -122,7 +123,7 @@ class SentencePiece:
         self.vocab_size = self._pieces.vocab_size()
         self.fingerprint = hashlib.sha256(b"sentencepiece of NFC\n" + self._model).hexdigest()
 
-    def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
+    def encode(self, texts: Sequence[str], context: int) -> Int32[np.ndarray, "texts context"]:
         """Returns int32 (len(texts), context): SOT + ids + EOT + padding; a truncated text ends in EOT."""
         assert context >= 2, context
         rows = np.full((len(texts), context), PAD, dtype=np.int32)
@@ -132,7 +133,7 @@ class SentencePiece:
             row[: len(ids)] = ids
         return rows
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: TokenIds) -> str:
         """Returns the normalized text of `ids` up to the first EOT, without special ids."""
         content = list(map(int, ids))
         content = content[: content.index(EOT)] if EOT in content else content

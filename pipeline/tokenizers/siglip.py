@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from jaxtyping import Int32
 from sentencepiece import SentencePieceProcessor
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, digest
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenizerConfig, read_bounded
+from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenIds, TokenizerConfig, read_bounded
 
 MODEL = "spiece.model"
 MAX_MODEL_BYTES = 64 * 2**20  # of an untrusted model; a million pieces have 30 MB
@@ -87,7 +88,7 @@ class SigLIPTokenizer:
         tree = {name: getattr(config, name) for name in ("lower_case", "end", "unknown", "pad", "strip")}
         self.fingerprint = digest({"siglip": tree, "model": self._model.hex()})
 
-    def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
+    def encode(self, texts: Sequence[str], context: int) -> Int32[np.ndarray, "texts context"]:
         """Returns int32 (len(texts), context): ids + EOT + padding; a truncated text ends in EOT."""
         rows = np.full((len(texts), context), self.pad_id, dtype=np.int32)
         for row, text in zip(rows, texts, strict=True):
@@ -96,7 +97,7 @@ class SigLIPTokenizer:
             row[: len(ids)] = ids
         return rows
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: TokenIds) -> str:
         """Returns the text of `ids` up to the first EOT, without punctuation and special ids."""
         special = set(self._special.values())
         content = itertools.takewhile(lambda i: i != self.eot_id, map(int, ids))

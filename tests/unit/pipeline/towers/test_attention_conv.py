@@ -1,4 +1,4 @@
-"""Attention that expresses convolution: against convolutions and against the paper's scores; what options change."""
+"""Convolutional attention: equality with convolutions, the paper's scores, effects of the options."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tower_checks import (
+    assert_close,
+    assert_rejected,
+    perturb,
+)
 
-from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.towers.attention_conv import AttentionConv, AttentionConvConfig, QuadraticAttention
 from clipwright.pipeline.towers.base import parameter_count
 
@@ -35,22 +39,11 @@ def convolution(kernel: int, dim: int = 6, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(dim, dim, kernel, padding=kernel // 2, bias=bias).double()
 
 
-def perturb(module: nn.Module) -> None:
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for p in module.parameters():
-            p += 0.2 * torch.randn_like(p)
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
-
-
 def check_convolution(kernel: int, change=lambda attn: None, **fields) -> None:
     attn, conv, x = attention(kernel=kernel, **fields), convolution(kernel), maps()
     attn.copy_convolution(conv)
     change(attn)
-    close(on_maps(attn, x), conv(x))
+    assert_close(on_maps(attn, x), conv(x))
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5])
@@ -59,11 +52,11 @@ def check_convolution(kernel: int, change=lambda attn: None, **fields) -> None:
     [{}, {"learnable": True}, {"width": "precision"}, {"content_dim": 4}],
     ids=lambda f: "-".join(f) or "fixed",
 )
-def test_attention_is_the_convolution(kernel, fields):
+def test_attention_equals_the_convolution(kernel, fields):
     check_convolution(kernel, **fields)
 
 
-def turned(attn: QuadraticAttention) -> None:
+def negated_offsets(attn: QuadraticAttention) -> None:
     attn.offsets = -attn.offsets  # δ = q − k
 
 
@@ -75,30 +68,30 @@ def rows_for_columns(attn: QuadraticAttention) -> None:
     attn.centres = attn.centres.flip(1)
 
 
-def wide(attn: QuadraticAttention) -> None:
+def wider_heads(attn: QuadraticAttention) -> None:
     attn.spreads = attn.spreads / 2
 
 
-@pytest.mark.parametrize("change", [turned, shuffled_heads, rows_for_columns, wide])
+@pytest.mark.parametrize("change", [negated_offsets, shuffled_heads, rows_for_columns, wider_heads])
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_the_comparison_notices_wrong_places(kernel, change):
+def test_comparison_detects_wrong_positions(kernel, change):
     with pytest.raises(AssertionError, match="not close"):
         check_convolution(kernel, change)
 
 
-def test_the_comparison_notices_a_missing_frame():
+def test_comparison_detects_a_missing_border():
     with pytest.raises(AssertionError, match="not close"):
         check_convolution(3, border="inside")
 
 
-def test_float32_reaches_a_hundred_thousandth():
+def test_float32_error_is_below_one_in_100_000():
     attn, conv, x = attention(kernel=5).float(), convolution(5).float(), maps(dtype=torch.float32)
     attn.copy_convolution(conv)
     torch.testing.assert_close(on_maps(attn, x), conv(x), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_the_error_falls_with_alpha(kernel):
+def test_error_decreases_with_alpha(kernel):
     conv, x = convolution(kernel), maps()
     for alpha, low, high in ((5, 1e-3, 0.3), (10, 1e-5, 3e-3), (20, 1e-10, 3e-7), (50, 0.0, 1e-13)):
         attn = attention(kernel=kernel, alpha=alpha)
@@ -108,17 +101,17 @@ def test_the_error_falls_with_alpha(kernel):
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_without_a_frame_the_interior_is_the_convolution(kernel):
+def test_interior_equals_the_convolution_without_a_border(kernel):
     attn, conv, x = attention(kernel=kernel, border="inside"), convolution(kernel, bias=False), maps()
     attn.copy_convolution(conv)
     cut = kernel // 2
     inside = (..., slice(cut, -cut), slice(cut, -cut))
-    close(on_maps(attn, x)[inside], conv(x)[inside])
+    assert_close(on_maps(attn, x)[inside], conv(x)[inside])
     assert (on_maps(attn, x) - conv(x)).abs().max() > 1e-2
 
 
-def slow_attention(attn: QuadraticAttention, x: torch.Tensor, fields: dict) -> torch.Tensor:
-    """The paper's equation, query by query: v·r_δ with v = −α(1, −2Δ), and the content terms."""
+def reference_attention(attn: QuadraticAttention, x: torch.Tensor, fields: dict) -> torch.Tensor:
+    """Computes the paper's equation query by query: v·r_δ with v = −α(1, −2Δ), and the content terms."""
     height, width = x.shape[2:]
     pad, dim = attn.pad, x.shape[1]
     y = torch.zeros_like(x)
@@ -132,7 +125,7 @@ def slow_attention(attn: QuadraticAttention, x: torch.Tensor, fields: dict) -> t
                         for c in range(-pad, width + pad):
                             inside = 0 <= r < height and 0 <= c < width
                             key = x[b, :, r, c] if inside else torch.zeros(dim, dtype=x.dtype)
-                            scores.append(slow_score(attn, h, x[b, :, i, j], key, (r - i, c - j), fields))
+                            scores.append(reference_score(attn, h, x[b, :, i, j], key, (r - i, c - j), fields))
                             values.append(key)
                     mixed = torch.stack(scores).softmax(0) @ torch.stack(values)
                     total = total + attn.out.weight[:, h * dim : (h + 1) * dim] @ mixed
@@ -140,7 +133,7 @@ def slow_attention(attn: QuadraticAttention, x: torch.Tensor, fields: dict) -> t
     return y
 
 
-def slow_score(attn, h, query, key, delta, fields) -> torch.Tensor:
+def reference_score(attn, h, query, key, delta, fields) -> torch.Tensor:
     d = torch.tensor(delta, dtype=query.dtype)
     r = torch.cat([(d @ d)[None], d])
     if fields.get("width") == "precision":
@@ -158,42 +151,42 @@ def slow_score(attn, h, query, key, delta, fields) -> torch.Tensor:
 
 def check_scores(fields: dict) -> None:
     attn = attention(dim=4, grid=(2, 3), alpha=1.0, learnable=True, **fields)
-    perturb(attn)
+    perturb(attn, 0.2)
     x = maps(4, (2, 3))
-    close(on_maps(attn, x), slow_attention(attn, x, fields))
+    assert_close(on_maps(attn, x), reference_attention(attn, x, fields))
 
 
 OPTIONS = [{}, {"border": "inside"}, {"width": "precision"}, {"content_dim": 3}, {"kernel": 1, "content_dim": 2}]
 
 
 @pytest.mark.parametrize("fields", OPTIONS, ids=str)
-def test_scores_are_the_paper_s(fields):
+def test_scores_match_the_paper(fields):
     check_scores(fields)
 
 
-def test_the_comparison_notices_scaled_scores(monkeypatch):
+def test_comparison_detects_scaled_scores(monkeypatch):
     attend = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, scale, **k: attend(*a, **k))
     with pytest.raises(AssertionError, match="not close"):
         check_scores({"content_dim": 3})
 
 
-def test_the_comparison_notices_an_unsquared_width(monkeypatch):
+def test_comparison_detects_an_unsquared_width(monkeypatch):
     scores = QuadraticAttention.scores
     monkeypatch.setattr(QuadraticAttention, "scores", lambda self: scores(self) * 1.01)
     with pytest.raises(AssertionError, match="not close"):
         check_scores({})
 
 
-def test_order_of_heads_does_not_matter():
+def test_head_order_does_not_matter():
     attn, x = attention(learnable=True, alpha=2.0), maps()
-    perturb(attn)
+    perturb(attn, 0.2)
     before, order = on_maps(attn, x), torch.randperm(9)
     with torch.no_grad():
         attn.centres.copy_(attn.centres[order])
         attn.spreads.copy_(attn.spreads[order])
         attn.out.weight.copy_(attn.out.weight.unflatten(1, (9, 6))[:, order].flatten(1))
-    close(on_maps(attn, x), before)
+    assert_close(on_maps(attn, x), before)
 
 
 @pytest.mark.parametrize("width", ["isotropic", "precision"])
@@ -202,44 +195,44 @@ def test_alpha_zero_is_the_mean_filter(border, width):
     attn, x = attention(alpha=0.0, border=border, width=width), maps()
     cells = MAP[0] * MAP[1] if border == "inside" else (MAP[0] + 2) * (MAP[1] + 2)
     mean = x.sum(dim=(2, 3)) / cells
-    wanted = mean.repeat(1, 9) @ attn.out.weight.T + attn.out.bias
-    close(on_maps(attn, x), wanted[:, :, None, None].expand(-1, -1, *MAP))
+    expected = mean.repeat(1, 9) @ attn.out.weight.T + attn.out.bias
+    assert_close(on_maps(attn, x), expected[:, :, None, None].expand(-1, -1, *MAP))
 
 
-def test_the_interior_moves_with_the_image():
+def test_interior_is_translation_equivariant():
     attn = attention(border="inside")
     x = maps()
     moved = on_maps(attn, x.roll(1, dims=3))
-    close(moved[..., 1:-1, 2:-1], on_maps(attn, x)[..., 1:-1, 1:-2])
+    assert_close(moved[..., 1:-1, 2:-1], on_maps(attn, x)[..., 1:-1, 1:-2])
 
 
 @pytest.mark.parametrize("width", ["isotropic", "precision"])
 @pytest.mark.parametrize("border", ["zero", "inside"])
-def test_rows_sum_to_one_and_centres_and_widths_receive_gradient(width, border):
+def test_weights_sum_to_one_and_centers_and_widths_receive_gradient(width, border):
     attn = attention(learnable=True, alpha=2.0, width=width, border=border)
     weights = attn.scores().softmax(dim=2)
-    close(weights.sum(dim=2), torch.ones(9, MAP[0] * MAP[1], dtype=torch.double))
+    assert_close(weights.sum(dim=2), torch.ones(9, MAP[0] * MAP[1], dtype=torch.double))
     (on_maps(attn, maps()) ** 2).sum().backward()
     for parameter in (attn.centres, attn.spreads):
         assert (parameter.grad.view(9, -1).abs().amax(dim=1) > 0).all()
 
 
-def test_a_precision_may_be_long_and_turned_and_stays_positive():
+def test_precision_may_be_anisotropic_and_stays_positive():
     attn = attention(learnable=True, width="precision", alpha=1.0)
-    perturb(attn)
+    perturb(attn, 0.2)
     precision = attn.spreads @ attn.spreads.transpose(1, 2)
     assert (torch.linalg.eigvalsh(precision) >= 0).all() and precision[:, 0, 1].abs().max() > 0.01
     assert attn.scores().max() <= 0
 
 
-def test_fixed_places_are_no_parameters_and_not_saved():
+def test_fixed_positions_are_neither_parameters_nor_saved():
     names = {name for name, _ in attention().named_parameters()}
     assert names == {"out.weight", "out.bias"} == set(attention().state_dict())
     assert {"centres", "spreads"} <= set(attention(learnable=True).state_dict())
 
 
-def slow_tower(tower: AttentionConv, config: AttentionConvConfig, images: torch.Tensor) -> torch.Tensor:
-    """At α = 50 the tower is a network of real convolutions."""
+def reference_tower(tower: AttentionConv, config: AttentionConvConfig, images: torch.Tensor) -> torch.Tensor:
+    """Computes the tower at α = 50 as a network of convolutions."""
     d, k = config.dim, config.kernel
 
     def norm(layer: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:  # over the channels of maps
@@ -260,21 +253,21 @@ def slow_tower(tower: AttentionConv, config: AttentionConvConfig, images: torch.
 def check_tower(tower: AttentionConv, config: AttentionConvConfig) -> None:
     images = torch.randn(2, 3, 24, 24, dtype=torch.double, generator=torch.Generator().manual_seed(1))
     out = tower(images)
-    wanted = slow_tower(tower, config, images)
-    close(out.tokens, wanted.flatten(2).transpose(1, 2))
-    close(out.pooled, wanted.mean(dim=(2, 3)))
+    expected = reference_tower(tower, config, images)
+    assert_close(out.tokens, expected.flatten(2).transpose(1, 2))
+    assert_close(out.pooled, expected.mean(dim=(2, 3)))
     assert out.grid == (6, 6)
 
 
 def tower_of(config: AttentionConvConfig) -> AttentionConv:
     torch.manual_seed(0)
     tower = AttentionConv(config).double()
-    perturb(tower)
+    perturb(tower, 0.2)
     return tower
 
 
 @pytest.mark.parametrize("fields", [{}, {"kernel": 5}, {"width": "precision"}], ids=str)
-def test_the_tower_is_a_convolutional_network(fields):
+def test_tower_equals_a_convolutional_network(fields):
     config = AttentionConvConfig(name="x", **SMALL, **fields)
     check_tower(tower_of(config), config)
 
@@ -282,7 +275,7 @@ def test_the_tower_is_a_convolutional_network(fields):
 @pytest.mark.parametrize(
     "wrong", [{"act": "gelu_tanh"}, {"ln_eps": 1e-6}, {"alpha": 5.0}, {"border": "inside"}], ids=str
 )
-def test_the_comparison_notices_a_wrong_tower(wrong):
+def test_comparison_detects_a_wrong_tower(wrong):
     right = AttentionConvConfig(name="x", **SMALL)
     with pytest.raises(AssertionError, match="not close"):
         check_tower(tower_of(dataclasses.replace(right, **wrong)), right)
@@ -292,7 +285,7 @@ def test_the_comparison_notices_a_wrong_tower(wrong):
 @pytest.mark.parametrize("learnable", [False, True])
 @pytest.mark.parametrize("width", ["isotropic", "precision"])
 @pytest.mark.parametrize("c", [0, 7])
-def test_count_formula(size, p, d, depth, k, learnable, width, c):
+def test_parameter_count_formula(size, p, d, depth, k, learnable, width, c):
     options = {"kernel": k, "learnable": learnable, "width": width, "content_dim": c}
     tower = AttentionConv(AttentionConvConfig(name="x", image_size=size, patch=p, dim=d, depth=depth, **options))
     places = k * k * (2 + (1 if width == "isotropic" else 4)) if learnable else 0
@@ -301,7 +294,7 @@ def test_count_formula(size, p, d, depth, k, learnable, width, c):
     assert parameter_count(tower) == 3 * p * p * d + d + depth * block + 2 * d
 
 
-def test_every_option_receives_gradient_in_every_parameter():
+def test_every_parameter_receives_gradient_with_every_option():
     for width in ("isotropic", "precision"):
         config = AttentionConvConfig(name="x", **SMALL, alpha=1.0, learnable=True, width=width, content_dim=3)
         tower = tower_of(config)
@@ -310,7 +303,7 @@ def test_every_option_receives_gradient_in_every_parameter():
             assert p.grad is not None and p.grad.abs().max() > 0, name
 
 
-def test_init_is_a_convolution_s_and_content_enters_by_training():
+def test_initialization_is_a_convolution_without_content_terms():
     config = AttentionConvConfig(name="x", image_size=32, patch=8, dim=96, depth=1, content_dim=8)
     torch.manual_seed(0)
     tower = AttentionConv(config)
@@ -323,18 +316,17 @@ def test_init_is_a_convolution_s_and_content_enters_by_training():
     assert attn.centres[0].tolist() == [-1, -1] and attn.centres[5].tolist() == [0, 1]
 
 
-def test_the_same_weights_serve_every_size():
+def test_weights_support_every_size():
     small, large = (AttentionConv(AttentionConvConfig(name="x", **SMALL | {"image_size": s})) for s in (24, 40))
     large.load_state_dict(large.resized(small.state_dict()), strict=True)
 
 
-def test_drop_path_rises_over_the_blocks():
+def test_drop_path_rises_over_blocks():
     tower = AttentionConv(AttentionConvConfig(name="x", **SMALL | {"depth": 3}, drop_path=0.5))
     assert [block.drop_path.rate for block in tower.blocks] == pytest.approx([0, 0.25, 0.5])
 
 
 @pytest.mark.parametrize(("field", "value"), [("kernel", 4), ("image_size", 27)])
-def test_illegal_shapes_are_refused(field, value):
-    with pytest.raises(ClipwrightError) as caught:
-        AttentionConv(AttentionConvConfig(name="x", **SMALL | {field: value}))
-    assert caught.value.code == "E_CONFIG_VALUE" and f"{field}: {value}" in caught.value.where
+def test_invalid_shapes_are_rejected(field, value):
+    error = assert_rejected(lambda: AttentionConv(AttentionConvConfig(name="x", **SMALL | {field: value})))
+    assert error.where == f"{field}: {value}"

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same numbers from less memory, alone, compiled and under DeepSpeed."""
+"""Activation checkpointing: equal results with less memory, alone, compiled and under DeepSpeed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IMAGES, TEXTS = ([n for n in registry.entries if n.endswith("_nano")] for regist
 
 
 def build(name: str, blocks: Blocks = "none") -> Any:
-    """A tower in training, with drop path where it has one."""
+    """Builds a tower in training mode, with drop path where it has it."""
     torch.manual_seed(0)
     registry, context = (IMAGE_TOWERS, {}) if name in IMAGES else (TEXT_TOWERS, {"vocab_size": 100, "eot_id": 99})
     config = registry.preset(name)
@@ -39,7 +39,10 @@ def build(name: str, blocks: Blocks = "none") -> Any:
 
 
 def step(tower: Any) -> tuple[dict[str, Tensor], int]:
-    """All a training pass leaves behind, and the bytes kept for its backward pass, parameters and input left out."""
+    """Returns outputs, buffers and gradients of a training pass, and the bytes it saved for the backward pass.
+
+    Parameters and input do not count.
+    """
     if hasattr(tower, "image_size"):
         x = torch.randn(4, 3, tower.image_size, tower.image_size, generator=torch.Generator().manual_seed(1))
     else:
@@ -60,40 +63,40 @@ def step(tower: Any) -> tuple[dict[str, Tensor], int]:
     return left, sum(size for place, size in kept.items() if place not in own)
 
 
-def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    assert one.keys() == other.keys()
-    return [key for key in one if not torch.equal(one[key], other[key])]
+def differing(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> list[str]:
+    assert expected.keys() == actual.keys()
+    return [key for key in expected if not torch.equal(expected[key], actual[key])]
 
 
 @pytest.mark.parametrize("name", [*IMAGES, *TEXTS])
-def test_recomputed_blocks_give_the_same_bits_from_less_memory(name):
+def test_recomputed_blocks_are_bit_identical_and_save_memory(name):
     plain, recomputed = build(name), build(name, "all")
     assert len(plain.block_list()) == len(set(plain.block_list())) > 1
     assert list(plain.state_dict()) == list(recomputed.state_dict())
-    (wanted, whole), (found, kept) = step(plain), step(recomputed)
-    assert differing(wanted, found) == []
-    assert kept < whole / 2, (kept, whole)
+    (expected, all_bytes), (actual, saved_bytes) = step(plain), step(recomputed)
+    assert differing(expected, actual) == []
+    assert saved_bytes < all_bytes / 2, (saved_bytes, all_bytes)
 
 
-def test_only_the_chosen_blocks_recompute():
+def test_only_selected_blocks_recompute():
     sizes = [step(build("vit_nano", blocks))[1] for blocks in ("none", (2,), (2, 0), (0, 2, 2), (0, 1, 2, 3), "all")]
-    none, one, two, again, four, every = sizes
-    assert none > one > two > four and two == again and four == every
+    none, one, two, repeated, four, every = sizes
+    assert none > one > two > four and two == repeated and four == every
 
 
-def test_what_is_drawn_and_counted_once_stays_so(monkeypatch):
-    """Without saved random state the gradient is another; without still statistics they move twice."""
-    wanted, _ = step(build("coatnet_nano"))
+def test_recomputation_needs_saved_random_state_and_frozen_statistics(monkeypatch):
+    """Without saved random state gradients differ; without frozen statistics they are updated twice."""
+    expected, _ = step(build("coatnet_nano"))
     with monkeypatch.context() as patch:
         patch.setattr(checkpointing, "checkpoint", partial(checkpoint, preserve_rng_state=False))
-        assert "stages.3.0.mlp.fc1.weight.grad" in differing(wanted, step(build("coatnet_nano", "all"))[0])
+        assert "stages.3.0.mlp.fc1.weight.grad" in differing(expected, step(build("coatnet_nano", "all"))[0])
     with monkeypatch.context() as patch:
         patch.setattr(checkpointing, "frozen_running_statistics", nullcontext)
-        moved = differing(wanted, step(build("coatnet_nano", "all"))[0])
+        moved = differing(expected, step(build("coatnet_nano", "all"))[0])
         assert {key.rsplit(".", 1)[1] for key in moved} == {"running_mean", "running_var", "num_batches_tracked"}
 
 
-def test_a_block_that_does_not_exist_is_refused():
+def test_nonexistent_block_is_rejected():
     towers = nn.Module()
     towers.image, towers.text = build("swin_nano"), build("text_nano")
     for side, blocks, count in (("image", (3, 10), 10), ("text", (-1,), 4)):
@@ -105,16 +108,16 @@ def test_a_block_that_does_not_exist_is_refused():
         assert f"there are {count} blocks," in error.found and f"0 to {count - 1}" in error.fix
 
 
-def test_a_compiled_tower_recomputes_too():
-    """Norm statistics, drop path and attention in one; the backend traces the backward pass but generates no code."""
-    wanted, _ = step(build("coatnet_nano"))
+def test_compiled_tower_recomputes(unchecked):
+    """Batch norm, drop path and attention in one tower; the backend traces the backward pass but generates no code."""
+    expected, _ = step(build("coatnet_nano"))
     tower = build("coatnet_nano", "all")
     tower.compile(fullgraph=True, backend="aot_eager")
-    assert differing(wanted, step(tower)[0]) == []
+    assert differing(expected, step(tower)[0]) == []
     torch.compiler.reset()
 
 
-def test_compilation_without_a_compiler_is_refused_at_the_start(monkeypatch):
+def test_compile_without_a_compiler_is_rejected_at_startup(monkeypatch):
     monkeypatch.setenv("CXX", "absent-g++")
     config = resolve(RunConfig, overrides=["data.train=nowhere", "runtime.compile=true"]).value
     world: Any = SimpleNamespace(device=torch.device("cpu"))
@@ -165,8 +168,8 @@ with process_group():
 """
 
 
-def test_deepspeed_trains_alike_with_recomputed_and_compiled_towers():
-    """One process, ZeRO 0 and 3; a block's own parameters (ConvNeXt's scale) are partitioned when it is recomputed."""
+def test_deepspeed_training_is_unchanged_by_recomputation_and_compile():
+    """ZeRO 0 and 3 in one process; a block's own parameters (ConvNeXt's scale) are partitioned during recomputation."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, "-c", ENGINES], env=env, capture_output=True, text=True, check=False)
     rows = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("LOSSES")]

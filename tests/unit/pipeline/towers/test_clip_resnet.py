@@ -1,12 +1,18 @@
-"""CLIP's ResNet against literal blocks, torch's own multi-head attention, count formula and init."""
+"""CLIP's ResNet: blocks against references and torch's multi-head attention, parameter counts, initialization."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tower_checks import (
+    WRONG_ATTENTION,
+    assert_close,
+    assert_rejected,
+    randomize,
+    reference_batch_norm,
+)
 
-from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, parameter_count
 from clipwright.pipeline.towers.clip_resnet import AttentionPool, Bottleneck, CLIPResNet, CLIPResNetConfig
 
@@ -16,50 +22,32 @@ def build(**fields) -> CLIPResNet:
     return CLIPResNet(CLIPResNetConfig(name="x", **fields))
 
 
-def randomise(module: torch.nn.Module) -> None:
-    torch.manual_seed(1)
-    module.double().eval()
-    with torch.no_grad():
-        for p in module.parameters():
-            p.copy_(0.3 * torch.randn_like(p))
-        for layer in module.modules():
-            if isinstance(layer, torch.nn.BatchNorm2d):
-                layer.running_mean.normal_()
-                layer.running_var.uniform_(0.5, 2.0)
+def reference_conv_norm(layer: torch.nn.Module, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    weight = layer.conv.weight
+    return reference_batch_norm(layer.norm, F.conv2d(x, weight, stride=stride, padding=weight.shape[2] // 2))
 
 
-def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
-
-
-def slow_conv_norm(layer: torch.nn.Module, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
-    weight, bn = layer.conv.weight, layer.norm
-    y = F.conv2d(x, weight, stride=stride, padding=weight.shape[2] // 2)
-    y = (y - bn.running_mean.view(1, -1, 1, 1)) / (bn.running_var.view(1, -1, 1, 1) + 1e-5).sqrt()
-    return y * bn.weight.view(1, -1, 1, 1) + bn.bias.view(1, -1, 1, 1)
-
-
-def slow_average(x: torch.Tensor) -> torch.Tensor:
+def reference_average(x: torch.Tensor) -> torch.Tensor:
     return (x[:, :, ::2, ::2] + x[:, :, 1::2, ::2] + x[:, :, ::2, 1::2] + x[:, :, 1::2, 1::2]) / 4
 
 
 @pytest.mark.parametrize(("dim", "stride"), [(12, 1), (16, 1), (12, 2), (16, 2)])
-def test_bottleneck_averages_where_a_resnet_strides(dim, stride):
+def test_bottleneck_averages_instead_of_striding(dim, stride):
     block = Bottleneck(dim, 4, stride)
-    randomise(block)
+    randomize(block)
     x = torch.randn(2, dim, 6, 6, dtype=torch.double)
-    y = slow_conv_norm(block.conv1, x).relu()
-    y = slow_conv_norm(block.conv2, y).relu()
-    y = slow_conv_norm(block.conv3, slow_average(y) if stride == 2 else y)
-    shortcut = slow_average(x) if stride == 2 else x
+    y = reference_conv_norm(block.conv1, x).relu()
+    y = reference_conv_norm(block.conv2, y).relu()
+    y = reference_conv_norm(block.conv3, reference_average(y) if stride == 2 else y)
+    shortcut = reference_average(x) if stride == 2 else x
     if stride == 2 or dim != 16:
-        shortcut = slow_conv_norm(block.shortcut[1], shortcut)
-    close(block(x), (y + shortcut).relu())
+        shortcut = reference_conv_norm(block.shortcut[1], shortcut)
+    assert_close(block(x), (y + shortcut).relu())
 
 
-def test_attention_pool_is_loops_over_heads():
+def test_attention_pool_matches_reference():
     pool = AttentionPool(12, 5, heads=3, tokens=4)
-    randomise(pool)
+    randomize(pool)
     grid = torch.randn(2, 4, 12, dtype=torch.double)
     expected = []
     for tokens in grid:
@@ -70,13 +58,13 @@ def test_attention_pool_is_loops_over_heads():
             scores = torch.stack([query[part] @ pool.k(row)[part] / 2 for row in x])
             heads.append(sum(w * pool.v(row)[part] for w, row in zip(scores.softmax(0), x, strict=True)))
         expected.append(pool.out(torch.cat(heads)))
-    close(pool(grid), torch.stack(expected))
+    assert_close(pool(grid), torch.stack(expected))
 
 
-def test_attention_pool_is_the_original_call():
-    """openai/CLIP calls torch's multi_head_attention_forward with separate projections, tokens first."""
+def test_attention_pool_matches_the_original():
+    """openai/CLIP calls torch's multi_head_attention_forward with separate projections, tokens as the first axis."""
     pool = AttentionPool(12, 5, heads=3, tokens=4)
-    randomise(pool)
+    randomize(pool)
     grid = torch.randn(2, 4, 12, dtype=torch.double)
     x = grid.permute(1, 0, 2)
     x = torch.cat([x.mean(dim=0, keepdim=True), x], dim=0) + pool.pos_embed[:, None]
@@ -101,34 +89,23 @@ def test_attention_pool_is_the_original_call():
         training=False,
         need_weights=False,
     )
-    close(pool(grid), y[0])
+    assert_close(pool(grid), y[0])
 
 
-attend = F.scaled_dot_product_attention
-
-
-def swapped_kv(q, k, v):
-    return attend(q, v, k)
-
-
-def scaled_by_width(q, k, v):
-    return attend(q, k, v, scale=12**-0.5)
-
-
-@pytest.mark.parametrize("wrong", [swapped_kv, scaled_by_width])
-def test_the_comparison_notices_wrong_attention(wrong, monkeypatch):
+@pytest.mark.parametrize("wrong", WRONG_ATTENTION)
+def test_comparison_detects_wrong_attention(wrong, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", wrong)
     with pytest.raises(AssertionError, match="not close"):
-        test_attention_pool_is_loops_over_heads()
+        test_attention_pool_matches_reference()
 
 
 @pytest.mark.parametrize(
     ("change", "value"), [("eps", 1e-6), ("pool", torch.nn.MaxPool2d(2)), ("shortcut", torch.nn.AvgPool2d(2))]
 )
-def test_the_comparison_notices_a_wrong_bottleneck(change, value, monkeypatch):
+def test_comparison_detects_a_wrong_bottleneck(change, value, monkeypatch):
     forward = Bottleneck.forward
 
-    def spoilt(block, x):
+    def modified_forward(block, x):
         if change == "eps":
             block.conv2.norm.eps = value
         elif change == "pool":
@@ -137,31 +114,31 @@ def test_the_comparison_notices_a_wrong_bottleneck(change, value, monkeypatch):
             block.shortcut = value
         return forward(block, x)
 
-    monkeypatch.setattr(Bottleneck, "forward", spoilt)
+    monkeypatch.setattr(Bottleneck, "forward", modified_forward)
     with pytest.raises(AssertionError, match="not close"):
-        test_bottleneck_averages_where_a_resnet_strides(16, 2)
+        test_bottleneck_averages_instead_of_striding(16, 2)
 
 
 @pytest.mark.parametrize(("stem_stride", "last_stride", "side"), [(4, 2, 2), (4, 1, 4), (2, 2, 4), (2, 1, 8)])
-def test_whole_tower_is_its_parts(stem_stride, last_stride, side):
+def test_tower_matches_its_parts(stem_stride, last_stride, side):
     tower = build(
         image_size=64, planes=(8, 8, 8, 12), layers=(1, 2, 1, 1), stem_stride=stem_stride, last_stride=last_stride
     )
-    randomise(tower)
+    randomize(tower)
     x = images = torch.randn(1, 3, 64, 64, dtype=torch.double)
     for i, stride in ((0, 2), (2, 1), (4, 1)):
-        x = slow_conv_norm(tower.stem[i], x, stride).relu()
-    x = slow_average(x) if stem_stride == 4 else x
+        x = reference_conv_norm(tower.stem[i], x, stride).relu()
+    x = reference_average(x) if stem_stride == 4 else x
     for stage in tower.stages:
         x = stage(x)
     tokens = x.flatten(2).transpose(1, 2)
     out = tower(images)
-    close(out.tokens, tokens)
-    close(out.pooled, tower.pool(tokens))
+    assert_close(out.tokens, tokens)
+    assert_close(out.pooled, tower.pool(tokens))
     assert out.grid == (side, side) and tower.token_dim == 48 and tower.feature_dim == 1024
 
 
-def formula(config: CLIPResNetConfig) -> int:
+def expected_parameters(config: CLIPResNetConfig) -> int:
     w, c = config.planes[0], config.planes[0]
     total = 27 * w // 2 + 9 * (w // 2) ** 2 + 9 * w * w // 2 + 2 * (w // 2 + w // 2 + w)
     for p, depth in zip(config.planes, config.layers, strict=True):
@@ -180,11 +157,11 @@ def formula(config: CLIPResNetConfig) -> int:
         {"image_size": 32, "layers": (2, 1, 1, 1), "planes": (4, 6, 4, 8), "stem_stride": 2, "out_dim": 11},
     ],
 )
-def test_count_formula(fields):
-    assert parameter_count(build(**fields)) == formula(CLIPResNetConfig(name="x", **fields))
+def test_parameter_count_formula(fields):
+    assert parameter_count(build(**fields)) == expected_parameters(CLIPResNetConfig(name="x", **fields))
 
 
-def test_published_towers_end_in_their_embedding():
+def test_published_presets_need_no_projection():
     rn50, rn101 = (IMAGE_TOWERS.preset(name) for name in ("clip_rn50", "clip_rn101"))
     assert (rn50.projection, rn50.out_dim, rn101.projection, rn101.out_dim) == ("none", 1024, "none", 512)
     with torch.device("meta"):
@@ -193,21 +170,19 @@ def test_published_towers_end_in_their_embedding():
 
 
 @pytest.mark.parametrize("size", [48, 64, 96])
-def test_nano_takes_the_small_sizes(size):
+def test_nano_supports_small_images(size):
     torch.manual_seed(0)
     tower = IMAGE_TOWERS.build(IMAGE_TOWERS.preset("clip_rn_nano", image_size=size))
     assert tower(torch.randn(2, 3, size, size)).grid == (size // 16, size // 16)
 
 
 @pytest.mark.parametrize(("size", "stem_stride", "last_stride"), [(48, 4, 2), (24, 4, 1), (72, 2, 2), (60, 2, 1)])
-def test_a_size_that_the_strides_would_cut_is_refused(size, stem_stride, last_stride):
-    with pytest.raises(ClipwrightError) as caught:
-        build(image_size=size, stem_stride=stem_stride, last_stride=last_stride)
-    assert caught.value.code == "E_CONFIG_VALUE"
-    assert f"multiple of {4 * stem_stride * last_stride}" in caught.value.found
+def test_unsupported_image_size_is_rejected(size, stem_stride, last_stride):
+    error = assert_rejected(lambda: build(image_size=size, stem_stride=stem_stride, last_stride=last_stride))
+    assert f"multiple of {4 * stem_stride * last_stride}" in error.found
 
 
-def test_init():
+def test_initialization():
     tower = build(image_size=64)
     pool, dim = tower.pool, 2048
     assert pool.pos_embed.std().item() == pytest.approx(dim**-0.5, rel=0.15)

@@ -1,4 +1,4 @@
-"""DeiT against a literal forward pass, count formula, init and token order."""
+"""DeiT: forward pass against a reference, parameter counts, initialization, token order."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from tower_checks import (
+    WRONG_ATTENTION,
+    assert_close,
+    assert_rejected,
+    perturb,
+    reference_layer_norm,
+)
 
-from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, parameter_count
 from clipwright.pipeline.towers.deit import DeiT, DeiTConfig
 
@@ -22,20 +28,11 @@ def build(**fields) -> DeiT:
 
 def perturbed(config: DeiTConfig) -> DeiT:
     torch.manual_seed(0)
-    tower = DeiT(config).double()
-    with torch.no_grad():
-        for p in tower.parameters():
-            p += 0.1 * torch.randn_like(p)
-    return tower
+    return perturb(DeiT(config).double())
 
 
-def slow_norm(layer: torch.nn.LayerNorm, x: torch.Tensor, eps: float) -> torch.Tensor:
-    mean = x.mean(-1, keepdim=True)
-    return (x - mean) / (((x - mean) ** 2).mean(-1, keepdim=True) + eps).sqrt() * layer.weight + layer.bias
-
-
-def slow_deit(tower: DeiT, config: DeiTConfig, image: torch.Tensor) -> torch.Tensor:
-    """Every output token of one image, tokens in the order class, distillation, patches."""
+def reference_deit(tower: DeiT, config: DeiTConfig, image: torch.Tensor) -> torch.Tensor:
+    """Computes all output tokens of one image, in the order class, distillation, patches."""
     p, d, size = config.patch, config.dim, config.dim // config.heads
     rows = [tower.prefix_tokens[0], tower.prefix_tokens[1]] if config.distilled else [tower.prefix_tokens[0]]
     for i in range(config.image_size // p):
@@ -44,7 +41,7 @@ def slow_deit(tower: DeiT, config: DeiTConfig, image: torch.Tensor) -> torch.Ten
             rows.append((tower.patch_embed.weight * patch).sum(dim=(1, 2, 3)) + tower.patch_embed.bias)
     x = torch.stack([row + tower.pos_embed[n] for n, row in enumerate(rows)])
     for block in tower.blocks:
-        z = slow_norm(block.norm1, x, config.ln_eps)
+        z = reference_layer_norm(block.norm1, x, config.ln_eps)
         q, k, v = (
             z @ w.T + b for w, b in zip(block.attn.qkv.weight.split(d), block.attn.qkv.bias.split(d), strict=True)
         )
@@ -53,59 +50,47 @@ def slow_deit(tower: DeiT, config: DeiTConfig, image: torch.Tensor) -> torch.Ten
             s = slice(h * size, (h + 1) * size)
             heads.append((q[:, s] @ k[:, s].T / size**0.5).softmax(dim=1) @ v[:, s])
         x = x + torch.cat(heads, dim=1) @ block.attn.out.weight.T + block.attn.out.bias
-        z = slow_norm(block.norm2, x, config.ln_eps) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
+        z = reference_layer_norm(block.norm2, x, config.ln_eps) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
         z = 0.5 * z * (1 + torch.erf(z / 2**0.5))
         x = x + z @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
-    return slow_norm(tower.norm, x, config.ln_eps)
+    return reference_layer_norm(tower.norm, x, config.ln_eps)
 
 
-def check_against_the_literal_form(tower: DeiT, config: DeiTConfig) -> None:
+def check_against_reference(tower: DeiT, config: DeiTConfig) -> None:
     images = torch.randn(2, 3, 24, 24, dtype=torch.double, generator=torch.Generator().manual_seed(1))
     out = tower(images)
-    tokens = torch.stack([slow_deit(tower, config, image) for image in images])
-    close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)  # noqa: E731
-    close(out.pooled, tokens[:, 0])
+    tokens = torch.stack([reference_deit(tower, config, image) for image in images])
+    assert_close(out.pooled, tokens[:, 0])
     if config.distilled:
-        close(out.extra["dist"], tokens[:, 1])
+        assert_close(out.extra["dist"], tokens[:, 1])
     else:
         assert out.extra == {}
-    close(out.tokens, tokens[:, 2 if config.distilled else 1 :])
+    assert_close(out.tokens, tokens[:, 2 if config.distilled else 1 :])
     assert out.grid == (3, 3)
 
 
 @pytest.mark.parametrize("distilled", [False, True])
-def test_forward_is_the_literal_one(distilled):
+def test_forward_matches_reference(distilled):
     config = DeiTConfig(name="x", distilled=distilled, **SMALL)
-    check_against_the_literal_form(perturbed(config), config)
+    check_against_reference(perturbed(config), config)
 
 
-attend = F.scaled_dot_product_attention
-
-
-def swapped_kv(q, k, v, *rest, **named):
-    return attend(q, v, k, *rest, **named)
-
-
-def unscaled(q, k, v, *rest, **named):
-    return attend(q, k, v, *rest, **named, scale=1.0)
-
-
-@pytest.mark.parametrize("wrong", [swapped_kv, unscaled])
-def test_the_comparison_notices_wrong_attention(wrong, monkeypatch):
+@pytest.mark.parametrize("wrong", WRONG_ATTENTION)
+def test_comparison_detects_wrong_attention(wrong, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", wrong)
     config = DeiTConfig(name="x", distilled=True, **SMALL)
     with pytest.raises(AssertionError, match="not close"):
-        check_against_the_literal_form(perturbed(config), config)
+        check_against_reference(perturbed(config), config)
 
 
 @pytest.mark.parametrize("wrong", [{"act": "gelu_tanh"}, {"act": "quick_gelu"}, {"ln_eps": 1e-6}])
-def test_the_comparison_notices_a_wrong_activation_or_eps(wrong):
+def test_comparison_detects_a_wrong_activation_or_eps(wrong):
     right = DeiTConfig(name="x", distilled=True, **SMALL)
     with pytest.raises(AssertionError, match="not close"):
-        check_against_the_literal_form(perturbed(dataclasses.replace(right, **wrong)), right)
+        check_against_reference(perturbed(dataclasses.replace(right, **wrong)), right)
 
 
-def test_the_comparison_notices_swapped_tokens():
+def test_comparison_detects_swapped_tokens():
     config = DeiTConfig(name="x", distilled=True, **SMALL)
     tower = perturbed(config)
     forward = tower.forward
@@ -116,11 +101,11 @@ def test_the_comparison_notices_swapped_tokens():
 
     tower.forward = swapped
     with pytest.raises(AssertionError, match="not close"):
-        check_against_the_literal_form(tower, config)
+        check_against_reference(tower, config)
 
 
-def test_count_of_the_distilled_small_one():
-    """Not in published.json."""
+def test_parameter_count_of_the_small_distilled_preset():
+    """published.json does not list it."""
     with torch.device("meta"):
         tower = IMAGE_TOWERS.build(IMAGE_TOWERS.preset("deit_small_distilled_patch16"))
     assert parameter_count(tower) == 21_666_432
@@ -128,13 +113,13 @@ def test_count_of_the_distilled_small_one():
 
 @pytest.mark.parametrize(("size", "p", "d", "depth", "heads"), [(40, 8, 36, 3, 6), (30, 10, 20, 1, 2)])
 @pytest.mark.parametrize("distilled", [False, True])
-def test_count_formula(size, p, d, depth, heads, distilled):
+def test_parameter_count_formula(size, p, d, depth, heads, distilled):
     tower = build(image_size=size, patch=p, dim=d, depth=depth, heads=heads, distilled=distilled)
     n, c = (size // p) ** 2, 2 if distilled else 1
     assert parameter_count(tower) == 3 * p * p * d + d + c * d + (n + c) * d + depth * (12 * d * d + 13 * d) + 2 * d
 
 
-def test_init():
+def test_initialization():
     tower = build(image_size=64, patch=8, dim=192, depth=2, heads=3, distilled=True)
     block = tower.blocks[0]
     drawn = (tower.pos_embed, tower.prefix_tokens, *(m.weight for m in (block.attn.qkv, block.mlp.fc1, block.mlp.fc2)))
@@ -149,7 +134,7 @@ def test_drop_path_rises_over_the_blocks_to_a_tenth():
     assert [block.drop_path.rate for block in tower.blocks] == pytest.approx([0, 0.05, 0.1])
 
 
-def test_another_size_keeps_both_tokens_and_their_positions():
+def test_resizing_keeps_both_tokens_and_their_positions():
     small, large = (build(**SMALL | {"image_size": size}, distilled=True) for size in (24, 40))
     state = large.resized(small.state_dict())
     large.load_state_dict(state, strict=True)
@@ -159,7 +144,5 @@ def test_another_size_keeps_both_tokens_and_their_positions():
 
 
 @pytest.mark.parametrize(("field", "value"), [("heads", 5), ("image_size", 28)])
-def test_illegal_shapes_are_refused(field, value):
-    with pytest.raises(ClipwrightError) as caught:
-        build(**SMALL | {field: value})
-    assert caught.value.code == "E_CONFIG_VALUE" and str(value) in str(caught.value)
+def test_invalid_shapes_are_rejected(field, value):
+    assert_rejected(lambda: build(**SMALL | {field: value}), str(value))

@@ -1,26 +1,34 @@
-"""Shared blocks against loops and closed forms."""
+"""Shared blocks: comparison with loops and closed forms."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from tower_checks import reference_layer_norm
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.towers.layers import (
     ACTIVATIONS,
     Attention,
     Block,
+    BlockStack,
     DropPath,
     check_multiple,
+    check_odd,
     drop_path_rates,
     resize_positions,
     sinusoidal_positions,
+    split_qkv,
+    to_map,
+    to_tokens,
 )
 from clipwright.pipeline.towers.relative_attention import relative_index
 
 
-def slow_attention(attn: Attention, x: torch.Tensor) -> torch.Tensor:
-    """softmax over keys of q·k/√d_h, one query of one head of one sample at a time."""
+def reference_attention(attn: Attention, x: torch.Tensor) -> torch.Tensor:
+    """Computes attention for one query of one head of one sample at a time."""
     b, n, d = x.shape
     size = d // attn.heads
     q, k, v = (x @ w.T + c for w, c in zip(attn.qkv.weight.split(d), attn.qkv.bias.split(d), strict=True))
@@ -36,20 +44,14 @@ def slow_attention(attn: Attention, x: torch.Tensor) -> torch.Tensor:
     return y @ attn.out.weight.T + attn.out.bias
 
 
-def slow_norm(norm: torch.nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
-    mean = x.mean(-1, keepdim=True)
-    var = ((x - mean) ** 2).mean(-1, keepdim=True)
-    return (x - mean) / (var + norm.eps).sqrt() * norm.weight + norm.bias
-
-
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu"])
-def test_block_is_the_slow_block(causal, act):
+def test_block_matches_reference(causal, act):
     torch.manual_seed(0)
     block = Block(12, 3, mlp_ratio=2, act=act, ln_eps=1e-3, causal=causal).double()
     x = torch.randn(2, 5, 12, dtype=torch.double)
-    y = x + slow_attention(block.attn, slow_norm(block.norm1, x))
-    z = slow_norm(block.norm2, y) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
+    y = x + reference_attention(block.attn, reference_layer_norm(block.norm1, x, 1e-3))
+    z = reference_layer_norm(block.norm2, y, 1e-3) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
     half = {
         "gelu": 0.5 * (1 + torch.erf(z / 2**0.5)),
         "gelu_tanh": 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))),
@@ -59,18 +61,18 @@ def test_block_is_the_slow_block(causal, act):
     torch.testing.assert_close(block(x), y, atol=1e-12, rtol=1e-12)
 
 
-def test_masked_keys_are_as_if_they_were_not_there():
+def test_masked_keys_have_no_effect():
     torch.manual_seed(0)
     attn, x = Attention(12, 3).double(), torch.randn(2, 5, 12, dtype=torch.double)
     mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1]]).bool()
     out = attn(x, mask)
     for row, keep in enumerate(mask):
-        alone = slow_attention(attn, x[row : row + 1, keep])
+        alone = reference_attention(attn, x[row : row + 1, keep])
         torch.testing.assert_close(out[row : row + 1, keep], alone, atol=1e-12, rtol=1e-12)
 
 
 def test_sinusoidal_positions():
-    """The first row, unit pairs, shifts as rotations, products of offsets only."""
+    """Checks the first row, unit pairs, shifts as rotations, and products that depend on the offset only."""
     count, dim = 40, 12
     table = sinusoidal_positions(count, dim).double()
     assert table.shape == (count, dim) and torch.equal(table[0], torch.tensor([0.0, 1.0] * 6, dtype=torch.double))
@@ -83,8 +85,8 @@ def test_sinusoidal_positions():
     torch.testing.assert_close(pairs.norm(dim=2), torch.ones(count, dim // 2, dtype=torch.double), atol=1e-6, rtol=0)
     k = 5
     sin, cos = pairs[k, :, 0], pairs[k, :, 1]
-    turned = torch.stack([pairs[..., 0] * cos + pairs[..., 1] * sin, pairs[..., 1] * cos - pairs[..., 0] * sin], dim=2)
-    torch.testing.assert_close(turned[:-k], pairs[k:], atol=1e-6, rtol=0)
+    rotated = torch.stack([pairs[..., 0] * cos + pairs[..., 1] * sin, pairs[..., 1] * cos - pairs[..., 0] * sin], dim=2)
+    torch.testing.assert_close(rotated[:-k], pairs[k:], atol=1e-6, rtol=0)
     products = table @ table.T
     for offset in (1, 9):
         diagonal = products.diagonal(offset)
@@ -99,11 +101,11 @@ def test_activations_at_one():
     assert values == pytest.approx({"gelu": 0.841345, "gelu_tanh": 0.841192, "quick_gelu": 0.845795}, abs=1e-6)
 
 
-def test_parameters_of_a_block():
+def test_parameter_count_of_a_block():
     assert sum(p.numel() for p in Block(24, 3).parameters()) == 12 * 24**2 + 13 * 24
 
 
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+def test_drop_path_drops_samples_and_keeps_the_mean():
     torch.manual_seed(0)
     drop, x = DropPath(0.25), torch.ones(4000, 3, 2)
     y = drop(x)
@@ -117,6 +119,35 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
 def test_drop_path_rates_rise_linearly():
     assert drop_path_rates(0.3, 4) == pytest.approx([0, 0.1, 0.2, 0.3])
     assert drop_path_rates(0.3, 1) == [0]
+
+
+def test_block_stack_passes_arguments_and_raises_drop_path():
+    torch.manual_seed(0)
+    stack = BlockStack(partial(Block, 12, 3), depth=3, drop_path=0.4)
+    assert list(stack.state_dict())[:2] == ["0.norm1.weight", "0.norm1.bias"]
+    assert [block.drop_path.rate for block in stack] == pytest.approx([0, 0.2, 0.4])
+    x, mask = torch.randn(2, 5, 12), torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1]]).bool()
+    expected = x
+    for block in stack.eval():
+        expected = block(expected, mask)
+    assert torch.equal(stack(x, mask), expected) and not torch.equal(stack(x), expected)
+
+
+def test_tokens_are_row_major_and_heads_contiguous():
+    maps = torch.arange(2 * 4 * 3 * 5.0).view(2, 4, 3, 5)
+    tokens = to_tokens(maps)
+    assert torch.equal(tokens[1, 2 * 5 + 3], maps[1, :, 2, 3])
+    assert torch.equal(to_map(tokens, (3, 5)), maps)
+    qkv = torch.randn(2, 7, 3 * 12)
+    for part, heads in zip(qkv.split(12, dim=2), split_qkv(qkv, 3), strict=True):
+        assert torch.equal(heads[1, 2, 6], part[1, 6, 8:])
+
+
+@pytest.mark.parametrize(("value", "fix"), [(4, "use 3 or 5"), (0, "use 1 or more")])
+def test_check_odd_offers_the_nearest_values(value, fix):
+    check_odd("kernel", 3)
+    with pytest.raises(ClipwrightError, match=f"kernel: {value}.*{fix}"):
+        check_odd("kernel", value)
 
 
 def test_relative_index():
@@ -146,7 +177,7 @@ def test_resize_positions_keeps_prefix_constants_and_ramps():
 
 
 @pytest.mark.parametrize("value", [0, -1, 15, 17])
-def test_check_multiple_names_both_sides(value):
+def test_check_multiple_names_value_and_divisor(value):
     with pytest.raises(ClipwrightError) as caught:
         check_multiple("image_size", value, 8, "patch")
     assert caught.value.code == "E_CONFIG_VALUE"

@@ -1,4 +1,4 @@
-"""Every published variant: parameters exact, multiply-adds within half a percent of those counted."""
+"""Published variants: exact parameter counts, and multiply-adds within 0.5 % of the reference counts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, ImageTower, parameter_count
 from clipwright.pipeline.towers.count import multiply_adds
 
-ROWS = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
-ROWS = [row for row in ROWS if row["variant"] in IMAGE_TOWERS.entries]
+PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
+ROWS = [row for row in PUBLISHED if row["variant"] in IMAGE_TOWERS.entries]
 
 
 def meta_tower(row: dict[str, Any], **fields: Any) -> ImageTower:
@@ -22,15 +22,15 @@ def meta_tower(row: dict[str, Any], **fields: Any) -> ImageTower:
         return IMAGE_TOWERS.build(IMAGE_TOWERS.preset(row["variant"], image_size=row["image_size"], **fields))
 
 
-def name(row: dict[str, Any]) -> str:
+def row_id(row: dict[str, Any]) -> str:
     return f"{row['variant']}-{row['image_size']}"
 
 
-@pytest.mark.parametrize("row", ROWS, ids=name)
-def test_published_figures(row):
+@pytest.mark.parametrize("row", ROWS, ids=row_id)
+def test_published_costs(row):
     tower = meta_tower(row)
     count = parameter_count(tower)
-    if row["params_features"] is None:  # the tower's pool holds CLIP's projection
+    if row["params_features"] is None:  # the tower's pool contains CLIP's projection
         assert count == row["params_visual_with_projection"] and tower.feature_dim == row["embed_dim"]
     else:
         assert count == row["params_features"] and tower.feature_dim == row["feature_dim"]
@@ -40,8 +40,8 @@ def test_published_figures(row):
     assert gmacs == pytest.approx(row["gmacs_counted"], rel=5e-3)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if "gmacs_counted_stride_pw" in row], ids=name)
-def test_published_figures_of_the_other_stride(row):
+@pytest.mark.parametrize("row", [row for row in ROWS if "gmacs_counted_stride_pw" in row], ids=row_id)
+def test_published_costs_with_pointwise_stride(row):
     tower = meta_tower(row, stride="pw")
     assert parameter_count(tower) == row["params_features"]
     assert multiply_adds(tower) / 1e9 == pytest.approx(row["gmacs_counted_stride_pw"], rel=5e-3)
@@ -51,14 +51,14 @@ def test_published_figures_of_the_other_stride(row):
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("coatnet_nano", {"dims": (32, 32, 32, 32), "depths": (2, 3, 2, 2)}),  # blocks alike but for their stride
+        ("coatnet_nano", {"dims": (32, 32, 32, 32), "depths": (2, 3, 2, 2)}),  # blocks differ in stride only
         ("swin_nano", {"window": 5, "pad": True}),
         ("cvt_nano", {}),
         ("clip_rn_nano", {"layers": (3, 1, 2, 1)}),
         ("deit_nano", {"drop_path": 0.0}),
     ],
 )
-def test_a_block_that_is_not_run_again_counts_as_often(name, fields):
+def test_repeated_blocks_are_counted(name, fields):
     towers = []
     for _ in range(2):
         with torch.device("meta"):
@@ -68,8 +68,8 @@ def test_a_block_that_is_not_run_again_counts_as_often(name, fields):
     assert multiply_adds(towers[1]) == counter.get_total_flops() // 2
 
 
-def test_counting_sees_the_cost_of_attention():
-    """Tokens beyond the first 49 cost more than in proportion: scores and weighted sums grow with their square."""
+def test_attention_products_are_counted():
+    """The cost of scores and weighted sums grows with the square of the number of tokens."""
     row = {"variant": "vit_base_patch32", "image_size": 224}
     tower = meta_tower(row)
     d, depth, n = 768, 12, 49 + 1

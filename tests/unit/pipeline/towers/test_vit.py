@@ -1,4 +1,4 @@
-"""ViT against a literal forward pass and transformers' SigLIP, count formulas and init."""
+"""ViT: forward pass against a reference and transformers' SigLIP, parameter counts, initialization."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from tower_checks import (
+    WRONG_ATTENTION,
+    assert_close,
+    perturb,
+)
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, parameter_count
@@ -20,8 +25,8 @@ def build(**fields) -> ViT:
     return ViT(ViTConfig(name="x", **fields))
 
 
-def slow_vit(tower: ViT, config: ViTConfig, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pooled and tokens by the equations, patch by patch."""
+def reference_vit(tower: ViT, config: ViTConfig, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes pooled and tokens from the equations, patch by patch."""
     p, g, d = config.patch, config.image_size // config.patch, config.dim
     rows = []
     for i in range(g):
@@ -45,18 +50,18 @@ def slow_vit(tower: ViT, config: ViTConfig, images: torch.Tensor) -> tuple[torch
             heads.append(torch.einsum("bij,bjk->bik", scores.softmax(dim=2), v[..., s]))
         x = x + block.attn.out(torch.cat(heads, dim=2))
         z = block.mlp.fc1(norm(block.norm2, x))
-        x = x + block.mlp.fc2(slow_act(config, z))
+        x = x + block.mlp.fc2(reference_act(config, z))
     y = norm(tower.norm, x)
     if config.pool == "cls":
         return y[:, 0], y[:, 1:]
     if config.pool == "mean":
         return norm(tower.norm, x.mean(dim=1)), y
-    pooled = slow_attention_pool(tower, config, y)
+    pooled = reference_attention_pool(tower, config, y)
     z = tower.attention_pool.mlp.fc1(norm(tower.attention_pool.norm, pooled))
-    return pooled + tower.attention_pool.mlp.fc2(slow_act(config, z)), y
+    return pooled + tower.attention_pool.mlp.fc2(reference_act(config, z)), y
 
 
-def slow_act(config: ViTConfig, z: torch.Tensor) -> torch.Tensor:
+def reference_act(config: ViTConfig, z: torch.Tensor) -> torch.Tensor:
     if config.act == "quick_gelu":
         return z * torch.sigmoid(1.702 * z)
     if config.act == "gelu_tanh":
@@ -64,8 +69,8 @@ def slow_act(config: ViTConfig, z: torch.Tensor) -> torch.Tensor:
     return 0.5 * z * (1 + torch.erf(z / 2**0.5))
 
 
-def slow_attention_pool(tower: ViT, config: ViTConfig, y: torch.Tensor) -> torch.Tensor:
-    """The learned query's attention over the normed tokens of one sample at a time, head by head."""
+def reference_attention_pool(tower: ViT, config: ViTConfig, y: torch.Tensor) -> torch.Tensor:
+    """Attention of the learned query over the normalized tokens, one sample and one head at a time."""
     pool, d, size = tower.attention_pool, config.dim, config.dim // config.heads
     k, v = (y @ w.T + b for w, b in zip(pool.kv.weight.split(d), pool.kv.bias.split(d), strict=True))
     q = pool.q.weight @ pool.query + pool.q.bias
@@ -80,7 +85,7 @@ def slow_attention_pool(tower: ViT, config: ViTConfig, y: torch.Tensor) -> torch
     return torch.stack(rows)
 
 
-FORMS = {
+VARIANTS = {
     "cls": {},
     "mean": {"pool": "mean"},
     "clip": {"pre_norm": True, "patch_bias": False, "act": "quick_gelu", "init": "clip"},
@@ -89,52 +94,36 @@ FORMS = {
 
 
 def perturbed(config: ViTConfig) -> ViT:
-    """Away from zero, where some schemes start, in double precision."""
     torch.manual_seed(0)
-    tower = ViT(config).double()
-    with torch.no_grad():
-        for p in tower.parameters():
-            p += 0.1 * torch.randn_like(p)
-    return tower
+    return perturb(ViT(config).double())
 
 
-def check_against_the_literal_form(tower: ViT, config: ViTConfig) -> None:
+def check_against_reference(tower: ViT, config: ViTConfig) -> None:
     images = torch.randn(2, 3, 24, 24, dtype=torch.double, generator=torch.Generator().manual_seed(1))
     out = tower(images)
-    pooled, tokens = slow_vit(tower, config, images)
-    torch.testing.assert_close(out.pooled, pooled, atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(out.tokens, tokens, atol=1e-10, rtol=1e-10)
+    pooled, tokens = reference_vit(tower, config, images)
+    assert_close(out.pooled, pooled)
+    assert_close(out.tokens, tokens)
     assert out.grid == (3, 3)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_forward_is_the_literal_one(form):
-    config = ViTConfig(name="x", **SMALL, **FORMS[form])
-    check_against_the_literal_form(perturbed(config), config)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_matches_reference(variant):
+    config = ViTConfig(name="x", **SMALL, **VARIANTS[variant])
+    check_against_reference(perturbed(config), config)
 
 
-attend = F.scaled_dot_product_attention
-
-
-def swapped_kv(q, k, v, *rest, **named):
-    return attend(q, v, k, *rest, **named)
-
-
-def unscaled(q, k, v, *rest, **named):
-    return attend(q, k, v, *rest, **named, scale=1.0)
-
-
-@pytest.mark.parametrize("wrong", [swapped_kv, unscaled])
-@pytest.mark.parametrize("form", FORMS)
-def test_the_comparison_notices_wrong_attention(form, wrong, monkeypatch):
-    config = ViTConfig(name="x", **SMALL, **FORMS[form])
+@pytest.mark.parametrize("wrong", WRONG_ATTENTION)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_comparison_detects_wrong_attention(variant, wrong, monkeypatch):
+    config = ViTConfig(name="x", **SMALL, **VARIANTS[variant])
     monkeypatch.setattr(F, "scaled_dot_product_attention", wrong)
     with pytest.raises(AssertionError, match="not close"):
-        check_against_the_literal_form(perturbed(config), config)
+        check_against_reference(perturbed(config), config)
 
 
 @pytest.mark.parametrize(
-    ("form", "wrong"),
+    ("variant", "wrong"),
     [
         ("cls", {"act": "gelu_tanh"}),
         ("cls", {"act": "quick_gelu"}),
@@ -144,16 +133,16 @@ def test_the_comparison_notices_wrong_attention(form, wrong, monkeypatch):
         ("siglip", {"ln_eps": 1e-5}),
     ],
 )
-def test_the_comparison_notices_a_wrong_activation_or_eps(form, wrong):
-    right = ViTConfig(name="x", **SMALL, **FORMS[form])
+def test_comparison_detects_a_wrong_activation_or_eps(variant, wrong):
+    right = ViTConfig(name="x", **SMALL, **VARIANTS[variant])
     tower = perturbed(dataclasses.replace(right, **wrong))
     with pytest.raises(AssertionError, match="not close"):
-        check_against_the_literal_form(tower, right)
+        check_against_reference(tower, right)
 
 
 @pytest.mark.parametrize("shape", [(32, 8, 36, 2, 3, 72), (30, 10, 24, 1, 4, 89)])
-def test_attention_pooling_is_siglips(shape):
-    """Weights of transformers' model moved over by name give its pooled vector and its tokens."""
+def test_attention_pooling_matches_transformers(shape):
+    """Weights of transformers' model, copied by name, give its pooled output and its tokens."""
     size, patch, dim, depth, heads, hidden = shape
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -171,8 +160,8 @@ def test_attention_pooling_is_siglips(shape):
     with torch.no_grad():
         for p in peer.parameters():
             p += 0.1 * torch.randn_like(p)
-    form = {"mlp_ratio": hidden / dim, "act": "gelu_tanh", "pool": "attention"}
-    tower = build(image_size=size, patch=patch, dim=dim, depth=depth, heads=heads, **form).eval()
+    variant = {"mlp_ratio": hidden / dim, "act": "gelu_tanh", "pool": "attention"}
+    tower = build(image_size=size, patch=patch, dim=dim, depth=depth, heads=heads, **variant).eval()
     tower.load_state_dict(from_siglip(peer.state_dict(), depth), strict=True)
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
@@ -211,17 +200,17 @@ def from_siglip(state: dict[str, torch.Tensor], depth: int) -> dict[str, torch.T
 @pytest.mark.parametrize(("size", "p", "d", "depth", "heads"), [(40, 8, 36, 3, 6), (30, 10, 20, 1, 2)])
 @pytest.mark.parametrize("pool", ["cls", "mean", "attention"])
 @pytest.mark.parametrize("clip", [False, True])
-def test_count_formula(size, p, d, depth, heads, pool, clip):
-    form = {"pre_norm": True, "patch_bias": False} if clip else {}
-    tower = build(image_size=size, patch=p, dim=d, depth=depth, heads=heads, pool=pool, **form)
+def test_parameter_count_formula(size, p, d, depth, heads, pool, clip):
+    variant = {"pre_norm": True, "patch_bias": False} if clip else {}
+    tower = build(image_size=size, patch=p, dim=d, depth=depth, heads=heads, pool=pool, **variant)
     n, c = (size // p) ** 2, int(pool == "cls")
     patch = 3 * p * p * d + (2 * d if clip else d)  # CLIP: no bias, a norm before the blocks
     head = d + 4 * d * d + 4 * d + 2 * d + 8 * d * d + 5 * d if pool == "attention" else 0
     assert parameter_count(tower) == patch + c * d + (n + c) * d + depth * (12 * d * d + 13 * d) + 2 * d + head
 
 
-# Published presets outside the table of exact counts: what transformers' modules of these sizes have.
-OTHERS = {
+# Published presets outside published.json: the parameter counts of transformers' models of these sizes.
+PARAMETERS_OUTSIDE_TABLE = {
     "vit_small_patch32": 22_493_952,
     "vit_base_patch8": 85_807_872,
     "vit_large_patch32": 305_510_400,
@@ -232,13 +221,13 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_counts_of_the_other_published_presets(name):
+@pytest.mark.parametrize("name", PARAMETERS_OUTSIDE_TABLE)
+def test_parameter_counts_of_presets_outside_the_table(name):
     with torch.device("meta"):
-        assert parameter_count(IMAGE_TOWERS.build(IMAGE_TOWERS.preset(name))) == OTHERS[name]
+        assert parameter_count(IMAGE_TOWERS.build(IMAGE_TOWERS.preset(name))) == PARAMETERS_OUTSIDE_TABLE[name]
 
 
-def test_pre_norm_and_patch_bias_are_clips():
+def test_clip_presets_differ_from_vit_presets():
     clip, plain = (IMAGE_TOWERS.preset(name) for name in ("clip_vit_b16", "vit_base_patch16"))
     assert (clip.act, clip.ln_eps, clip.patch_bias, clip.pre_norm) == ("quick_gelu", 1e-5, False, True)
     assert (plain.act, plain.ln_eps, plain.patch_bias, plain.pre_norm) == ("gelu", 1e-6, True, False)
@@ -284,7 +273,7 @@ def test_drop_path_rises_over_the_blocks_and_acts_in_training_only():
     assert torch.equal(tower(x).pooled, tower(x).pooled)
 
 
-def test_without_positions_the_class_token_ignores_the_order_of_patches():
+def test_class_token_ignores_patch_order_without_positions():
     tower = build(**SMALL).double()
     with torch.no_grad():
         tower.pos_embed.zero_()
@@ -298,17 +287,17 @@ def test_heads_must_divide_dim():
     assert caught.value.code == "E_CONFIG_VALUE" and "heads" in str(caught.value)
 
 
-def test_pixels_beside_the_patches():
-    """SigLIP's so400m takes 384 pixels in patches of 14: what is left over is not seen, if the config says so."""
-    tower, whole = build(**{**SMALL, "image_size": 29, "drop_rest": True}).eval(), build(**SMALL).eval()
-    assert tower.grid == whole.grid == (3, 3)
-    whole.load_state_dict(tower.state_dict(), strict=True)
+def test_pixels_outside_the_patches():
+    """SigLIP's so400m takes 384 pixels in patches of 14: with `drop_rest`, pixels that fill no patch are ignored."""
+    tower, cropped = build(**{**SMALL, "image_size": 29, "drop_rest": True}).eval(), build(**SMALL).eval()
+    assert tower.grid == cropped.grid == (3, 3)
+    cropped.load_state_dict(tower.state_dict(), strict=True)
     images = torch.randn(2, 3, 29, 29)
     changed = images.clone()
     changed[:, :, 24:] = changed[:, :, :, 24:] = 9.0
     with torch.no_grad():
         assert torch.equal(tower(images).tokens, tower(changed).tokens)
-        torch.testing.assert_close(tower(images).pooled, whole(images[:, :, :24, :24]).pooled, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(tower(images).pooled, cropped(images[:, :, :24, :24]).pooled, atol=1e-6, rtol=1e-6)
     for fields in ({"image_size": 29}, {"image_size": 7, "drop_rest": True}):
         with pytest.raises(ClipwrightError) as caught:
             build(**{**SMALL, **fields})

@@ -1,4 +1,4 @@
-"""ViT_REL against a literal forward pass, count formula and init."""
+"""ViT_REL: forward pass against a reference, parameter counts, initialization, resized tables."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from tower_checks import (
+    WRONG_ATTENTION,
+    assert_close,
+    assert_rejected,
+    perturb,
+    reference_layer_norm,
+)
 
-from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.towers.base import parameter_count
 from clipwright.pipeline.towers.vit_rel import ViTRel, ViTRelConfig
 
@@ -22,20 +28,11 @@ def build(**fields) -> ViTRel:
 
 def perturbed(config: ViTRelConfig) -> ViTRel:
     torch.manual_seed(0)
-    tower = ViTRel(config).double()
-    with torch.no_grad():
-        for p in tower.parameters():
-            p += 0.1 * torch.randn_like(p)
-    return tower
+    return perturb(ViTRel(config).double())
 
 
-def slow_norm(layer: torch.nn.LayerNorm, x: torch.Tensor, eps: float) -> torch.Tensor:
-    mean = x.mean(-1, keepdim=True)
-    return (x - mean) / (((x - mean) ** 2).mean(-1, keepdim=True) + eps).sqrt() * layer.weight + layer.bias
-
-
-def slow_attention(attn: torch.nn.Module, x: torch.Tensor, relative: str, side: int) -> torch.Tensor:
-    """Of one image, query by query; heads of 32."""
+def reference_attention(attn: torch.nn.Module, x: torch.Tensor, relative: str, side: int) -> torch.Tensor:
+    """Attention of one image, query by query, with heads of width 32."""
     d = x.shape[1]
     q, k, v = (x @ w.T + b for w, b in zip(attn.qkv.weight.split(d), attn.qkv.bias.split(d), strict=True))
     y = torch.zeros_like(x)
@@ -53,8 +50,8 @@ def slow_attention(attn: torch.nn.Module, x: torch.Tensor, relative: str, side: 
     return y @ attn.out.weight.T + attn.out.bias
 
 
-def slow_vit_rel(tower: ViTRel, config: ViTRelConfig, image: torch.Tensor) -> torch.Tensor:
-    """The normed tokens of one image."""
+def reference_vit_rel(tower: ViTRel, config: ViTRelConfig, image: torch.Tensor) -> torch.Tensor:
+    """Computes the normalized tokens of one image."""
     p, side = config.patch, config.image_size // config.patch
     rows = []
     for i in range(side):
@@ -63,57 +60,48 @@ def slow_vit_rel(tower: ViTRel, config: ViTRelConfig, image: torch.Tensor) -> to
             rows.append((tower.patch_embed.weight * patch).sum(dim=(1, 2, 3)) + tower.patch_embed.bias)
     x = torch.stack(rows)
     for block in tower.blocks:
-        x = x + slow_attention(block.attn, slow_norm(block.norm1, x, config.ln_eps), config.relative, side)
-        z = slow_norm(block.norm2, x, config.ln_eps) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
+        x = x + reference_attention(
+            block.attn, reference_layer_norm(block.norm1, x, config.ln_eps), config.relative, side
+        )
+        z = reference_layer_norm(block.norm2, x, config.ln_eps) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
         z = 0.5 * z * (1 + torch.erf(z / 2**0.5))
         x = x + z @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
-    return slow_norm(tower.norm, x, config.ln_eps)
+    return reference_layer_norm(tower.norm, x, config.ln_eps)
 
 
-def check_against_the_literal_form(tower: ViTRel, config: ViTRelConfig) -> None:
+def check_against_reference(tower: ViTRel, config: ViTRelConfig) -> None:
     images = torch.randn(2, 3, 24, 24, dtype=torch.double, generator=torch.Generator().manual_seed(1))
     out = tower(images)
-    tokens = torch.stack([slow_vit_rel(tower, config, image) for image in images])
-    torch.testing.assert_close(out.tokens, tokens, atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(out.pooled, tokens.mean(dim=1), atol=1e-10, rtol=1e-10)
+    tokens = torch.stack([reference_vit_rel(tower, config, image) for image in images])
+    assert_close(out.tokens, tokens)
+    assert_close(out.pooled, tokens.mean(dim=1))
     assert out.grid == (3, 3)
 
 
 @pytest.mark.parametrize("relative", ["pre", "post", "none"])
-def test_forward_is_the_literal_one(relative):
+def test_forward_matches_reference(relative):
     config = ViTRelConfig(name="x", relative=relative, **SMALL)
-    check_against_the_literal_form(perturbed(config), config)
+    check_against_reference(perturbed(config), config)
 
 
-attend = F.scaled_dot_product_attention
-
-
-def swapped_kv(q, k, v, *rest, **named):
-    return attend(q, v, k, *rest, **named)
-
-
-def unscaled(q, k, v, *rest, **named):
-    return attend(q, k, v, *rest, **named, scale=1.0)
-
-
-@pytest.mark.parametrize("wrong", [swapped_kv, unscaled])
-def test_the_comparison_notices_wrong_attention(wrong, monkeypatch):
+@pytest.mark.parametrize("wrong", WRONG_ATTENTION)
+def test_comparison_detects_wrong_attention(wrong, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", wrong)
     config = ViTRelConfig(name="x", **SMALL)
     with pytest.raises(AssertionError, match="not close"):
-        check_against_the_literal_form(perturbed(config), config)
+        check_against_reference(perturbed(config), config)
 
 
 @pytest.mark.parametrize("wrong", [{"act": "gelu_tanh"}, {"ln_eps": 1e-6}, {"relative": "post"}])
-def test_the_comparison_notices_a_wrong_activation_eps_or_table(wrong):
+def test_comparison_detects_a_wrong_activation_eps_or_table(wrong):
     right = ViTRelConfig(name="x", **SMALL)
     with pytest.raises(AssertionError, match="not close"):
-        check_against_the_literal_form(perturbed(dataclasses.replace(right, **wrong)), right)
+        check_against_reference(perturbed(dataclasses.replace(right, **wrong)), right)
 
 
 @pytest.mark.parametrize(("size", "p", "d", "depth"), [(40, 8, 96, 3), (30, 10, 32, 1)])
 @pytest.mark.parametrize("relative", ["pre", "post", "none"])
-def test_count_formula(size, p, d, depth, relative):
+def test_parameter_count_formula(size, p, d, depth, relative):
     tower = build(image_size=size, patch=p, dim=d, depth=depth, relative=relative)
     g = size // p
     table = 0 if relative == "none" else (2 * g - 1) ** 2 * d // 32
@@ -121,7 +109,7 @@ def test_count_formula(size, p, d, depth, relative):
 
 
 @pytest.mark.parametrize("relative", ["pre", "post"])
-def test_init(relative):
+def test_initialization(relative):
     tower = build(image_size=64, patch=8, dim=192, depth=2, relative=relative)
     attn, mlp = tower.blocks[1].attn, tower.blocks[1].mlp
     assert tower.patch_embed.weight.std().item() == pytest.approx((2 / (64 * 192)) ** 0.5, rel=0.1)
@@ -133,12 +121,12 @@ def test_init(relative):
     assert std == pytest.approx(0.02, rel=0.15) if relative == "pre" else std == 0
 
 
-def test_drop_path_rises_over_the_blocks():
+def test_drop_path_rises_over_blocks():
     tower = build(**{**SMALL, "depth": 3}, drop_path=0.5)
     assert [block.drop_path.rate for block in tower.blocks] == pytest.approx([0, 0.25, 0.5])
 
 
-def test_another_size_resizes_the_tables_bilinearly():
+def test_tables_are_resized_bilinearly():
     small, large = build(**SMALL), build(**{**SMALL, "image_size": 40})
     state = large.resized(small.state_dict())
     large.load_state_dict(state, strict=True)
@@ -148,7 +136,6 @@ def test_another_size_resizes_the_tables_bilinearly():
 
 
 @pytest.mark.parametrize(("field", "value"), [("dim", 48), ("image_size", 28)])
-def test_illegal_shapes_are_refused(field, value):
-    with pytest.raises(ClipwrightError) as caught:
-        build(**SMALL | {field: value})
-    assert caught.value.code == "E_CONFIG_VALUE" and f"{field}: {value}" in caught.value.where
+def test_invalid_shapes_are_rejected(field, value):
+    error = assert_rejected(lambda: build(**SMALL | {field: value}))
+    assert error.where == f"{field}: {value}"
