@@ -303,7 +303,7 @@ def test_a_killed_run_on_a_bad_line_leaves_the_local_runs_ledger(
 def ledger_of(source: Loader, steps: int, path: Path) -> bytes:
     """The ledger of a run of so many steps."""
     file, batches = StepFile(path, 0), source.batches(0)
-    size = source.share.global_batch
+    size = source.rank_batch.global_batch
     for step, batch in zip(range(1, steps + 1), batches, strict=False):
         file.write(line(step, (step - 1) * size, size, batch.batch_samples, keys=False))
     batches.close()
@@ -358,7 +358,7 @@ def test_what_is_refused(
         config = SimpleNamespace(seed=0, runtime=runtime)
         context: Any = SimpleNamespace(dataset=Datasets(made, small), config=config, world=SimpleNamespace(size=1))
         found = shard_cache(context)
-        assert found.status == status and f"{stated:g} GB a process: 12 shards" in found.need
+        assert found.status == status and f"{stated:g} GB per process: 12 shards" in found.need
     cloud.failing, remote_pauses = 0.0, (0.01, 0.01)
     monkeypatch.setattr(remote, "PAUSES", remote_pauses)
     cloud.spoilt = "d-000003.tar"
