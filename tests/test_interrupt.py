@@ -96,7 +96,7 @@ def test_an_interrupted_command_leaves_nothing_half_written_and_can_be_run_again
         (tmp_path / "go").touch()  # it ends the step it is in and saves
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "Traceback" not in errors and errors.strip().endswith("run the same command again to go on")
+    assert "Traceback" not in errors and errors.strip().endswith("run the same command again to resume")
     assert not list((tmp_path / "out").glob("**/*.partial"))
     assert [path for pattern in final for path in (tmp_path / "out").glob(pattern) if path.name != "status.json"] == []
     (tmp_path / "go").touch()

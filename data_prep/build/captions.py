@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from clipwright.data_prep.sources.base import Caption
-from clipwright.pipeline.core.captions import CaptionError, normalise
+from clipwright.pipeline.core.captions import CaptionError, normalize
 
 
 def select_captions(captions: Iterable[Caption]) -> tuple[list[str], int]:
@@ -19,7 +19,7 @@ def select_captions(captions: Iterable[Caption]) -> tuple[list[str], int]:
     first_error: CaptionError | None = None
     for caption in captions:
         try:
-            kept[normalise(_decode(caption))] = None
+            kept[normalize(_decode(caption))] = None
         except CaptionError as error:
             dropped += 1
             first_error = first_error or error

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from clipwright.eval.folders import read_origin
 from clipwright.eval.search.versions import Index, open_version
-from clipwright.pipeline.core.captions import CaptionError, normalise
+from clipwright.pipeline.core.captions import CaptionError, normalize
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.tables import align
@@ -53,7 +53,7 @@ class Searcher:
     def embed_text(self, text: str) -> np.ndarray:
         """Returns the float32 unit embedding (1, E) of a text, normalized like a caption."""
         try:
-            return self.model.embed_texts([normalise(text)]).numpy()
+            return self.model.embed_texts([normalize(text)]).numpy()
         except CaptionError as error:
             code, detail = error.args
             raise ClipwrightError(

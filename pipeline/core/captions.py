@@ -1,4 +1,4 @@
-"""The one normal form of a caption: what is stored, compared, tokenised and searched."""
+"""The one normal form of a caption, in which it is stored, compared, tokenized and searched."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import unicodedata
 
 MAX_BYTES = 8192
 
-# C0 and C1 controls and lone format characters that reorder or hide text (bidi overrides, zero-width no-break space).
-# Joiners stay: scripts and emoji need them.
+# C0 and C1 control characters, and format characters that reorder or hide text (bidi overrides, zero-width no-break
+# space). Joiners are kept: some scripts and emoji need them.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff]")
 _SPACE = re.compile(r"\s+")
 
 
 class CaptionError(ValueError):
-    """A caption that cannot be kept; `args[0]` is its E_CAP code, `args[1]` the detail."""
+    """A caption that is rejected; `args[0]` is its E_CAP code, `args[1]` the detail."""
 
 
-def normalise(text: str) -> str:
-    """NFC, control characters out, white space collapsed. Raises CaptionError (empty, too long, lone surrogate)."""
+def normalize(text: str) -> str:
+    """Returns `text` in NFC, without control characters, white space collapsed.
+
+    Raises CaptionError if it is empty, too long or has a lone surrogate.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -9,25 +9,27 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-STATUS = "status.json"  # how a folder was made; `core.command` writes it
+STATUS = "status.json"  # how a folder was made; written by `core.command`
 
 
 def canonical_json(value: Any) -> str:
-    """UTF-8 JSON with sorted keys, separators `,` `:`, no NaN, floats by repr: equal values give equal bytes."""
+    """Returns JSON with sorted keys, separators `,` `:`, no NaN, floats by repr: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of the canonical JSON of `value`."""
+    """Returns the SHA-256 of the canonical JSON of `value`."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync_folder(folder: Path) -> None:
+    """Flushes a folder's entries to disk, so that renames in it survive a power loss."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -36,7 +38,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Writes a whole file under its final name or leaves what was there: temporary file, fsync, rename."""
+    """Writes a complete file or leaves the old one: temporary file, fsync, rename."""
     staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with staged.open("wb") as file:
@@ -50,10 +52,10 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 def json_text(value: Any) -> str:
-    """JSON for people and machines: indented, sorted; equal values give equal bytes."""
+    """Returns indented JSON with sorted keys: equal values give equal text."""
     return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A file of `json_text`, atomic."""
+    """Writes `json_text(value)` to a file, atomically."""
     atomic_write(path, json_text(value))

@@ -1,4 +1,4 @@
-"""The nearest known name to a misspelt one."""
+"""Suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?`, or an empty string when nothing is near."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else ""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns `did you mean 'x'?`, or an empty string if no known name is similar."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean '{matches[0]}'?" if matches else ""

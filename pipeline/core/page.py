@@ -1,4 +1,4 @@
-"""Self-contained web pages: one look, no script, no network, every text escaped."""
+"""Self-contained web pages: one style, no script, no network, all text escaped."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 import jinja2
 
-# What a browser may be handed as it is; anything else is re-encoded first.
-_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp", b"GIF8": "image/gif"}
+# First bytes → media type of the formats that browsers can show; images of other formats are re-encoded first.
+_MEDIA_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
 
 def render(template: Path, **values: Any) -> str:
-    """The page that `template` makes; it extends `page.html`, which needs `title` and `lead`.
+    """Renders a template that extends `page.html`, which needs `title` and `lead`.
 
-    Captions and file names are data: autoescape is on, and the page's content policy lets nothing run or load.
+    Captions and file names are untrusted: autoescape is on, and the page's content policy blocks scripts and requests.
     """
     loader = jinja2.FileSystemLoader([Path(__file__).parent, template.parent])
-    made = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    made.filters |= {"picture": picture}
-    return made.get_template(template.name).render(**values)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["data_url"] = data_url
+    return environment.get_template(template.name).render(**values)
 
 
-def picture(data: bytes) -> str:
-    """An image file as a `data:` address."""
-    kind = next((kind for start, kind in _TYPES.items() if data.startswith(start)), None)
-    assert kind is not None, data[:8]
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+def data_url(data: bytes) -> str:
+    """Returns an image file as a `data:` URL."""
+    media_type = next((name for start, name in _MEDIA_TYPES.items() if data.startswith(start)), None)
+    assert media_type is not None, data[:8]
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"

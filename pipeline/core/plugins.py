@@ -1,4 +1,4 @@
-"""Plugins: files outside the package that register towers, losses, sources and the like."""
+"""Plugins: Python files outside the package that register towers, losses, sources and so on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 
 @cache
 def import_plugin(path: Path, digest: str) -> None:
-    """Imports a plugin file once; `digest` is the SHA-256 of its bytes. E_PLUGIN when it cannot be imported."""
+    """Imports a plugin file once; `digest` is the SHA-256 of its bytes. Raises E_PLUGIN if the import fails."""
     name = f"clipwright_plugin_{digest[:16]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -26,22 +26,22 @@ def import_plugin(path: Path, digest: str) -> None:
         del sys.modules[name]
         raise ClipwrightError(
             "E_PLUGIN",
-            "a plugin that cannot be imported",
+            "a plugin cannot be imported",
             where=path,
             found=f"{type(error).__name__}: {error}",
-            fix="run the file with python to see more",
+            fix="run the file with python to see the traceback",
         ) from error
 
 
 def load_plugins(paths: Iterable[Path]) -> list[tuple[str, str]]:
-    """Imports plugin files; returns the path and SHA-256 of each. E_PLUGIN when one is missing or broken."""
-    found: list[tuple[str, str]] = []
+    """Imports plugin files; returns the path and SHA-256 of each. Raises E_PLUGIN if one is missing or fails."""
+    loaded: list[tuple[str, str]] = []
     for path in paths:
         if path.suffix != ".py" or not path.is_file():
             raise ClipwrightError(
-                "E_PLUGIN", "no plugin file", where=path, found="it is missing or not .py", fix="check the path"
+                "E_PLUGIN", "the plugin is missing or is not a .py file", where=path, fix="check the path"
             )
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         import_plugin(path, digest)
-        found.append((str(path), digest))
-    return found
+        loaded.append((str(path), digest))
+    return loaded

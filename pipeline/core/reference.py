@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import annotated_types
-import yaml
 from pydantic.fields import FieldInfo
 
 from clipwright.pipeline.core.command import Command, load_kind
-from clipwright.pipeline.core.config import Choice, list_choice
+from clipwright.pipeline.core.config import Choice, bare_type, choice_of, inline_yaml, list_choice
 from clipwright.pipeline.core.field_docs import field_docs
 
 HEADER = """\
@@ -92,7 +91,7 @@ def _classes(config: type[Any]) -> Iterator[type[Any]]:
     """A config class and all classes of its sections, as they are written in the source."""
     yield config
     for hint in get_type_hints(config, include_extras=True).values():
-        choice = _choice(hint) or list_choice(hint)
+        choice = choice_of(hint) or list_choice(hint)
         if choice is not None:
             for entry in choice.registry.families:
                 yield from _classes(entry.config)
@@ -110,17 +109,17 @@ def _section(config: type[Any], place: str, level: int) -> list[str]:
         hint = hints[field.name]
         inner = f"{place}.{field.name}" if place else field.name
         meaning = docs.get(field.name, "")
-        choice = _choice(hint)
+        choice = choice_of(hint)
         if choice is not None:
-            below += _choice_section(choice, _bare(hint), inner, meaning, level)
-        elif dataclasses.is_dataclass(_bare(hint)):
-            below += [_heading(inner, level), *_paragraph(meaning), *_section(_bare(hint), inner, level)]
+            below += _choice_section(choice, bare_type(hint), inner, meaning, level)
+        elif dataclasses.is_dataclass(bare_type(hint)):
+            below += [_heading(inner, level), *_paragraph(meaning), *_section(bare_type(hint), inner, level)]
         else:
             plain.append(Key(inner, type_text(hint), _default(field), meaning))
             for section in _sections_in(hint):
                 below += [_heading(f"{inner}[]", level), *_section(section, f"{inner}[]", level)]
             if (element := list_choice(hint)) is not None:
-                below += _choice_section(element, _bare(get_args(hint)[0]), f"{inner}[]", "", level)
+                below += _choice_section(element, bare_type(get_args(hint)[0]), f"{inner}[]", "", level)
     return [*_table(plain), *below]
 
 
@@ -144,9 +143,9 @@ def _choice_section(choice: Choice, base: Any, place: str, meaning: str, level: 
         blocks += _table([key for key in _keys(entry.config, place) if key.name.rpartition(".")[2] in own])
         hints = get_type_hints(entry.config, include_extras=True)
         for name in own:
-            if dataclasses.is_dataclass(_bare(hints[name])):
+            if dataclasses.is_dataclass(bare_type(hints[name])):
                 inner = f"{place}.{name}"
-                blocks += [_heading(inner, level + 2), *_section(_bare(hints[name]), inner, level + 2)]
+                blocks += [_heading(inner, level + 2), *_section(bare_type(hints[name]), inner, level + 2)]
     return blocks
 
 
@@ -157,7 +156,7 @@ def _keys(config: Any, place: str) -> list[Key]:
     return [
         Key(f"{place}.{field.name}", type_text(hints[field.name]), _default(field), docs.get(field.name, ""))
         for field in dataclasses.fields(config)
-        if not dataclasses.is_dataclass(_bare(hints[field.name]))
+        if not dataclasses.is_dataclass(bare_type(hints[field.name]))
     ]
 
 
@@ -233,24 +232,14 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def _yaml(value: Any) -> str:
-    plain = list(value) if isinstance(value, tuple) else value
-    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10**6)
-    return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _choice(hint: Any) -> Choice | None:
-    return next((item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Choice)), None)
-
-
-def _bare(hint: Any) -> Any:
-    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return inline_yaml(list(value) if isinstance(value, tuple) else value)
 
 
 def _sections_in(hint: Any) -> Iterator[type[Any]]:
     """The config classes within a type: a section, or the elements of a list of sections."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        if _choice(hint) is None:
+        if choice_of(hint) is None:
             yield from _sections_in(arguments[0])
     elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
         yield hint

@@ -127,7 +127,7 @@ def test_model_folder_with_executable_file_is_refused(
         if in_manifest:
             update_manifest(model)
         error = here(tmp_path, "embed", f"model={model}", "data=nowhere", "-o", "out", code=3).error
-        assert error.startswith("error[E_UNSAFE]: a model folder that could run code — ") and name in error, error
+        assert error.startswith("error[E_UNSAFE]: a model folder could run code — ") and name in error, error
     assert not canary.exists()
 
 
@@ -213,7 +213,7 @@ def test_checkpoint_with_a_pickle_is_refused(
     if in_manifest:
         write_checkpoint_manifest(saved)
     error = here(tmp_path, "export", "run", "-o", "out", code=3).error
-    assert error.startswith("error[E_UNSAFE]: a checkpoint that could run code — ") and name in error, error
+    assert error.startswith("error[E_UNSAFE]: a checkpoint could run code — ") and name in error, error
     assert not canary.exists() and not (tmp_path / "out").exists()
 
 
@@ -317,7 +317,7 @@ def test_index_with_a_pickle_is_refused(name: str, tmp_path: Path, here: Any, bo
     files = file_entries(version, ["index.faiss", "rows-00000.parquet"])
     write_manifest(version, "index", "f", {"rows": 0, "dimension": 4, "canaries": [], "files": files})
     error = here(tmp_path, "search", "index", "text=a dog", code=3).error
-    assert error.startswith("error[E_UNSAFE]: an index folder that could run code — ") and name in error
+    assert error.startswith("error[E_UNSAFE]: an index folder could run code — ") and name in error
     assert not canary.exists()
 
 

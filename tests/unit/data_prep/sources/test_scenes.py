@@ -22,7 +22,7 @@ from clipwright.data_prep.sources.scenes import drawing
 from clipwright.data_prep.sources.scenes.grammar import ENGLISH, KOREAN, Grammar, Scene, particle
 from clipwright.data_prep.sources.scenes.source import held_out
 from clipwright.pipeline import pixels
-from clipwright.pipeline.core.captions import normalise
+from clipwright.pipeline.core.captions import normalize
 
 
 def build(**fields: Any) -> Source:
@@ -197,7 +197,7 @@ def test_rows_correspond_between_languages() -> None:
         assert (ours["count"], ours["held_out"]) == (theirs["count"], theirs["held_out"])
         for text in map(str, other.captions):
             assert theirs["colour"] in text and theirs["shape"] in text and not re.search("[a-zA-Z{}]", text)
-            assert normalise(text) == text
+            assert normalize(text) == text
 
 
 def looks(difficulty: str, count: int = 400) -> dict[str, float]:
@@ -316,5 +316,5 @@ def test_rejects_preserve_korean_text(
     assert row["captions"] == ["빨간 원", "원은 빨간색이다"] and row["shape"] == "원" and "쌍" in row["source"]
     merged, broken = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
     assert merged["reason"] == "merged" and '"shape":"원"' in merged["record"] and "쌍" in merged["source"]
-    assert normalise(json.loads(merged["record"])["captions"][0]) == "원은 빨간색이다"
+    assert normalize(json.loads(merged["record"])["captions"][0]) == "원은 빨간색이다"
     assert broken["reason"] == "E_IMG_FORMAT" and "쌍" in broken["source"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clipwright.pipeline.core import files
-from clipwright.pipeline.core.captions import MAX_BYTES, CaptionError, normalise
+from clipwright.pipeline.core.captions import MAX_BYTES, CaptionError, normalize
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.folders import records
 
@@ -88,8 +88,8 @@ def test_check_files_sees_a_flipped_bit_a_cut_and_a_missing_file(tmp_path: Path)
     ],
 )
 def test_captions_have_one_normal_form(text: str, want: str) -> None:
-    assert normalise(text) == want
-    assert normalise(want) == want
+    assert normalize(text) == want
+    assert normalize(want) == want
 
 
 @pytest.mark.parametrize(
@@ -103,5 +103,5 @@ def test_captions_have_one_normal_form(text: str, want: str) -> None:
 )
 def test_captions_that_cannot_be_kept_say_why(text: str, code: str) -> None:
     with pytest.raises(CaptionError) as caught:
-        normalise(text)
+        normalize(text)
     assert caught.value.args[0] == code

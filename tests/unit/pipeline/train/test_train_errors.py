@@ -93,7 +93,7 @@ def test_a_refused_command_leaves_other_folders_alone(scenes: Path, tmp_path: Pa
     assert line.startswith("error[E_USAGE]") and "'='" in line and "train --help" in line
     (tmp_path / "file").write_text("mine")
     line = cli.error("train", *small.settings, f"data.train={scenes}", "-o", "file/run", code=1)
-    assert line.startswith("error[E_SYSTEM]") and "file" in line and "mend the path" in line
+    assert line.startswith("error[E_SYSTEM]") and "file" in line and "fix the path" in line
     line = cli.error("train", *small.settings, f"data.train={scenes}", "-o", "file", code=2)
     assert line.startswith("error[E_OUTPUT]") and (tmp_path / "file").read_text() == "mine"
 
