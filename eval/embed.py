@@ -80,6 +80,7 @@ class EmbedConfig:
     what: Literal["image", "text"] = "image"
     """`image`: one row per sample; `text`: one row per caption."""
     runtime: EmbedRuntime = EmbedRuntime()
+    """How embedding uses the machine. Not part of the folder's identity."""
 
 
 def _accelerate_state() -> PartialState:

@@ -36,6 +36,7 @@ class EvalConfig:
     index: str | None = None
     """Index folder."""
     runtime: EvalRuntime = EvalRuntime()
+    """How evaluation uses the machine. Not part of the report's identity."""
 
 
 def run(resolved: Resolved[EvalConfig], out: Path | None, *, quiet: bool, fresh: bool) -> tuple[dict[str, Any], str]:

@@ -26,6 +26,7 @@ class BenchmarkConfig:
     """The field that every benchmark's config has."""
 
     name: str
+    """Name of the benchmark."""
 
 
 @configclass

@@ -9,19 +9,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import shlex
-import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from clipwright.pipeline.core.command import Call, Outcome
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.nearest import nearest
+from clipwright.pipeline.core.tables import wrap
 
 if TYPE_CHECKING:
     from clipwright.pipeline.core.config import Resolved
@@ -173,17 +169,8 @@ def report(context: Context) -> Outcome:
 
 def table(results: dict[str, CheckResult]) -> str:
     """Formats status, check, found, need, fix: wrapped on a terminal, one line per check elsewhere."""
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("", "check", "found", "need", "fix"):
-        grid.add_column(title, no_wrap=title in ("", "check"), overflow="fold")
-    for name, result in results.items():
-        cells = [Text(" ".join(cell.split())) for cell in (name, result.found, result.need, result.fix)]
-        grid.add_row(Text(result.status, _STYLES[result.status]), *cells)
-    width = None if sys.stdout.isatty() else 10_000
-    console = Console(file=sys.stdout, width=width, highlight=False)
-    with console.capture() as captured:
-        console.print(grid)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    rows = [[result.status, name, result.found, result.need, result.fix] for name, result in results.items()]
+    return wrap(["", "check", "found", "need", "fix"], rows, fixed=2, styles=_STYLES)
 
 
 def failure(context: Context) -> ClipwrightError | None:

@@ -16,6 +16,7 @@ class RecipeConfig:
     """The field that every recipe's config has. Further fields are stored in the index manifest."""
 
     name: str
+    """Name of the recipe."""
 
 
 @dataclass(frozen=True)
