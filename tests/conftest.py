@@ -1,4 +1,4 @@
-"""Shared fixtures, and the rule that a test may be skipped only for a reason in allowed-skips.txt."""
+"""Shared fixtures, and the rule that a test may be skipped only for a reason listed in allowed-skips.txt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shape_checks import install_shape_checks
 
 install_shape_checks()
 sys.modules.setdefault("conftest_root", sys.modules[__name__])
-# A shell starts background jobs deaf to Ctrl-C, and so would be every command that a test interrupts.
+# A shell starts background jobs with SIGINT ignored, and commands that a test interrupts would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -37,26 +37,28 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     for report in reporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         if reason.removeprefix("Skipped: ") not in ALLOWED:
-            reporter.write_line(f"not an allowed reason to skip: {report.nodeid}: {reason}", red=True)
+            reporter.write_line(
+                f"skipped for a reason that is not in allowed-skips.txt: {report.nodeid}: {reason}", red=True
+            )
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_rank_left() -> Iterator[None]:
-    """A file whose tests leave a rank's variables behind would make ranks of the commands of the next file."""
+def _no_launcher_variables_left() -> Iterator[None]:
+    """Fails a file whose tests leave launcher variables set: commands of the next file would start as ranks."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ.get(name) for name in names}
     yield
-    left = {name: os.environ.get(name) for name in names}
+    after = {name: os.environ.get(name) for name in names}
     for name in names:
-        if left[name] is not None and before[name] is None:
+        if after[name] is not None and before[name] is None:
             del os.environ[name]
-    assert left == before
+    assert after == before
 
 
 @functools.cache
 def fork_server() -> ForkServer:
-    """The one of this session."""
+    """Returns the fork server of this session."""
     folder = tempfile.TemporaryDirectory()
     server = ForkServer(Path(folder.name))
     atexit.register(folder.cleanup)
@@ -65,24 +67,29 @@ def fork_server() -> ForkServer:
 
 
 class Cli:
-    """Runs `clipwright` as a user would, in a folder of its own."""
+    """Runs `clipwright` as a user would, in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __call__(
-        self, *words: object, code: int = 0, ranks: int = 0, env: dict[str, str] | None = None, timeout: float = 240
+        self, *arguments: object, code: int = 0, ranks: int = 0, env: dict[str, str] | None = None, timeout: float = 240
     ) -> subprocess.CompletedProcess[str]:
-        """ranks: as by torchrun; env: what a process of its own, or torchrun itself, sees from its first import on."""
-        told, around = list(map(str, words)), {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        """Runs a command and checks its exit code.
+
+        ranks: number of ranks, 0 for one process without a launcher. env: variables that must be set before Python
+        starts; with them the command (or torchrun) runs in a new interpreter instead of a fork.
+        """
+        command = [str(argument) for argument in arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
         if env is None:
-            done = fork_server().run(told, self.folder, around, timeout, ranks)
+            done = fork_server().run(command, self.folder, environment, timeout, ranks)
         else:
             launcher = ["torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m"] if ranks else []
             done = subprocess.run(
-                [sys.executable, "-m", *launcher, "clipwright", *told],
+                [sys.executable, "-m", *launcher, "clipwright", *command],
                 cwd=self.folder,
-                env=around,
+                env=environment,
                 capture_output=True,
                 text=True,
                 timeout=timeout,
@@ -91,13 +98,13 @@ class Cli:
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
-    def json(self, *words: object, **options: Any) -> Any:
-        """The one JSON object a command prints with --json as its only stdout."""
-        return json.loads(self(*words, "--json", **options).stdout)
+    def json(self, *arguments: object, **options: Any) -> Any:
+        """Returns the JSON object that a command prints with --json as its only stdout."""
+        return json.loads(self(*arguments, "--json", **options).stdout)
 
-    def error(self, *words: object, code: int) -> str:
-        """The error line of a failing command: its last line on stderr."""
-        done = self(*words, code=code)
+    def error(self, *arguments: object, code: int) -> str:
+        """Returns the error line of a failing command: its last line on stderr."""
+        done = self(*arguments, code=code)
         assert "Traceback" not in done.stderr, done.stderr
         return done.stderr.strip().splitlines()[-1]
 
@@ -109,7 +116,7 @@ def cli(tmp_path: Path) -> Cli:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The development-only photo sets beside the checkout."""
+    """Returns the folder of photo sets beside the checkout, for development only."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("no ../shared/data")
@@ -118,36 +125,37 @@ def shared_data() -> Path:
 
 @dataclass
 class Look:
-    """What a browser made of a page."""
+    """How a page looked in a browser."""
 
-    errors: list[str]  # of its console and of the page
-    requests: list[str]  # every address asked for but the page's own and data:
+    errors: list[str]  # of the console and of the page
+    requests: list[str]  # all requested addresses except the page's own and data: URLs
     overflow: int  # pixels by which the document is wider than the window
     text: str
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """Headless Chromium: $CLIPWRIGHT_CHROMIUM, or the one on PATH."""
-    names = (os.environ.get("CLIPWRIGHT_CHROMIUM"), "chromium", "google-chrome")
-    program = next((found for name in names if name and (found := shutil.which(name))), None)
-    if program is None:
+    """Starts headless Chromium: $CLIPWRIGHT_CHROMIUM, or the one on PATH."""
+    names = [os.environ.get("CLIPWRIGHT_CHROMIUM", ""), "chromium", "google-chrome"]
+    programs = [path for path in map(shutil.which, filter(None, names)) if path is not None]
+    if not programs:
         pytest.skip("no Chromium")
     from playwright.sync_api import sync_playwright
 
-    # It neither updates nor reports: the only traffic is the page's.
-    words = ("no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking", "disable-component-update")
+    # Without updates and reports, so that all traffic is the page's.
+    flags = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
+    flags += ["--disable-background-networking", "--disable-component-update"]
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=[f"--{word}" for word in words])
+        chromium = playwright.chromium.launch(executable_path=programs[0], args=flags)
         yield chromium
         chromium.close()
 
 
 @pytest.fixture
 def look(browser: Any) -> Callable[..., Look]:
-    """`look(page, width, shot=None)` opens a file in a window of that width; `shot`: where its picture goes."""
+    """`look(page, width, screenshot=None)` opens a file in a window of that width; `screenshot`: a path to write."""
 
-    def open_page(page: Path, width: int, shot: Path | None = None) -> Look:
+    def open_page(page: Path, width: int, screenshot: Path | None = None) -> Look:
         context = browser.new_context(viewport={"width": width, "height": 900})
         try:
             tab = context.new_page()
@@ -159,10 +167,10 @@ def look(browser: Any) -> Callable[..., Look]:
             address = page.resolve().as_uri()
             tab.goto(address, wait_until="networkidle")
             overflow = tab.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-            if shot is not None:
-                tab.screenshot(path=str(shot), full_page=True)
-            asked = [url for url in requests if url != address and not url.startswith("data:")]
-            return Look(errors, asked, max(0, overflow), tab.inner_text("body"))
+            if screenshot is not None:
+                tab.screenshot(path=str(screenshot), full_page=True)
+            others = [url for url in requests if url != address and not url.startswith("data:")]
+            return Look(errors, others, max(0, overflow), tab.inner_text("body"))
         finally:
             context.close()
 

@@ -1,4 +1,4 @@
-"""What may import what, what `--help` may load, and that every error code is provoked by a test."""
+"""Imports that are not allowed, what `--help` may load, and that a test provokes every error code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEAVY = ("torch", "transformers", "webdataset", "deepspeed", "accelerate", "fais
 
 
 def loaded_by(code: str) -> set[str]:
-    """Which heavy libraries a fresh interpreter holds after `code`."""
+    """Returns which heavy libraries a fresh interpreter has loaded after `code`."""
     end = f"\nimport sys\nprint('LOADED', *[m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code + end], capture_output=True, text=True, check=True)
     return set(done.stdout.rsplit("LOADED", 1)[1].split())
@@ -29,15 +29,15 @@ def test_help_loads_no_heavy_library() -> None:
 
 
 @pytest.mark.parametrize("module", ["errors", "registry", "config", "files", "captions", "log", "command"])
-def test_the_core_knows_no_torch(module: str) -> None:
+def test_core_does_not_import_torch(module: str) -> None:
     assert not loaded_by(f"import clipwright.pipeline.core.{module}") & {"torch", "transformers", "webdataset"}
 
 
-def test_prep_reaches_torch_inside_workers_only() -> None:
+def test_prep_imports_torch_in_workers_only() -> None:
     assert "torch" not in loaded_by("import clipwright.data_prep.build.pack")
 
 
-def test_the_public_api() -> None:
+def test_public_api() -> None:
     import clipwright
 
     for name in clipwright.__all__:
@@ -46,7 +46,7 @@ def test_the_public_api() -> None:
         _ = clipwright.no_such_thing
 
 
-def test_deepspeed_has_one_importer_and_torch_distributed_stays_out_of_models() -> None:
+def test_one_module_imports_deepspeed_and_models_do_not_use_torch_distributed() -> None:
     for path in [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("data_prep/**/*.py"), *ROOT.glob("eval/**/*.py")]:
         text = path.read_text(encoding="utf-8")
         if path.relative_to(ROOT).as_posix() != "pipeline/train/engine.py":
@@ -55,6 +55,6 @@ def test_deepspeed_has_one_importer_and_torch_distributed_stays_out_of_models() 
             assert "torch.distributed" not in text.replace("torch.distributed or DeepSpeed", ""), path
 
 
-def test_every_error_code_is_provoked_by_a_test() -> None:
+def test_every_error_code_appears_in_a_test() -> None:
     tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("**/test_*.py"))
     assert [code for code in CODES if code not in tests] == []

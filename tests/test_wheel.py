@@ -1,4 +1,4 @@
-"""What an installed wheel gives: one import name, whatever folders lie in the current directory."""
+"""The installed wheel: one import name, whatever folders the current directory has."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
-def test_the_wheel_holds_the_package_its_data_and_its_licences(wheel: Path) -> None:
+def test_wheel_contains_the_package_its_data_and_its_licenses(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"clipwright", f"clipwright-{wheel.name.split('-')[1]}.dist-info"}
@@ -39,12 +39,12 @@ def test_the_wheel_holds_the_package_its_data_and_its_licences(wheel: Path) -> N
         "clipwright/eval/prompts/openai.json",
     ):
         assert part in names
-    licences = [name for name in names if name.endswith(("/LICENSE", "/THIRD-PARTY-NOTICES"))]
-    assert len(licences) == 2
+    licenses = [name for name in names if name.endswith(("/LICENSE", "/THIRD-PARTY-NOTICES"))]
+    assert len(licenses) == 2
 
 
-def test_an_installed_wheel_runs_beside_decoys(wheel: Path, tmp_path: Path) -> None:
-    """`eval.py`, `pipeline/` and `data_prep/` of a user's own must not shadow ours, under any way of starting."""
+def test_installed_wheel_ignores_folders_of_the_same_names(wheel: Path, tmp_path: Path) -> None:
+    """A user's own `eval.py`, `pipeline/` and `data_prep/` must not shadow ours, however the command is started."""
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     python = venv / "bin" / "python"
@@ -63,10 +63,10 @@ def test_an_installed_wheel_runs_beside_decoys(wheel: Path, tmp_path: Path) -> N
         [str(python), "-m", "clipwright"],
         [*torchrun, "-m", "clipwright"],
     ):
-        for words in (["list", "losses", "--json"], ["config", "show", "train", "photos"], ["prep", "--help"]):
-            done = subprocess.run([*start, *words], cwd=work, env=env, capture_output=True, text=True, check=False)
+        for arguments in (["list", "losses", "--json"], ["config", "show", "train", "photos"], ["prep", "--help"]):
+            done = subprocess.run([*start, *arguments], cwd=work, env=env, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
             assert "decoy" not in done.stdout + done.stderr
-    where = "import clipwright.eval.embed, clipwright; print(clipwright.__file__)"
-    done = subprocess.run([str(python), "-c", where], cwd=work, env=env, capture_output=True, text=True, check=False)
+    code = "import clipwright.eval.embed, clipwright; print(clipwright.__file__)"
+    done = subprocess.run([str(python), "-c", code], cwd=work, env=env, capture_output=True, text=True, check=False)
     assert done.stdout.startswith(str(inner)), (done.stdout, done.stderr)

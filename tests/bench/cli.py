@@ -1,4 +1,4 @@
-"""How long the command line takes to say what it can do: `python tests/bench/cli.py [--quick]`."""
+"""CPU time of `clipwright --help`: `python tests/bench/cli.py [--quick]`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 
 
 def cpu_seconds(*command: str) -> float:
-    """User and system seconds of a child."""
+    """Returns user and system seconds of a child process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -27,7 +27,7 @@ def main() -> None:
     pairs = [
         (cpu_seconds("-m", "clipwright", "--help"), cpu_seconds("-c", "import torch, transformers"))
         for _ in range(runs + 1)
-    ][1:]  # the first reads the files into memory
+    ][1:]  # the first run loads the files into the page cache
     line = {
         "case": "help",
         "metric": "cpu_seconds",
@@ -35,7 +35,7 @@ def main() -> None:
         "ours": round(statistics.median(ours for ours, _ in pairs), 3),
         "reference": round(statistics.median(reference for _, reference in pairs), 3),
         "ratio": round(statistics.median(reference / ours for ours, reference in pairs), 2),
-        "reference_is": "importing torch and transformers, as a command line does that imports its work at the top",
+        "reference_is": "importing torch and transformers, as a command line that imports its libraries at the top does",
         "runs": runs,
     }
     print(json.dumps(line))

@@ -1,6 +1,6 @@
-"""Runs `clipwright WORDS` in forks of a process that has the libraries loaded already: seconds saved at each start.
+"""Runs `clipwright` in forks of a process that has already loaded the libraries, which saves seconds per command.
 
-`python fork_server.py` reads a request a line and answers it with an exit code a line.
+`python fork_server.py` reads one request per line and answers each with an exit code.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ["torch._dynamo", "torch.utils.tensorboard", "deepspeed", "webdataset", "clipwright.pipeline.train.trainer"]
-LIBRARIES += [
+LIBRARIES = [
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "deepspeed",
+    "webdataset",
+    "clipwright.pipeline.train.trainer",
     "clipwright.cli",
     "clipwright.pipeline.train.export",
     "clipwright.data_prep.build.pack",
@@ -26,10 +30,10 @@ LIBRARIES += [
 
 
 class ForkServer:
-    """A server and its requests, one at a time."""
+    """The server process, which runs one command at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: where what the commands print is kept meanwhile."""
+        """folder: for the output of the running command."""
         self.folder = folder
         self.process = subprocess.Popen(
             [sys.executable, __file__],
@@ -41,33 +45,35 @@ class ForkServer:
         )
 
     def run(
-        self, words: list[str], cwd: Path, env: dict[str, str], timeout: float, ranks: int = 0
+        self, arguments: list[str], cwd: Path, env: dict[str, str], timeout: float, ranks: int = 0
     ) -> subprocess.CompletedProcess[str]:
-        """What `subprocess.run` makes of `clipwright WORDS`, or of torchrun with so many ranks of it."""
+        """Runs `clipwright ARGUMENTS`, as `ranks` ranks if that is not 0, and returns what `subprocess.run` would."""
         assert self.process.stdin is not None and self.process.stdout is not None
         out, err = self.folder / "out", self.folder / "err"
         for path in (out, err):
             path.write_bytes(b"")
-        request: dict[str, Any] = {"words": words, "cwd": str(cwd), "timeout": timeout}
+        request: dict[str, Any] = {"arguments": arguments, "cwd": str(cwd), "timeout": timeout}
         request |= {"out": str(out), "err": str(err), "env": [env]}
         if ranks:
             with socket.create_server(("127.0.0.1", 0)) as free:
                 group = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": free.getsockname()[1]}
             group |= {"MASTER_ADDR": "127.0.0.1"}
-            places = [{**group, "RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
-            request["env"] = [env | {name: str(value) for name, value in place.items()} for place in places]
+            request["env"] = []
+            for rank in range(ranks):
+                launcher = {**group, "RANK": rank, "LOCAL_RANK": rank}
+                request["env"].append({**env, **{name: str(value) for name, value in launcher.items()}})
         print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         assert answer, (self.folder / "log").read_text(encoding="utf-8")
-        told = [path.read_text(encoding="utf-8") for path in (out, err)]
-        return subprocess.CompletedProcess(["clipwright", *words], int(answer), *told)
+        printed = [path.read_text(encoding="utf-8") for path in (out, err)]
+        return subprocess.CompletedProcess(["clipwright", *arguments], int(answer), *printed)
 
     def close(self) -> None:
         self.process.communicate(timeout=30)
 
 
 def serve() -> None:
-    """Answers requests until their end; only a fork leaves otherwise."""
+    """Answers requests until standard input ends; a forked child returns after its command."""
     answers = os.fdopen(os.dup(1), "w")
     for name in LIBRARIES:
         __import__(name)
@@ -78,7 +84,7 @@ def serve() -> None:
         for env in request["env"]:
             if (pid := os.fork()) == 0:
                 answers.close()
-                become(request, env)
+                run_command(request, env)
                 return
             pids.append(pid)
         killer = threading.Timer(request["timeout"], lambda pids=pids: [os.kill(pid, signal.SIGKILL) for pid in pids])
@@ -88,15 +94,15 @@ def serve() -> None:
         print(codes[0] if len(codes) == 1 else int(any(codes)), file=answers, flush=True)
 
 
-def become(request: dict[str, Any], env: dict[str, str]) -> None:
-    """The command itself, from here to the end of the process."""
+def run_command(request: dict[str, Any], env: dict[str, str]) -> None:
+    """Runs the command in this forked process, which ends with it."""
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(env)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(request[name], os.O_WRONLY | os.O_APPEND), number)
-    sys.argv = ["clipwright", *request["words"]]
+    sys.argv = ["clipwright", *request["arguments"]]
     from clipwright.cli import main
 
     main()

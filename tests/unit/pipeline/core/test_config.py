@@ -92,7 +92,7 @@ def test_text_is_taken_verbatim_and_the_rest_as_yaml() -> None:
         ("shape=box", "E_CONFIG_VALUE", "shape", "shape.name=box"),
     ],
 )
-def test_errors_name_the_place_and_the_remedy(override: str, code: str, culprit: str, remedy: str) -> None:
+def test_errors_name_the_key_and_the_remedy(override: str, code: str, culprit: str, remedy: str) -> None:
     with pytest.raises(ClipwrightError) as caught:
         resolve(Whole, overrides=[override])
     line = str(caught.value)
@@ -102,9 +102,9 @@ def test_errors_name_the_place_and_the_remedy(override: str, code: str, culprit:
 
 
 def test_schema_names_presets_and_forbids_other_keys() -> None:
-    made = schema(Whole)
-    assert made["additionalProperties"] is False
-    names = {n for d in made["$defs"].values() for n in d["properties"].get("name", {}).get("enum", [])}
+    result = schema(Whole)
+    assert result["additionalProperties"] is False
+    names = {n for d in result["$defs"].values() for n in d["properties"].get("name", {}).get("enum", [])}
     assert {"ball", "disc"} <= names
 
 

@@ -1,4 +1,4 @@
-"""Progress on a terminal, in a job's log, and when it is interrupted."""
+"""Progress on a terminal, in a job's log, and when interrupted; durations."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.log import Progress, format_duration
 
-# Works through a few items, saying a line in the middle; waits at item 3 until a file is gone.
+# Processes five items and prints a line in the middle; waits at item 3 while a file named gate exists.
 WORK = """
 import os, sys, time
 from clipwright.pipeline.core.log import Progress
@@ -24,7 +24,7 @@ with Progress("count", 5, "things", quiet="--quiet" in sys.argv) as progress:
         progress.add(1, failed=number == 1)
         if number == 2:
             with progress.above():
-                print("a line of words", flush=True)
+                print("a line of text", flush=True)
         if number == 3 and "--blunt" in sys.argv:
             print("not above the bar", flush=True)
         time.sleep(0.05)
@@ -33,18 +33,18 @@ with Progress("count", 5, "things", quiet="--quiet" in sys.argv) as progress:
 print("done", flush=True)
 """
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
-COLOUR = re.compile(r"\x1b\[[\d;]*(3[0-8]|4[0-8]|9[0-7]|10[0-7])[\d;]*m")
+COLOR = re.compile(r"\x1b\[[\d;]*(3[0-8]|4[0-8]|9[0-7]|10[0-7])[\d;]*m")
 
 
 class Terminal:
-    """A child whose stderr (and stdout, unless it goes elsewhere) is a pseudo-terminal."""
+    """A child process whose stderr (and stdout, unless it is redirected) is a pseudo-terminal."""
 
-    def __init__(self, folder: Path, *words: str, stdout: int | None = None, **env: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, stdout: int | None = None, **env: str) -> None:
         self.master, inside = os.openpty()
         drop = ("NO_COLOR", "FORCE_COLOR", "TERM", "COLORTERM", "TTY_COMPATIBLE")
         environment = {k: v for k, v in os.environ.items() if k not in drop}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WORK, *words],
+            [sys.executable, "-c", WORK, *arguments],
             cwd=folder,
             stderr=inside,
             stdout=inside if stdout is None else stdout,
@@ -54,7 +54,7 @@ class Terminal:
         self.text = ""
 
     def read(self, until: str | None = None) -> str:
-        """All it prints, or what it prints until `until` stands there."""
+        """Returns everything that the child prints, or everything until `until` appears."""
         deadline = time.monotonic() + 60
         while until is None or until not in self.text:
             assert time.monotonic() < deadline, self.text
@@ -71,38 +71,38 @@ class Terminal:
         return self.text
 
 
-def test_a_terminal_gets_a_bar_that_is_gone_at_the_end(tmp_path: Path) -> None:
+def test_terminal_bar_is_erased_at_the_end(tmp_path: Path) -> None:
     text = Terminal(tmp_path).read()
     assert HIDE in text and text.rindex(SHOW) > text.rindex(HIDE)
-    assert COLOUR.search(text) and "count (things)" in text and re.search(r"eta \d+s", text) and "failed 1" in text
+    assert COLOR.search(text) and "count (things)" in text and re.search(r"eta \d+s", text) and "failed 1" in text
     assert re.search(r"[1-5]/5", text)
     last = text[text.rindex(SHOW) :]
     assert "done" in last and "count" not in last
-    # The line stands on a line of its own: the bar was taken away before, by erasing it.
-    before = text[: text.index("a line of words")]
+    # The line is printed on its own line: the bar was erased before.
+    before = text[: text.index("a line of text")]
     assert before.rindex("\x1b[2K") > before.rindex("count (things)")
 
 
-def test_no_color_is_honoured(tmp_path: Path) -> None:
+def test_no_color_is_honored(tmp_path: Path) -> None:
     text = Terminal(tmp_path, NO_COLOR="1").read()
-    assert "count (things)" in text and not COLOUR.search(text)
+    assert "count (things)" in text and not COLOR.search(text)
 
 
-def test_words_on_stdout_do_not_go_to_the_terminal(tmp_path: Path) -> None:
+def test_redirected_stdout_stays_out_of_the_terminal(tmp_path: Path) -> None:
     with (tmp_path / "out").open("wb") as out:
         text = Terminal(tmp_path, "--blunt", stdout=out.fileno()).read()
-    assert (tmp_path / "out").read_text() == "a line of words\nnot above the bar\ndone\n"
-    assert "count (things)" in text and "a line of words" not in text and "not above" not in text
+    assert (tmp_path / "out").read_text() == "a line of text\nnot above the bar\ndone\n"
+    assert "count (things)" in text and "a line of text" not in text and "not above" not in text
 
 
-def test_quiet_shows_nothing(tmp_path: Path) -> None:
-    assert Terminal(tmp_path, "--quiet").read().replace("\r\n", "\n") == "a line of words\ndone\n"
+def test_quiet_shows_no_progress(tmp_path: Path) -> None:
+    assert Terminal(tmp_path, "--quiet").read().replace("\r\n", "\n") == "a line of text\ndone\n"
 
 
-def test_an_interrupt_gives_the_cursor_back(tmp_path: Path) -> None:
+def test_interrupt_restores_the_cursor(tmp_path: Path) -> None:
     (tmp_path / "gate").touch()
     terminal = Terminal(tmp_path)
-    terminal.read("a line of words")
+    terminal.read("a line of text")
     terminal.read("3/5")
     terminal.process.send_signal(signal.SIGINT)
     text = terminal.read()
@@ -110,7 +110,7 @@ def test_an_interrupt_gives_the_cursor_back(tmp_path: Path) -> None:
     assert "count (things)" not in text[text.rindex(SHOW) :]
 
 
-def test_an_interrupt_while_the_bar_is_first_drawn_gives_the_cursor_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_during_the_first_draw_restores_the_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
     class Screen(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -129,7 +129,7 @@ def test_an_interrupt_while_the_bar_is_first_drawn_gives_the_cursor_back(monkeyp
     assert HIDE in text and text.rindex(SHOW) > text.rindex(HIDE)
 
 
-def test_elsewhere_it_is_plain_lines_at_intervals(
+def test_without_a_terminal_progress_is_plain_lines_at_intervals(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
@@ -139,16 +139,16 @@ def test_elsewhere_it_is_plain_lines_at_intervals(
             clock[0] += 4
             progress.add(100, failed=1)
         with progress.above():
-            print("a line of words")
+            print("a line of text")
     printed = capsys.readouterr()
     assert printed.err.splitlines() == [
         "prep 300/4000 rows  25/s  eta 2m28s  failed 3",
         "prep 600/4000 rows  25/s  eta 2m16s  failed 6",
     ]
-    assert printed.out == "a line of words\n"
+    assert printed.out == "a line of text\n"
 
 
-def test_what_an_earlier_start_did_counts_as_done_but_not_for_the_rate(
+def test_already_done_work_does_not_count_toward_the_rate(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
@@ -160,3 +160,11 @@ def test_what_an_earlier_start_did_counts_as_done_but_not_for_the_rate(
         clock[0] += 20
         progress.add(10)
     assert capsys.readouterr().err == "prep 9010/100000 rows  1.0/s  eta 25h16m\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0s"), (59.4, "59s"), (59.6, "1m00s"), (148, "2m28s"), (3600, "1h00m"), (90_960, "25h16m")],
+)
+def test_format_duration(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
