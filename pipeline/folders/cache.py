@@ -41,8 +41,10 @@ class CacheConfig:
 class CachedRuntime:
     """What a section `runtime` says of remote shards."""
 
-    cache_dir: str = ""  # where they are kept; by default in the user's cache folder
-    cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0  # of each remote dataset, in each process
+    cache_dir: str = ""
+    """Folder for the shards of remote datasets; empty: clipwright/ in $XDG_CACHE_HOME or ~/.cache."""
+    cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
+    """Gigabytes of each remote dataset that each process may keep."""
 
     @property
     def cache(self) -> CacheConfig:
