@@ -151,10 +151,10 @@ def _array_error(config: LaunchConfig, inner: list[str], what: str) -> Clipwrigh
 
 def _not_launchable(given: list[str], inner: list[str]) -> ClipwrightError:
     ranks, arrays = ", ".join(RANK_VERBS), " and ".join(ARRAY_VERBS)
-    command = repr(inner[0]) if inner else "no command"
+    problem = f"{inner[0]!r} cannot be launched in this way" if inner else "no command to launch is given"
     return ClipwrightError(
         "E_USAGE",
-        f"{command} cannot be launched in this way",
+        problem,
         where=shlex.join(["launch", *given]),
         found=f"{ranks} run as ranks, {arrays} as a Slurm array of parts",
         fix="put `launch CONFIG` before a command: clipwright launch torchrun processes=2 train photos … -o RUN",
