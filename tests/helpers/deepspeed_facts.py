@@ -1,7 +1,7 @@
-"""What the ranks of test_deepspeed.py do: `python deepspeed_facts.py OUT` forks two, tries each fact about DeepSpeed in
-them, and writes what rank 0 saw as JSON.
+"""The ranks of test_deepspeed.py: `python deepspeed_facts.py OUT` forks two, which try each fact about DeepSpeed, and
+writes what rank 0 measured as JSON.
 
-Each function below is named for a fact and gives numbers or words for it; an error that is the fact is given by name.
+Each function below is named after a fact and returns numbers or text for it; if the fact is an error, its message.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import clipwright.pipeline.train.engine  # noqa: F401  before DeepSpeed: switches its C++ off
+import clipwright.pipeline.train.engine  # noqa: F401  before DeepSpeed: switches off its C++ extension
 from clipwright.pipeline.distributed.group import World, all_gather_object, process_group
 from clipwright.pipeline.train.optimizer_state import read_state, state_layout, state_slices
 
@@ -40,7 +40,7 @@ def fact(work: Callable[[World], Any]) -> Callable[[World], Any]:
 
 
 class Two(nn.Module):
-    """Two towers in one module, as ours are."""
+    """Two towers in one module, like ours."""
 
     def __init__(self, extra: nn.Module | None = None) -> None:
         super().__init__()
@@ -57,8 +57,8 @@ class Two(nn.Module):
 
 
 def inputs(rank: int, step: int = 0) -> tuple[Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(100 * step + rank)
-    return torch.randn(6, 4, generator=draw), torch.randn(6, 5, generator=draw)
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(6, 4, generator=generator), torch.randn(6, 5, generator=generator)
 
 
 def cost(image: Tensor, text: Tensor) -> Tensor:
@@ -67,8 +67,12 @@ def cost(image: Tensor, text: Tensor) -> Tensor:
 
 def initialize(module: nn.Module, optimizer: Any = None, **settings: Any) -> Any:
     config: dict[str, Any] = {
-        **{"train_micro_batch_size_per_gpu": 6, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0},
-        **{"zero_allow_untested_optimizer": True, "steps_per_print": 2**31, **settings},
+        "train_micro_batch_size_per_gpu": 6,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        **settings,
     }
     config = {key: value for key, value in config.items() if value is not None}
     optimizer = optimizer or torch.optim.SGD(module.parameters(), lr=0.5)
@@ -82,13 +86,13 @@ def staged(zero: int) -> dict[str, Any]:
 
 
 def weights(engine: Any) -> dict[str, Tensor]:
-    made = {}
+    gathered = {}
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters(
             [parameter], modifier_rank=None, enabled=engine.zero_optimization_stage() == 3
         ):
-            made[name] = parameter.detach().clone()
-    return made
+            gathered[name] = parameter.detach().clone()
+    return gathered
 
 
 def step(engine: Any, world: World, number: int = 0) -> None:
@@ -97,7 +101,7 @@ def step(engine: Any, world: World, number: int = 0) -> None:
 
 
 def plain(world: World, steps: int = 1, clip: float = 0.0, lr: float = 0.5) -> tuple[dict[str, Tensor], list[float]]:
-    """The same by torch alone: the gradient is the mean over ranks."""
+    """Trains with torch only: the gradient is the mean over ranks. Returns weights and gradient norms."""
     module = Two()
     optimizer, norms = torch.optim.SGD(module.parameters(), lr=lr), []
     for number in range(steps):
@@ -109,7 +113,7 @@ def plain(world: World, steps: int = 1, clip: float = 0.0, lr: float = 0.5) -> t
     return {name: p.detach() for name, p in module.named_parameters()}, norms
 
 
-def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
 
 
@@ -125,7 +129,7 @@ def error_of(work: Callable[[], Any]) -> str:
 
 
 @fact
-def no_cpp_is_built_once_the_op_is_switched_off(world: World) -> Any:
+def no_cpp_is_compiled_with_the_op_switched_off(world: World) -> Any:
     from deepspeed.comm.torch import build_shm_op
 
     built: list[str] = []
@@ -141,17 +145,17 @@ def no_cpp_is_built_once_the_op_is_switched_off(world: World) -> Any:
 
 
 @fact
-def the_accelerator_is_the_cpu(world: World) -> Any:
+def accelerator_is_the_cpu(world: World) -> Any:
     return get_accelerator().device_name()
 
 
 @fact
-def without_a_launchers_variables_it_asks_for_mpi(world: World) -> Any:
-    """Where it is to make the group; told that there is one, it still wants one variable."""
+def without_launcher_variables_it_requires_mpi(world: World) -> Any:
+    """If it should create the group; with an existing group it still needs one variable."""
     kept = os.environ.pop("LOCAL_RANK")
     try:
-        told = error_of(lambda: initialize(Two()))
-        return [error_of(lambda: deepspeed.init_distributed("gloo", dist_init_required=True)), told]
+        with_group = error_of(lambda: initialize(Two()))
+        return [error_of(lambda: deepspeed.init_distributed("gloo", dist_init_required=True)), with_group]
     finally:
         os.environ["LOCAL_RANK"] = kept
 
@@ -160,7 +164,7 @@ def without_a_launchers_variables_it_asks_for_mpi(world: World) -> Any:
 
 
 @fact
-def a_parameter_without_dimensions_crashes(world: World) -> Any:
+def zero_dimensional_parameter_crashes(world: World) -> Any:
     class Scale(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -175,8 +179,8 @@ def a_parameter_without_dimensions_crashes(world: World) -> Any:
 
 
 @fact
-def a_clamp_behind_the_step_is_lost_under_zero(world: World) -> Any:
-    """Set to zero after each step, a weight goes on from where the master copy is."""
+def clamp_after_the_step_is_lost_under_zero(world: World) -> Any:
+    """A weight that is set to zero after each step continues from its master copy."""
     found = {}
     for zero in (0, 1, 2):
         engine, seen = initialize(Two(), **staged(zero)), []
@@ -190,14 +194,14 @@ def a_clamp_behind_the_step_is_lost_under_zero(world: World) -> Any:
 
 
 @fact
-def a_parameter_is_empty_outside_forward_under_stage_3(world: World) -> Any:
+def parameter_is_empty_outside_forward_under_stage_3(world: World) -> Any:
     engine = initialize(Two(), **staged(3))
     return [engine.module.image.weight.numel(), weights(engine)["image.weight"].numel()]
 
 
 @fact
-def clipping_left_out_means_one_and_zero_means_none(world: World) -> Any:
-    """How far one step is from the plain one without clipping, and with clipping at 1."""
+def missing_clipping_means_one_and_zero_means_none(world: World) -> Any:
+    """Returns the norm of the update divided by the learning rate."""
     found = {}
     for name, value in (("left out", None), ("zero", 0.0)):
         for zero in (0, 2):
@@ -206,13 +210,13 @@ def clipping_left_out_means_one_and_zero_means_none(world: World) -> Any:
             engine.step()
             whole = weights(engine)
             start = dict(Two().named_parameters())
-            moved = {key: whole[key] - start[key].detach() for key in whole}
-            found[f"{name}, {zero}"] = float(torch.stack([m.square().sum() for m in moved.values()]).sum().sqrt()) / 0.5
+            updates = torch.stack([(whole[key] - start[key].detach()).square().sum() for key in whole])
+            found[f"{name}, {zero}"] = float(updates.sum().sqrt()) / 0.5
     return found
 
 
 @fact
-def the_norm_is_that_before_clipping_and_none_at_stage_0(world: World) -> Any:
+def norm_is_from_before_clipping_and_missing_at_stage_0(world: World) -> Any:
     found, wanted = {}, plain(world)[1][0]
     for zero in STAGES:
         engine = initialize(Two(), gradient_clipping=0.01, **staged(zero))
@@ -224,7 +228,7 @@ def the_norm_is_that_before_clipping_and_none_at_stage_0(world: World) -> Any:
 
 @fact
 def gradients_are_averaged_over_ranks(world: World) -> Any:
-    """The largest distance of the whole gradient, as it can be read before the step, from the mean of all ranks'."""
+    """Returns the largest distance of the gradient before the step from the mean over ranks."""
     found = {}
     module = Two()
     for rank in range(world.size):
@@ -235,27 +239,53 @@ def gradients_are_averaged_over_ranks(world: World) -> Any:
         engine.set_gradient_accumulation_boundary(True)
         engine.backward(cost(*engine(*inputs(world.rank))), scale_wrt_gas=False)
         grads = {name: deepspeed.utils.safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
-        found[zero] = apart(grads, wanted)
+        found[zero] = distance(grads, wanted)
         engine.step()
     return found
 
 
 @fact
-def a_rate_set_in_the_wrapper_is_the_rate(world: World) -> Any:
+def without_managed_accumulation_stage_0_reduces_gradients_in_the_step_only(world: World) -> Any:
+    """Distances from plain training: of the gradient before the step, and of the weights after it."""
+    engine, module = initialize(Two(), managed_gradient_accumulation=False, **staged(0)), Two()
+    engine.backward(cost(*engine(*inputs(world.rank))), scale_wrt_gas=False)
+    for rank in range(world.size):
+        (cost(*module(*inputs(rank))) / world.size).backward()
+    expected = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    before_step = distance({name: p.grad for name, p in engine.module.named_parameters()}, expected)
+    engine.step()
+    return [before_step, distance(weights(engine), plain(world)[0])]
+
+
+@fact
+def optimizer_state_cannot_be_set_before_the_first_step(world: World) -> Any:
+    """Whether setting it fails on any rank."""
+    found = {}
+    for zero in (1, 2, 3):
+        module = Two()
+        engine = initialize(module, torch.optim.AdamW(module.parameters()), **staged(zero))
+        parameter, value = engine.module.image.weight, torch.zeros(3, 4)
+        error = error_of(lambda p=parameter, v=value: deepspeed.utils.safe_set_full_optimizer_state(p, v, "exp_avg"))
+        found[zero] = any(all_gather_object(error != ""))
+    return found
+
+
+@fact
+def learning_rate_set_in_the_wrapper_is_used(world: World) -> Any:
     found = {}
     for zero in STAGES:
         engine = initialize(Two(), **staged(zero))
         for group in engine.optimizer.param_groups:
             group["lr"] = 0.125
         step(engine, world)
-        found[zero] = apart(weights(engine), plain(world, lr=0.125)[0])
+        found[zero] = distance(weights(engine), plain(world, lr=0.125)[0])
     return found
 
 
 @fact
-def sgd_wants_leave(world: World) -> Any:
-    words = error_of(lambda: initialize(Two(), zero_allow_untested_optimizer=False, **staged(2)))
-    return {"refused": "untested" in words.lower() or "ZeRO" in words, "words": words}
+def sgd_must_be_allowed_explicitly(world: World) -> Any:
+    message = error_of(lambda: initialize(Two(), zero_allow_untested_optimizer=False, **staged(2)))
+    return {"refused": "untested" in message.lower() or "ZeRO" in message, "message": message}
 
 
 @fact
@@ -278,7 +308,7 @@ def running_statistics_differ_between_ranks(world: World) -> Any:
 
 
 @fact
-def samples_are_undercounted_where_the_boundary_is_set_by_hand(world: World) -> Any:
+def samples_are_undercounted_if_the_boundary_is_set_by_hand(world: World) -> Any:
     engine = initialize(Two(), **staged(1))
     for number in range(4):
         for part in (False, True):
@@ -292,7 +322,7 @@ def samples_are_undercounted_where_the_boundary_is_set_by_hand(world: World) -> 
 
 
 def accumulated(world: World, zero: int, replay: Callable[[Any, Tensor, Tensor], list[Tensor]], steps: int) -> float:
-    """Two micro-batches a step, each replayed in one or several calls; the distance from plain torch's weights."""
+    """Trains with two micro-batches per step, each in one or several calls; returns the distance from plain weights."""
     engine = initialize(Two(), **staged(zero))
     for number in range(steps):
         image, text = inputs(world.rank, number)
@@ -303,28 +333,28 @@ def accumulated(world: World, zero: int, replay: Callable[[Any, Tensor, Tensor],
                 engine.set_gradient_accumulation_boundary(part == 1 and place == len(losses) - 1)
                 engine.backward(loss / 2, scale_wrt_gas=False)
         engine.step()
-    return apart(weights(engine), plain(world, steps)[0])
+    return distance(weights(engine), plain(world, steps)[0])
 
 
-def together(engine: Any, image: Tensor, text: Tensor) -> list[Tensor]:
+def one_call(engine: Any, image: Tensor, text: Tensor) -> list[Tensor]:
     return [cost(*engine(image, text))]
 
 
-def past(engine: Any, image: Tensor, text: Tensor) -> list[Tensor]:
+def bypass(engine: Any, image: Tensor, text: Tensor) -> list[Tensor]:
     return [cost(*engine.module(image, text))]
 
 
 @fact
 def one_call_for_both_towers_is_exact(world: World) -> Any:
-    return {zero: accumulated(world, zero, together, 3) for zero in STAGES}
+    return {zero: accumulated(world, zero, one_call, 3) for zero in STAGES}
 
 
 @fact
-def past_the_engine_only_stage_3_is_wrong(world: World) -> Any:
-    return {zero: accumulated(world, zero, past, 3) for zero in STAGES}
+def bypassing_the_engine_is_wrong_under_stage_3_only(world: World) -> Any:
+    return {zero: accumulated(world, zero, bypass, 3) for zero in STAGES}
 
 
-class Apart(Two):
+class Separate(Two):
     """Called for one tower at a time."""
 
     def forward(self, image: Tensor | None, text: Tensor | None) -> Tensor:
@@ -332,13 +362,13 @@ class Apart(Two):
 
 
 @fact
-def towers_called_apart_are_wrong_under_stage_3_from_the_second_step(world: World) -> Any:
-    """A cost of each tower alone, so that nothing but the calls differ: distance behind one step and behind three."""
+def separate_calls_are_wrong_under_stage_3_from_the_second_step(world: World) -> Any:
+    """With a separate cost per tower, so that only the calls differ: distance after one step and after three."""
     found: dict[str, list[float]] = {}
     for zero in (0, 2, 3):
         found[str(zero)] = []
         for steps in (1, 3):
-            engine, module = initialize(Apart(), **staged(zero)), Apart()
+            engine, module = initialize(Separate(), **staged(zero)), Separate()
             optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
             for number in range(steps):
                 image, text = inputs(world.rank, number)
@@ -352,7 +382,7 @@ def towers_called_apart_are_wrong_under_stage_3_from_the_second_step(world: Worl
                     loss = module(image, None).square().mean() + module(None, text).square().mean()
                     (loss / world.size).backward()
                 optimizer.step()
-            found[str(zero)].append(apart(weights(engine), {n: p.detach() for n, p in module.named_parameters()}))
+            found[str(zero)].append(distance(weights(engine), {n: p.detach() for n, p in module.named_parameters()}))
     return found
 
 
@@ -360,8 +390,8 @@ def towers_called_apart_are_wrong_under_stage_3_from_the_second_step(world: Worl
 
 
 @fact
-def an_offloaded_optimizer_is_exact_and_its_state_is_found_by_name(world: World) -> Any:
-    """AdamW's moments and master weights in host memory: weights, gradients and norm, and a restart from its state."""
+def offloaded_optimizer_is_exact_and_its_state_is_read_by_name(world: World) -> Any:
+    """AdamW's moments and master weights in host memory: weights, gradients, norm, and a resume from its state."""
     found = {}
     module = Two()
     reference = torch.optim.AdamW(module.parameters(), lr=0.05, eps=1e-6)
@@ -378,7 +408,7 @@ def an_offloaded_optimizer_is_exact_and_its_state_is_found_by_name(world: World)
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         states: list[dict[str, Tensor]] = []
         with tempfile.TemporaryDirectory() as folder:
-            for first in (0, 2):  # two engines, the second of which goes on where the first ended
+            for first in (0, 2):  # two engines, the second of which resumes where the first ended
                 towers = Two()
                 if first:
                     towers.load_state_dict(seen[1])
@@ -405,7 +435,7 @@ def an_offloaded_optimizer_is_exact_and_its_state_is_found_by_name(world: World)
             all_gather_object(None)  # all are read
         norm = float(torch.stack([g.square().sum() for g in wanted.values()]).sum().sqrt())
         found[zero] = [
-            *(apart(states[0], seen[1]), apart(states[1], seen[3]), apart(grads, wanted)),
+            *(distance(states[0], seen[1]), distance(states[1], seen[3]), distance(grads, wanted)),
             float(engine.get_global_grad_norm()) / norm - 1,
         ]
     return found
@@ -415,19 +445,19 @@ def an_offloaded_optimizer_is_exact_and_its_state_is_found_by_name(world: World)
 
 
 @fact
-def compiled_in_place_it_trains_under_every_stage_and_keeps_its_names(world: World) -> Any:
+def module_compiled_in_place_trains_and_keeps_its_names(world: World) -> Any:
     found = {}
     for zero in (0, 2, 3):
         module = Two()
         module.image.compile(backend="eager")
         engine = initialize(module, **staged(zero))
         step(engine, world)
-        found[zero] = [apart(weights(engine), plain(world)[0]), sorted(weights(engine)) == sorted(plain(world)[0])]
+        found[zero] = [distance(weights(engine), plain(world)[0]), sorted(weights(engine)) == sorted(plain(world)[0])]
     return found
 
 
 @fact
-def wrapped_by_compile_it_has_other_names_and_fails_under_stage_3(world: World) -> Any:
+def module_wrapped_by_compile_has_other_names_and_fails(world: World) -> Any:
     module = Two()
     module.image = torch.compile(module.image, backend="eager")  # pyright: ignore[reportAttributeAccessIssue]
     names = [name for name, _ in module.named_parameters()]
