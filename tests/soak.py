@@ -38,9 +38,9 @@ CLASSES = {
     "failed-rank": (f"{SUPERVISION}::test_any_failed_rank_is_named_and_the_same_command_resumes", 20),
     "nonfinite": (f"{SUPERVISION}::test_three_nonfinite_steps_end_the_run_with_a_finite_checkpoint", 20),
     "slow-rank": (f"{SUPERVISION}::test_rank_of_half_the_pace_is_reported_within_fifty_steps", 1),
-    "goodput": (f"{RESUME}::test_killed_again_and_again_little_is_done_twice", 1),
+    "goodput": (f"{RESUME}::test_repeated_kills_cost_few_repeated_steps", 1),
     "hosts": (HOSTS, 1),
-    "kill": (f"{RESUME}::test_killed_at_a_random_step", 20),
+    "kill": (f"{RESUME}::test_resume_after_sigkill_at_random_steps_is_bit_identical", 20),
     "kill-in-save": (f"{CHECKPOINT}::test_run_killed_inside_a_save_resumes_bit_identically", 160),
     "disk-full": (f"{CHECKPOINT}::test_full_disk_fails_all_ranks_and_keeps_the_older_checkpoint", 1),
 }

@@ -1,4 +1,4 @@
-"""A run folder: whose it is, whether it may be resumed, and what lies in it."""
+"""A run folder: which run it belongs to, whether that may be resumed, and its files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from clipwright.pipeline.folders.output import CONFIG, RUN, TOKENIZER
 from clipwright.pipeline.tokenizers.base import Tokenizer
 
 LOG, LEDGER = "log.jsonl", "ledger.jsonl"
-# Keys of an identity that a run may change on its way, if asked to: nothing that decides which samples a step sees, or
-# what its weights are weights of.
+# Keys of an identity that a resumed run may change if they are in `accept`: none that decides which samples a step
+# sees, or the architecture of the weights.
 ACCEPTABLE = re.compile(r"(optim|loss|data\.augment)\.(?!name$)[\w.]+|schedule\.(?!samples$|global_batch$)[\w.]+")
 
 
 def stored_tree(run: Path) -> dict[str, Any] | None:
-    """The resolved config of the run in `run`, or None where no run was started."""
+    """Returns the resolved config of the run in `run`, or None where no run was started."""
     path = run / CONFIG
     return read_yaml(path) if path.is_file() else None
 
@@ -64,20 +64,20 @@ def claim(
 
 
 class StepFile:
-    """A file of one JSON object a step or so; on resume it is cut back to the checkpoint's step.
+    """A file of one JSON object per line, each with its step; on resume it is cut back to the checkpoint's step.
 
-    Each line is whole in the file once it is written, and on the disk once `sync` was called.
+    A line is complete in the file after `write`, and on the disk after `sync`.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         self._file = path.open("ab+")
         self._file.seek(0)
-        whole = 0
+        kept_bytes = 0
         for line in self._file:
             if not 0 < _step_of(line) <= step:
                 break
-            whole += len(line)
-        self._file.truncate(whole)
+            kept_bytes += len(line)
+        self._file.truncate(kept_bytes)
 
     def write(self, record: dict[str, Any]) -> None:
         text = json.dumps(record, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
@@ -93,7 +93,7 @@ class StepFile:
 
 
 def _step_of(line: bytes) -> int:
-    """A line's step; 0 for what a kill or a lost disk left of one."""
+    """Returns a line's step; 0 for a partial line, which a kill or a lost disk may leave."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else 0
     except ValueError:
@@ -101,11 +101,11 @@ def _step_of(line: bytes) -> int:
 
 
 def read_steps(path: Path) -> Iterator[dict[str, Any]]:
-    """What stands in a `StepFile`, one after another."""
+    """Yields the objects of a `StepFile`."""
     with path.open("rb") as file:
         yield from (json.loads(line) for line in file)
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The logged steps of a run, in order."""
+    """Returns the logged steps of a run, in order."""
     return list(read_steps(run / LOG))

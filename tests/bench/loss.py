@@ -1,9 +1,9 @@
-"""What a loss costs, forward and backward on one core: `python tests/bench/loss.py [CASE …] [--quick]`.
+"""Cost of a loss, forward and backward on one core: `python tests/bench/loss.py [CASE …] [--quick]`.
 
-Each measurement is a process of its own: the processor seconds of one call, and the most memory that it takes beyond
-what was there before, gradients counted and features not. `share_of_limit` compares with the matmuls that the gradient
-cannot do without, at the rate of a 2,048 × 2,048 product in the same process. `predicted_…` compare what doctor says of
-a config with what is then measured: there a ratio of 1 is best.
+Each measurement runs in its own process: the CPU seconds of one call, and its peak memory beyond what was allocated
+before, including gradients, without features. `share_of_limit` compares with the matmuls that the gradient needs, at
+the rate of a 2,048 × 2,048 product in the same process. `predicted_…` compares doctor's prediction for a config with
+the measurement: a ratio of 1 is best.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from clipwright.pipeline.losses.base import LOSSES, Features, Matryoshka
 
 DIM = 512
 MATMULS = {"softmax": 4, "sigmoid": 3}
-# case → loss, batch, batch if quick, pairs of runs; without pairs there is no reference: its matrix does not fit
+# case → loss, batch, batch if quick, pairs of runs; 0 pairs: no reference, because its matrix does not fit
 CASES: dict[str, tuple[str, int, int, int]] = {
     "softmax_8192": ("softmax", 8192, 1024, 5),
     "sigmoid_8192": ("sigmoid", 8192, 1024, 5),
@@ -34,7 +34,7 @@ CASES: dict[str, tuple[str, int, int, int]] = {
     "softmax_65536": ("softmax", 65536, 4096, 0),
     "sigmoid_65536": ("sigmoid", 65536, 4096, 0),
 }
-# case → the loss's config, its form below, batch, batch if quick, runs
+# case → config of the loss, variant in `call`, batch, batch if quick, runs
 PREDICTED: dict[str, tuple[list[str], str, int, int, int]] = {
     "predicted_plain": ([], "ours", 8192, 2048, 3),
     "predicted_rich": (["data.negatives=wrong", f"loss.matryoshka.dims=[{DIM // 2},{DIM}]"], "rich", 8192, 2048, 3),
@@ -55,16 +55,16 @@ def plain(name: str, image: Tensor, text: Tensor, t: Tensor, b: Tensor) -> Tenso
 
 
 def call(form: str, name: str, batch: int) -> tuple[float, float]:
-    """Processor seconds and memory in MB of one forward and backward pass on random features."""
-    draw = torch.Generator().manual_seed(0)
-    image, text = (F.normalize(torch.randn(batch, DIM, generator=draw), dim=1).requires_grad_() for _ in range(2))
+    """Returns CPU seconds and memory in MB of one forward and backward pass on random features."""
+    generator = torch.Generator().manual_seed(0)
+    image, text = (F.normalize(torch.randn(batch, DIM, generator=generator), dim=1).requires_grad_() for _ in range(2))
     nested = Matryoshka(dims=(DIM // 2, DIM) if form == "rich" else ())
     loss = LOSSES.build(LOSSES.preset(name, matryoshka=nested), embed_dim=DIM)
     t, b = loss.logit_scale, torch.full((1,), -10.0, requires_grad=True)
     ids = torch.arange(batch)
     features = Features(image, text, ids, ids[:, None])
     if form == "rich":
-        features.negative = F.normalize(torch.randn(batch, DIM, generator=draw), dim=1).requires_grad_()
+        features.negative = F.normalize(torch.randn(batch, DIM, generator=generator), dim=1).requires_grad_()
         features.negative_id, features.negative_present = batch + ids, ids >= 0
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     base, before = resident("VmRSS"), time.process_time()
@@ -74,13 +74,13 @@ def call(form: str, name: str, batch: int) -> tuple[float, float]:
 
 
 def resident(field: str) -> float:
-    """VmRSS or VmHWM (the peak) of this process, in MB of 10⁶ bytes."""
+    """Returns VmRSS or VmHWM (the peak) of this process, in MB of 10⁶ bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
 
 
 def matmul_rate() -> float:
-    """The best of eight products, in floating-point operations a second."""
+    """Returns the best rate of eight products, in floating-point operations per second."""
     a, b, out = torch.randn(2048, DIM), torch.randn(2048, DIM), torch.empty(2048, 2048)
     seconds = []
     for _ in range(8):
@@ -100,60 +100,60 @@ def child(form: str, name: str, batch: int) -> None:
 
 
 def measured(form: str, name: str, batch: int) -> dict[str, float]:
-    words = [sys.executable, __file__, "--child", form, name, str(batch)]
-    # What is freed goes back at once, so that it is not taken again unseen.
+    command = [sys.executable, __file__, "--child", form, name, str(batch)]
+    # Freed memory is returned at once, so that a later allocation counts again.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    return json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout)
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout)
 
 
-def lines(case: str, quick: bool) -> list[dict[str, Any]]:
+def loss_lines(case: str, quick: bool) -> list[dict[str, Any]]:
     name, size, small, pairs = CASES[case]
     batch, runs = (small, 1) if quick else (size, max(pairs, 1))
-    found = []
+    measurements = []
     for _ in range(runs):
         ours = measured("ours", name, batch)
-        found.append((ours, measured("plain", name, batch) if pairs else None))
-    made = []
+        measurements.append((ours, measured("plain", name, batch) if pairs else None))
+    lines = []
     for metric, unit in (("cpu_s", "s"), ("memory", "MB"), ("share_of_limit", "1")):
         line: dict[str, Any] = {"case": case, "metric": metric, "unit": unit, "batch": batch}
-        own = [ours[metric] for ours, _ in found]
+        own = [ours[metric] for ours, _ in measurements]
         if metric == "share_of_limit":
             what = f"{MATMULS[name]} products at the rate measured in the same process"
             other = [1.0] * runs
             ratios = own
         elif pairs:
-            what, other = PLAIN[name], [reference[metric] for _, reference in found if reference is not None]
+            what, other = PLAIN[name], [reference[metric] for _, reference in measurements if reference is not None]
             ratios = [b / a for a, b in zip(own, other, strict=True)]
         else:
             what, other, ratios = "none: its matrices do not fit", [], []
         line["ours"] = round(statistics.median(own), 3)
         line["reference"] = round(statistics.median(other), 3) if other else None
         line["ratio"] = round(statistics.median(ratios), 2) if ratios else None
-        made.append({**line, "reference_is": what, "runs": runs})
-    return made
+        lines.append({**line, "reference_is": what, "runs": runs})
+    return lines
 
 
-def predicted(case: str, quick: bool) -> list[dict[str, Any]]:
-    words, form, size, small, runs = PREDICTED[case]
+def predicted_lines(case: str, quick: bool) -> list[dict[str, Any]]:
+    overrides, form, size, small, runs = PREDICTED[case]
     batch, runs = (small, 1) if quick else (size, runs)
-    config = [*words, f"embed_dim={DIM}", f"schedule.global_batch={batch}", "data.train=none", "runtime.threads=1"]
+    config = [*overrides, f"embed_dim={DIM}", f"schedule.global_batch={batch}", "data.train=none", "runtime.threads=1"]
     command = [sys.executable, "-m", "clipwright", "doctor", *config, "precision=fp32", "check=loss", "--json"]
-    found = []
+    results = []
     for _ in range(runs):
         done = subprocess.run(
             command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
-        said = json.loads(done.stdout)
-        found.append(((said["loss_seconds"], said["loss_bytes"] / 1e6), measured(form, "softmax", batch)))
-    made = []
+        report = json.loads(done.stdout)
+        results.append(((report["loss_seconds"], report["loss_bytes"] / 1e6), measured(form, "softmax", batch)))
+    lines = []
     for number, (metric, unit) in enumerate((("cpu_s", "s"), ("memory", "MB"))):
-        pairs = [(said[number], real[metric]) for said, real in found]
+        pairs = [(predictions[number], measurement[metric]) for predictions, measurement in results]
         line: dict[str, Any] = {"case": case, "metric": metric, "unit": unit, "batch": batch}
-        line["ours"] = round(statistics.median(said for said, _ in pairs), 3)
+        line["ours"] = round(statistics.median(predicted for predicted, _ in pairs), 3)
         line["reference"] = round(statistics.median(real for _, real in pairs), 3)
-        line["ratio"] = round(statistics.median(said / real for said, real in pairs), 3)
-        made.append({**line, "reference_is": "the loss itself; a ratio of 1 is a right prediction", "runs": runs})
-    return made
+        line["ratio"] = round(statistics.median(predicted / real for predicted, real in pairs), 3)
+        lines.append({**line, "reference_is": "the measured loss; a ratio of 1 is a correct prediction", "runs": runs})
+    return lines
 
 
 def main() -> None:
@@ -167,7 +167,7 @@ def main() -> None:
         child(form, name, int(batch))
         return
     for case in options.case or ((*CASES, *PREDICTED) if options.quick else ["softmax_8192", "sigmoid_8192"]):
-        for line in (predicted if case in PREDICTED else lines)(case, options.quick):
+        for line in (predicted_lines if case in PREDICTED else loss_lines)(case, options.quick):
             print(json.dumps(line), flush=True)
 
 

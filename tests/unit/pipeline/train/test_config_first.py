@@ -1,4 +1,4 @@
-"""A config that is refused is refused at once, by every rank, before any of them waits for the others."""
+"""A refused config ends every rank at once, before any of them waits for the others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VERBS = {
         ("embed", "runtime.batch=0", "E_CONFIG_VALUE", ["runtime.batch", "greater than"]),
     ],
 )
-def test_no_rank_waits_for_its_peers(
+def test_refused_config_ends_a_rank_before_the_rendezvous(
     rank: int,
     verb: str,
     word: str,
@@ -44,12 +44,14 @@ def test_no_rank_waits_for_its_peers(
     here: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def met(*words: object, **more: object) -> None:
-        raise AssertionError("the group was asked to meet")
+    def met(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the rendezvous was started")
 
     monkeypatch.setattr(group, "TCPStore", met)
     place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
-    for name, value in (place | {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": 9}).items():  # where nobody answers
+    for name, value in (
+        place | {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": 9}
+    ).items():  # an address that does not answer
         monkeypatch.setenv(name, str(value))
     started = time.monotonic()
     error = here(tmp_path, *VERBS[verb], word, code=2).error
@@ -59,8 +61,8 @@ def test_no_rank_waits_for_its_peers(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_peers_that_never_come_are_an_error(rank: int, tmp_path: Path, here: Any, monkeypatch: Any) -> None:
-    """Rank 0 waits for its peers, the others for it."""
+def test_missing_ranks_are_an_error(rank: int, tmp_path: Path, here: Any, monkeypatch: Any) -> None:
+    """Rank 0 waits for the other ranks, and they wait for it."""
     monkeypatch.setattr(run, "JOIN", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -74,13 +76,15 @@ def test_peers_that_never_come_are_an_error(rank: int, tmp_path: Path, here: Any
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_good_config_does_meet(verb: str, tmp_path: Path, here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or the test above would say nothing."""
+def test_valid_config_starts_the_rendezvous(
+    verb: str, tmp_path: Path, here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the test above would prove nothing."""
 
     class Met(Exception):
         pass
 
-    def met(*words: object, **more: object) -> None:
+    def met(*args: object, **kwargs: object) -> None:
         raise Met
 
     monkeypatch.setattr(group, "TCPStore", met)

@@ -82,20 +82,20 @@ def test_without_launcher_variables_deepspeed_requires_mpi(seen: dict[str, Any])
 
 def test_clamp_after_the_step_is_lost(seen: dict[str, Any]) -> None:
     """So the log-scale is not a parameter of the module that DeepSpeed manages."""
-    found = seen["clamp_after_the_step_is_lost_under_zero"]
-    assert found["0"] < 0.5 * min(found["1"], found["2"]), found
+    result = seen["clamp_after_the_step_is_lost_under_zero"]
+    assert result["0"] < 0.5 * min(result["1"], result["2"]), result
 
 
 def test_missing_clipping_is_clipping_at_one(seen: dict[str, Any]) -> None:
     """So the config always states it."""
-    found = seen["missing_clipping_means_one_and_zero_means_none"]
-    assert [found[f"left out, {zero}"] for zero in (0, 2)] == [pytest.approx(1, rel=1e-4)] * 2
-    assert found["zero, 0"] == pytest.approx(found["zero, 2"], rel=1e-5) and found["zero, 0"] > 50
+    result = seen["missing_clipping_means_one_and_zero_means_none"]
+    assert [result[f"left out, {zero}"] for zero in (0, 2)] == [pytest.approx(1, rel=1e-4)] * 2
+    assert result["zero, 0"] == pytest.approx(result["zero, 2"], rel=1e-5) and result["zero, 0"] > 50
 
 
 def test_sgd_must_be_allowed_explicitly(seen: dict[str, Any]) -> None:
-    found = seen["sgd_must_be_allowed_explicitly"]
-    assert found["refused"] and "zero_allow_untested_optimizer" in found["message"], found
+    result = seen["sgd_must_be_allowed_explicitly"]
+    assert result["refused"] and "zero_allow_untested_optimizer" in result["message"], result
 
 
 def test_running_statistics_are_not_synchronized(seen: dict[str, Any]) -> None:
@@ -104,17 +104,17 @@ def test_running_statistics_are_not_synchronized(seen: dict[str, Any]) -> None:
 
 def test_stage_3_is_silently_wrong_without_one_engine_call_for_both_towers(seen: dict[str, Any]) -> None:
     """So both towers go through one call of the engine; a single step does not show the error."""
-    found = seen["bypassing_the_engine_is_wrong_under_stage_3_only"]
-    assert [found[stage] for stage in ("0", "1", "2")] == [SAME] * 3 and found["3"] > 1e-2, found
-    found = seen["separate_calls_are_wrong_under_stage_3_from_the_second_step"]
-    assert found["0"] == found["2"] == [SAME, SAME], found
-    assert found["3"][0] == SAME and found["3"][1] > 1e-2, found
+    result = seen["bypassing_the_engine_is_wrong_under_stage_3_only"]
+    assert [result[stage] for stage in ("0", "1", "2")] == [SAME] * 3 and result["3"] > 1e-2, result
+    result = seen["separate_calls_are_wrong_under_stage_3_from_the_second_step"]
+    assert result["0"] == result["2"] == [SAME, SAME], result
+    assert result["3"][0] == SAME and result["3"][1] > 1e-2, result
 
 
 def test_module_wrapped_by_compile_has_other_names_and_fails(seen: dict[str, Any]) -> None:
     """So towers are compiled in place."""
-    found = seen["module_wrapped_by_compile_has_other_names_and_fails"]
-    assert "image._orig_mod.weight" in found["names"] and "_in_forward" in found["error"], found
+    result = seen["module_wrapped_by_compile_has_other_names_and_fails"]
+    assert "image._orig_mod.weight" in result["names"] and "_in_forward" in result["error"], result
 
 
 def test_deepspeed_launcher_inserts_a_local_rank_unless_disabled(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run says of the samples it took, and what it does about those it could not read."""
+"""The ledger of samples, and what happens to samples that cannot be read."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from clipwright.pipeline.train.sample_log import Ledger, _from_limbs, line
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
-def spoil(data: Path, spare: int) -> None:
-    """Changes a byte of all samples but the first `spare`."""
+def corrupt(data: Path, keep: int) -> None:
+    """Changes a byte of all samples but the first `keep`."""
     dataset = Dataset(data)
-    places = [(shard, row) for shard, size in enumerate(dataset.sizes) for row in range(size)]
-    for shard, row in places[spare:]:
+    samples = [(shard, row) for shard, size in enumerate(dataset.sizes) for row in range(size)]
+    for shard, row in samples[keep:]:
         record = dataset.record(shard, row)
         with dataset.tar_path(shard).open("r+b") as file:
             file.seek(record["offset"] + record["size"] // 2)
@@ -30,16 +30,16 @@ def spoil(data: Path, spare: int) -> None:
             file.write(bytes([byte[0] ^ 1]))
 
 
-def test_a_run_on_rotten_shards_stops_and_goes_on_when_they_are_mended(
+def test_run_on_corrupt_shards_stops_and_resumes_once_they_are_restored(
     scenes: Path, tmp_path: Path, small: Any, here: Any
 ) -> None:
     shutil.copytree(scenes, tmp_path / "data")
-    words = ["data.train=data", "data.streams=8", "schedule.samples=320", "runtime.save_every=4", "-o", "run"]
-    words += ["runtime.ledger=keys"]
-    small(tmp_path, *words, "runtime.stop_at=4")
-    spoil(tmp_path / "data", 2)
+    args = ["data.train=data", "data.streams=8", "schedule.samples=320", "runtime.save_every=4", "-o", "run"]
+    args += ["runtime.ledger=keys"]
+    small(tmp_path, *args, "runtime.stop_at=4")
+    corrupt(tmp_path / "data", 2)
     cli = small.cli(tmp_path)
-    line = cli.error("train", *small.settings, *words, code=3)
+    line = cli.error("train", *small.settings, *args, code=3)
     assert line.startswith("error[E_BAD_SAMPLES]") and "data/scenes-00000" in line, line
     assert "E_DATA_HASH" in line and "data verify" in line and "allowed" in line
     records = list(read_steps(tmp_path / "run" / "ledger.jsonl"))
@@ -47,63 +47,63 @@ def test_a_run_on_rotten_shards_stops_and_goes_on_when_they_are_mended(
     assert last > 4 and len(list((tmp_path / "run" / "checkpoints").iterdir())) >= 1
 
     step = json.loads(here(tmp_path, "data", "ledger", "run", f"step={last}", "--json").out)
-    assert [one["key"] for one in step["samples"]] == records[-1]["keys"]
+    assert [record["key"] for record in step["samples"]] == records[-1]["keys"]
     text = here(tmp_path, "data", "ledger", "run", f"step={last}").out
     assert text.count("instead of") == len(records[-1]["replaced"]) > 10 and "E_DATA_HASH" in text
-    said = json.loads(here(tmp_path, "data", "ledger", "run", "--json").out)
-    assert said["steps"] == last and said["replaced"] == sum(len(one.get("replaced", [])) for one in records)
-    assert said["reasons"] == {"E_DATA_HASH": said["replaced"]}
+    totals = json.loads(here(tmp_path, "data", "ledger", "run", "--json").out)
+    assert totals["steps"] == last and totals["replaced"] == sum(len(record.get("replaced", [])) for record in records)
+    assert totals["reasons"] == {"E_DATA_HASH": totals["replaced"]}
 
     shutil.rmtree(tmp_path / "data")
     shutil.copytree(scenes, tmp_path / "data")
-    done = small(tmp_path, *words)
+    done = small(tmp_path, *args)
     resumed = int(done.stdout.split("resuming at step ")[1].split()[0])
     after = list(read_steps(tmp_path / "run" / "ledger.jsonl"))
-    assert after[:resumed] == records[:resumed] and [one["step"] for one in after] == list(range(1, 21))
-    assert not any("replaced" in one for one in after[resumed:])
-    assert ("  replaced " in done.stdout) == any("replaced" in one for one in after)
+    assert after[:resumed] == records[:resumed] and [record["step"] for record in after] == list(range(1, 21))
+    assert not any("replaced" in record for record in after[resumed:])
+    assert ("  replaced " in done.stdout) == any("replaced" in record for record in after)
 
 
-def test_a_step_of_a_clean_run_is_found_again(scenes: Path, tmp_path: Path, small: Any, here: Any) -> None:
+def test_samples_of_each_step_are_listed_and_verified(scenes: Path, tmp_path: Path, small: Any, here: Any) -> None:
     shutil.copytree(scenes, tmp_path / "data")
     small(tmp_path, "data.train=data", "schedule.samples=112", "-o", "run")
     text = (tmp_path / "run" / "ledger.jsonl").read_text()
-    assert all(len(one) < 96 for one in text.splitlines()) and "replaced" not in text
+    assert all(len(record) < 96 for record in text.splitlines()) and "replaced" not in text
     (tmp_path / "data").rename(tmp_path / "moved")
     seen = []
     for step in range(1, 7):
-        found = json.loads(here(tmp_path, "data", "ledger", "run", f"step={step}", "train=moved", "--json").out)
-        seen += [one["key"] for one in found["samples"]]
-    assert len(set(seen)) == 96  # an epoch
-    for words, number, pieces in (
-        (["run", "step=8"], "E_INPUT", ["step 8", "see which there are"]),
+        listed = json.loads(here(tmp_path, "data", "ledger", "run", f"step={step}", "train=moved", "--json").out)
+        seen += [record["key"] for record in listed["samples"]]
+    assert len(set(seen)) == 96  # record epoch
+    for args, number, pieces in (
+        (["run", "step=8"], "E_INPUT", ["step 8", "see which steps it has"]),
         (["runn"], "E_INPUT", ["runn/ledger.jsonl"]),
         (["run", "step=2"], "E_INPUT", ["data", "check the path"]),
     ):
-        error = here(tmp_path, "data", "ledger", *words, code=3).error
+        error = here(tmp_path, "data", "ledger", *args, code=3).error
         assert error.startswith(f"error[{number}]") and all(piece in error for piece in pieces), error
     manifest = json.loads((tmp_path / "moved" / "manifest.json").read_text())
-    manifest["fingerprint"] = "0" * 64  # shuffled otherwise
+    manifest["fingerprint"] = "0" * 64  # which changes the order
     (tmp_path / "moved" / "manifest.json").write_text(json.dumps(manifest))
     error = here(tmp_path, "data", "ledger", "run", "step=3", "train=moved", code=3).error
     assert error.startswith("error[E_DATA_HASH]") and "step 3" in error and "train=DATASET" in error
 
 
-def test_a_line_is_short_and_a_sum_is_that_of_its_keys(tmp_path: Path) -> None:
+def test_ledger_line_is_short_and_its_sum_is_that_of_the_keys(tmp_path: Path) -> None:
     keys = [f"{i:032x}" for i in range(1000)]
-    whole = key_sum(keys)
-    assert whole == (key_sum(keys[::2]) + key_sum(keys[1::2])) % 2**128 == key_sum(reversed(keys))
-    assert key_sum(keys[1:]) != whole != key_sum([*keys[1:], keys[1]])
+    total = key_sum(keys)
+    assert total == (key_sum(keys[::2]) + key_sum(keys[1::2])) % 2**128 == key_sum(reversed(keys))
+    assert key_sum(keys[1:]) != total != key_sum([*keys[1:], keys[1]])
     assert key_sum([""]) == int("e3b0c44298fc1c149afbf4c8996fb924", 16)
     limbs = [2**32 - 1] * 4
     assert _from_limbs([4096 * limb for limb in limbs]) == 4096 * (2**128 - 1) % 2**128
     file = StepFile(tmp_path / "f", 0)
-    file.write(line(10**7, 10**12, 10**5, BatchSamples(sum=whole), keys=False))
+    file.write(line(10**7, 10**12, 10**5, BatchSamples(sum=total), keys=False))
     file.close()
     assert (tmp_path / "f").stat().st_size <= 96
 
 
-def test_what_is_left_of_a_file_is_cut_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_step_file_is_cut_back_on_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from clipwright.pipeline.distributed.group import process_group
 
     path = tmp_path / "ledger.jsonl"
@@ -114,11 +114,11 @@ def test_what_is_left_of_a_file_is_cut_back(tmp_path: Path, capsys: pytest.Captu
         file.close()
         path.write_bytes(path.read_bytes() + tail)
         StepFile(path, 3).close()
-        assert [one["step"] for one in read_steps(path)][:3] == [1, 2, 3]
+        assert [record["step"] for record in read_steps(path)][:3] == [1, 2, 3]
         StepFile(path, 2).close()
-        assert [one["step"] for one in read_steps(path)] == [1, 2]
+        assert [record["step"] for record in read_steps(path)] == [1, 2]
     with process_group() as world:
         Ledger(tmp_path, 2, world, "sums").close()
         assert capsys.readouterr().err == ""
         Ledger(tmp_path, 5, world, "sums").close()
-        assert "knows 2 of 5 steps" in capsys.readouterr().err
+        assert "has 2 of 5 steps" in capsys.readouterr().err

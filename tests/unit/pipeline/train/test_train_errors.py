@@ -1,4 +1,4 @@
-"""Bad input to train and export, as a user gives it: the code, the culprit, the remedy, and nothing half-written."""
+"""Invalid input to train and export: code, culprit and remedy of the error, and no partial output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "number", "pieces"),
+    ("args", "code", "number", "pieces"),
     [
         (["image.name=vit_nanno"], 2, "E_CONFIG_CHOICE", ["vit_nanno", "did you mean 'vit_nano'?"]),
         (["optim.learning_rate=1"], 2, "E_CONFIG_KEY", ["optim.learning_rate", "remove it"]),
@@ -29,11 +29,11 @@ pytestmark = pytest.mark.xdist_group("ranks")
         (["optim.name=sgd", "optim.lr=1e38", "schedule.warmup=0"], 1, "E_NONFINITE", ["step", "lower optim.lr"]),
     ],
 )
-def test_each_error_says_what_where_and_what_to_do(
-    words: list[str], code: int, number: str, pieces: list[str], scenes: Path, tmp_path: Path, small: Any
+def test_error_names_culprit_and_remedy(
+    args: list[str], code: int, number: str, pieces: list[str], scenes: Path, tmp_path: Path, small: Any
 ) -> None:
-    base = [] if any(word.startswith("data.train") for word in words) else [f"data.train={scenes}"]
-    line = small.cli(tmp_path).error("train", *small.settings, *base, *words, "-o", "run", code=code)
+    base = [] if any(arg.startswith("data.train") for arg in args) else [f"data.train={scenes}"]
+    line = small.cli(tmp_path).error("train", *small.settings, *base, *args, "-o", "run", code=code)
     assert line.startswith(f"error[{number}]: ")
     for piece in pieces:
         assert piece in line, line
@@ -41,14 +41,14 @@ def test_each_error_says_what_where_and_what_to_do(
     assert not list(tmp_path.glob("**/*.partial"))
 
 
-def test_a_missing_output_config_or_verb_is_a_usage_error(scenes: Path, tmp_path: Path, small: Any) -> None:
+def test_missing_output_config_or_verb_is_a_usage_error(scenes: Path, tmp_path: Path, small: Any) -> None:
     cli = small.cli(tmp_path)
     assert "error[E_USAGE]" in (line := cli.error("train", f"data.train={scenes}", code=2)) and "add -o DIR" in line
     line = cli.error("trian", "photos", code=2)
     assert line.startswith("error[E_USAGE]") and "trian" in line and "Did you mean 'train'?" in line
     line = cli.error("train", "--foo", code=2)
     assert line.startswith("error[E_USAGE]") and "--foo" in line and "clipwright train --help" in line
-    assert "clipwright" in cli().stdout  # no words at all: help, not an error
+    assert "clipwright" in cli().stdout  # no arguments: help, not an error
     assert "error[E_CONFIG_FILE]" in (line := cli.error("train", "phtos", "-o", "run", code=2)) and "photos" in line
     assert "error[E_CONFIG_FILE]" in cli.error("train", "./absent.yaml", "-o", "run", code=2)
     (tmp_path / "bad.yaml").write_text("a: [")
@@ -57,7 +57,7 @@ def test_a_missing_output_config_or_verb_is_a_usage_error(scenes: Path, tmp_path
     )
 
 
-def test_a_dataset_without_manifest_or_with_a_changed_tar_is_refused(scenes: Path, tmp_path: Path, small: Any) -> None:
+def test_dataset_without_manifest_or_with_a_changed_tar_is_refused(scenes: Path, tmp_path: Path, small: Any) -> None:
     cli = small.cli(tmp_path)
     shutil.copytree(scenes, tmp_path / "data")
     tar = next((tmp_path / "data").glob("*.tar"))
@@ -70,22 +70,22 @@ def test_a_dataset_without_manifest_or_with_a_changed_tar_is_refused(scenes: Pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_refused_command_leaves_other_folders_alone(scenes: Path, tmp_path: Path, small: Any) -> None:
+def test_refused_command_leaves_other_folders_unchanged(scenes: Path, tmp_path: Path, small: Any) -> None:
     cli = small.cli(tmp_path)
     shutil.copytree(scenes, tmp_path / "data")
     before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
     small(tmp_path, f"data.train={scenes}", "schedule.samples=16", "-o", "run")
-    for words in (
+    for args in (
         ["train", *small.settings, f"data.train={scenes}", "-o", "data"],
         ["train", *small.settings, f"data.train={scenes}", "precision=auto", "-o", "data"],
         ["export", "run", "-o", "data"],
     ):
-        line = cli.error(*words, code=2)
+        line = cli.error(*args, code=2)
         assert line.startswith("error[E_OUTPUT]") and "data" in line and "name a new folder" in line
     line = cli.error("train", *small.settings, "data.train=typo", "-o", "data", code=3)
     assert line.startswith("error[E_INPUT]")
     assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
-    # A first try that was refused is no obstacle to the second.
+    # A refused first attempt does not block the second.
     (tmp_path / "again").mkdir()
     cli.error("train", *small.settings, "data.train=typo", "-o", "again", code=3)
     small(tmp_path, f"data.train={scenes}", "schedule.samples=16", "-o", "again")
@@ -114,15 +114,15 @@ def test_export_and_model_folders(scenes: Path, tmp_path: Path, small: Any) -> N
     assert line.startswith("error[E_CKPT_NONE]") and "no step 7" in line and "leave step out" in line
     assert "error[E_INPUT]" in cli.error("export", "nowhere", "-o", "model", code=3)
     assert not (tmp_path / "model").exists()
-    made = cli.json("export", "run", "-o", "model")
+    first = cli.json("export", "run", "-o", "model")
     again = cli.json("export", "run", "-o", "model2")
-    assert made["fingerprint"] == again["fingerprint"] and made["samples"] == 32
+    assert first["fingerprint"] == again["fingerprint"] and first["samples"] == 32
     names = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"manifest.json", "config.json", "model.safetensors", "README.md", "status.json"} <= names
     assert not any(name.endswith((".pt", ".pkl", ".bin")) for name in names)
 
 
-def test_a_model_folder_that_is_not_what_it_says_is_refused(scenes: Path, tmp_path: Path, small: Any) -> None:
+def test_model_folder_that_does_not_match_its_manifest_is_refused(scenes: Path, tmp_path: Path, small: Any) -> None:
     cli = small.cli(tmp_path)
     small(tmp_path, f"data.train={scenes}", "schedule.samples=16", "-o", "run")
     cli("export", "run", "-o", "model")
@@ -132,7 +132,7 @@ def test_a_model_folder_that_is_not_what_it_says_is_refused(scenes: Path, tmp_pa
     line = cli.error(*evaluate, code=3)
     assert line.startswith("error[E_MODEL_HASH]") and "model.safetensors" in line and "restore" in line
     (model / "model.safetensors").write_bytes(weights)
-    # A manifest that fits its files, but weights that do not fit the config.
+    # The manifest matches its files, but the weights do not match the config.
     config = json.loads((model / "config.json").read_text())
     config["embed_dim"] = 48
     (model / "config.json").write_text(json.dumps(config))
@@ -143,9 +143,9 @@ def test_a_model_folder_that_is_not_what_it_says_is_refused(scenes: Path, tmp_pa
     assert line.startswith("error[E_MODEL_SHAPE]") and "projection" in line and "export the run again" in line
 
 
-def test_a_tower_in_one_file_outside_the_package(scenes: Path, tmp_path: Path, small: Any) -> None:
-    """What a stranger does: one file, named in `plugins`, and its presets are choices like any other."""
-    (tmp_path / "mean_colour.py").write_text(
+def test_plugin_tower_in_one_file_outside_the_package(scenes: Path, tmp_path: Path, small: Any) -> None:
+    """One file, named in `plugins`; its presets are choices like any other."""
+    (tmp_path / "mean_color.py").write_text(
         """
 import torch
 from torch import nn
@@ -153,10 +153,10 @@ from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, ImageTower, ImageTowerConfig, TowerOutput
 
 @configclass
-class MeanColourConfig(ImageTowerConfig):
+class MeanColorConfig(ImageTowerConfig):
     width: int = 8
 
-class MeanColour(ImageTower):
+class MeanColor(ImageTower):
     def __init__(self, config):
         super().__init__()
         self.feature_dim, self.image_size = config.width, config.image_size
@@ -166,40 +166,40 @@ class MeanColour(ImageTower):
         tokens = self.lift(images.flatten(2).mean(2, keepdim=True).transpose(1, 2))
         return TowerOutput(tokens[:, 0], tokens, (1, 1))
 
-IMAGE_TOWERS.add(MeanColourConfig, MeanColour, {"mean_colour": {"image_size": 32}})
+IMAGE_TOWERS.add(MeanColorConfig, MeanColor, {"mean_color": {"image_size": 32}})
 """
     )
     cli = small.cli(tmp_path)
-    words = [*small.settings[3:], "text.depth=2", "plugins=mean_colour.py", "image.name=mean_colour"]
-    cli("train", *words, f"data.train={scenes}", "schedule.samples=32", "image.width=4", "-o", "run")
+    args = [*small.settings[3:], "text.depth=2", "plugins=mean_color.py", "image.name=mean_color"]
+    cli("train", *args, f"data.train={scenes}", "schedule.samples=32", "image.width=4", "-o", "run")
     assert small.losses(tmp_path / "run")[-1]["loss"] > 0
     identity = (tmp_path / "run" / "identity.json").read_text()
-    assert "mean_colour.py" in identity and str(tmp_path) not in identity
-    line = cli.error("train", *words, f"data.train={scenes}", "image.width=wide", "-o", "other", code=2)
+    assert "mean_color.py" in identity and str(tmp_path) not in identity
+    line = cli.error("train", *args, f"data.train={scenes}", "image.width=wide", "-o", "other", code=2)
     assert line.startswith("error[E_CONFIG_VALUE]") and "image.width" in line
-    with (tmp_path / "mean_colour.py").open("a") as file:
+    with (tmp_path / "mean_color.py").open("a") as file:
         file.write("\n# changed\n")
-    resumed = ["train", *words, f"data.train={scenes}", "schedule.samples=32", "image.width=4", "-o", "run"]
+    resumed = ["train", *args, f"data.train={scenes}", "schedule.samples=32", "image.width=4", "-o", "run"]
     line = cli.error(*resumed, code=2)
     assert line.startswith("error[E_RESUME]") and "plugins" in line
-    text = (tmp_path / "mean_colour.py").read_text().replace('"mean_colour"', '"vit_nano"')
-    (tmp_path / "thief.py").write_text(text)
-    line = cli.error("train", "plugins=thief.py", "-o", "x", code=2)
-    assert line.startswith("error[E_PLUGIN]") and "thief.py" in line and "vit_nano exists" in line
+    text = (tmp_path / "mean_color.py").read_text().replace('"mean_color"', '"vit_nano"')
+    (tmp_path / "duplicate.py").write_text(text)
+    line = cli.error("train", "plugins=duplicate.py", "-o", "x", code=2)
+    assert line.startswith("error[E_PLUGIN]") and "duplicate.py" in line and "vit_nano exists" in line
     (tmp_path / "broken.py").write_text("import does_not_exist\n")
     line = cli.error("train", "plugins=broken.py", "-o", "x", code=2)
     assert line.startswith("error[E_PLUGIN]") and "broken.py" in line and "does_not_exist" in line
 
 
-def test_a_run_folder_with_a_broken_identity(small: Any, scenes: Path, tmp_path: Path) -> None:
+def test_run_folder_with_a_corrupt_identity_is_refused(small: Any, scenes: Path, tmp_path: Path) -> None:
     cli = small.cli(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "identity.json").write_text("{", encoding="utf-8")
-    words = ["train", *small.settings[3:], f"data.train={scenes}", "runtime.stop_at=1", "-o", "run"]
-    line = cli.error(*words, code=2)
+    args = ["train", *small.settings[3:], f"data.train={scenes}", "runtime.stop_at=1", "-o", "run"]
+    line = cli.error(*args, code=2)
     assert line.startswith("error[E_RESUME]") and "identity.json" in line and "--fresh" in line
-    cli(*words, "--fresh")
+    cli(*args, "--fresh")
     assert json.loads((tmp_path / "run" / "identity.json").read_text())["seed"] == 0
-    (tmp_path / "run" / "log.jsonl").write_text("")  # what a disk full at the wrong moment may leave
-    line = cli.error(*words, code=3)
+    (tmp_path / "run" / "log.jsonl").write_text("")  # as a full disk may leave it
+    line = cli.error(*args, code=3)
     assert line.startswith("error[E_INPUT]") and "log.jsonl" in line and "export" in line

@@ -1,4 +1,4 @@
-"""Scores of a held-out dataset while training goes on."""
+"""Retrieval scores on a held-out dataset during training."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from clipwright.pipeline.train.validation import Validation
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
-def test_scores_stand_on_the_log_and_are_those_of_the_exported_model(scenes: Path, tmp_path: Path, small: Any) -> None:
-    words = [f"data.train={scenes}", f"runtime.validation={scenes}", "runtime.validate_every=2", "runtime.log_every=3"]
-    words += ["schedule.samples=96", "runtime.zero=3", "runtime.save_every=2", "runtime.keep=1"]
+def test_scores_are_logged_and_equal_those_of_the_saved_weights(scenes: Path, tmp_path: Path, small: Any) -> None:
+    args = [f"data.train={scenes}", f"runtime.validation={scenes}", "runtime.validate_every=2", "runtime.log_every=3"]
+    args += ["schedule.samples=96", "runtime.zero=3", "runtime.save_every=2", "runtime.keep=1"]
     cli = small.cli(tmp_path)
     cli(
         "launch",
@@ -36,7 +36,7 @@ def test_scores_stand_on_the_log_and_are_those_of_the_exported_model(scenes: Pat
         "processes=2",
         "train",
         *small.settings,
-        *words,
+        *args,
         "runtime.keep_best=val_i2t_r10",
         "-o",
         "run",
@@ -48,50 +48,48 @@ def test_scores_stand_on_the_log_and_are_those_of_the_exported_model(scenes: Pat
     best = max(scored, key=lambda step: (scored[step]["val_i2t_r10"], -step))
     kept = {int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").glob("step-*")}
     assert kept == {best, 6}
-    # What evaluation says of the weights that were saved.
+    # Evaluation of the saved weights.
     tree = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     config = resolve(RunConfig, base=tree).value
     tokenizer = TOKENIZERS.build(config.tokenizer)
     towers = build_model(config, tokenizer)
     towers.load_state_dict(load_file(tmp_path / "run" / "checkpoints" / "step-00000006" / "model.safetensors"))
-    told = score(Model(config, towers, tokenizer, ""), Dataset(scenes), batch=7, workers=1, quiet=True)
-    for way in ("i2t", "t2i"):
+    expected = score(Model(config, towers, tokenizer, ""), Dataset(scenes), batch=7, workers=1, quiet=True)
+    for direction in ("i2t", "t2i"):
         for k in (1, 5, 10):
-            assert scored[6][f"val_{way}_r{k}"] == pytest.approx(told[way][f"r{k}"])
+            assert scored[6][f"val_{direction}_r{k}"] == pytest.approx(expected[direction][f"r{k}"])
 
 
-def test_a_dataset_that_is_not_there(scenes: Path, tmp_path: Path, here: Any, small: Any) -> None:
-    words = [*small.settings, f"data.train={scenes}", "runtime.validation=nowhere", "-o", "run"]
-    error = here(tmp_path, "train", *words, code=3).error
+def test_missing_validation_dataset_is_refused(scenes: Path, tmp_path: Path, here: Any, small: Any) -> None:
+    args = [*small.settings, f"data.train={scenes}", "runtime.validation=nowhere", "-o", "run"]
+    error = here(tmp_path, "train", *args, code=3).error
     assert error.startswith("error[E_INPUT]") and "nowhere" in error and error.endswith("check the path")
     assert not (tmp_path / "run" / "identity.json").exists()
 
 
-def test_a_run_that_is_told_to_stop_leaves_the_scores_out(
-    scenes: Path, small: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_that_should_stop_has_no_scores(scenes: Path, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    words = [*small.settings, f"data.train={scenes}", f"runtime.validation={scenes}", "loss.name=softmax"]
-    config = resolve(RunConfig, overrides=words).value
+    args = [*small.settings, f"data.train={scenes}", f"runtime.validation={scenes}", "loss.name=softmax"]
+    config = resolve(RunConfig, overrides=args).value
     tokenizer = TOKENIZERS.build(config.tokenizer)
     engine: Any = SimpleNamespace(weights=build_model(config, tokenizer).state_dict)
-    asked: list[bool] = []
+    calls: list[bool] = []
 
-    def told() -> bool:
-        asked.append(True)
-        return len(asked) > 2
+    def should_stop() -> bool:
+        calls.append(True)
+        return len(calls) > 2
 
     with process_group() as world:
         validation = Validation(config, tokenizer, world, score)
         assert validation.run(engine, Technique(), lambda: False).keys() == {
             f"val_{w}_r{k}" for w in ("i2t", "t2i") for k in (1, 5, 10)
         }
-        assert validation.run(engine, Technique(), told) == {} and len(asked) == 3
+        assert validation.run(engine, Technique(), should_stop) == {} and len(calls) == 3
 
 
 @pytest.mark.parametrize("signs", [True, False])
-def test_a_rank_that_says_that_it_is_alive_does_not_hang(signs: bool) -> None:
+def test_rank_that_sends_heartbeats_does_not_hang(signs: bool) -> None:
     now = time.monotonic()
     peers = [Peer(rank, f"host{rank}", last_heard=now, last_progress=now - 100) for rank in range(2)]
     for number in (0, 1):
@@ -101,5 +99,5 @@ def test_a_rank_that_says_that_it_is_alive_does_not_hang(signs: bool) -> None:
             peer.update({**report, "heartbeats": number if busy and signs else 0})
             if number == 0:
                 peer.last_progress = now - 100
-    found = find_failure(peers, now, 10)
-    assert found is None if signs else found is not None and found.code == "E_HANG" and "rank 0" in found.what
+    error = find_failure(peers, now, 10)
+    assert error is None if signs else error is not None and error.code == "E_HANG" and "rank 0" in error.what
