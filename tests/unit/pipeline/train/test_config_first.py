@@ -19,9 +19,17 @@ VERBS = {
 }
 
 
+def set_launcher_variables(monkeypatch: pytest.MonkeyPatch, rank: int, address: str, port: int) -> None:
+    """Makes this process rank `rank` of two."""
+    variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+    variables.update({"MASTER_ADDR": address, "MASTER_PORT": port})
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    ("verb", "word", "code", "pieces"),
+    ("verb", "override", "code", "pieces"),
     [
         ("train", "optim.learnin_rate=1", "E_CONFIG_KEY", ["optim.learnin_rate", "optim has the keys"]),
         ("train", "runtime.zer=2", "E_CONFIG_KEY", ["runtime.zer", "did you mean 'zero'?"]),
@@ -37,24 +45,20 @@ VERBS = {
 def test_refused_config_ends_a_rank_before_the_rendezvous(
     rank: int,
     verb: str,
-    word: str,
+    override: str,
     code: str,
     pieces: list[str],
     tmp_path: Path,
     here: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def met(*args: object, **kwargs: object) -> None:
+    def start_rendezvous(*args: object, **kwargs: object) -> None:
         raise AssertionError("the rendezvous was started")
 
-    monkeypatch.setattr(group, "TCPStore", met)
-    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
-    for name, value in (
-        place | {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": 9}
-    ).items():  # an address that does not answer
-        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(group, "TCPStore", start_rendezvous)
+    set_launcher_variables(monkeypatch, rank, "192.0.2.1", 9)  # an address that does not answer
     started = time.monotonic()
-    error = here(tmp_path, *VERBS[verb], word, code=2).error
+    error = here(tmp_path, *VERBS[verb], override, code=2).error
     assert error.startswith(f"error[{code}]: "), error
     assert [piece for piece in pieces if piece not in error] == [], error
     assert time.monotonic() - started < 10 and list(tmp_path.iterdir()) == []
@@ -64,11 +68,9 @@ def test_refused_config_ends_a_rank_before_the_rendezvous(
 def test_missing_ranks_are_an_error(rank: int, tmp_path: Path, here: Any, monkeypatch: Any) -> None:
     """Rank 0 waits for the other ranks, and they wait for it."""
     monkeypatch.setattr(run, "JOIN", 1.0)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    for name, value in (place | {"MASTER_ADDR": "127.0.0.1"}).items():
-        monkeypatch.setenv(name, str(value))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    set_launcher_variables(monkeypatch, rank, "127.0.0.1", port)
     error = here(tmp_path, "doctor", code=1).error
     where = f"rank {rank} of 2 (from torchrun) at 127.0.0.1:{port}"
     assert error.startswith(f"error[E_RANK]: the rendezvous failed: rank {1 - rank} did not join — {where} — "), error
@@ -81,15 +83,13 @@ def test_valid_config_starts_the_rendezvous(
 ) -> None:
     """Otherwise the test above would prove nothing."""
 
-    class Met(Exception):
+    class RendezvousStarted(Exception):
         pass
 
-    def met(*args: object, **kwargs: object) -> None:
-        raise Met
+    def start_rendezvous(*args: object, **kwargs: object) -> None:
+        raise RendezvousStarted
 
-    monkeypatch.setattr(group, "TCPStore", met)
-    place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}
-    for name, value in (place | {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": 9}).items():
-        monkeypatch.setenv(name, str(value))
-    with pytest.raises(Met):
+    monkeypatch.setattr(group, "TCPStore", start_rendezvous)
+    set_launcher_variables(monkeypatch, 0, "192.0.2.1", 9)
+    with pytest.raises(RendezvousStarted):
         here(tmp_path, *VERBS[verb])

@@ -29,13 +29,13 @@ def test_mixture_trains_resumes_and_is_exported(config: Path, small: Any, here: 
     args = ["./mixed.yaml", "schedule.samples=192", "runtime.save_every=5"]
     args += ["tokenizer.name=sentencepiece", "tokenizer.vocab_size=300"]  # trained on the captions of both
     folder = config.parent
-    stdout = small(folder, *args, "-o", "whole").stdout
+    stdout = small(folder, *args, "-o", "uninterrupted").stdout
     assert "data 116 samples in 4 shards of 2 datasets" in stdout and "= many 1.3, few 3.2 epochs" in stdout
     small(folder, *args, "-o", "run", "runtime.stop_at=7")
     (folder / "few").rename(folder / "less")
     moved = "data.train=[{path: many, weight: 3}, {path: less}]"
     assert "resuming at step 7" in small(folder, *args, moved, "-o", "run").stdout
-    ours, theirs = (small.losses(folder / name) for name in ("run", "whole"))
+    ours, theirs = (small.losses(folder / name) for name in ("run", "uninterrupted"))
     assert [line["loss"] for line in ours] == [line["loss"] for line in theirs] and len(ours) == 12
     heavier = "data.train=[{path: many, weight: 4}, {path: less}]"
     line = here(folder, "train", *small.settings, *args, heavier, "-o", "run", code=2).error
