@@ -1,7 +1,7 @@
 """Raw image-text pairs to shards, a trained two-tower model, scores, an index and search.
 
-`load_model(folder)` opens a model folder, `open_index(folder)` an index, `open_dataset(folder)` a dataset. Nothing is
-imported until it is asked for.
+`load_model(folder)` opens a model folder, `open_index(folder)` an index, `open_dataset(folder)` a dataset. Modules are
+imported on first use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ClipwrightError", "load_model", "open_dataset", "open_index"]
 
-_PLACES = {
+_EXPORTS = {
     "ClipwrightError": ("clipwright.pipeline.core.errors", "ClipwrightError"),
     "load_model": ("clipwright.pipeline.model.folder", "load_model"),
     "open_dataset": ("clipwright.pipeline.folders.dataset", "Dataset"),
@@ -26,9 +26,9 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _EXPORTS:
         raise AttributeError(f"module 'clipwright' has no attribute {name!r}")
-    module, attribute = _PLACES[name]
+    module, attribute = _EXPORTS[name]
     return getattr(importlib.import_module(module), attribute)
 
 

@@ -118,7 +118,7 @@ def demo(call: Call) -> Outcome:
 
 
 def _check_demo_folder(config: Path) -> None:
-    """E_OUTPUT if the folder has the config of another command, which `-o .` would overwrite."""
+    """Raises E_OUTPUT if the folder has the config of another command, which `-o .` would overwrite."""
     from clipwright.pipeline.core.config import read_yaml
 
     if config.exists() and "steps" not in read_yaml(config):
@@ -132,7 +132,7 @@ def _check_demo_folder(config: Path) -> None:
 
 
 def _verb(arguments: list[str]) -> str:
-    """The verb of a command line: its first argument, or its first two (`index build`)."""
+    """Returns the verb of a command line: its first argument, or its first two (`index build`)."""
     two = " ".join(arguments[:2])
     return two if two in COMMANDS else arguments[0]
 
@@ -226,7 +226,7 @@ def _prompts() -> list[dict[str, Any]]:
 
 
 def _entries(kind: str, image_size: int | None) -> list[dict[str, Any]]:
-    """One row per preset of a kind of registry."""
+    """Returns one row per preset of a kind of registry."""
     rows: list[dict[str, Any]] = []
     for name in REGISTRIES[kind]:
         registry = load_name(name)
@@ -243,7 +243,7 @@ def _entries(kind: str, image_size: int | None) -> list[dict[str, Any]]:
 
 
 def _tower_size(registry: Any, preset: str, image_size: int | None) -> dict[str, Any]:
-    """A tower's size, built on the meta device; null with an `error` if it refuses the image size."""
+    """Returns a tower's size, built on the meta device; null with an `error` if it refuses the image size."""
     import torch
 
     from clipwright.pipeline.towers.base import TextTowerConfig, parameter_count
@@ -281,7 +281,7 @@ def _cell(value: Any) -> str:
 
 
 def _config_verb(call: Call) -> str:
-    """The verb whose config is requested: `config show train photos` or `config show index build flat`."""
+    """Returns the verb whose config is requested: `config show train photos` or `config show index build flat`."""
     verbs = [verb for verb, spec in COMMANDS.items() if spec.kind is not None]
     for count in (2, 1):
         verb = " ".join(call.arguments[:count])
@@ -349,7 +349,7 @@ def config_reference(call: Call) -> Outcome:
 
 
 def _check_utf8(arguments: list[str]) -> None:
-    """E_USAGE for an argument that is not UTF-8: no config, manifest or status file could store it."""
+    """Raises E_USAGE for an argument that is not UTF-8: no config, manifest or status file could store it."""
     for argument in arguments:
         try:
             argument.encode()

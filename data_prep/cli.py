@@ -52,7 +52,7 @@ def prep(call: Call) -> Outcome:
 
 
 def _prep_part(call: Call, resolved: Any, folder: Path) -> Outcome:
-    """One part of a job array."""
+    """Runs one part of a job array."""
     from dataclasses import asdict
 
     from clipwright.data_prep.build.parts import prepare_part
@@ -83,7 +83,7 @@ def _summary(result: dict[str, Any], done: Prepared) -> str:
 
 
 def _counts(result: dict[str, Any], unit: str) -> str:
-    """`5,000 rows in = 4,998 written + 0 merged + 2 rejected (E_IMG_EMPTY 2)`"""
+    """Returns `5,000 rows in = 4,998 written + 0 merged + 2 rejected (E_IMG_EMPTY 2)`"""
     counts = f"{result['rows_in']:,} {unit} in = {result['written']:,} written + {result['merged']:,} merged"
     counts += f" + {result['rejected']:,} rejected"
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in result["rejects"].items())
@@ -204,7 +204,7 @@ def data_view(call: Call) -> Outcome:
 
 
 def _write_report(call: Call, result: dict[str, Any]) -> None:
-    """With -o, writes the result as report.json."""
+    """Writes the result as report.json if -o is given."""
     from clipwright.pipeline.core.files import write_json
     from clipwright.pipeline.folders.output import INSPECTION, REPORT, claim
 

@@ -153,7 +153,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def look(browser: Any) -> Callable[..., Look]:
-    """`look(page, width, screenshot=None)` opens a file in a window of that width; `screenshot`: a path to write."""
+    """Returns `look(page, width, screenshot=None)`, which opens a file in a window of that width."""
 
     def open_page(page: Path, width: int, screenshot: Path | None = None) -> Look:
         context = browser.new_context(viewport={"width": width, "height": 900})

@@ -86,7 +86,7 @@ class Command:
     writes_status: bool  # whether it writes status.json into its output folder
 
     def supports(self, flag: str) -> bool:
-        """Whether the verb supports one of OPTIONAL_FLAGS."""
+        """Returns whether the verb supports one of OPTIONAL_FLAGS."""
         return flag in self.flags
 
 
@@ -108,7 +108,7 @@ class StatusFile:
         self._started = datetime.datetime.now(datetime.UTC)
 
     def claim(self, folder: Path) -> None:
-        """The command has claimed `folder`: its status file is written however the command ends."""
+        """Makes `folder` this command's: its status file is written however the command ends."""
         self.folder = folder
         self._owned = True
 
@@ -180,7 +180,7 @@ class Call:
         return self.arguments[0] if self.arguments else None
 
     def check(self) -> None:
-        """E_USAGE for an argument or a flag that the verb would ignore: a lost `=` must not train on the defaults."""
+        """Raises E_USAGE for an argument or flag that the verb would ignore: a lost `=` must not train on the defaults."""
         verb = self.command.verb
         unexpected = self.arguments[self.command.max_arguments :]
         if self.command.kind is None and self.command.max_arguments == 1:
@@ -204,7 +204,7 @@ class Call:
                 )
 
     def load(self, base: dict[str, Any] | None = None, overrides: Sequence[str] | None = None) -> Any:
-        """The `Resolved` config of this command line, or of other `overrides` in place of its own."""
+        """Returns the `Resolved` config of this command line, or of other `overrides` in place of its own."""
         # Imported here: pydantic costs 80 ms that `clipwright --help` need not pay.
         from clipwright.pipeline.core.config import resolve  # noqa: PLC0415
 
@@ -217,7 +217,7 @@ class Call:
         return resolve(load_kind(self.command), verb=self.command.configs, config=config, overrides=chosen, base=base)
 
     def output(self) -> Path:
-        """The folder given with -o; E_USAGE without it."""
+        """Returns the folder given with -o; raises E_USAGE without it."""
         if self.out is None:
             raise ClipwrightError(
                 "E_USAGE", "no output folder is given", where=f"clipwright {self.command.verb}", fix="add -o DIR"
@@ -245,13 +245,13 @@ Body = Callable[[Call], Outcome | None]
 
 
 def load_kind(command: Command) -> type[Any]:
-    """The config class of a verb that has one."""
+    """Returns the config class of a verb that has one."""
     assert command.kind is not None, command.verb
     return load_name(command.kind)
 
 
 def load_name(name: str) -> Any:
-    """The attribute that `MODULE:NAME` names, imported now."""
+    """Imports and returns the attribute that `MODULE:NAME` names."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -379,7 +379,7 @@ def _run(call: Call, body: Body) -> int:
 
 
 def ignore_stop_signals() -> None:
-    """SIGTERM and SIGUSR1 are ignored from now on."""
+    """Ignores SIGTERM and SIGUSR1 from now on."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 

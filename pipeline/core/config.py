@@ -282,7 +282,7 @@ def _merge_choice(choice: Choice, values: list[tuple[str, Any]], place: str, ori
 def _merge_choice_list(
     hint: Any, choice: Choice, values: list[tuple[str, Any]], place: str, origins: dict[str, str]
 ) -> Any:
-    """Expands each element of a list of choices; the highest layer replaces the whole list."""
+    """Expands each element of a list of choices; the highest layer replaces the complete list."""
     origin = origins[place] = values[-1][0]
     value = _leaf(hint, values, place)
     if not isinstance(value, list):
@@ -371,7 +371,7 @@ def choice_of(hint: Any) -> Choice | None:
 
 
 def list_choice(hint: Any) -> Choice | None:
-    """The choice that each element of a list is, if it is one."""
+    """Returns the `Choice` of the elements of a list type."""
     arguments = get_args(hint)
     return choice_of(arguments[0]) if get_origin(hint) is tuple and len(arguments) == 2 else None
 

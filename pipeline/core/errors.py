@@ -84,11 +84,11 @@ class ClipwrightError(Exception):
 
     @classmethod
     def from_dict(cls, fields: dict[str, str]) -> ClipwrightError:
-        """The error that `to_dict` described."""
+        """Returns the error that `to_dict` described."""
         return cls(**fields)
 
     def to_dict(self) -> dict[str, str]:
-        """The error as plain JSON data, for another process or rank."""
+        """Returns the error as plain JSON data, for another process or rank."""
         return {"code": self.code, "what": self.what, "where": self.where, "found": self.found, "fix": self.fix}
 
     @property

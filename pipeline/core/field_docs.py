@@ -18,7 +18,7 @@ from typing import Any
 
 
 def field_docs(config: type[Any]) -> dict[str, str]:
-    """Field name → description, for the documented fields of a config class and of its bases."""
+    """Returns field name → description, for the documented fields of a config class and of its bases."""
     docs: dict[str, str] = {}
     for base in reversed(config.__mro__):
         file = getattr(sys.modules.get(base.__module__), "__file__", None)
@@ -28,7 +28,7 @@ def field_docs(config: type[Any]) -> dict[str, str]:
 
 
 def unimported_docs(name: str) -> dict[str, str]:
-    """Field name → description (empty where there is none) of the config class `MODULE:CLASS`, without importing it.
+    """Returns field name → description (may be empty) of the config class `MODULE:CLASS`, without importing it.
 
     For `--help`, which must not wait for torch. Bases are followed through `from MODULE import CLASS`.
     """
@@ -62,13 +62,13 @@ def _module(file: Path) -> ast.Module:
 
 @cache
 def _classes(file: Path) -> dict[str, ast.ClassDef]:
-    """All classes of a file by name, nested ones included."""
+    """Returns all classes of a file by name, nested ones included."""
     return {node.name: node for node in ast.walk(_module(file)) if isinstance(node, ast.ClassDef)}
 
 
 @cache
 def _imports(file: Path) -> dict[str, str]:
-    """Imported name → module, of the `from MODULE import NAME` at the top of a file."""
+    """Returns imported name → module, of the `from MODULE import NAME` at the top of a file."""
     return {
         alias.name: node.module
         for node in _module(file).body
@@ -78,7 +78,7 @@ def _imports(file: Path) -> dict[str, str]:
 
 
 def _fields(node: ast.ClassDef) -> dict[str, str]:
-    """Annotated fields of a class body in order, each with the literal that follows it; ClassVars are left out."""
+    """Returns the annotated fields of a class body (not ClassVars) in order, each with the literal that follows it."""
     docs: dict[str, str] = {}
     previous: str | None = None
     for statement in node.body:

@@ -37,7 +37,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def format_duration(seconds: float) -> str:
-    """`42s`, `2m28s`, `25h16m`, rounded to the last unit shown."""
+    """Returns `42s`, `2m28s` or `25h16m`, rounded to the last unit shown."""
     total = round(seconds)
     if total < 60:
         return f"{total}s"
@@ -117,7 +117,7 @@ class Progress:
                 self._bar.start()
 
     def _details(self) -> str:
-        """Rate, time left, failures."""
+        """Returns rate, time left and failures."""
         rate = (self.done - self.already_done) / max(time.monotonic() - self.started, 1e-9)
         text = f"{rate:.0f}/s" if rate >= 10 else f"{rate:.1f}/s"
         if self.total is not None and rate > 0:

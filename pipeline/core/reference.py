@@ -50,7 +50,7 @@ class Key:
 
 
 def reference(commands: Mapping[str, Command]) -> str:
-    """The complete page; the same text on every call."""
+    """Returns the complete page; the same text on every call."""
     blocks = [HEADER]
     described: dict[str, str] = {}  # config → the verb under which its keys are listed
     for verb, command in sorted(commands.items()):
@@ -69,7 +69,7 @@ def reference(commands: Mapping[str, Command]) -> str:
 
 
 def missing_docs(commands: Mapping[str, Command]) -> list[str]:
-    """`module.Class.field` of every config field without a description."""
+    """Returns `module.Class.field` of every config field without a description."""
     missing: set[str] = set()
     for command in commands.values():
         if command.kind is not None:
@@ -83,12 +83,12 @@ def missing_docs(commands: Mapping[str, Command]) -> list[str]:
 
 
 def _owner(config: type[Any], field: str) -> type[Any]:
-    """The class that declares a field."""
+    """Returns the class that declares a field."""
     return next(base for base in config.__mro__ if field in inspect.get_annotations(base))
 
 
 def _classes(config: type[Any]) -> Iterator[type[Any]]:
-    """A config class and all classes of its sections, as they are written in the source."""
+    """Yields a config class and all classes of its sections, as they are written in the source."""
     yield config
     for hint in get_type_hints(config, include_extras=True).values():
         choice = choice_of(hint) or list_choice(hint)
@@ -100,7 +100,7 @@ def _classes(config: type[Any]) -> Iterator[type[Any]]:
 
 
 def _section(config: type[Any], place: str, level: int) -> list[str]:
-    """A table of the plain keys of a section, then its sub-sections."""
+    """Returns a table of the plain keys of a section, then its sub-sections."""
     hints = get_type_hints(config, include_extras=True)
     plain: list[Key] = []
     below: list[str] = []
@@ -124,7 +124,7 @@ def _section(config: type[Any], place: str, level: int) -> list[str]:
 
 
 def _choice_section(choice: Choice, base: Any, place: str, meaning: str, level: int) -> list[str]:
-    """The keys of every family of a registry: first those that all have, then each family's own."""
+    """Returns the keys of every family of a registry: first the shared ones, then those of each family."""
     kind = choice.registry.kind
     default = f"`{choice.default}`" if choice.default is not None else "required"
     blocks = [_heading(place, level), *_paragraph(meaning)]
@@ -150,7 +150,7 @@ def _choice_section(choice: Choice, base: Any, place: str, meaning: str, level: 
 
 
 def _keys(config: Any, place: str) -> list[Key]:
-    """The keys of a class that are not sections."""
+    """Returns the keys of a class that are not sections."""
     hints = get_type_hints(config, include_extras=True)
     docs = field_docs(config)
     return [
@@ -180,7 +180,7 @@ def _cell(text: str) -> str:
 
 
 def type_text(hint: Any) -> str:
-    """A type annotation in words: `integer ≥ 1`, `one of `a`, `b``, `list of text`, `number or null`."""
+    """Returns a type annotation as text: `integer ≥ 1`, `one of `a`, `b``, `list of text`, `number or null`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return " ".join([type_text(arguments[0]), *_constraints(arguments[1:])])
@@ -201,7 +201,7 @@ def type_text(hint: Any) -> str:
 
 
 def _constraints(metadata: Iterable[Any]) -> Iterator[str]:
-    """Limits of a value, as annotated by pydantic's `Field`."""
+    """Yields the limits of a value, as annotated by pydantic's `Field`."""
     for item in metadata:
         if isinstance(item, FieldInfo):
             yield from _constraints(item.metadata)
@@ -236,7 +236,7 @@ def _yaml(value: Any) -> str:
 
 
 def _sections_in(hint: Any) -> Iterator[type[Any]]:
-    """The config classes within a type: a section, or the elements of a list of sections."""
+    """Yields the config classes within a type: a section, or the elements of a list of sections."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         if choice_of(hint) is None:

@@ -30,7 +30,7 @@ C = TypeVar("C")
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def configclass(cls: type[C]) -> type[C]:
-    """A keyword-only frozen dataclass that refuses unknown keys when it is validated.
+    """Makes a keyword-only frozen dataclass that refuses unknown keys when it is validated.
 
     Every field has its description as a string literal directly below it (see `core.field_docs`).
     """
@@ -40,7 +40,7 @@ def configclass(cls: type[C]) -> type[C]:
 
 
 def _described_schema(cls: type[Any], core_schema: Any, handler: Any) -> dict[str, Any]:
-    """The JSON schema that pydantic makes of a config class, with a description for each documented field."""
+    """Returns pydantic's JSON schema of a config class, with a description for each documented field."""
     schema = handler(core_schema)
     properties = handler.resolve_ref_schema(schema).get("properties", {})
     for name, text in field_docs(cls).items():
@@ -61,7 +61,7 @@ class Entry:
 
     @cached_property
     def tagged(self) -> type[Any]:
-        """The config class with `name` narrowed to this family's presets, which tells the members of a union apart."""
+        """The config class with `name` narrowed to this family's presets, by which pydantic selects a union member."""
         names = Literal[tuple(self.presets)]  # pyright: ignore[reportInvalidTypeForm]
         narrowed = dataclasses.make_dataclass(
             self.config.__name__, [("name", names)], bases=(self.config,), frozen=True, kw_only=True
@@ -126,7 +126,7 @@ class Registry(Generic[C]):
         return list({id(entry): entry for entry in self.entries.values()}.values())
 
     def entry(self, name: str) -> Entry:
-        """The family that has preset `name`; E_CONFIG_CHOICE names the nearest preset if there is none."""
+        """Returns the family that has preset `name`; E_CONFIG_CHOICE names the nearest preset if there is none."""
         entries = self.entries
         if name not in entries:
             raise ClipwrightError(
@@ -138,7 +138,7 @@ class Registry(Generic[C]):
         return entries[name]
 
     def preset(self, name: str, **fields: Any) -> Any:
-        """The config of preset `name`, with `fields` changed."""
+        """Returns the config of preset `name`, with `fields` changed."""
         entry = self.entry(name)
         return entry.tagged(**{"name": name, **entry.presets[name], **fields})
 

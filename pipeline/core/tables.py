@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 
 def display_width(text: str) -> int:
-    """Terminal cells that `text` takes: two for a wide letter (한), none for a combining mark."""
+    """Returns the terminal cells that `text` takes: two for a wide letter (한), none for a combining mark."""
     cells = 0
     for letter in text:
         if unicodedata.combining(letter):
@@ -18,7 +18,7 @@ def display_width(text: str) -> int:
 
 
 def align(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows of equal length as lines; the first `left` columns are aligned left, the others right."""
+    """Returns rows of equal length as lines; the first `left` columns are aligned left, the others right."""
     widths = [max(display_width(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -31,7 +31,7 @@ def align(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def wrap(titles: Sequence[str], rows: Sequence[Sequence[str]], fixed: int, styles: Mapping[str, str]) -> str:
-    """A table of text columns, folded to the width of the terminal; elsewhere one line per row.
+    """Returns a table of text columns, folded to the width of the terminal; elsewhere one line per row.
 
     The first `fixed` columns are never folded. `styles`: rich's style for each value of the first column.
     """
