@@ -180,7 +180,7 @@ class Call:
         return self.arguments[0] if self.arguments else None
 
     def check(self) -> None:
-        """Raises E_USAGE for an argument or flag that the verb would ignore: a lost `=` must not train on the defaults."""
+        """Raises E_USAGE for an argument or flag that the verb ignores: a lost `=` must not train on the defaults."""
         verb = self.command.verb
         unexpected = self.arguments[self.command.max_arguments :]
         if self.command.kind is None and self.command.max_arguments == 1:
