@@ -134,9 +134,7 @@ def _open(data: bytes) -> tuple[Image.Image, Header]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PixelError("E_IMG_PIXELS", str(error)) from None
     except Image.UnidentifiedImageError:
-        raise PixelError(
-            "E_IMG_TRUNCATED", f"{len(data)} bytes that start like a {kind} but have no readable header"
-        ) from None
+        raise PixelError("E_IMG_TRUNCATED", f"{len(data)} bytes of {kind} without a readable header") from None
     except Exception as error:  # a malformed header may make Pillow raise anything
         raise PixelError("E_IMG_TRUNCATED", f"{kind} header: {_reason(error)}") from None
     width, height = image.size
@@ -207,9 +205,7 @@ def _check_png(data: bytes) -> None:
         if name in (b"IHDR", b"PLTE", b"IDAT"):
             (stated,) = struct.unpack_from(">I", data, start + length)
             if zlib.crc32(view[start - 4 : start + length]) != stated:
-                raise PixelError(
-                    "E_IMG_TRUNCATED", f"the CRC of the {name.decode()} chunk at byte {start - 8} is wrong"
-                )
+                raise PixelError("E_IMG_TRUNCATED", f"wrong CRC in the {name.decode()} chunk at byte {start - 8}")
 
 
 def _reason(error: Exception) -> str:
@@ -358,8 +354,8 @@ def evaluation_view(
     fit: `crop` resizes the shorter side to `size` and crops the center; `squash` resizes both sides to `size`.
     crop_rounding: how a crop offset of half a pixel is rounded, to `even` or `down`.
     Source: openai/CLIP `_transform`, with torchvision's rounding (longer side down, crop offset half to even);
-    transformers rounds the offset down. The complete image is resized before it is cropped: Pillow orders its two
-    passes by shape and clips to 8 bits between them, so resizing the crop alone differs by up to 20 levels.
+    transformers rounds down. The image is resized before it is cropped: Pillow orders its two passes by shape and clips
+    to 8 bits between them, so resizing the crop alone differs by up to 20 levels.
     """
     image = Image.fromarray(decode(data))
     resample = Image.Resampling[interpolation.upper()]
