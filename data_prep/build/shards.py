@@ -128,7 +128,7 @@ class _ShardWriter:
             code, detail = error.args
             self._reject(record, code, detail, key)
             for duplicate in duplicates:
-                self._reject(duplicate, code, f"same image as row {record.row}, which was refused: {detail}", key)
+                self._reject(duplicate, code, f"same image as row {record.row}, which was rejected: {detail}", key)
             return
         self.captions_dropped += dropped
         if copy:

@@ -49,7 +49,7 @@ class _Group:
         if member.refused:
             self.report("E_TAR_MEMBER", f"{shown(member.name)}: {member.refused}")
         elif extension in self.files:
-            self.report("E_PAIR_DUPLICATE", f"{shown(member.name)} stands in it twice")
+            self.report("E_PAIR_DUPLICATE", f"{shown(member.name)} occurs twice")
         needed = extension in _IMAGES or extension in _CAPTIONS
         self.files.setdefault(extension, (member, data if needed else b""))
 
@@ -151,7 +151,7 @@ class _TarScan:
             offsets = ", ".join(str(header) for _, header in places[:4])
             for row, _ in places:
                 self.rows.pop(row, None)
-                detail = f"members of this key stand apart, or it is used again: at offsets {offsets}"
+                detail = f"the members of this key are not adjacent, or the key is used again (offsets {offsets})"
                 self._reject(row, "E_PAIR_DUPLICATE", detail)
         rows = [self.rows[row] for row in sorted(self.rows)]
         rejects = [self.rejects[row] for row in sorted(self.rejects)]
@@ -216,11 +216,11 @@ def _image(group: _Group) -> tuple[Member, bytes]:
     images = [extension for extension in group.files if extension in _IMAGES]
     _check_dots(group, has_image=bool(images))
     if list(group.files) == [""]:
-        raise TarError("E_PAIR_KEY", f"a name of {len(group.key)} characters without extension, which was cut off")
+        raise TarError("E_PAIR_KEY", f"a name of {len(group.key)} characters without extension: it is truncated")
     if len(images) != 1:
         listed = ", ".join(f".{extension}" for extension in list(group.files)[:6])
         count = f"{len(images)} images" if images else "no image"
-        raise TarError("E_PAIR_IMAGE", f"{count} among its members {shown(listed)}")
+        raise TarError("E_PAIR_IMAGE", f"{count} in the group, its members are {shown(listed)}")
     return group.files[images[0]]
 
 
@@ -241,7 +241,9 @@ def _check_dots(group: _Group, *, has_image: bool) -> None:
     image_only = not has_image and any("image" in kinds for kinds in dotted.values())
     if pairs or image_only:
         key = shown(f"{group.key}.{next(iter(pairs or dotted))}")
-        raise TarError("E_PAIR_KEY", f"a dot in the key {key}, which WebDataset's readers end at the first one")
+        raise TarError(
+            "E_PAIR_KEY", f"the key {key} contains a dot, and WebDataset's readers end a key at its first dot"
+        )
 
 
 def _metadata(group: _Group) -> tuple[dict[str, Any], str]:
@@ -271,8 +273,8 @@ def _captions(group: _Group, metadata: dict[str, Any], problem: str) -> list[Cap
         return [("E_CAP_FILE", problem)]
     if caption is None or isinstance(caption, str):
         return [caption]
-    return [("E_CAP_FILE", "`caption` of the JSON member is no text")]
+    return [("E_CAP_FILE", "`caption` in the JSON member is not text")]
 
 
 def _text(value: Any, name: str) -> Caption:
-    return value if isinstance(value, str) else ("E_CAP_FILE", f"`{name}` holds no texts")
+    return value if isinstance(value, str) else ("E_CAP_FILE", f"an item of `{name}` in the JSON member is not text")

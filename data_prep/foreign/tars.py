@@ -144,7 +144,7 @@ def _refused_kind(kind: bytes) -> str:
     """Returns what a member is if it is not a plain file, else an empty string."""
     if kind in _REFUSED_KINDS:
         return _REFUSED_KINDS[kind]
-    return "" if kind in (*_FILES, tarfile.DIRTYPE) else "a member of an odd type"
+    return "" if kind in (*_FILES, tarfile.DIRTYPE) else "a member of an unsupported type"
 
 
 def _read_header(reader: HashingReader, start: int) -> tarfile.TarInfo | None:
@@ -160,21 +160,21 @@ def _read_header(reader: HashingReader, start: int) -> tarfile.TarInfo | None:
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise TarError("E_TAR", f"no tar header at offset {start}: {error}") from None
+        raise TarError("E_TAR", f"the tar header at offset {start} is malformed: {error}") from None
     if info.size < 0:
-        raise TarError("E_TAR", f"a member of a negative size at offset {start}")
+        raise TarError("E_TAR", f"a member with a negative size at offset {start}")
     return info
 
 
 def _check_end(reader: HashingReader, start: int) -> None:
     while rest := reader.read(_READ_BYTES):
         if rest.strip(b"\0"):
-            raise TarError("E_TAR", f"something stands behind its end mark at offset {start}", after_end=True)
+            raise TarError("E_TAR", f"data follows the end-of-archive mark at offset {start}", after_end=True)
 
 
 def _read_extended(reader: HashingReader, info: tarfile.TarInfo, start: int) -> bytes:
     if info.size > _MAX_EXTENDED_BYTES:
-        detail = f"an extended header of {info.size} bytes at offset {start}, {_MAX_EXTENDED_BYTES} allowed"
+        detail = f"an extended header of {info.size} bytes at offset {start} (limit {_MAX_EXTENDED_BYTES})"
         raise TarError("E_TAR", detail)
     data = reader.read(info.size)
     if len(data) != info.size:
@@ -191,7 +191,7 @@ def _pax_records(data: bytes, start: int) -> dict[str, str]:
         length = int(digits) if digits.isdigit() else 0
         key, equals, value = data[len(digits) + 1 : length].partition(b"=")
         if not len(digits) + 3 < length <= len(data) or not equals:
-            raise TarError("E_TAR", f"a broken extended header at offset {start}")
+            raise TarError("E_TAR", f"the extended header at offset {start} is malformed")
         records[key.decode("utf-8", "replace")] = value.removesuffix(b"\n").decode("utf-8", "surrogateescape")
         data = data[length:]
     return records
@@ -208,9 +208,9 @@ def _pax_size(text: str | None, start: int) -> int | None:
 def _unsafe(name: str, size: int) -> str:
     """Returns why a file is refused by its name or size; its data is not inspected."""
     if name.startswith("/") or ".." in name.split("/"):
-        return "a name that leads out of a folder"
+        return "a path that leaves its folder"
     if len(name) > MAX_NAME_CHARACTERS:
-        return f"a name of {len(name)} characters, {MAX_NAME_CHARACTERS} allowed"
+        return f"a name of {len(name)} characters (limit {MAX_NAME_CHARACTERS})"
     if not name.isprintable():  # also refuses lone surrogates, which represent bytes that are not UTF-8
         return "a name that is not printable text"
-    return f"{size} bytes, {MAX_MEMBER_BYTES} allowed" if size > MAX_MEMBER_BYTES else ""
+    return f"{size} bytes (limit {MAX_MEMBER_BYTES})" if size > MAX_MEMBER_BYTES else ""

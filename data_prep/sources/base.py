@@ -112,7 +112,7 @@ def open_inside(root: Path, name: str, *, walked: bool = False) -> io.FileIO:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
-            raise PathError(f"{name!r} is not a plain file")
+            raise PathError(f"{name!r} is not a regular file")
     except PathError:
         raise
     except (OSError, ValueError, RuntimeError) as error:

@@ -198,8 +198,11 @@ class FolderSource(Source):
                 problems.append(error.args)
         if not captions and not problems:
             stem = PurePosixPath(_valid_utf8(self._images[row])).stem
-            found = "no words in it" if self._caption_suffixes[row] else "no such file"
-            problems.append(("E_CAP_EMPTY", f"{stem}.txt or {stem}.json beside the image: {found}"))
+            if self._caption_suffixes[row]:
+                detail = f"{stem}.txt or {stem}.json has no text"
+            else:
+                detail = f"no {stem}.txt or {stem}.json beside the image"
+            problems.append(("E_CAP_EMPTY", detail))
         return [*captions, *problems], metadata
 
     def _captions_of(self, metadata: dict[str, Any], name: str) -> list[Caption]:
@@ -214,15 +217,15 @@ class FolderSource(Source):
         except PathError as error:
             raise _CaptionFileError("E_CAP_FILE", str(error)) from None
         except UnicodeDecodeError as error:
-            place = f"byte {error.object[error.start]:#04x} at {error.start}"
+            byte = f"byte {error.object[error.start]:#04x} at position {error.start}"
             is_utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-            encoding = "utf-16" if is_utf16 else "cp949, latin-1 or whichever it is"
-            detail = f"{_valid_utf8(name)} is not {self.encoding}, first at {place}; set source.encoding={encoding}"
+            remedy = "source.encoding=utf-16" if is_utf16 else "source.encoding=cp949 or another encoding"
+            detail = f"{_valid_utf8(name)} is not {self.encoding} ({byte}); set {remedy}"
             raise _CaptionFileError("E_CAP_ENCODING", detail) from None
         if "\0" in text:  # UTF-16 without a byte order mark is valid UTF-8, with a zero byte beside every letter
             encoding = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
             name, ours = _valid_utf8(name), self.encoding
-            detail = f"{name} is not text in {ours}: it holds zero bytes; set source.encoding={encoding}"
+            detail = f"{name} is not text in {ours}: it has zero bytes; set source.encoding={encoding}"
             raise _CaptionFileError("E_CAP_ENCODING", detail)
         return text
 
@@ -233,7 +236,7 @@ class FolderSource(Source):
         except (ValueError, RecursionError) as error:
             raise _CaptionFileError("E_CAP_FILE", f"{_valid_utf8(name)} is not JSON: {error}") from None
         if not isinstance(value, dict):
-            detail = f"{_valid_utf8(name)} holds a {type(value).__name__}, an object is read"
+            detail = f"{_valid_utf8(name)} holds a {type(value).__name__}, expected an object"
             raise _CaptionFileError("E_CAP_FILE", detail)
         return {_valid_utf8(key): item for key, item in value.items()}
 
@@ -406,7 +409,7 @@ def _caption(item: Any, name: str) -> Caption:
     if isinstance(item, (int, float)) and not isinstance(item, bool):
         return str(item)
     kind = type(item).__name__
-    return "E_CAP_FILE", f"{_valid_utf8(name)} holds a {kind} for a caption; text or a list of texts is read"
+    return "E_CAP_FILE", f"{_valid_utf8(name)} has a {kind} as caption, expected text or a list of texts"
 
 
 def _column_value(value: Any, kind: pa.DataType) -> Any:

@@ -152,14 +152,14 @@ def test_rejects_name_the_file_and_the_remedy(images: Path, tmp_path: Path, cli:
     (tmp_path / "secret.txt").write_text("secret words")
     (images / "out.jpg").symlink_to(tmp_path / "secret.jpg")
     cases: dict[str, tuple[Any, str, list[str]]] = {
-        "bare": (None, "E_CAP_EMPTY", ["bare.txt or bare.json", "no such file"]),
-        "blank": (b" \n\n", "E_CAP_EMPTY", ["blank.txt", "no words"]),
+        "bare": (None, "E_CAP_EMPTY", ["no bare.txt or bare.json", "beside the image"]),
+        "blank": (b" \n\n", "E_CAP_EMPTY", ["blank.txt", "no text"]),
         "korean": (
             KOREAN.encode("cp949"),
             "E_CAP_ENCODING",
-            ["korean.txt is not utf-8", "0xbb at 0", "set source."],
+            ["korean.txt is not utf-8", "0xbb at position 0", "set source."],
         ),
-        "wide": (KOREAN.encode("utf-16"), "E_CAP_ENCODING", ["0xff at 0", "source.encoding=utf-16"]),
+        "wide": (KOREAN.encode("utf-16"), "E_CAP_ENCODING", ["0xff at position 0", "source.encoding=utf-16"]),
         "unmarked": (b"w\0o\0r\0d\0", "E_CAP_ENCODING", ["unmarked.txt", "source.encoding=utf-16-le"]),
         "led": (tmp_path / "secret.txt", "E_CAP_FILE", ["led.txt", "leaves the root"]),
     }
