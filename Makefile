@@ -1,13 +1,13 @@
-# make demo: from a bare machine with Python 3.11, pip and make to a report.  make test: everything CI runs.
+# make demo: installs into .venv, trains a small model and writes a report.  make test: everything that CI runs.
 # make soak: long versions of the resilience tests; resumable, results in soak.json.
-# TORCH_INDEX: address of an index with CPU builds of torch, where pip's own has only CUDA builds.
+# TORCH_INDEX: URL of an index with CPU builds of torch, for use where pip's index has CUDA builds only.
 TORCH_INDEX ?=
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 SOURCES = clipwright/*.py pipeline data_prep eval tests
 export DS_BUILD_OPS = 0
-# By the environment and not by -c, so that it holds for what packages are built with too.
+# Set as an environment variable, not with -c, so that it also applies to build dependencies.
 export PIP_CONSTRAINT = $(CURDIR)/constraints/cpu.txt
 export DS_ACCELERATOR = cpu
 
