@@ -62,11 +62,11 @@ def find_failure(peers: Sequence[Peer], now: float, timeout_seconds: float) -> C
     if slowest[0] < 0:
         # Before its first step a rank may work for long while the others wait: it trains a tokenizer, for example.
         return None
-    behind = [peer for peer in connected if peer.step_and_phase == slowest]
-    if any(now - peer.last_progress <= timeout_seconds for peer in behind):
+    lagging = [peer for peer in connected if peer.step_and_phase == slowest]
+    if any(now - peer.last_progress <= timeout_seconds for peer in lagging):
         return None
     # Of ranks that are equally far, those in a collective wait for those that are not.
-    hanging = [peer for peer in behind if not peer.report["in_collective"]] or behind
+    hanging = [peer for peer in lagging if not peer.report["in_collective"]] or lagging
     return _hanging(hanging, len(connected), now, timeout_seconds)
 
 
