@@ -67,7 +67,7 @@ def test_refused_config_ends_a_rank_before_the_rendezvous(
 @pytest.mark.parametrize("rank", [0, 1])
 def test_missing_ranks_are_an_error(rank: int, tmp_path: Path, here: Any, monkeypatch: Any) -> None:
     """Rank 0 waits for the other ranks, and they wait for it."""
-    monkeypatch.setattr(run, "JOIN", 1.0)
+    monkeypatch.setattr(run, "RENDEZVOUS_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     set_launcher_variables(monkeypatch, rank, "127.0.0.1", port)
