@@ -80,11 +80,12 @@ def demo(call: Call) -> Outcome:
 
     from clipwright.pipeline.core.config import read_yaml
     from clipwright.pipeline.core.files import atomic_write, write_json
+    from clipwright.pipeline.folders import output
 
     out = call.output()
     resolved = call.load(base=read_yaml(Path(__file__).parent / "configs" / "demo.yaml"))
     config: DemoConfig = resolved.value
-    _check_demo_folder(out / "config.yaml")
+    output.check(out, output.DEMO)
     report: dict[str, Any] = {}
     for number, (name, line) in enumerate(config.steps.items(), 1):
         arguments = [argument.format(demo=out, seed=config.seed) for argument in shlex.split(line)]
@@ -115,20 +116,6 @@ def demo(call: Call) -> Outcome:
         f"a smoke test on toy images, not a useful model\npage {report['report']['page']}"
     )
     return Outcome(report, text, next=f"clipwright search {out / 'index'} text='{search['query']}'")
-
-
-def _check_demo_folder(config: Path) -> None:
-    """Raises E_OUTPUT if the folder has the config of another command, which `-o .` would overwrite."""
-    from clipwright.pipeline.core.config import read_yaml
-
-    if config.exists() and "steps" not in read_yaml(config):
-        raise ClipwrightError(
-            "E_OUTPUT",
-            "the output folder holds something else",
-            where=config,
-            found="the config of another command",
-            fix="name a new folder: -o DIR",
-        )
 
 
 def _verb(arguments: list[str]) -> str:

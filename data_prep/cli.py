@@ -105,7 +105,7 @@ def _dry_run(resolved: Any, *, quiet: bool) -> Outcome:
 @command(
     data_app,
     "data verify",
-    kind="clipwright.data_prep.inspect.dataset_files:DatasetArgument",
+    kind="clipwright.data_prep.inspect.argument:DatasetArgument",
     subject="data",
     metavar="DATASET",
     flags=("-o",),
@@ -130,7 +130,7 @@ def data_verify(call: Call) -> Outcome:
 @command(
     data_app,
     "data stats",
-    kind="clipwright.data_prep.inspect.dataset_files:DatasetArgument",
+    kind="clipwright.data_prep.inspect.argument:DatasetArgument",
     subject="data",
     metavar="DATASET",
     flags=("-o",),

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -18,38 +19,31 @@ from accelerate.utils import gather_object
 from pydantic import AfterValidator, Field
 
 from clipwright.eval.encode import dataset_images, encode_images, encode_texts, sidecar_slices
-from clipwright.eval.folders import CONFIG, claim, write_origin
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import atomic_write, digest, fsync_folder, write_json
+from clipwright.pipeline.core.files import atomic_write, digest, staged_path, write_json
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.part import Part
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.distributed.group import World
+from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.cache import CachedRuntime
 from clipwright.pipeline.folders.dataset import Dataset
-from clipwright.pipeline.folders.records import MANIFEST, check_files, file_entries, read_manifest, write_manifest
+from clipwright.pipeline.folders.output import CONFIG, EMBEDDING
+from clipwright.pipeline.folders.records import (
+    MANIFEST,
+    check_files,
+    file_entries,
+    read_manifest,
+    write_manifest,
+    write_origin,
+)
+from clipwright.pipeline.folders.schema import EMBEDDING_SCHEMA, METADATA, own_columns
 from clipwright.pipeline.model.folder import Model, load_model
 
 T = TypeVar("T")
 RENDEZVOUS_SECONDS = 1800.0
 COLLECTIVE_SECONDS = 7 * 86400.0  # ranks that are done wait for the slowest one
-
-# The columns of every sidecar. All others are the user's own and become `metadata`.
-SIDECAR = (
-    "row",
-    "key",
-    "captions",
-    "width",
-    "height",
-    "offset",
-    "size",
-    "sha256",
-    "dhash",
-    "source",
-    "source_key",
-)
-_OWN = ("part-*.npy", "part-*.parquet", MANIFEST)
 
 
 def _checked_part(text: str) -> str:
@@ -129,61 +123,55 @@ def embed(resolved: Resolved[EmbedConfig], out: Path, world: World, *, quiet: bo
     finished = _on_all_ranks(lambda: _finished_manifest(out, body, fresh) if world.is_rank0 else None)[0]
     if finished is not None:
         return {**finished, "made": False}
-    if part.step == "finish":
-        manifest = _on_all_ranks(lambda: _join_parts(out, resolved, body) if world.is_rank0 else None)[0]
+    with ExitStack() as claims:
+
+        def claim() -> None:
+            if world.is_rank0:
+                claims.enter_context(output.claim(out, EMBEDDING))
+
+        _on_all_ranks(claim)
+        if part.step == "finish":
+            manifest = _on_all_ranks(lambda: _join_parts(out, resolved, body) if world.is_rank0 else None)[0]
+            assert manifest is not None
+            return {**manifest, "made": True}
+        rows = part.share(data.samples, world.rank, world.size)
+        own_part = _EmbeddingPart(out, (part.number - 1) * world.size + world.rank)
+        quiet = quiet or world.rank > 0
+        try:
+            if part.step == "share":
+                identity = {**body, "of": part.of * world.size, "ranks": world.size}
+                receipts = _on_all_ranks(
+                    lambda: own_part.write_once(identity, lambda: own_part.write(model, data, rows, config, quiet))
+                )
+                made = any(written for _, written in receipts)
+                return {**body, "rows": sum(receipt["rows"] for receipt, _ in receipts), "made": made}
+            _on_all_ranks(lambda: output.clear(out, EMBEDDING) if world.is_rank0 else None)
+            parts = _on_all_ranks(lambda: own_part.write(model, data, rows, config, quiet))
+            manifest = _on_all_ranks(lambda: _finish(out, resolved, body, parts) if world.is_rank0 else None)[0]
+        finally:
+            if part.step == "all":
+                own_part.discard()
         assert manifest is not None
         return {**manifest, "made": True}
-    rows = part.share(data.samples, world.rank, world.size)
-    own_part = _EmbeddingPart(out, (part.number - 1) * world.size + world.rank)
-    quiet = quiet or world.rank > 0
-    try:
-        if part.step == "share":
-            identity = {**body, "of": part.of * world.size, "ranks": world.size}
-            receipts = _on_all_ranks(
-                lambda: own_part.write_once(identity, lambda: own_part.write(model, data, rows, config, quiet))
-            )
-            made = any(written for _, written in receipts)
-            return {**body, "rows": sum(receipt["rows"] for receipt, _ in receipts), "made": made}
-        _on_all_ranks(lambda: _discard(out) if world.is_rank0 else None)
-        parts = _on_all_ranks(lambda: own_part.write(model, data, rows, config, quiet))
-        manifest = _on_all_ranks(lambda: _finish(out, resolved, body, parts) if world.is_rank0 else None)[0]
-    finally:
-        if part.step == "all":
-            own_part.discard()
-    assert manifest is not None
-    return {**manifest, "made": True}
 
 
 def _finished_manifest(out: Path, body: dict[str, Any], fresh: bool) -> dict[str, Any] | None:
-    """Claims `out`. Returns its manifest if it is a valid folder of these inputs; None if there is work to do."""
-    claim(out, _OWN)
+    """Checks `out`. Returns its manifest if it is a valid folder of these inputs; None if there is work to do."""
+    output.check(out, EMBEDDING)
     if fresh or not (out / MANIFEST).exists():
         return None
     manifest = read_manifest(out, "embedding")
-    changed = [name for name, value in body.items() if manifest[name] != value]
-    if changed:
-        differences = [f"its {name} is {str(manifest[name])[:16]}, not {str(body[name])[:16]}" for name in changed]
-        raise ClipwrightError(
-            "E_OUTPUT",
-            "the embedding folder was made from other inputs",
-            where=out,
-            found="; ".join(differences),
-            fix="name a new folder, or add --fresh to replace it",
-        )
+    made_from = {name: manifest[name] for name in body}
+    output.require_same(out, "the embedding folder was made from other inputs", made_from, body)
     check_files(out, manifest["files"], "E_EMBED_HASH")
     return manifest
 
 
-def _discard(out: Path) -> None:
-    """Removes what an unfinished run left."""
-    (out / MANIFEST).unlink(missing_ok=True)
-    for path in (*out.glob("part-*"), *out.glob("*.partial")):
-        path.unlink()
-
-
 def _join_parts(out: Path, resolved: Resolved[EmbedConfig], body: dict[str, Any]) -> dict[str, Any]:
     """Joins the parts of a job array by their receipts. Raises E_UNFINISHED if a part is missing."""
-    receipts = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob(staged_name("part-*.json"))]
+    receipts = [
+        json.loads(path.read_text(encoding="utf-8")) for path in out.glob(staged_path(out / "part-*.json").name)
+    ]
     receipts = [receipt for receipt in receipts if receipt.items() >= body.items()]
     divisions = Counter((receipt["of"], receipt["ranks"]) for receipt in receipts).most_common(1)
     of, ranks = divisions[0][0] if divisions else (0, 1)
@@ -207,8 +195,7 @@ def _join_parts(out: Path, resolved: Resolved[EmbedConfig], body: dict[str, Any]
         for name, entry in part["files"].items():
             check_files(out, {_current_path(out, name).name: entry}, "E_EMBED_HASH")
     manifest = _finish(out, resolved, body, parts)
-    for path in out.glob("*.partial"):  # receipts, and parts of an earlier division
-        path.unlink()
+    output.remove_staged(out)  # receipts, and parts of an earlier division
     return manifest
 
 
@@ -218,12 +205,12 @@ class _EmbeddingPart:
     def __init__(self, out: Path, number: int) -> None:
         self.out, self.number = out, number
         self.names = [f"part-{number:05d}{suffix}" for suffix in (".npy", ".parquet")]
-        self.staged = [staged_path(out, name) for name in self.names]
+        self.staged = [staged_path(out / name) for name in self.names]
 
     def write_once(self, identity: dict[str, Any], work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
         """Runs `work` unless a receipt of the same identity exists; returns the receipt, and whether work was done."""
         identity = {**identity, "number": self.number}
-        path = staged_path(self.out, f"part-{self.number:05d}.json")
+        path = staged_path(self.out / f"part-{self.number:05d}.json")
         if path.is_file():
             receipt = json.loads(path.read_text(encoding="utf-8"))
             if receipt.items() >= identity.items() and self._has_files(receipt):
@@ -265,17 +252,9 @@ class _EmbeddingPart:
             path.unlink(missing_ok=True)
 
 
-def staged_name(name: str) -> str:
-    return f".{name}.partial"
-
-
-def staged_path(out: Path, name: str) -> Path:
-    return out / staged_name(name)
-
-
 def _current_path(out: Path, name: str) -> Path:
     """Returns where a part's file is: staged, or under its final name after an interrupted `finish`."""
-    staged = staged_path(out, name)
+    staged = staged_path(out / name)
     return staged if staged.exists() else out / name
 
 
@@ -317,19 +296,12 @@ def embedding_rows(sidecar: pa.Table, tar: str, what: str) -> pa.Table:
         sidecar, caption = sidecar.take(captions.value_parent_indices()), captions.flatten()
     else:
         caption = captions.values.take(captions.offsets[:-1])
-    columns: dict[str, Any] = {
-        "key": sidecar["key"],
-        "caption": caption,
-        "captions": sidecar["captions"],
-        "tar": pa.array([tar] * sidecar.num_rows, pa.string()),
-    }
-    for name in ("offset", "size", "width", "height", "source"):
-        columns[name] = sidecar[name]
-    user_columns = [name for name in sidecar.column_names if name not in SIDECAR]
-    if user_columns:
-        columns["metadata"] = pa.StructArray.from_arrays(
-            [sidecar[name].combine_chunks() for name in user_columns],
-            fields=[sidecar.schema.field(name) for name in user_columns],
+    derived: dict[str, Any] = {"caption": caption, "tar": pa.array([tar] * sidecar.num_rows, pa.string())}
+    columns = {name: derived[name] if name in derived else sidecar[name] for name in EMBEDDING_SCHEMA.names}
+    own = own_columns(sidecar.schema)
+    if own:
+        columns[METADATA] = pa.StructArray.from_arrays(
+            [sidecar[field.name].combine_chunks() for field in own], fields=own
         )
     return pa.table(columns)
 
@@ -339,9 +311,8 @@ def _finish(
 ) -> dict[str, Any]:
     """Renames the staged parts and writes config, origin and, last, the manifest."""
     files = {name: entry for part in parts for name, entry in part["files"].items()}
-    for name in files:
-        _current_path(out, name).replace(out / name)
-    fsync_folder(out)
+    renames = [(_current_path(out, name), out / name) for name in files]
+    output.publish(*renames)
     atomic_write(out / CONFIG, resolved.yaml())
     write_origin(out, model=resolved.value.model, data=resolved.value.data)
     body = {**body, "rows": sum(part["rows"] for part in parts), "files": files}

@@ -69,7 +69,7 @@ def dataset_images(data: Dataset, rows: Iterable[int]) -> Iterator[ImageSource]:
         if keys_shard != shard:
             keys_shard, keys = shard, data.sidecar(shard)["key"].to_pylist()
             # Images of the previous shard may not have been read yet.
-            data.expect(range(max(shard - 1, 0), min(shard + PREFETCH_SHARDS, len(data.sizes))))
+            data.prefetch(range(max(shard - 1, 0), min(shard + PREFETCH_SHARDS, len(data.sizes))))
         key = keys[row - shard_start]
         yield ImageSource(
             key=key,
@@ -77,7 +77,7 @@ def dataset_images(data: Dataset, rows: Iterable[int]) -> Iterator[ImageSource]:
             fix="remove the sample from the input and run `clipwright prep` again",
             read=partial(data.image, shard, row - shard_start),
         )
-    data.expect(())
+    data.prefetch(())
 
 
 def encode_images(

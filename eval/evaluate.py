@@ -11,16 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, EvalRuntime, score_table
-from clipwright.eval.folders import CONFIG, claim
 from clipwright.eval.search.query import open_index
 from clipwright.pipeline.core.config import Choice, Resolved, read_yaml
-from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, write_json
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.folders import output
+from clipwright.pipeline.folders.output import CONFIG, EVALUATION, REPORT
 from clipwright.pipeline.folders.records import VERSION
 from clipwright.pipeline.model.folder import load_model
-
-REPORT = "report.json"
 
 
 @configclass
@@ -46,17 +44,21 @@ def run(resolved: Resolved[EvalConfig], out: Path | None, *, quiet: bool, fresh:
     it was made with the same config, else refused (E_OUTPUT). The report holds the scores, the benchmark's numbers
     under its name, the fingerprints of all inputs, and the config's identity with folders by name and fingerprint.
     """
+    if out is None:
+        report, _, text = _measure(resolved, quiet=quiet)
+        return report, text
+    with output.claim(out, EVALUATION, _table_files()):
+        if (out / REPORT).exists() and not fresh:
+            what = "the folder holds the report of another evaluation"
+            output.require_same(out, what, _stored_identity(out), resolved.identity())
+        report, tables, text = _measure(resolved, quiet=quiet)
+        _write(out, resolved.yaml(), report, tables)
+    return report, text
+
+
+def _measure(resolved: Resolved[EvalConfig], *, quiet: bool) -> tuple[dict[str, Any], dict[str, pa.Table], str]:
+    """Runs the benchmark; returns its report, its tables and its text."""
     config = resolved.value
-    if out is not None:
-        claim(out, (REPORT, *_table_files()))
-        if (out / REPORT).exists() and not fresh and _without_runtime(out / CONFIG) != resolved.identity():
-            raise ClipwrightError(
-                "E_OUTPUT",
-                "the folder holds the report of another evaluation",
-                where=out,
-                found=f"its {REPORT} was made with another config",
-                fix="name a new folder, or add --fresh to replace the report",
-            )
     result = BENCHMARKS.build(config.benchmark).run(make_context(config, quiet=quiet))
     folders = {}
     for name in ("model", "data", "index"):
@@ -72,12 +74,10 @@ def run(resolved: Resolved[EvalConfig], out: Path | None, *, quiet: bool, fresh:
         "fingerprints": result.fingerprints,
         "config": {**resolved.identity(), **folders},
     }
-    if out is not None:
-        _write(out, resolved.yaml(), report, result.tables)
     text = score_table(result.scores)
     if result.details:
         text += f"\n\n{result.details}"
-    return report, text
+    return report, result.tables, text
 
 
 def make_context(config: EvalConfig, *, quiet: bool) -> Context:
@@ -109,7 +109,9 @@ def _write(out: Path, config: str, report: dict[str, Any], tables: dict[str, pa.
     write_json(out / REPORT, report)
 
 
-def _without_runtime(path: Path) -> dict[str, Any] | None:
+def _stored_identity(out: Path) -> dict[str, Any]:
+    """The identity of the config that the folder's report was made with; empty without a config."""
+    path = out / CONFIG
     if not path.exists():
-        return None
+        return {}
     return {name: value for name, value in read_yaml(path).items() if name != "runtime"}

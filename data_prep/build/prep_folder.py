@@ -61,7 +61,8 @@ def finished(folder: Path, identity: Mapping[str, Any], kind: Kind = DATASET) ->
     if found is None:
         return None
     state = "an unfinished" if found.manifest is None else "a finished"
-    output.require_same(folder, f"{state} dataset", found.identity, identity, code="E_RESUME")
+    what = f"the folder holds {state} dataset of another config"
+    output.require_same(folder, what, found.identity, identity, code="E_RESUME")
     if found.manifest is not None:
         _check_shards(folder, found.manifest)
     return found.manifest

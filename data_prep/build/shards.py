@@ -21,8 +21,8 @@ from clipwright.data_prep.build.plan import Job, ShardTask, record_key
 from clipwright.data_prep.sources.base import Record
 from clipwright.pipeline.core.captions import CaptionError
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import canonical_json, write_json
-from clipwright.pipeline.folders.output import WORK, publish, staged_path
+from clipwright.pipeline.core.files import canonical_json, staged_path, write_json
+from clipwright.pipeline.folders.output import WORK, publish
 from clipwright.pipeline.folders.schema import JSON_COLUMNS, REJECTS_SCHEMA, SIDECAR_SCHEMA, user_columns
 from clipwright.pipeline.pixels import PixelError
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from clipwright.data_prep.inspect.dataset_files import open_dataset, read_sidecar
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.tables import align
+from clipwright.pipeline.folders.dataset import read_dataset_manifest, read_sidecar
 
 QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 _SIDE_EDGES = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)  # pixels
@@ -38,7 +38,7 @@ _NO_SCRIPT = ("MODIFIER", "FEMININE", "MASCULINE", "MICRO", "MATHEMATICAL", "DOU
 
 def stats(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     """Returns the statistics of a dataset folder. Keeps a few numbers per sample and caption in memory, no text."""
-    manifest = open_dataset(folder)
+    manifest = read_dataset_manifest(folder, totals=True)
     shards = manifest["shards"]
     samples = sum(shard["samples"] for shard in shards)
     scripts: Counter[str] = Counter()
@@ -105,7 +105,7 @@ def _letter_script(character: str) -> str:
 
 def _shard_values(folder: Path, shard: dict[str, Any], scripts: Counter[str]) -> dict[str, np.ndarray]:
     """Returns the numbers that the statistics need: one per sample or one per caption. Counts `scripts`."""
-    table = read_sidecar(folder, shard, ["captions", "width", "height", "size", "dhash"])
+    table = read_sidecar(folder / shard["sidecar"], shard, ["captions", "width", "height", "size", "dhash"])
     captions = table["captions"].to_pylist()
     texts = [text for sample_captions in captions for text in sample_captions]
     scripts.update(map(script, texts))
@@ -155,7 +155,7 @@ def _equal_captions(folder: Path, shards: list[dict[str, Any]], hashes: np.ndarr
     texts: dict[int, str] = {}
     start = 0
     for shard in shards if images_at else ():
-        captions = read_sidecar(folder, shard, ["captions"])["captions"].combine_chunks().flatten()
+        captions = read_sidecar(folder / shard["sidecar"], shard, ["captions"])["captions"].combine_chunks().flatten()
         for position in images_at:
             if start <= position < start + len(captions):
                 texts[position] = captions[position - start].as_py()

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 from clipwright.data_prep.build.finish import add_to_fingerprint, count_reasons
 from clipwright.data_prep.build.images import EXTENSION
 from clipwright.data_prep.foreign.tars import BLOCK, HashingReader
-from clipwright.data_prep.inspect.dataset_files import open_dataset, read_parquet
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import file_sha256
 from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.folders.dataset import read_dataset_manifest, read_table
 from clipwright.pipeline.folders.output import REJECTS
 from clipwright.pipeline.folders.records import MANIFEST, DatasetFingerprint
 from clipwright.pipeline.folders.schema import JSON_COLUMNS, SIDECAR_REQUIRED
@@ -70,13 +70,13 @@ def verify(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
 
     Raises E_INPUT or E_MANIFEST only if there is no valid manifest to compare with.
     """
-    manifest = open_dataset(folder)
+    manifest = read_dataset_manifest(folder, totals=True)
     shards = manifest["shards"]
     faults = _check_files(folder, manifest["files"])
     rejects: pa.Table | None = None
     if not any(fault.file == REJECTS for fault in faults):
         try:
-            rejects = read_parquet(folder / REJECTS, ["row", "reason"])
+            rejects = read_table(folder / REJECTS, ["row", "reason"])
         except ClipwrightError as error:
             faults.append(Fault(REJECTS, f"the file cannot be read: {error.found}"))
     samples = sum(shard["samples"] for shard in shards)

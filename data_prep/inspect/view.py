@@ -18,12 +18,7 @@ from pydantic import Field
 
 from clipwright.data_prep.build.pack import PrepConfig
 from clipwright.data_prep.build.plan import record_key
-from clipwright.data_prep.inspect.dataset_files import (
-    DatasetArgument,
-    open_dataset,
-    read_parquet,
-    read_sidecar,
-)
+from clipwright.data_prep.inspect.argument import DatasetArgument
 from clipwright.data_prep.sources.base import SOURCES, Record
 from clipwright.pipeline import pixels
 from clipwright.pipeline.core.config import read_yaml, resolve
@@ -33,6 +28,7 @@ from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.page import render
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders import output
+from clipwright.pipeline.folders.dataset import read_dataset_manifest, read_sidecar, read_table
 from clipwright.pipeline.folders.output import CONFIG, PAGE, REJECTS
 
 THUMBNAIL_SIDE = 160  # pixels, longer side
@@ -77,9 +73,9 @@ class _RejectedRows:
 def view(config: ViewConfig, out: Path, *, quiet: bool = False) -> dict[str, Any]:
     """Writes `view.html` into `out`. Dataset and source are only read. Raises E_INPUT, E_MANIFEST, E_OUTPUT."""
     folder = Path(config.data)
-    manifest = open_dataset(folder)
+    manifest = read_dataset_manifest(folder, totals=True)
     output.check(out, output.INSPECTION)
-    rejects = read_parquet(folder / REJECTS, ["row", "reason", "detail", "source", "key"])
+    rejects = read_table(folder / REJECTS, ["row", "reason", "detail", "source", "key"])
     chosen = _choose_rejects(rejects, config.rejected, config.seed)
     if manifest.get("foreign"):
         rejected_rows = _RejectedRows(problem="Rejected images stay in their tars and are not shown.")
@@ -136,7 +132,7 @@ def _kept_pairs(folder: Path, shards: list[dict[str, Any]], config: ViewConfig) 
         shard = shards[number]
         start = int(ends[number]) - shard["samples"]
         rows = positions[shard_numbers == number] - start
-        for row in read_sidecar(folder, shard, names).take(pa.array(rows)).to_pylist():
+        for row in read_sidecar(folder / shard["sidecar"], shard, names).take(pa.array(rows)).to_pylist():
             thumbnail, missing = _stored_thumbnail(folder / shard["tar"], row)
             captions, more = _shorten_captions(row["captions"])
             origin = f"{row['width']} × {row['height']} · {row['source']} · {row['key'][:12]}"

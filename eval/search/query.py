@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from clipwright.eval.folders import read_origin
 from clipwright.eval.search.versions import Index, open_version
 from clipwright.pipeline.core.captions import CaptionError, normalize
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.tables import align
+from clipwright.pipeline.folders.records import read_origin
 from clipwright.pipeline.model.folder import Model, load_model
 from clipwright.pipeline.pixels import PixelError
 

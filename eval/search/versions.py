@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +11,29 @@ from typing import Annotated, Any
 import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from clipwright.eval.folders import CONFIG, claim, read_origin, write_origin
 from clipwright.eval.search.recipes.base import RECIPES, IndexInput, Recipe, RecipeConfig
 from clipwright.eval.search.rows import ROWS, read_rows, write_rows
 from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import atomic_write, digest, fsync_folder
+from clipwright.pipeline.core.files import atomic_write, digest
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.core.unsafe import refuse_code, unsafe
-from clipwright.pipeline.folders.records import check_files, file_entries, read_manifest, write_manifest
+from clipwright.pipeline.core.unsafe import refuse_code
+from clipwright.pipeline.folders import output
+from clipwright.pipeline.folders.embeddings import Embeddings, rows_error
+from clipwright.pipeline.folders.output import CONFIG, CURRENT, INDEX, VERSIONS
+from clipwright.pipeline.folders.records import (
+    check_files,
+    file_entries,
+    read_manifest,
+    read_origin,
+    write_manifest,
+    write_origin,
+)
 
-CURRENT, VERSIONS, FAISS = "current", "versions", "index.faiss"
+FAISS = "index.faiss"
 CANARIES = 16
-_BLOCK_ROWS = 1 << 16  # embeddings that are held as float32 at a time
 
 
 @configclass
@@ -65,31 +71,22 @@ def build(resolved: Resolved[IndexBuildConfig], out: Path, *, fresh: bool, quiet
     Returns the version's manifest, its `name`, and `made`: whether it was built now.
     """
     config = resolved.value
-    embeddings = Path(config.embeddings)
-    source = read_manifest(embeddings, "embedding")
-    check_files(embeddings, source["files"], "E_EMBED_HASH")
-    refuse_code(embeddings, "an embedding folder")
-    claim(out, (CURRENT, VERSIONS))
-    current = None if fresh else _reusable_version(out, source["fingerprint"], config.recipe)
-    if current is not None:
-        return {**current, "made": False}
-    versions = out / VERSIONS
-    versions.mkdir(exist_ok=True)
-    staged = versions / ".version.partial"
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir()
-    try:
-        with Progress("index", source["rows"], "embeddings", quiet=quiet) as progress:
-            manifest = _write_version(staged, embeddings, source, config.recipe, _next_id(versions), progress)
-        atomic_write(staged / CONFIG, resolved.yaml())
-        name = f"{1 + max((int(p.name) for p in versions.glob('[0-9]*')), default=0):06d}"
-        write_origin(staged, embeddings=embeddings, **read_origin(embeddings))
-        staged.rename(versions / name)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    fsync_folder(versions)
-    atomic_write(out / CURRENT, name + "\n")
-    return {**manifest, "name": name, "made": True}
+    source = Embeddings(config.embeddings)
+    with output.claim(out, INDEX):
+        current = None if fresh else _reusable_version(out, source.fingerprint, config.recipe)
+        if current is not None:
+            return {**current, "made": False}
+        versions = out / VERSIONS
+        name = f"{1 + max((int(path.name) for path in versions.glob('[0-9]*')), default=0):06d}"
+        with (
+            output.staging(versions / name) as staged,
+            Progress("index", source.rows, "embeddings", quiet=quiet) as progress,
+        ):
+            manifest = _write_version(staged, source, config.recipe, _next_id(versions), progress)
+            atomic_write(staged / CONFIG, resolved.yaml())
+            write_origin(staged, embeddings=source.folder, **read_origin(source.folder))
+        atomic_write(out / CURRENT, name + "\n")
+        return {**manifest, "name": name, "made": True}
 
 
 def open_version(folder: Path) -> Index:
@@ -107,7 +104,7 @@ def open_version(folder: Path) -> Index:
     rows, ids = read_rows(version)
     mismatch = _find_mismatch(index, ids, manifest)
     if mismatch is not None:
-        raise _rows_error(version, mismatch, "build the index again with --fresh")
+        raise rows_error(version, mismatch, "build the index again with --fresh")
     return Index(version, manifest, index, recipe, rows, ids)
 
 
@@ -151,32 +148,30 @@ def _next_id(versions: Path) -> int:
 
 
 def _write_version(
-    folder: Path, embeddings: Path, source: dict[str, Any], recipe: RecipeConfig, first_id: int, progress: Progress
+    folder: Path, source: Embeddings, recipe: RecipeConfig, first_id: int, progress: Progress
 ) -> dict[str, Any]:
-    parts = [_open_part(embeddings / name, source) for name in sorted(source["files"]) if name.endswith(".npy")]
+    parts = source.parts()
     if not parts:
-        raise _rows_error(embeddings, "the embedding folder has no rows", "embed a dataset that has samples")
-    next_id = write_rows(folder, [rows for _, rows in parts], first_id)
+        raise rows_error(source.folder, "the embedding folder has no rows", "embed a dataset that has samples")
+    next_id = write_rows(folder, parts, first_id)
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         block_id = first_id
-        for embeddings, _ in parts:
-            for start in range(0, len(embeddings), _BLOCK_ROWS):
-                block = _renormalized(embeddings[start : start + _BLOCK_ROWS])
-                yield block, np.arange(block_id, block_id + len(block), dtype=np.int64)
-                block_id += len(block)
-                progress.add(len(block))
+        for block in source.blocks():
+            yield block, np.arange(block_id, block_id + len(block), dtype=np.int64)
+            block_id += len(block)
+            progress.add(len(block))
 
     rows = next_id - first_id
-    index = RECIPES.build(recipe).build(IndexInput(rows, source["dimension"], blocks))
+    index = RECIPES.build(recipe).build(IndexInput(rows, source.dimension, blocks))
     faiss.write_index(index, str(folder / FAISS))
     files = file_entries(folder, [FAISS, ROWS])
     body = {
-        "model": source["model"],
-        "data": source["data"],
-        "embeddings": source["fingerprint"],
-        "what": source["what"],
-        "dimension": source["dimension"],
+        "model": source.manifest["model"],
+        "data": source.manifest["data"],
+        "embeddings": source.fingerprint,
+        "what": source.manifest["what"],
+        "dimension": source.dimension,
         "metric": "inner_product",
         **_recipe_entries(recipe),
         "rows": rows,
@@ -186,33 +181,6 @@ def _write_version(
     }
     fingerprint = digest({"model": body["model"], "files": {name: entry["sha256"] for name, entry in files.items()}})
     return write_manifest(folder, "index", fingerprint, body)
-
-
-def _open_part(path: Path, source: dict[str, Any]) -> tuple[np.ndarray, Path]:
-    """Returns the float16 embeddings (n, E) of one part, memory-mapped, and the path of its row table."""
-    rows_path = path.with_suffix(".parquet")
-    embeddings = _map_array(path)
-    rows, dimension = pq.read_metadata(rows_path).num_rows, source["dimension"]
-    if embeddings.shape != (rows, dimension):
-        found = f"embeddings {embeddings.shape}, {rows} rows, dimension {dimension} in the manifest"
-        raise _rows_error(path, found, "run `clipwright embed` again with --fresh")
-    return embeddings, rows_path
-
-
-def _map_array(path: Path) -> np.ndarray:
-    """Memory-maps an npy file. Raises E_UNSAFE for an array of Python objects, which is a pickle."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        if "object" in str(error).lower():  # NumPy names the dtype in its message
-            raise unsafe(path, "a part of an embedding folder", str(error)) from None
-        raise _rows_error(path, str(error), "run `clipwright embed` again with --fresh") from None
-
-
-def _renormalized(half: np.ndarray) -> np.ndarray:
-    """Returns float16 rows as float32 unit rows: rounding to float16 changed their length by up to 5e-4."""
-    rows = half.astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def _make_canaries(index: Any, ids: np.ndarray) -> list[dict[str, int]]:
@@ -269,7 +237,3 @@ def _current_version(folder: Path) -> tuple[str, dict[str, Any]]:
             fix="run `clipwright index build` again",
         )
     return name, read_manifest(folder / VERSIONS / name, "index")
-
-
-def _rows_error(where: Path, found: str, fix: str) -> ClipwrightError:
-    return ClipwrightError("E_INDEX_ROWS", "embeddings and rows do not match", where=where, found=found, fix=fix)

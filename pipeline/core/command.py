@@ -27,7 +27,7 @@ import typer
 
 from clipwright.pipeline.core.command_help import VerbCommand
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import STATUS, write_json
+from clipwright.pipeline.core.files import STATUS, status_verb, write_json
 
 DONE, FAILED, INTERRUPTED, PREEMPTED = 0, 1, 130, 85
 STOPPED = {
@@ -148,10 +148,7 @@ class StatusFile:
             return False
         if not any(self.folder.iterdir()):
             return True
-        try:
-            return json.loads((self.folder / STATUS).read_text(encoding="utf-8"))["verb"] == self.verb
-        except (OSError, ValueError, KeyError):
-            return False
+        return status_verb(self.folder) == self.verb
 
 
 @dataclass(frozen=True, kw_only=True)

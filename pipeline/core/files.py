@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 STATUS = "status.json"  # how a folder was made; written by `core.command`
+PARTIAL = ".partial"  # ends the names of staged files and folders
 
 
 def canonical_json(value: Any) -> str:
@@ -28,25 +29,35 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fsync_folder(folder: Path) -> None:
-    """Flushes a folder's entries to disk, so that renames in it survive a power loss."""
-    handle = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Flushes a file, or a folder's entries, to disk: renames in a folder then survive a power loss."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
+def staged_path(final: Path) -> Path:
+    """Where a file or folder is written until it is complete; hidden, so that no pattern such as `*.tar` matches it."""
+    return final.with_name(f".{final.name}{PARTIAL}")
+
+
+def is_staged(name: str) -> bool:
+    """Whether a name is that of a staged file or folder."""
+    return name.startswith(".") and name.endswith(PARTIAL)
+
+
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Writes a complete file or leaves the old one: temporary file, fsync, rename."""
-    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    """Writes a complete file or leaves the old one: staged file, fsync, rename."""
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     try:
         with staged.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)
-        fsync_folder(path.parent)
+        fsync_path(path.parent)
     finally:
         staged.unlink(missing_ok=True)
 
@@ -59,3 +70,11 @@ def json_text(value: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Writes `json_text(value)` to a file, atomically."""
     atomic_write(path, json_text(value))
+
+
+def status_verb(folder: Path) -> str | None:
+    """The verb of the command that wrote the status file of a folder; None if there is no valid one."""
+    try:
+        return json.loads((folder / STATUS).read_text(encoding="utf-8"))["verb"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

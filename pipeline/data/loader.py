@@ -126,7 +126,7 @@ class Loader:
                 yield batch
         finally:
             for dataset in self.data.datasets:
-                dataset.expect(())
+                dataset.prefetch(())
             workers.close()
 
     def _rank_positions(self, position: int, batches: int = 1) -> np.ndarray:
@@ -147,7 +147,7 @@ class Loader:
             upcoming.append((start + size, self.order.locate(self._rank_positions(start))))
         for number, dataset in enumerate(self.data.datasets):
             shards = [location.shard[location.dataset == number] for _, location in upcoming]
-            dataset.expect(np.concatenate(shards).tolist())
+            dataset.prefetch(np.concatenate(shards).tolist())
 
     def _locations(self, position: int) -> Iterator[tuple[np.ndarray, SampleLocation]]:
         """Yields this rank's positions of each global batch from `position` on, and the locations of their samples.
@@ -230,7 +230,7 @@ class Loader:
         sample = pending.dataset_row(index)
         dataset, shard, row = sample
         workers.stop_clock()
-        with self.data.datasets[dataset].held(shard):
+        with self.data.datasets[dataset].pinned(shard):
             workers.start_item(sample)
             if sample in self._known_bad:
                 return None
@@ -260,7 +260,7 @@ class Loader:
             pending.row[index], pending.epoch[index] = row, epoch
             sample = (dataset, shard, row)
             workers.stop_clock()
-            with self.data.datasets[dataset].held(shard):
+            with self.data.datasets[dataset].pinned(shard):
                 workers.start_item(sample)
                 reason = self._known_bad.get(sample) or self._read_and_decode(pending, index, retry=not failed)
             if reason is None:

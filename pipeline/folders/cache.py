@@ -1,4 +1,4 @@
-"""A bounded folder of whole shards that lie elsewhere: fetched ahead in the order they are read, evicted when done."""
+"""A bounded local cache of remote shards: fetched ahead in the order they are read, evicted when no longer used."""
 
 from __future__ import annotations
 
@@ -18,28 +18,32 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, digest, file_sha256
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders.records import MANIFEST
-from clipwright.pipeline.folders.remote import fetch, fetch_known, fetch_shard
+from clipwright.pipeline.folders.remote import fetch, fetch_checked, fetch_shard
 
-FETCHERS = 2  # threads that fetch ahead
+FETCH_THREADS = 2
 GB = 10**9
 LOCK = "lock"
 
 
 @configclass
 class CacheConfig:
-    """Where remote shards are kept on this machine, and how many gigabytes of them a process may keep."""
+    """Where a process keeps remote shards on this machine, and how much of them."""
 
-    folder: str = ""  # by default clipwright/ in $XDG_CACHE_HOME or ~/.cache
+    folder: str = ""
+    """Cache folder; empty: clipwright/ in $XDG_CACHE_HOME or ~/.cache."""
     gb: float = 20.0
+    """Gigabytes per remote dataset and process."""
 
     def root(self) -> Path:
+        if self.folder:
+            return Path(self.folder)
         home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        return Path(self.folder) if self.folder else Path(home) / "clipwright"
+        return Path(home) / "clipwright"
 
 
 @configclass
 class CachedRuntime:
-    """What a section `runtime` says of remote shards."""
+    """The fields of a section `runtime` that concern remote shards."""
 
     cache_dir: str = ""
     """Folder for the shards of remote datasets; empty: clipwright/ in $XDG_CACHE_HOME or ~/.cache."""
@@ -52,31 +56,31 @@ class CachedRuntime:
 
 
 def dataset_folder(place: str, cache: CacheConfig) -> Path:
-    """The folder that stands here for a remote dataset: it holds the manifest, fetched now."""
+    """Returns the local folder of a remote dataset, with the manifest, which is fetched now."""
     folder = cache.root() / digest(place)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / MANIFEST, fetch(f"{place.rstrip('/')}/{MANIFEST}"))
     return folder
 
 
-def sidecar_beside(tar: Path) -> Path:
-    """Where the sidecar of a tar in a cache is."""
+def sidecar_path(tar: Path) -> Path:
+    """Returns the path of the sidecar of a cached tar."""
     return tar.with_suffix(".parquet")
 
 
 def bytes_needed(sizes: Sequence[int], shards: int) -> int:
-    """What `shards` shards take at most."""
+    """Returns the bytes that any `shards` shards take at most."""
     return sum(sorted(sizes, reverse=True)[:shards])
 
 
 def gb_for(size: int) -> float:
-    """Bytes as a number of gigabytes for a config, rounded up."""
+    """Returns bytes in gigabytes for a config, rounded up."""
     return math.ceil(size / GB * 1e6) / 1e6
 
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """A shard's entry in the manifest, where its tar lies, and its sidecar; None where that is no remote file."""
+    """A shard's manifest entry, the address of its tar, and that of its sidecar, or None if the sidecar is local."""
 
     entry: dict[str, Any]
     tar: str
@@ -84,64 +88,66 @@ class RemoteShard:
 
     @property
     def bytes(self) -> int:
-        return self.entry["tar_bytes"] + (0 if self.sidecar is None else self.entry.get("sidecar_bytes", 0))
+        sidecar_bytes = 0 if self.sidecar is None else self.entry.get("sidecar_bytes", 0)
+        return self.entry["tar_bytes"] + sidecar_bytes
 
 
 class ShardCache:
-    """The shards of one dataset that this process keeps, each a tar and, if that is remote too, its sidecar.
+    """The shards of one dataset that this process has on disk: tars, and sidecars where these are remote too.
 
-    shards: what is known of each. bound: bytes on disk, what is being fetched included. need: how many shards are in
-    use at a time; E_CACHE if they do not fit. Threads may share it.
+    gb: the limit, which includes shards being fetched. need: how many shards are in use at a time; raises E_CACHE if
+    they do not fit. Threads may share a cache.
     """
 
     def __init__(self, folder: Path, shards: Sequence[RemoteShard], *, gb: float, need: int) -> None:
-        self.shards, self.bound = shards, round(gb * GB)
-        wanted = bytes_needed([shard.bytes for shard in shards], need)
-        if wanted > self.bound:
+        self.shards = shards
+        self.limit_bytes = round(gb * GB)
+        needed = bytes_needed([shard.bytes for shard in shards], need)
+        if needed > self.limit_bytes:
             raise ClipwrightError(
                 "E_CACHE",
-                "a cache that cannot hold the shards in use",
+                "the cache cannot hold the shards in use",
                 where=f"runtime.cache_gb={gb:g}",
-                found=f"{need} shards of at most {wanted / GB:.6g} GB are in use at a time",
-                fix=f"set runtime.cache_gb={gb_for(wanted):g} or more, or a smaller data.window or data.streams",
+                found=f"{need} shards of at most {needed / GB:.6g} GB in total are in use at a time",
+                fix=f"set runtime.cache_gb={gb_for(needed):g} or more, or a smaller data.window or data.streams",
             )
-        self.folder, self._lock = _claim(folder)
+        self.folder, self._lock = _claim_folder(folder)
         self._change = threading.Condition()
-        self._pins: dict[int, int] = {}
+        self._pins: dict[int, int] = {}  # shard → number of readers
         self._loading: set[int] = set()
-        self._wanted: list[int] = []
-        self._failed: set[int] = set()
-        self._have = self._left_before()
+        self._wanted: list[int] = []  # to be fetched ahead, in order
+        self._failed: set[int] = set()  # not fetched ahead again
+        self._cached = self._find_cached()  # shard → bytes, least recently used first
         self._threads: list[threading.Thread] = []
-        self._begun = False
+        self._started = False
 
     def path(self, shard: int) -> Path:
-        """Where a shard's tar is kept, its sidecar beside it."""
+        """Returns where a shard's tar is cached, with its sidecar next to it."""
         return self.folder / f"{shard:06d}-{digest(self.shards[shard].entry['tar_sha256'])[:16]}.tar"
 
-    def want(self, shards: Sequence[int]) -> None:
-        """Says which shards are read next, in order; they are fetched as far as there is room. None: it stops."""
-        if shards and not self._begun:  # by now the other ranks have claimed theirs
-            self._begun = True
-            _empty_idle(self.folder.parent)
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Fetches shards in the order they are read next, as far as there is room; an empty sequence stops it."""
+        if shards and not self._started:  # by now the other ranks have claimed their folders
+            self._started = True
+            _empty_unused_folders(self.folder.parent)
         with self._change:
             self._wanted = list(dict.fromkeys(shards))
             self._change.notify_all()
-            while self._wanted and len(self._threads) < FETCHERS:
+            while self._wanted and len(self._threads) < FETCH_THREADS:
                 thread = threading.Thread(target=self._fetch_ahead, name=f"fetch-{len(self._threads)}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
 
     @contextmanager
-    def hold(self, shard: int) -> Iterator[Path]:
-        """The shard's tar, which stays where it is meanwhile. Raises E_REMOTE, E_DATA_HASH."""
+    def pinned(self, shard: int) -> Iterator[Path]:
+        """Yields the path of a shard's tar, which is not evicted meanwhile. Raises E_REMOTE, E_DATA_HASH."""
         with self._change:
-            while shard not in self._have:
-                if shard not in self._loading and self._room(shard, frozenset((shard,))):
+            while shard not in self._cached:
+                if shard not in self._loading and self._make_room(shard, frozenset((shard,))):
                     self._load(shard)
                 else:
                     self._change.wait(1.0)
-            self._have[shard] = self._have.pop(shard)  # the latest used stand last
+            self._cached[shard] = self._cached.pop(shard)  # the most recently used is last
             self._pins[shard] = self._pins.get(shard, 0) + 1
         try:
             yield self.path(shard)
@@ -150,57 +156,60 @@ class ShardCache:
                 self._pins[shard] -= 1
                 self._change.notify_all()
 
-    def _left_before(self) -> dict[int, int]:
-        """The shards that an earlier start left; anything else is removed."""
-        known = {self.path(shard).stem: shard for shard in range(len(self.shards))}
-        have: dict[int, int] = {}
-        held = 0
+    def _find_cached(self) -> dict[int, int]:
+        """Finds the valid shards that an earlier start left, and removes everything else."""
+        shard_of = {self.path(shard).stem: shard for shard in range(len(self.shards))}
+        cached: dict[int, int] = {}
+        total = 0
         for path in sorted(self.folder.glob("*.tar"), key=lambda path: path.stat().st_mtime):
-            shard = known.get(path.stem)
-            if shard is not None and self._whole(shard) and held + self.shards[shard].bytes <= self.bound:
-                have[shard] = self.shards[shard].bytes
-                held += have[shard]
+            shard = shard_of.get(path.stem)
+            if shard is not None and self._is_valid(shard) and total + self.shards[shard].bytes <= self.limit_bytes:
+                cached[shard] = self.shards[shard].bytes
+                total += cached[shard]
         for path in self.folder.iterdir():
-            if path.name != LOCK and known.get(path.stem) not in have:
+            if path.name != LOCK and shard_of.get(path.stem) not in cached:
                 path.unlink()
-        return have
+        return cached
 
-    def _whole(self, shard: int) -> bool:
-        """Whether a shard is all there; an image's hash is checked when it is read, a sidecar's only here."""
+    def _is_valid(self, shard: int) -> bool:
+        """Whether a shard is complete. A sidecar is hashed only here; an image's hash is checked when it is read."""
         entry, tar = self.shards[shard].entry, self.path(shard)
         if tar.stat().st_size != entry["tar_bytes"]:
             return False
-        sidecar = sidecar_beside(tar)
-        beside = sidecar.is_file() and file_sha256(sidecar) == entry["sidecar_sha256"]
-        return beside or self.shards[shard].sidecar is None
+        if self.shards[shard].sidecar is None:
+            return True
+        sidecar = sidecar_path(tar)
+        return sidecar.is_file() and file_sha256(sidecar) == entry["sidecar_sha256"]
 
-    def _room(self, shard: int, keep: frozenset[int]) -> bool:
-        """Evicts the longest unused, but those in `keep` and in use, until a shard fits; whether it does."""
+    def _make_room(self, shard: int, keep: frozenset[int]) -> bool:
+        """Evicts the least recently used shards that are not pinned nor in `keep` until a shard fits; whether it does.
+
+        Evicts nothing if it cannot fit.
+        """
         size = self.shards[shard].bytes
-        used = sum(self._have.values()) + sum(self.shards[other].bytes for other in self._loading)
-        free = [other for other in self._have if not self._pins.get(other) and other not in keep]
-        if used + size - sum(self._have[other] for other in free) > self.bound:
+        used = sum(self._cached.values()) + sum(self.shards[other].bytes for other in self._loading)
+        evictable = [other for other in self._cached if not self._pins.get(other) and other not in keep]
+        if used + size - sum(self._cached[other] for other in evictable) > self.limit_bytes:
             return False
-        for other in free:
-            if used + size <= self.bound:
+        for other in evictable:
+            if used + size <= self.limit_bytes:
                 break
-            used -= self._have.pop(other)
+            used -= self._cached.pop(other)
             self._remove(other)
         return True
 
     def _remove(self, shard: int) -> None:
-        for path in (self.path(shard), sidecar_beside(self.path(shard))):
+        for path in (self.path(shard), sidecar_path(self.path(shard))):
             path.unlink(missing_ok=True)
 
     def _load(self, shard: int) -> None:
-        """Fetches a shard for which there is room; called and left with the lock held, which is free meanwhile."""
+        """Fetches a shard for which there is room. Called with the lock held, which is released while it fetches."""
         self._loading.add(shard)
         self._change.release()
         try:
             wanted, path = self.shards[shard], self.path(shard)
             if wanted.sidecar is not None:
-                data = fetch_known(wanted.sidecar, wanted.entry["sidecar_sha256"])
-                atomic_write(sidecar_beside(path), data)
+                atomic_write(sidecar_path(path), fetch_checked(wanted.sidecar, wanted.entry["sidecar_sha256"]))
             fetch_shard(wanted.tar, path, wanted.entry["tar_bytes"], wanted.entry["tar_sha256"])
         except BaseException:
             self._remove(shard)
@@ -209,52 +218,55 @@ class ShardCache:
             self._change.acquire()
             self._loading.discard(shard)
             self._change.notify_all()
-        self._have[shard] = wanted.bytes
+        self._cached[shard] = wanted.bytes
 
     def _fetch_ahead(self) -> None:
         with self._change:
             while self._wanted:
-                if (shard := self._next()) is None:
+                shard = self._next_to_fetch()
+                if shard is None:
                     self._change.wait()
                     continue
                 try:
                     self._load(shard)
                 except (ClipwrightError, OSError):
-                    self._failed.add(shard)  # whoever needs it tries again and is told
+                    self._failed.add(shard)  # the reader that needs it retries, and raises the error
             self._threads.remove(threading.current_thread())
 
-    def _next(self) -> int | None:
-        """The first wanted shard that is not here, if there is room without taking away another that is wanted."""
+    def _next_to_fetch(self) -> int | None:
+        """Returns the first wanted shard that is missing, if there is room without evicting another wanted shard."""
         keep = frozenset(self._wanted)
         for shard in self._wanted:
-            if shard in self._have or shard in self._loading or shard in self._failed:
+            if shard in self._cached or shard in self._loading or shard in self._failed:
                 continue
-            return shard if self._room(shard, keep) else None
+            return shard if self._make_room(shard, keep) else None
         return None
 
 
-def _claim(folder: Path) -> tuple[Path, IO[str]]:
-    """A folder for this process alone: what an earlier one left, unless it is still running."""
+def _claim_folder(folder: Path) -> tuple[Path, IO[str]]:
+    """Returns a locked folder for this process alone: one that an ended process left, if there is one."""
     for number in range(10_000):
-        mine = folder / f"tars-{number}"
-        mine.mkdir(parents=True, exist_ok=True)
-        if (lock := _locked(mine)) is not None:
-            return mine, lock
+        candidate = folder / f"tars-{number}"
+        candidate.mkdir(parents=True, exist_ok=True)
+        lock = _try_lock(candidate)
+        if lock is not None:
+            return candidate, lock
     raise AssertionError(folder)
 
 
-def _empty_idle(folder: Path) -> None:
-    """Removes what processes left that run no more and that nobody took over: a run on fewer ranks."""
-    for left in folder.glob("tars-*"):
-        if (lock := _locked(left)) is not None:
-            with lock:  # the file stays: who waits for it would hold one that nobody else sees
-                for path in left.iterdir():
+def _empty_unused_folders(folder: Path) -> None:
+    """Removes the shards of ended processes whose folders no process has claimed, as after a run on fewer ranks."""
+    for unused in folder.glob("tars-*"):
+        lock = _try_lock(unused)
+        if lock is not None:
+            with lock:  # the lock file stays: a process that waits for it must not hold a deleted file
+                for path in unused.iterdir():
                     if path.name != LOCK:
                         path.unlink()
 
 
-def _locked(folder: Path) -> IO[str] | None:
-    """The lock of a process's folder, now held; none where its process runs."""
+def _try_lock(folder: Path) -> IO[str] | None:
+    """Locks a process's folder; None if its process is still running."""
     lock = (folder / LOCK).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""A dataset folder as bytes: sidecars and image members by offset, checked against the manifest."""
+"""Reader of dataset folders: manifest, sidecars, and image members by offset, all checked against the manifest."""
 
 from __future__ import annotations
 
@@ -19,18 +19,98 @@ import pyarrow.parquet as pq
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import digest, file_sha256
 from clipwright.pipeline.core.nearest import nearest
-from clipwright.pipeline.folders.cache import CacheConfig, RemoteShard, ShardCache, dataset_folder, sidecar_beside
-from clipwright.pipeline.folders.records import read_manifest
-from clipwright.pipeline.folders.remote import fetch_known, is_remote
+from clipwright.pipeline.folders.cache import CacheConfig, RemoteShard, ShardCache, dataset_folder, sidecar_path
+from clipwright.pipeline.folders.records import MANIFEST, read_manifest
+from clipwright.pipeline.folders.remote import fetch_checked, is_remote
 
-OPEN_TARS = 256  # descriptors kept; the usual limit of a process is 1,024
-TABLES = 8  # whole sidecars kept
-ROWS = 64  # shards whose `Rows` are kept where nobody says how many
+OPEN_TARS = 256  # open files kept; the usual limit of a process is 1,024
+CACHED_TABLES = 8  # complete sidecars kept in memory
+CACHED_ROWS = 64  # shards whose `Rows` are kept in memory by default
+# What every shard's entry in the manifest states, and what the manifest of a complete dataset states beside the shards.
+_SHARD = {"tar": str, "tar_bytes": int, "tar_sha256": str, "sidecar": str, "sidecar_sha256": str, "samples": int}
+_COUNTS = ("rows_in", "written", "merged", "rejected", "captions", "captions_dropped")
+_MAKE_AGAIN = "restore it, or make the dataset again with --fresh"
+
+
+def read_dataset_manifest(folder: Path, *, totals: bool = False) -> dict[str, Any]:
+    """Returns the manifest of a dataset folder; raises E_INPUT, E_MANIFEST.
+
+    totals: it must list shards, and also state the counts of rows, the rejects, the files and the identity.
+    """
+    manifest = read_manifest(folder, "dataset")
+    shards = manifest.get("shards")
+    missing = [] if isinstance(manifest.get("fingerprint"), str) else ["fingerprint"]
+    if not isinstance(shards, list) or (totals and not shards) or not all(_is_shard(shard) for shard in shards):
+        missing.append("shards")
+    if totals:
+        missing += [name for name in _COUNTS if not isinstance(manifest.get(name), int)]
+        missing += [name for name in ("rejects", "files", "identity") if not isinstance(manifest.get(name), dict)]
+        if "rejects" not in missing and not all(isinstance(count, int) for count in manifest["rejects"].values()):
+            missing.append("rejects")
+        if "files" not in missing and not all(_is_file_entry(entry) for entry in manifest["files"].values()):
+            missing.append("files")
+    if missing:
+        raise ClipwrightError(
+            "E_MANIFEST",
+            "the dataset manifest is malformed",
+            where=folder / MANIFEST,
+            found=f"missing or of the wrong type: {', '.join(missing)}",
+            fix=_MAKE_AGAIN,
+        )
+    return manifest
+
+
+def _is_shard(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in _SHARD.items())
+
+
+def _is_file_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.keys() >= {"bytes", "sha256"}
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None, *, data: pa.BufferReader | None = None) -> pa.Table:
+    """Reads a table of a dataset, or some of its columns. Raises E_DATA_HASH.
+
+    data: the file's content, where it is in memory.
+    """
+    try:
+        return pq.read_table(path if data is None else data, columns=None if columns is None else list(columns))
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise _unreadable(path, str(error).splitlines()[0]) from None
+
+
+def read_sidecar(
+    path: Path, entry: dict[str, Any], columns: Sequence[str] | None = None, *, data: pa.BufferReader | None = None
+) -> pa.Table:
+    """Reads a shard's sidecar and checks the number of rows against the shard's manifest entry. Raises E_DATA_HASH.
+
+    columns: those to read, none of which may be missing or have nulls. data: the file's content, where it is in memory.
+    """
+    table = read_table(path, columns, data=data)
+    missing = set(columns or ()) - set(table.column_names)
+    if missing:
+        raise _unreadable(path, f"it has no column {', '.join(sorted(missing))}")
+    if table.num_rows != entry["samples"]:
+        raise _unreadable(path, f"{table.num_rows} rows, the manifest states {entry['samples']}")
+    with_nulls = [name for name in columns or () if table[name].null_count]
+    if with_nulls:
+        raise _unreadable(path, f"rows without {', '.join(with_nulls)}")
+    return table
+
+
+def _unreadable(path: Path, found: str) -> ClipwrightError:
+    return ClipwrightError(
+        "E_DATA_HASH",
+        "a table of the dataset is missing or cannot be read",
+        where=path,
+        found=found,
+        fix=f"{_MAKE_AGAIN}; `clipwright data verify` checks the rest",
+    )
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of a column, those of row i at starts[i] … starts[i + 1] − 1 of `flat`."""
+    """The texts of a column; those of row i are at starts[i] … starts[i + 1] − 1 of `flat`."""
 
     starts: np.ndarray
     flat: pa.Array
@@ -44,10 +124,10 @@ class Texts:
 
 @dataclass(frozen=True)
 class Rows:
-    """What training reads of a shard's samples, in arrays: a Python object a row would be ten times as large.
+    """What training reads of a shard's samples, as arrays: one Python object per row would be ten times as large.
 
-    key: ASCII, (n); offset, size: of the image member, int64 (n); sha256: of its bytes, uint8 (n, 32);
-    checked: whether they have had it since the shard's rows were read, bool (n).
+    key: ASCII, (n); offset, size: of the image member, int64 (n); sha256: of its bytes, uint8 (n, 32); checked: whether
+    its bytes were hashed since the rows were read, bool (n).
     """
 
     key: np.ndarray
@@ -59,8 +139,8 @@ class Rows:
     negatives: Texts | None
 
 
-class _Tar:
-    """An open tar; closed when the last thread that reads from it lets go."""
+class _OpenTar:
+    """An open tar; closed when the last thread that reads from it drops it."""
 
     def __init__(self, path: Path) -> None:
         self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -71,30 +151,37 @@ class _Tar:
 
 
 class Dataset:
-    """A dataset folder, whole or cut, or a bucket's (s3, gs, http). Threads may share it.
+    """A dataset folder, complete or a cut, local or on an object store or web server. Threads may share it.
 
-    Opening checks the manifest and the existence and size of every tar and sidecar (E_INPUT, E_MANIFEST,
-    E_DATA_HASH); a sidecar's hash is checked when it is first read, a sample's bytes by `image`. negatives: a column
-    of texts that `rows` reads as well (E_COLUMN). keep: how many shards' `rows` are kept in memory. cache: where
-    remote shards are kept here; their existence is not asked for beforehand.
+    Opening checks the manifest and the existence and size of every local tar and sidecar (E_INPUT, E_MANIFEST,
+    E_DATA_HASH); a sidecar's hash is checked when it is first read, a sample's bytes by `image`. Remote shards are
+    checked when they are fetched.
+
+    negatives: a column of texts that `rows` also reads (E_COLUMN). keep: how many shards' `rows` are kept in memory.
+    cache: where remote shards are cached.
     """
 
     def __init__(
-        self, place: Path | str, *, negatives: str | None = None, keep: int = ROWS, cache: CacheConfig | None = None
+        self,
+        place: Path | str,
+        *,
+        negatives: str | None = None,
+        keep: int = CACHED_ROWS,
+        cache: CacheConfig | None = None,
     ) -> None:
         self.place, self.negatives, self.cache = str(place), negatives, cache or CacheConfig()
         self.folder = dataset_folder(self.place, self.cache) if is_remote(self.place) else Path(place)
-        self.manifest = read_manifest(self.folder, "dataset")
+        self.manifest = read_dataset_manifest(self.folder)
         self.fingerprint: str = self.manifest["fingerprint"]
         self._shards: list[dict[str, Any]] = self.manifest["shards"]
         self.sizes: list[int] = [shard["samples"] for shard in self._shards]
         self.samples = sum(self.sizes)
         self.remote = is_remote(self.place) or any(is_remote(shard["tar"]) for shard in self._shards)
         self._cache: ShardCache | None = None
-        self._known = np.zeros(len(self._shards), bool)  # sidecars whose hash was checked
+        self._hash_checked = np.zeros(len(self._shards), bool)  # of local sidecars
         self._check_files()
-        self.sidecar = lru_cache(TABLES)(self._read_sidecar)
-        self._tar = lru_cache(OPEN_TARS)(lambda shard: _Tar(self.tar_path(shard)))
+        self.sidecar = lru_cache(CACHED_TABLES)(self._read_sidecar)
+        self._open_tar = lru_cache(OPEN_TARS)(lambda shard: _OpenTar(self.tar_path(shard)))
         self.keep_rows(keep)
         if negatives is not None and self._shards:
             with self._sidecar_file(0) as file:
@@ -107,26 +194,73 @@ class Dataset:
             self._cache = ShardCache(folder, self.remote_shards(), gb=self.cache.gb, need=need)
 
     def remote_shards(self) -> list[RemoteShard]:
-        """What a cache is told of each shard."""
-        made = []
+        """Returns the addresses and sizes of all shards, for a cache."""
+        shards: list[RemoteShard] = []
         for entry in self._shards:
             tar, sidecar = self._address(entry["tar"]), self._address(entry["sidecar"])
-            made.append(RemoteShard(entry, tar, sidecar if is_remote(sidecar) else None))
-        return made
+            shards.append(RemoteShard(entry, tar, sidecar if is_remote(sidecar) else None))
+        return shards
 
-    def expect(self, shards: Sequence[int]) -> None:
-        """Which shards are read next, in order: a remote dataset fetches them ahead; none: it stops that."""
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Fetches the shards of a remote dataset in the order they are read next; an empty sequence stops it."""
         if self.remote:
-            self._opened_cache().want(shards)
+            self._opened_cache().prefetch(shards)
 
     @contextmanager
-    def held(self, shard: int) -> Iterator[Path]:
-        """The shard's tar, which is there meanwhile. Of a remote one, raises E_REMOTE and E_DATA_HASH."""
+    def pinned(self, shard: int) -> Iterator[Path]:
+        """Yields the path of a shard's tar, which exists meanwhile. Raises E_REMOTE, E_DATA_HASH for a remote shard."""
         if not self.remote:
             yield self.tar_path(shard)
             return
-        with self._opened_cache().hold(shard) as path:
+        with self._opened_cache().pinned(shard) as path:
             yield path
+
+    def keep_rows(self, shards: int) -> None:
+        """Sets how many shards' `rows` are kept in memory, the most recently used."""
+        self.rows = lru_cache(max(shards, 1))(self._read_rows)
+
+    def tar_name(self, shard: int) -> str:
+        """Returns the shard's tar as the manifest names it, relative to the folder."""
+        return self._shards[shard]["tar"]
+
+    def tar_path(self, shard: int) -> Path:
+        return self.folder / self.tar_name(shard)
+
+    def captions(self, shard: int) -> pa.Array:
+        """Returns all captions of a shard, in order; unlike `sidecar` it keeps nothing in memory."""
+        return self._read_sidecar(shard, ("captions",))["captions"].combine_chunks().flatten()
+
+    def record(self, shard: int, row: int) -> dict[str, Any]:
+        """Returns key, captions, offset, size and sha256 of one sample."""
+        rows = self.rows(shard)
+        return {
+            "key": rows.key[row].decode(),
+            "captions": [rows.captions.text(row, i) for i in range(rows.captions.count(row))],
+            "offset": int(rows.offset[row]),
+            "size": int(rows.size[row]),
+            "sha256": rows.sha256[row].tobytes().hex(),
+        }
+
+    def image(self, shard: int, row: int) -> bytes:
+        """Returns the stored bytes of one image, read by `pread` at the sidecar's offset; SHA-256 is checked once.
+
+        It does not use mmap: a truncated network file under mmap is a SIGBUS, not an error.
+        """
+        rows = self.rows(shard)
+        size, offset = int(rows.size[row]), int(rows.offset[row])
+        if self.remote:
+            with self.pinned(shard) as path:
+                tar = _OpenTar(path)  # opened each time: an open file would keep an evicted tar on disk
+                data = os.pread(tar.handle, size, offset)
+        else:
+            tar = self._open_tar(shard)
+            data = os.pread(tar.handle, size, offset)
+        if len(data) != size or not (rows.checked[row] or _matches(data, rows.sha256[row])):
+            raise self._mismatch(
+                self.tar_path(shard), f"the bytes of sample {rows.key[row].decode()} at offset {offset} have changed"
+            )
+        rows.checked[row] = True
+        return data
 
     def _opened_cache(self) -> ShardCache:
         if self._cache is None:
@@ -138,66 +272,51 @@ class Dataset:
         return name if is_remote(name) or not is_remote(self.place) else f"{self.place.rstrip('/')}/{name}"
 
     def _check_files(self) -> None:
-        """Tars and sidecars; what lies elsewhere is not asked for. A manifest need not say a sidecar's size."""
+        """Checks existence and size of local tars and sidecars. A manifest need not state the size of a sidecar."""
         seen: set[str] = set()
         for shard, kind in itertools.product(self._shards, ("tar", "sidecar")):
-            name, wanted = shard[kind], shard.get(f"{kind}_bytes")
+            name, expected = shard[kind], shard.get(f"{kind}_bytes")
             path = os.path.join(self.folder, name)  # noqa: PTH118  a hundred thousand Paths take a second
             if not self.remote or not is_remote(self._address(name)):
                 try:
                     size = os.stat(path).st_size  # noqa: PTH116
                 except OSError:
-                    raise self._wrong(Path(path), "the file is missing") from None
-                if wanted not in (None, size):
-                    raise self._wrong(Path(path), f"{size} bytes, the manifest says {wanted}")
+                    raise self._mismatch(Path(path), "the file is missing") from None
+                if expected not in (None, size):
+                    raise self._mismatch(Path(path), f"{size} bytes, the manifest states {expected}")
             if name in seen:
-                raise self._wrong(Path(path), "the manifest names it twice")
+                raise self._mismatch(Path(path), "the manifest lists it twice")
             seen.add(name)
 
-    def keep_rows(self, shards: int) -> None:
-        """Sets how many shards' `rows` are kept in memory, the latest used."""
-        self.rows = lru_cache(max(shards, 1))(self._read_rows)
-
-    def tar_name(self, shard: int) -> str:
-        """The shard's tar as the manifest names it, relative to the folder."""
-        return self._shards[shard]["tar"]
-
-    def tar_path(self, shard: int) -> Path:
-        return self.folder / self.tar_name(shard)
-
-    def captions(self, shard: int) -> pa.Array:
-        """All captions of a shard, one after another; unlike `sidecar` it leaves nothing in memory."""
-        return self._read_sidecar(shard, ("captions",))["captions"].combine_chunks().flatten()
-
     def _read_sidecar(self, shard: int, columns: tuple[str, ...] | None = None, *, cached: bool = False) -> pa.Table:
-        """The shard's sidecar: one row a sample, in the tar's order."""
+        """Reads the shard's sidecar: one row per sample, in the order of the tar."""
         entry = self._shards[shard]
         with self._sidecar_file(shard, cached=cached) as file:
-            table = pq.read_table(file, columns=None if columns is None else list(columns))
-        assert table.num_rows == entry["samples"], entry["sidecar"]
-        return table
+            if isinstance(file, Path):
+                return read_sidecar(file, entry, columns)
+            return read_sidecar(self.folder / entry["sidecar"], entry, columns, data=file)
 
     @contextmanager
     def _sidecar_file(self, shard: int, *, cached: bool = False) -> Iterator[Path | pa.BufferReader]:
-        """A sidecar whose hash was checked. A remote one is held in memory or, `cached`, together with its tar."""
+        """Yields a sidecar whose hash was checked. A remote one is held in memory or, `cached`, next to its tar."""
         entry = self._shards[shard]
         address, path, sha256 = self._address(entry["sidecar"]), self.folder / entry["sidecar"], entry["sidecar_sha256"]
         if not is_remote(address):
-            if not self._known[shard] and not (path.is_file() and file_sha256(path) == sha256):
-                raise self._wrong(path, "the file is missing or its sha256 is not the manifest's")
-            self._known[shard] = True
+            if not self._hash_checked[shard] and not (path.is_file() and file_sha256(path) == sha256):
+                raise self._mismatch(path, "the file is missing or its SHA-256 differs from the manifest")
+            self._hash_checked[shard] = True
             yield path
         elif not cached:
-            yield pa.BufferReader(fetch_known(address, sha256))
+            yield pa.BufferReader(fetch_checked(address, sha256))
         else:
-            with self.held(shard) as tar:
-                yield sidecar_beside(tar)
+            with self.pinned(shard) as tar:
+                yield sidecar_path(tar)
 
     def _read_rows(self, shard: int) -> Rows:
-        """The shard's samples as arrays."""
-        wanted = ("key", "offset", "size", "sha256", "captions")
-        # All columns where one may be missing, since parquet passes over it without a word.
-        table = self._read_sidecar(shard, wanted if self.negatives is None else None, cached=True)
+        """Reads the shard's samples as arrays."""
+        columns = ("key", "offset", "size", "sha256", "captions")
+        # The column of negatives may be missing in this shard: then all are read, and `_texts` reports it.
+        table = self._read_sidecar(shard, columns if self.negatives is None else None, cached=True)
         digests = bytes.fromhex("".join(table["sha256"].to_pylist()))
         return Rows(
             key=np.array(table["key"].to_pylist(), dtype=np.bytes_),
@@ -210,71 +329,38 @@ class Dataset:
         )
 
     def _texts(self, shard: int, table: pa.Table, name: str) -> Texts:
-        """A column of texts, or of lists of them; an empty cell holds none."""
+        """Returns a column of texts, or of lists of texts; a null cell holds none. Raises E_COLUMN."""
         if name not in table.column_names:
-            raise self._no_texts(
-                shard, name, "it is not there", nearest(name, table.column_names) or "name a column of the sidecar"
-            )
+            fix = nearest(name, table.column_names) or "name a column of the sidecar"
+            raise self._column_error(shard, name, "the sidecar has no such column", fix)
         column = table[name].combine_chunks()
         kind = column.type
-        listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        inner = kind.value_type if listed else kind
-        # A column of nulls is one that is empty in every row of this shard.
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        inner = kind.value_type if is_list else kind
+        # The type is null if every row of this shard is null.
         if not (pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_null(inner)):
-            raise self._no_texts(shard, name, f"its type is {kind}", "name a column of texts or of lists of texts")
-        lengths = column.value_lengths() if listed else column.is_valid().cast(pa.int64())
+            fix = "name a column of texts or of lists of texts"
+            raise self._column_error(shard, name, f"its type is {kind}", fix)
+        lengths = column.value_lengths() if is_list else column.is_valid().cast(pa.int64())
         starts = np.zeros(len(column) + 1, np.int64)
         np.cumsum(lengths.fill_null(0).to_numpy(), out=starts[1:])
-        flat = column.flatten() if listed else column.drop_null()
+        flat = column.flatten() if is_list else column.drop_null()
         if flat.null_count:
-            raise self._no_texts(shard, name, "a list in it has an empty place", "write lists of texts only")
+            raise self._column_error(shard, name, "a list in it has a null", "write lists of texts only")
         return Texts(starts, flat)
 
-    def record(self, shard: int, row: int) -> dict[str, Any]:
-        """Key, captions, offset, size and sha256 of one sample."""
-        rows = self.rows(shard)
-        return {
-            "key": rows.key[row].decode(),
-            "captions": [rows.captions.text(row, i) for i in range(rows.captions.count(row))],
-            "offset": int(rows.offset[row]),
-            "size": int(rows.size[row]),
-            "sha256": rows.sha256[row].tobytes().hex(),
-        }
-
-    def image(self, shard: int, row: int) -> bytes:
-        """The stored bytes of one image, read by `pread` at the sidecar's offset; their SHA-256 is checked once.
-
-        Not mmap: a truncated network file under mmap is a SIGBUS, not an error.
-        """
-        rows = self.rows(shard)
-        size, offset = int(rows.size[row]), int(rows.offset[row])
-        if self.remote:
-            with self.held(shard) as path:
-                tar = _Tar(path)  # each time anew: a tar that is evicted must not stay on disk through an open handle
-                data = os.pread(tar.handle, size, offset)
-        else:
-            tar = self._tar(shard)
-            data = os.pread(tar.handle, size, offset)
-        if len(data) != size or not (rows.checked[row] or _matches(data, rows.sha256[row])):
-            raise self._wrong(
-                self.tar_path(shard),
-                f"the bytes of sample {rows.key[row].decode()} at offset {offset} have changed",
-            )
-        rows.checked[row] = True
-        return data
-
-    def _wrong(self, path: Path, found: str) -> ClipwrightError:
+    def _mismatch(self, path: Path, found: str) -> ClipwrightError:
         return ClipwrightError(
             "E_DATA_HASH",
-            "a shard that is not what its manifest says",
+            "the shard does not match its manifest",
             where=path,
             found=found,
             fix="restore the file or run `clipwright prep` again with --fresh",
         )
 
-    def _no_texts(self, shard: int, name: str, found: str, fix: str) -> ClipwrightError:
+    def _column_error(self, shard: int, name: str, found: str, fix: str) -> ClipwrightError:
         where = f"{self.folder / self._shards[shard]['sidecar']}: {name}"
-        return ClipwrightError("E_COLUMN", "a column without texts", where=where, found=found, fix=fix)
+        return ClipwrightError("E_COLUMN", "the column has no texts", where=where, found=found, fix=fix)
 
 
 def _matches(data: bytes, sha256: np.ndarray) -> bool:

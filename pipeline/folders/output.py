@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -20,7 +19,7 @@ from typing import Any
 
 from clipwright.pipeline.core.config import read_yaml
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import STATUS, fsync_folder, write_json
+from clipwright.pipeline.core.files import PARTIAL, STATUS, fsync_path, is_staged, staged_path, status_verb, write_json
 from clipwright.pipeline.folders.records import MANIFEST, ORIGIN, differences, read_manifest
 
 CONFIG, IDENTITY, REPORT = "config.yaml", "identity.json", "report.json"
@@ -30,7 +29,6 @@ PAGE = "view.html"
 CURRENT, VERSIONS = "current", "versions"
 TOKENIZER = "tokenizer"
 LOCK = "lock"
-PARTIAL = ".partial"
 NEW_FOLDER = "name a new folder or an empty folder with -o"
 ONLY_TARS = "give a folder that holds tars and nothing that this command would write"
 SHOWN = 6  # changed keys that an error lists
@@ -244,8 +242,7 @@ def require_same(
 ) -> None:
     """Raises `code` if a folder's identity differs from a config's, and lists the changed keys.
 
-    what: the output, such as "a finished dataset". accept: keys that may differ. acceptable: the keys that a user may
-    put there.
+    what: what is wrong then. accept: keys that may differ. acceptable: the keys that a user may put there.
     """
     changed = {line.partition(": ")[0]: line for line in differences(old, new)}
     found = [line for key, line in changed.items() if key not in accept]
@@ -257,7 +254,7 @@ def require_same(
         remedies.insert(1, f"continue with the new ones by accept=[{','.join(changed)}]")
     raise ClipwrightError(
         code,
-        f"the folder holds {what} of another config",
+        what,
         where=folder,
         found="; ".join(found[:SHOWN]) + more,
         fix=", ".join(remedies[:-1]) + f", or {remedies[-1]}",
@@ -302,20 +299,17 @@ def refused(folder: Path, found: str, *, fix: str = NEW_FOLDER) -> ClipwrightErr
     return ClipwrightError("E_OUTPUT", "the output folder cannot be used", where=folder, found=found, fix=fix)
 
 
-def is_staged(name: str) -> bool:
-    """Whether a name is that of a staged file or folder."""
-    return name.startswith(".") and name.endswith(PARTIAL)
-
-
-def staged_path(final: Path) -> Path:
-    """Where a file or folder is written until it is complete."""
-    return final.with_name(f".{final.name}{PARTIAL}")
-
-
 def remove_staged(folder: Path) -> None:
     """Removes the staged files and folders that a killed process left."""
     for path in folder.glob(f".*{PARTIAL}"):
         _remove(path)
+
+
+def discard(path: Path) -> None:
+    """Removes a folder of which a kill in between must leave no half under its name."""
+    staged = staged_path(path)
+    path.rename(staged)
+    shutil.rmtree(staged)
 
 
 @contextmanager
@@ -341,7 +335,7 @@ def publish(*renames: tuple[Path, Path], synced: bool = False) -> None:
             _sync(staged)
     old = [_rename(staged, final) for staged, final in renames]
     for folder in {final.parent for _, final in renames}:
-        fsync_folder(folder)
+        fsync_path(folder)
     for path in old:
         if path is not None:
             shutil.rmtree(path, ignore_errors=True)
@@ -349,8 +343,11 @@ def publish(*renames: tuple[Path, Path], synced: bool = False) -> None:
 
 def _rename(staged: Path, final: Path) -> Path | None:
     """Renames; returns where a folder that had the name was put aside."""
-    if not final.is_dir():
+    if not staged.is_dir():
         staged.replace(final)
+        return None
+    if not final.is_dir():
+        staged.rename(final)
         return None
     old = final.with_name(f".{final.name}.old{PARTIAL}")
     shutil.rmtree(old, ignore_errors=True)
@@ -367,13 +364,7 @@ def _sync(path: Path) -> None:
     if path.is_dir():
         for inner in path.iterdir():
             _sync(inner)
-        fsync_folder(path)
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync_path(path)
 
 
 def _remove(path: Path) -> None:
@@ -386,13 +377,5 @@ def _remove(path: Path) -> None:
 def _in_the_way(folder: Path, kind: Kind, name: str) -> bool:
     """Whether a file among others' bears a name that `kind` would write, without being its own."""
     if name == STATUS:
-        return _verb(folder) != kind.guest_verb
+        return status_verb(folder) != kind.guest_verb
     return kind.owns(name) and not kind.leaves(name)
-
-
-def _verb(folder: Path) -> str | None:
-    """The verb that a folder's status file names."""
-    try:
-        return json.loads((folder / STATUS).read_text(encoding="utf-8"))["verb"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

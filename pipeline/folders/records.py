@@ -1,84 +1,99 @@
-"""Folder formats: manifests, status files, fingerprints, and atomic writes."""
+"""What a folder records of itself: manifest, hashes of its files, fingerprints, and where its inputs were."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import canonical_json, file_sha256, write_json
+from clipwright.pipeline.folders.remote import is_remote
 
 VERSION = 1
 MANIFEST, ORIGIN = "manifest.json", "origin.json"
+_SHOWN_CHARACTERS = 60  # of a value in an error
 
 
 def write_manifest(folder: Path, kind: str, fingerprint: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes `manifest.json`, the last file of a folder: with it the folder is whole, without it it is not."""
+    """Writes `manifest.json`, the last file of a folder, which makes it complete. Returns the manifest."""
     manifest = {"format": kind, "version": VERSION, "fingerprint": fingerprint, **body}
     write_json(folder / MANIFEST, manifest)
     return manifest
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
-    """The manifest of a folder of format `kind`; E_INPUT, E_MANIFEST say what else was found."""
+    """Returns the manifest of a folder of format `kind`. Raises E_INPUT, E_MANIFEST."""
     if not folder.is_dir():
-        found = "it is a file" if folder.exists() else "there is no such folder"
-        raise ClipwrightError("E_INPUT", f"no {kind} folder", where=folder, found=found, fix="check the path")
+        found = "it is a file" if folder.exists() else "no such folder"
+        raise ClipwrightError(
+            "E_INPUT", f"the {kind} folder does not exist", where=folder, found=found, fix="check the path"
+        )
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ClipwrightError(
             "E_MANIFEST",
-            f"a {kind} folder without manifest",
+            f"the {kind} folder has no manifest",
             where=folder,
-            found=f"no manifest.json: it is no {kind} folder, or the command that writes it did not finish",
-            fix="check the path, or run that command again; it goes on where it stopped",
+            found=f"no {MANIFEST}: it is not a {kind} folder, or the command that writes it did not finish",
+            fix="check the path, or run that command again to resume",
         ) from None
     except (OSError, ValueError) as error:
         raise ClipwrightError(
-            "E_MANIFEST", "a manifest that cannot be read", where=path, found=str(error), fix="make the folder again"
+            "E_MANIFEST", "the manifest cannot be read", where=path, found=str(error), fix="make the folder again"
         ) from None
     found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
     if found != (kind, VERSION):
         raise ClipwrightError(
             "E_MANIFEST",
-            "a folder of another format",
+            "the folder has another format",
             where=path,
-            found=f"format {found[0]!r} version {found[1]!r}, wanted {kind!r} version {VERSION}",
-            fix=f"give a {kind} folder",
+            found=f"format {found[0]!r} version {found[1]!r} (expected {kind!r} version {VERSION})",
+            fix=f"name a {kind} folder",
         )
     return manifest
 
 
 def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], code: str) -> None:
-    """Compares files with a manifest's `{name: {bytes, sha256}}`; raises `code` at the first that differs."""
+    """Compares files with a manifest's `{name: {bytes, sha256}}`; raises `code` for the first that differs."""
     for name, entry in files.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != entry["bytes"]:
-            found = "the file is missing" if size is None else f"{size} bytes, the manifest says {entry['bytes']}"
-        elif (sha256 := file_sha256(path)) != entry["sha256"]:
-            found = f"sha256 {sha256[:16]}…, the manifest says {entry['sha256'][:16]}…"
-        else:
-            continue
-        raise ClipwrightError(
-            code, "a file that is not what its manifest says", where=path, found=found, fix="restore or make it again"
-        )
+        found = _difference(folder / name, entry)
+        if found is not None:
+            raise ClipwrightError(
+                code,
+                "the file does not match its manifest",
+                where=folder / name,
+                found=found,
+                fix="restore it, or make the folder again",
+            )
+
+
+def _difference(path: Path, entry: Mapping[str, Any]) -> str | None:
+    if not path.is_file():
+        return "the file is missing"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"{size} bytes, the manifest states {entry['bytes']}"
+    sha256 = file_sha256(path)
+    if sha256 != entry["sha256"]:
+        return f"SHA-256 {sha256[:16]}…, the manifest states {entry['sha256'][:16]}…"
+    return None
 
 
 def file_entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """`{name: {bytes, sha256}}` of files, for a manifest."""
+    """Returns `{name: {bytes, sha256}}` of files, for a manifest."""
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in sorted(names)
     }
 
 
 class DatasetFingerprint:
-    """Streaming SHA-256 over what is in a dataset and in which order: keys, stored bytes, captions, shard ends."""
+    """Streaming SHA-256 over the content and the order of a dataset: keys, stored bytes, captions, ends of shards."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -95,17 +110,44 @@ class DatasetFingerprint:
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """`key: old → new` for every leaf in which two identities differ."""
+    """Returns `key: old → new` for every leaf in which two identities differ."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        return [
-            line
-            for key in sorted(old.keys() | new.keys())
-            for line in differences(old.get(key), new.get(key), f"{place}.{key}" if place else str(key))
-        ]
-    # By their JSON: tuples and lists are one thing once written.
-    left, right = (json.dumps(value, ensure_ascii=False, sort_keys=True) for value in (old, new))
-    return [] if left == right else [f"{place}: {_short(left)} → {_short(right)}"]
+        lines: list[str] = []
+        for key in sorted(old.keys() | new.keys()):
+            inner = f"{place}.{key}" if place else str(key)
+            lines += differences(old.get(key), new.get(key), inner)
+        return lines
+    # Compared as JSON, which has no tuples.
+    left = json.dumps(old, ensure_ascii=False, sort_keys=True)
+    right = json.dumps(new, ensure_ascii=False, sort_keys=True)
+    return [] if left == right else [f"{place}: {_shortened(left)} → {_shortened(right)}"]
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "…"
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "…"
+
+
+def write_origin(folder: Path, **places: str | Path) -> None:
+    """Writes `origin.json`: the paths of the inputs, relative to `folder`, so that later commands find them.
+
+    It is not part of any identity: a moved folder stays the same, but its inputs must then be named.
+    """
+    recorded = {}
+    for name, place in places.items():
+        if is_remote(str(place)):
+            recorded[name] = str(place)
+        else:
+            recorded[name] = os.path.relpath(Path(place).resolve(), folder.resolve())
+    write_json(folder / ORIGIN, recorded)
+
+
+def read_origin(folder: Path) -> dict[str, str]:
+    """Returns the recorded inputs of `folder`: name → path or address. Empty if none are recorded."""
+    try:
+        places = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {
+        name: place if is_remote(place) else os.path.normpath(folder.resolve() / place)
+        for name, place in places.items()
+    }

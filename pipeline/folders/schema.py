@@ -59,3 +59,32 @@ def user_columns(schema: pa.Schema) -> pa.Schema:
             taken.add(name)
         fields.append(pa.field(name, field.type))
     return pa.schema(fields)
+
+
+EMBEDDING_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("caption", pa.string()),  # the embedded caption; for images the first
+        ("captions", pa.list_(pa.string())),
+        ("tar", pa.string()),  # as the dataset's manifest names it
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("source", pa.string()),
+    ]
+)
+"""The row table of an embedding part: one row per embedding. The user's own columns follow as the struct `metadata`."""
+
+METADATA = "metadata"
+INDEX_ID = pa.field("id", pa.int64())
+
+
+def own_columns(sidecar: pa.Schema) -> list[pa.Field]:
+    """The user's own columns in a sidecar."""
+    return [field for field in sidecar if field.name not in SIDECAR_SCHEMA.names]
+
+
+def index_schema(embedding_rows: pa.Schema) -> pa.Schema:
+    """The row table of an index version: an embedding's row with its id in the index."""
+    return embedding_rows.insert(0, INDEX_ID)

@@ -53,7 +53,15 @@ def claim(
         output.check(run, RUN)
     stored = stored_identity(run)
     if stored is not None:
-        output.require_same(run, "a run", stored, identity, code="E_RESUME", accept=accept, acceptable=ACCEPTABLE)
+        output.require_same(
+            run,
+            "the folder holds a run of another config",
+            stored,
+            identity,
+            code="E_RESUME",
+            accept=accept,
+            acceptable=ACCEPTABLE,
+        )
     output.claim(run, RUN)
     if learned is not None:
         (run / TOKENIZER).mkdir(exist_ok=True)

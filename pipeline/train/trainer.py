@@ -180,7 +180,7 @@ def train(call: Call, score: Callable[[], Score]) -> Outcome:
     run = call.output() if not call.dry_run else call.out or Path("run")
     resolved = call.load()
     if resolved.value.runtime.copy_to:
-        remote.reach(resolved.value.runtime.copy_to)
+        remote.check_address(resolved.value.runtime.copy_to)
     timeout_seconds = resolved.value.runtime.timeout_minutes * 60
     supervisor = Supervisor(call, timeout_seconds)
     with supervisor.handle_signals(), process_group(2 * timeout_seconds + 1800) as world, supervisor.start(world):

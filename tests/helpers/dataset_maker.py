@@ -1,4 +1,4 @@
-"""Small dataset folders written byte by byte, as `clipwright prep` would."""
+"""Small dataset folders, written without `clipwright prep`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_shard(folder: Path, stem: str, samples: Sequence[tuple[bytes, list[str
 
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Maker:
-    """`make_dataset(name, sizes, captions=…, **columns)`: picture i is of one colour and its captions name it."""
+    """`make_dataset(name, sizes, captions=…, **columns)`: the color and the captions of image i encode i."""
 
     def make(
         name: str,
@@ -59,20 +59,20 @@ def make_dataset(tmp_path: Path) -> Maker:
     ) -> Path:
         folder = tmp_path / name
         folder.mkdir()
-        marks, shards, first = DatasetFingerprint(), [], 0
+        fingerprint, shards, first = DatasetFingerprint(), [], 0
         for number, size in enumerate(sizes):
             samples = []
             for i in range(first, first + size):
                 out = io.BytesIO()
-                colour = (i % 256, i // 256 % 256, 77)
-                Image.fromarray(np.full((9, 12, 3), colour, np.uint8)).save(out, "PNG")
+                color = (i % 256, i // 256 % 256, 77)
+                Image.fromarray(np.full((9, 12, 3), color, np.uint8)).save(out, "PNG")
                 samples.append((out.getvalue(), captions(i)))
-                marks.sample(hashlib.sha256(out.getvalue()).hexdigest()[:32], "", captions(i))
+                fingerprint.sample(hashlib.sha256(out.getvalue()).hexdigest()[:32], "", captions(i))
             extra = {column: values[first : first + size] for column, values in columns.items()}
             shards.append(write_shard(folder, f"{name}-{number:06d}", samples, extra))
-            marks.shard(size)
+            fingerprint.shard(size)
             first += size
-        write_manifest(folder, "dataset", marks.hexdigest(), {"shards": shards})
+        write_manifest(folder, "dataset", fingerprint.hexdigest(), {"shards": shards})
         return folder
 
     return make

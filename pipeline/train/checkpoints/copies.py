@@ -54,7 +54,7 @@ class Copies:
             except (ClipwrightError, OSError) as error:
                 reason = error.found if isinstance(error, ClipwrightError) else error
                 print(
-                    f"warning: {step_name(step)} was not copied to {remote.shown(self.address)}: {reason}; "
+                    f"warning: {step_name(step)} was not copied to {remote.redacted(self.address)}: {reason}; "
                     "it will be tried again with the next checkpoint",
                     file=sys.stderr,
                     flush=True,
@@ -65,7 +65,7 @@ class Copies:
 
     def _copy(self, step: int) -> None:
         folder = self.run / FOLDER / step_name(step)
-        if remote.holds(f"{self.address}/{FOLDER}/{folder.name}/{MANIFEST}", (folder / MANIFEST).read_bytes()):
+        if remote.has_content(f"{self.address}/{FOLDER}/{folder.name}/{MANIFEST}", (folder / MANIFEST).read_bytes()):
             return  # an earlier start of the run copied it
         run_files = [self.run / name for name in (run_folder.CONFIG, run_folder.LOG, run_folder.LEDGER, IDENTITY)]
         tokenizer = sorted((self.run / run_folder.TOKENIZER).glob("*"))

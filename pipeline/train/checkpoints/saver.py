@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import atomic_write, digest
+from clipwright.pipeline.core.files import atomic_write, digest, fsync_path, staged_path
 from clipwright.pipeline.distributed.group import World, all_gather_object, run_on_rank0
-from clipwright.pipeline.folders.output import publish, remove_staged, staged_path
+from clipwright.pipeline.folders.output import discard, publish, remove_staged
 from clipwright.pipeline.folders.records import file_entries, read_manifest, write_manifest
 from clipwright.pipeline.train.checkpoints.checkpoint import (
     FOLDER,
@@ -223,7 +223,7 @@ class Saver:
             removable -= self._copies.in_progress
         for step in removable:
             # Renamed first: a kill leaves no incomplete checkpoint under its name.
-            shutil.rmtree(folders[step].rename(staged_path(folders[step])))
+            discard(folders[step])
 
 
 class _Writer(threading.Thread):
@@ -263,11 +263,7 @@ class _Writer(threading.Thread):
                 )
         save_file(dict(sorted(tensors.items())), path)
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read its files
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        fsync_path(path)
 
 
 def _loss_state(engine: Engine) -> dict[str, Tensor]:

@@ -136,7 +136,7 @@ def test_remote_dataset_gives_the_results_of_a_local_dataset(
     monkeypatch.setattr(Handler, "ignore_ranges", True)
     error = refused()
     assert error.code == "E_REMOTE" and "Range request not supported" in error.found
-    monkeypatch.setattr(remote, "PAUSES", (0.0,))
+    monkeypatch.setattr(remote, "RETRY_SECONDS", (0.0,))
     monkeypatch.delenv("SSL_CERT_FILE")
     remote._store.cache_clear()
     assert refused().code == "E_REMOTE"  # the certificate is not trusted

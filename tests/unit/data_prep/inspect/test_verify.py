@@ -177,14 +177,14 @@ def test_wrong_totals_and_changed_plan_are_reported(dataset: Path) -> None:
     ("verb", "manifest", "code", "expected"),
     [
         ("verify", None, "E_MANIFEST", "no manifest.json"),
-        ("verify", '{"format": "index", "version": 1}', "E_MANIFEST", "wanted 'dataset'"),
+        ("verify", '{"format": "index", "version": 1}', "E_MANIFEST", "expected 'dataset'"),
         ("verify", '{"format": "dataset", "version": 1, "shards": []}', "E_MANIFEST", "shards"),
         ("stats", '{"format": "dataset", "version": 1, "rejects": {"E_X": "many"}}', "E_MANIFEST", "rejects"),
         ("verify", "not json", "E_MANIFEST", "manifest.json"),
         ("verify", "no folder", "E_INPUT", "check the path"),
-        ("stats", '{"format": "index", "version": 1}', "E_MANIFEST", "wanted 'dataset'"),
+        ("stats", '{"format": "index", "version": 1}', "E_MANIFEST", "expected 'dataset'"),
         ("stats", "no folder", "E_INPUT", "check the path"),
-        ("view", '{"format": "index", "version": 1}', "E_MANIFEST", "wanted 'dataset'"),
+        ("view", '{"format": "index", "version": 1}', "E_MANIFEST", "expected 'dataset'"),
         ("view", "no folder", "E_INPUT", "check the path"),
     ],
 )

@@ -219,11 +219,11 @@ def test_a_hundred_thousand_shards_are_checked_in_seconds(tmp_path: Path) -> Non
     late = count * 9 // 10
     for change, message in (
         ({}, ""),
-        ({"tar": names[3]}, f"{names[3]} — the manifest names it twice"),
+        ({"tar": names[3]}, f"{names[3]} — the manifest lists it twice"),
         ({"tar": "gone.tar"}, "gone.tar — the file is missing"),
-        ({"tar_bytes": 513}, f"{names[late]} — 512 bytes, the manifest says 513"),
+        ({"tar_bytes": 513}, f"{names[late]} — 512 bytes, the manifest states 513"),
         ({"sidecar": "gone.parquet"}, "gone.parquet — the file is missing"),
-        ({"sidecar_bytes": 9}, f"{sidecars[late]} — 512 bytes, the manifest says 9"),
+        ({"sidecar_bytes": 9}, f"{sidecars[late]} — 512 bytes, the manifest states 9"),
     ):
         changed = [*shards[:late], {**shards[late], **change}, *shards[late + 1 :]]
         write_manifest(tmp_path, "dataset", "0" * 64, {"shards": changed})

@@ -15,21 +15,21 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.folders import records
 
 
-def test_canonical_json_is_one_text_for_equal_values() -> None:
+def test_canonical_json_of_equal_values_is_equal() -> None:
     assert files.canonical_json({"b": 1.5, "a": ["é", None]}) == '{"a":["é",null],"b":1.5}'
     with pytest.raises(ValueError, match="Out of range"):
         files.canonical_json(float("nan"))
 
 
 def test_dataset_fingerprint_is_the_documented_hash() -> None:
-    made = records.DatasetFingerprint()
-    made.sample("k1", "s1", ["a", "b"])
-    made.shard(1)
+    fingerprint = records.DatasetFingerprint()
+    fingerprint.sample("k1", "s1", ["a", "b"])
+    fingerprint.shard(1)
     texts = hashlib.sha256(b'["a","b"]').hexdigest()
-    assert made.hexdigest() == hashlib.sha256(f"k1\ts1\t{texts}\n#1\n".encode()).hexdigest()
+    assert fingerprint.hexdigest() == hashlib.sha256(f"k1\ts1\t{texts}\n#1\n".encode()).hexdigest()
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_the_old_file_and_no_staged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.json"
     files.atomic_write(path, "old")
 
@@ -43,7 +43,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_partial(tmp_path: Path, monke
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_manifest_of_another_kind_version_or_none_is_refused(tmp_path: Path) -> None:
+def test_missing_manifest_and_manifest_of_another_format_or_version_are_refused(tmp_path: Path) -> None:
     for body, found in (
         (None, "no manifest.json"),
         ("{", "Expecting"),
@@ -62,7 +62,24 @@ def test_manifest_of_another_kind_version_or_none_is_refused(tmp_path: Path) -> 
         records.read_manifest(tmp_path / "manifest.json", "dataset")
 
 
-def test_check_files_sees_a_flipped_bit_a_cut_and_a_missing_file(tmp_path: Path) -> None:
+def test_differences_lists_changed_leaves() -> None:
+    old = {"a": 1, "b": {"c": [1, 2], "d": "x" * 99}, "e": None}
+    assert records.differences(old, {"a": 1, "b": {"c": (1, 2), "d": "x" * 99}}) == []
+    lines = records.differences(old, {"a": 2, "b": {"c": [1, 2]}, "e": None})
+    assert lines[0] == "a: 1 → 2" and lines[1].startswith('b.d: "xxx') and lines[1].endswith("… → null")
+    assert len(lines) == 2
+
+
+def test_origin_survives_a_move_of_both_folders(tmp_path: Path) -> None:
+    (tmp_path / "here" / "index").mkdir(parents=True)
+    records.write_origin(tmp_path / "here" / "index", model=tmp_path / "here" / "model", data="s3://bucket/d")
+    (tmp_path / "here").rename(tmp_path / "there")
+    found = records.read_origin(tmp_path / "there" / "index")
+    assert found == {"model": str(tmp_path / "there" / "model"), "data": "s3://bucket/d"}
+    assert records.read_origin(tmp_path) == {}
+
+
+def test_check_files_finds_changed_truncated_and_missing_files(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"abcdef")
     entries = records.file_entries(tmp_path, ["f"])
@@ -77,7 +94,7 @@ def test_check_files_sees_a_flipped_bit_a_cut_and_a_missing_file(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("text", "want"),
+    ("text", "expected"),
     [
         ("  a\tdog \n", "a dog"),
         ("cafe\u0301", "café"),
@@ -87,9 +104,9 @@ def test_check_files_sees_a_flipped_bit_a_cut_and_a_missing_file(tmp_path: Path)
         ("👩‍🚀", "👩‍🚀"),
     ],
 )
-def test_captions_have_one_normal_form(text: str, want: str) -> None:
-    assert normalize(text) == want
-    assert normalize(want) == want
+def test_captions_are_normalized(text: str, expected: str) -> None:
+    assert normalize(text) == expected
+    assert normalize(expected) == expected
 
 
 @pytest.mark.parametrize(
@@ -101,7 +118,7 @@ def test_captions_have_one_normal_form(text: str, want: str) -> None:
         ("\ud800", "E_CAP_ENCODING"),
     ],
 )
-def test_captions_that_cannot_be_kept_say_why(text: str, code: str) -> None:
+def test_refused_captions_have_a_code(text: str, code: str) -> None:
     with pytest.raises(CaptionError) as caught:
         normalize(text)
     assert caught.value.args[0] == code

@@ -1,4 +1,4 @@
-"""Remote shards: the same stream as from a disk, through a bounded cache, over a slow S3 server that fails."""
+"""Remote shards: the same samples as from a local disk, through a bounded cache, from a slow S3 server that fails."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.files import staged_path
 from clipwright.pipeline.data.batch import RankBatch
 from clipwright.pipeline.data.datasets import DataConfig, Datasets
 from clipwright.pipeline.data.loader import Loader
@@ -46,17 +47,17 @@ LATENCY, FAILING, STEPS = 0.005, 0.01, 24
 
 @dataclass
 class Proxy:
-    """A server that is slow and fails now and then, in front of another."""
+    """A slow proxy of another server that sometimes fails. `requests` are the requested paths."""
 
     port: int = 0
     latency: float = LATENCY
     failing: float = FAILING
-    asked: list[str] = field(default_factory=list)
-    failed: int = 0
-    spoilt: str = ""  # answers whose path ends so have a byte changed
+    requests: list[str] = field(default_factory=list)
+    failures: int = 0
+    corrupt_suffix: str = ""  # responses whose path ends with it have a byte changed
 
 
-def start_proxy(behind: int) -> tuple[Proxy, ThreadingHTTPServer]:
+def start_proxy(target: int) -> tuple[Proxy, ThreadingHTTPServer]:
     proxy, draw = Proxy(), random.Random(3)
 
     class Handler(BaseHTTPRequestHandler):
@@ -65,27 +66,29 @@ def start_proxy(behind: int) -> tuple[Proxy, ThreadingHTTPServer]:
         def do_GET(self) -> None:
             time.sleep(proxy.latency)
             path = self.path.partition("?")[0]
-            proxy.asked.append(path)
-            fate = draw.random()
-            proxy.failed += fate < proxy.failing
-            if fate < proxy.failing / 2:
+            proxy.requests.append(path)
+            number = draw.random()
+            proxy.failures += number < proxy.failing
+            if number < proxy.failing / 2:
                 self.send_error(503)
                 return
-            passed = {name: self.headers[name] for name in ("Authorization", "Range", "Host") if name in self.headers}
-            passed |= {name: value for name, value in self.headers.items() if name.lower().startswith("x-amz")}
-            connection = http.client.HTTPConnection("127.0.0.1", behind)
-            connection.request("GET", self.path, headers=passed)
-            answer = connection.getresponse()
-            data = answer.read()
-            if proxy.spoilt and path.endswith(proxy.spoilt):
+            forwarded = {
+                name: self.headers[name] for name in ("Authorization", "Range", "Host") if name in self.headers
+            }
+            forwarded |= {name: value for name, value in self.headers.items() if name.lower().startswith("x-amz")}
+            connection = http.client.HTTPConnection("127.0.0.1", target)
+            connection.request("GET", self.path, headers=forwarded)
+            response = connection.getresponse()
+            data = response.read()
+            if proxy.corrupt_suffix and path.endswith(proxy.corrupt_suffix):
                 data = bytes([data[0] ^ 1]) + data[1:]
-            self.send_response(answer.status)
+            self.send_response(response.status)
             for name in ("Content-Range", "Last-Modified", "ETag", "Content-Type"):
-                if answer.headers[name]:
-                    self.send_header(name, answer.headers[name])
+                if response.headers[name]:
+                    self.send_header(name, response.headers[name])
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            if fate < proxy.failing:  # breaks off
+            if number < proxy.failing:  # the response breaks off
                 self.wfile.write(data[: len(data) // 2])
                 self.close_connection = True
                 return
@@ -103,7 +106,7 @@ def start_proxy(behind: int) -> tuple[Proxy, ThreadingHTTPServer]:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[int]:
-    """The port of an S3 server on this machine."""
+    """Starts an S3 server on this machine; yields its port."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -114,8 +117,8 @@ def s3() -> Iterator[int]:
 
 
 def put(port: int, path: str, data: bytes = b"") -> None:
-    words = "Credential=x/20200101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=x"
-    headers = {"Authorization": f"AWS4-HMAC-SHA256 {words}", "x-amz-acl": "public-read"}
+    authorization = "Credential=x/20200101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=x"
+    headers = {"Authorization": f"AWS4-HMAC-SHA256 {authorization}", "x-amz-acl": "public-read"}
     headers["Content-Type"] = "application/octet-stream"
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, headers, method="PUT")
     urllib.request.urlopen(request).close()
@@ -123,11 +126,11 @@ def put(port: int, path: str, data: bytes = b"") -> None:
 
 @pytest.fixture
 def cloud(s3: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A bucket named `bucket` behind a bad line, with the environment set as for S3."""
+    """A bucket named `bucket` behind the proxy, with the environment set as for S3."""
     proxy, server = start_proxy(s3)
     put(s3, "/bucket")
-    known = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1"}
-    for name, value in {**known, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}.items():
+    credentials = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1"}
+    for name, value in {**credentials, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}.items():
         monkeypatch.setenv(name, value)
     remote._store.cache_clear()
     yield proxy
@@ -154,48 +157,49 @@ def loader(train: object, cache: CacheConfig | None = None, share: RankBatch | N
     )
 
 
-def keys(source: Loader, position: int, count: int, watch: Callable[[], None] = lambda: None) -> list[list[int]]:
+def keys(source: Loader, position: int, count: int, on_batch: Callable[[], None] = lambda: None) -> list[list[int]]:
+    """Returns the image ids of `count` batches from a position on."""
     batches = source.batches(position)
     try:
-        made = []
+        ids = []
         for batch in itertools.islice(batches, count):
-            watch()
-            made.append(batch.image_id.tolist())
-        return made
+            on_batch()
+            ids.append(batch.image_id.tolist())
+        return ids
     finally:
         batches.close()
 
 
 def minimum(folder: Path, shards: int) -> float:
-    """GB that the `shards` largest shards take, with their sidecars."""
+    """Returns the gigabytes of the `shards` largest shards with their sidecars."""
     entries = json.loads((folder / "manifest.json").read_text())["shards"]
     return sum(sorted((entry["tar_bytes"] + entry["sidecar_bytes"] for entry in entries), reverse=True)[:shards]) / GB
 
 
-class Watch:
-    """How much lies in a cache, but for manifests, looked at again and again from a thread."""
+class SizeMonitor:
+    """Measures the size of a cache, without manifests, again and again in a thread; keeps the largest."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.most, self.ended = root, 0, False
+        self.root, self.largest, self.stopped = root, 0, False
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
-    def look(self) -> None:
-        held = 0
+    def measure(self) -> None:
+        size = 0
         for path in self.root.glob("*/tars-*/*"):
             try:
-                held += path.stat().st_size
+                size += path.stat().st_size
             except OSError:
                 continue
-        self.most = max(self.most, held)
+        self.largest = max(self.largest, size)
 
     def run(self) -> None:
-        while not self.ended:
-            self.look()
+        while not self.stopped:
+            self.measure()
             time.sleep(0.005)
 
 
-def test_the_stream_is_the_local_one_and_the_cache_keeps_its_bound(
+def test_remote_samples_equal_local_samples_and_the_cache_stays_within_its_limit(
     make_dataset: Maker, tmp_path: Path, cloud: Proxy, s3: int
 ) -> None:
     folder = make_dataset("d", [20] * 23 + [7])
@@ -203,11 +207,11 @@ def test_the_stream_is_the_local_one_and_the_cache_keeps_its_bound(
     # P/W × (⌈window / samples per shard⌉ + 1) shards.
     bound = minimum(folder, 4 * 4)
     cache = CacheConfig(folder=str(tmp_path / "cache"), gb=bound)
-    whole = keys(loader(folder), 0, 2 * STEPS)
-    watch = Watch(tmp_path / "cache")
+    expected = keys(loader(folder), 0, 2 * STEPS)
+    monitor = SizeMonitor(tmp_path / "cache")
     first = loader(train, cache)
-    assert keys(first, 0, STEPS, watch.look) == whole[:STEPS]
-    # As a kill leaves it: the lock is free, a part of a shard is there, nobody tidied up.
+    assert keys(first, 0, STEPS, monitor.measure) == expected[:STEPS]
+    # As after SIGKILL: the lock is free, a staged shard is left, nothing was cleaned up.
     tars = first.data.datasets[0]._cache
     assert tars is not None
     end = time.monotonic() + 10
@@ -215,30 +219,30 @@ def test_the_stream_is_the_local_one_and_the_cache_keeps_its_bound(
         assert time.monotonic() < end
         time.sleep(0.01)
     coming = first.order.locate(np.arange(16 * STEPS, 16 * STEPS + 64)).shard.tolist()
-    here = [tars.path(shard) for shard in dict.fromkeys(coming) if shard in tars._have]
-    here[0].rename(tars.folder / f"{here[0].name}.partial")
-    damaged = here[1].with_suffix(".parquet")
-    damaged.write_bytes(bytes(damaged.stat().st_size))  # as a power cut does
+    here = [tars.path(shard) for shard in dict.fromkeys(coming) if shard in tars._cached]
+    here[0].rename(staged_path(here[0]))
+    corrupt = here[1].with_suffix(".parquet")
+    corrupt.write_bytes(bytes(corrupt.stat().st_size))  # as after a power failure
     tars._lock.close()
-    before = len(cloud.asked)
+    before = len(cloud.requests)
     second = loader(train, cache)
     again = second.data.datasets[0]._cache
-    assert again is not None and again.folder == tars.folder and not list(again.folder.glob("*.partial"))
-    assert again._have and not here[0].exists() and not damaged.exists()  # what was fetched before serves again
-    assert {path.stem for path in again.folder.glob("*.parquet")} == {again.path(shard).stem for shard in again._have}
-    assert keys(second, 16 * STEPS, STEPS, watch.look) == whole[STEPS:]
-    watch.ended = True
-    watch.thread.join()
-    assert 0 < watch.most <= round(bound * GB)
-    sidecars = [path for path in cloud.asked[before:] if path.endswith(".parquet")]
-    assert 0 < len(sidecars) <= 24 + 5  # with their tars, and again where a request failed
-    # Ranks read their own part, each through its own cache.
+    assert again is not None and again.folder == tars.folder and not list(again.folder.glob(".*.partial"))
+    assert again._cached and not here[0].exists() and not corrupt.exists()  # the other shards are used again
+    assert {path.stem for path in again.folder.glob("*.parquet")} == {again.path(shard).stem for shard in again._cached}
+    assert keys(second, 16 * STEPS, STEPS, monitor.measure) == expected[STEPS:]
+    monitor.stopped = True
+    monitor.thread.join()
+    assert 0 < monitor.largest <= round(bound * GB)
+    sidecars = [path for path in cloud.requests[before:] if path.endswith(".parquet")]
+    assert 0 < len(sidecars) <= 24 + 5  # with their tars, and again after a failed request
+    # Each rank reads its own samples through its own cache.
     halves = [keys(loader(train, cache, RankBatch(rank, 2, 16)), 0, 3) for rank in range(2)]
     for step in range(3):
-        assert [halves[0][step], halves[1][step]] == [whole[step][0::2], whole[step][1::2]]
+        assert [halves[0][step], halves[1][step]] == [expected[step][0::2], expected[step][1::2]]
 
 
-def test_a_run_on_fewer_ranks_takes_away_what_the_others_kept(
+def test_run_on_fewer_ranks_removes_the_caches_of_ended_ranks(
     make_dataset: Maker, tmp_path: Path, cloud: Proxy, s3: int
 ) -> None:
     folder = make_dataset("d", [20] * 4)
@@ -249,59 +253,59 @@ def test_a_run_on_fewer_ranks_takes_away_what_the_others_kept(
         keys(rank, 0, 2)
     kept = [sorted(tars.folder.glob("*.tar")) for tars in made if tars is not None]
     assert all(kept) and len({path.parent for rank in kept for path in rank}) == 3
-    for tars in made[::2]:  # the first and the last end; the second goes on, as another run on this machine would
+    for tars in made[::2]:  # ranks 0 and 2 end; rank 1 continues, as another run on this machine would
         assert tars is not None
         tars._lock.close()
     keys(loader(train, cache), 0, 2)
     assert all(path.exists() for path in [*kept[0], *kept[1]]) and not any(path.exists() for path in kept[2])
 
 
-def test_a_killed_run_on_a_bad_line_leaves_the_local_runs_ledger(
+def test_killed_run_with_failing_requests_writes_the_same_ledger_as_a_local_run(
     make_dataset: Maker, tmp_path: Path, cloud: Proxy, s3: int, small: Any
 ) -> None:
-    """Killed twice, its cache as small as can be. `make soak`: 200 ms a request, 1 % of them fail, three epochs."""
-    sizes, epochs, at = ([50] * 59 + [17], 3, (150, 390)) if SOAK else ([20] * 23 + [7], 1, (8, 19))
+    """Killed twice, with the smallest possible cache. `make soak`: 200 ms per request, 1 % fail, three epochs."""
+    sizes, epochs, kill_at = ([50] * 59 + [17], 3, (150, 390)) if SOAK else ([20] * 23 + [7], 1, (8, 19))
     cloud.latency, cloud.failing = (0.2, 0.01) if SOAK else (LATENCY, 0.05)
     folder, run, root = make_dataset("d", sizes), tmp_path / "run", tmp_path / "cache"
     window, need = (148, 16) if SOAK else (38, 12)
     steps = -(-epochs * sum(sizes) // 16)
-    words = ["data.streams=4", f"data.window={window}", "seed=5"]
-    words += [f"schedule.samples={steps * 16}", "runtime.save_every=6"]
-    remote_words = [f"data.train={upload(s3, folder, 'killed')}", f"runtime.cache_dir={root}"]
-    remote_words += [f"runtime.cache_gb={minimum(folder, need):.9f}", "-o", "run"]
-    watch = Watch(root)
-    for lines in at:
+    arguments = ["data.streams=4", f"data.window={window}", "seed=5"]
+    arguments += [f"schedule.samples={steps * 16}", "runtime.save_every=6"]
+    remote_arguments = [f"data.train={upload(s3, folder, 'killed')}", f"runtime.cache_dir={root}"]
+    remote_arguments += [f"runtime.cache_gb={minimum(folder, need):.9f}", "-o", "run"]
+    monitor = SizeMonitor(root)
+    for lines in kill_at:
         process = subprocess.Popen(
-            [sys.executable, "-m", "clipwright", "train", *small.settings, *words, *remote_words],
+            [sys.executable, "-m", "clipwright", "train", *small.settings, *arguments, *remote_arguments],
             cwd=tmp_path,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        ledger, begun = run / "ledger.jsonl", time.monotonic()
+        ledger, started = run / "ledger.jsonl", time.monotonic()
         try:
             while not (ledger.exists() and ledger.read_bytes().count(b"\n") >= lines):
-                assert process.poll() is None and time.monotonic() - begun < 600, process.poll()
+                assert process.poll() is None and time.monotonic() - started < 600, process.poll()
                 time.sleep(0.005)
         finally:
             process.kill()
-            said, _ = process.communicate()
-            print(said.decode())
+            printed, _ = process.communicate()
+            print(printed.decode())
         assert list(root.glob("*/tars-0/*.tar"))
-    done = small(tmp_path, *words, *remote_words)
-    watch.ended = True
-    watch.thread.join()
-    assert "resuming at step" in done.stdout and cloud.failed > 0
-    assert 0 < watch.most <= round(minimum(folder, need) * GB) and not list(root.glob("*/tars-1"))
+    done = small(tmp_path, *arguments, *remote_arguments)
+    monitor.stopped = True
+    monitor.thread.join()
+    assert "resuming at step" in done.stdout and cloud.failures > 0
+    assert 0 < monitor.largest <= round(minimum(folder, need) * GB) and not list(root.glob("*/tars-1"))
     local = ledger_of(loader(folder, window=window), steps, tmp_path / "local.jsonl")
     assert (run / "ledger.jsonl").read_bytes() == local
     if SOAK:
-        small(tmp_path, *words, f"data.train={folder}", "-o", "local")
+        small(tmp_path, *arguments, f"data.train={folder}", "-o", "local")
         assert (tmp_path / "local" / "ledger.jsonl").read_bytes() == local
 
 
 def ledger_of(source: Loader, steps: int, path: Path) -> bytes:
-    """The ledger of a run of so many steps."""
+    """Returns the ledger of a run of `steps` steps."""
     file, batches = StepFile(path, 0), source.batches(0)
     size = source.rank_batch.global_batch
     for step, batch in zip(range(1, steps + 1), batches, strict=False):
@@ -311,13 +315,11 @@ def ledger_of(source: Loader, steps: int, path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_shards_of_a_local_manifest_that_lie_elsewhere(
-    make_dataset: Maker, tmp_path: Path, cloud: Proxy, s3: int
-) -> None:
+def test_local_manifest_may_list_remote_shards(make_dataset: Maker, tmp_path: Path, cloud: Proxy, s3: int) -> None:
     folder = make_dataset("d", [5, 5, 5])
     upload(s3, folder, "web")
     manifest = json.loads((folder / "manifest.json").read_text())
-    whole = Dataset(folder)
+    local = Dataset(folder)
     cut = tmp_path / "cut"
     shutil.copytree(folder, cut, ignore=shutil.ignore_patterns("*.tar"))
     for shard in manifest["shards"]:
@@ -325,9 +327,9 @@ def test_shards_of_a_local_manifest_that_lie_elsewhere(
     (cut / "manifest.json").write_text(json.dumps(manifest))
     cache = CacheConfig(folder=str(tmp_path / "cache"), gb=minimum(folder, 1))  # room for one shard at a time
     data = Dataset(cut, cache=cache)
-    assert data.fingerprint == whole.fingerprint
+    assert data.fingerprint == local.fingerprint
     for shard, row in itertools.product(range(3), range(5)):
-        assert data.image(shard, row) == whole.image(shard, row)
+        assert data.image(shard, row) == local.image(shard, row)
 
 
 def refused(make: Callable[[], Any]) -> ClipwrightError:
@@ -337,7 +339,7 @@ def refused(make: Callable[[], Any]) -> ClipwrightError:
     return caught.value
 
 
-def test_what_is_refused(
+def test_refused_addresses_caches_and_files(
     make_dataset: Maker, tmp_path: Path, cloud: Proxy, s3: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_dataset("d", [20] * 24)
@@ -349,7 +351,7 @@ def test_what_is_refused(
     stated = float(error.fix.split("cache_gb=")[1].split()[0])
     assert minimum(folder, 12) <= stated <= minimum(folder, 12) + 2e-6
     loader(train, CacheConfig(folder=root, gb=stated))
-    # Of a set that mixes whole, all of it must fit; a rank of two needs half of a larger one.
+    # If the window covers the dataset, all shards must fit; one of two ranks needs half of them.
     assert "24 shards" in refused(lambda: loader(train, small, window=4096)).found
     assert "6 shards" in refused(lambda: loader(train, CacheConfig(folder=root, gb=1e-9), RankBatch(0, 2, 16))).found
     made = DataConfig(train=train, streams=4, window=40)
@@ -359,36 +361,38 @@ def test_what_is_refused(
         context: Any = SimpleNamespace(dataset=Datasets(made, small), config=config, world=SimpleNamespace(size=1))
         found = shard_cache(context)
         assert found.status == status and f"{stated:g} GB per process: 12 shards" in found.need
-    cloud.failing, remote_pauses = 0.0, (0.01, 0.01)
-    monkeypatch.setattr(remote, "PAUSES", remote_pauses)
-    cloud.spoilt = "d-000003.tar"
+    cloud.failing = 0.0
+    monkeypatch.setattr(remote, "RETRY_SECONDS", (0.01, 0.01))
+    cloud.corrupt_suffix = "d-000003.tar"
     data = Dataset(train, cache=CacheConfig(folder=root, gb=1))
     error = refused(lambda: data.image(3, 0))
     assert error.code == "E_DATA_HASH" and error.where == f"{train}/d-000003.tar"
-    cloud.spoilt = ".parquet"
+    cloud.corrupt_suffix = ".parquet"
     elsewhere = CacheConfig(folder=root + "2", gb=1)
     assert refused(lambda: Dataset(train, cache=elsewhere).rows(0)).code == "E_DATA_HASH"
     assert not list((tmp_path / "cache2").glob("*/tars-*/*.*"))
-    cloud.spoilt = ""
-    asked = len(cloud.asked)
+    cloud.corrupt_suffix = ""
+    before = len(cloud.requests)
     assert refused(lambda: Dataset("s3://bucket/absent", cache=elsewhere)).code == "E_REMOTE"
-    assert len(cloud.asked) == asked + 1  # what is not there is not asked for again
+    assert len(cloud.requests) == before + 1  # a missing file is not requested again
     cloud.failing = 2.0
     error = refused(lambda: Dataset(train, cache=elsewhere))
-    assert error.code == "E_REMOTE" and len(cloud.asked) == asked + 4 and "credentials" in error.fix
+    assert error.code == "E_REMOTE" and len(cloud.requests) == before + 4 and "credentials" in error.fix
     for address in ("ftp://host/x", f"https://user:{SECRET}@host/x", f"https://host/x?sig={SECRET}"):
         assert refused(lambda place=address: Dataset(place, cache=elsewhere)).code == "E_REMOTE"
 
 
-def test_the_commands(make_dataset: Maker, tmp_path: Path, cloud: Proxy, s3: int, cli: Any, here: Any) -> None:
+def test_commands_report_cache_and_address_errors(
+    make_dataset: Maker, tmp_path: Path, cloud: Proxy, s3: int, cli: Any, here: Any
+) -> None:
     cloud.failing = 0.0
     train = upload(s3, make_dataset("d", [20] * 24), "commands")
-    words = (f"data.train={train}", "data.streams=4", "data.window=40", f"runtime.cache_dir={tmp_path / 'cache'}")
+    arguments = (f"data.train={train}", "data.streams=4", "data.window=40", f"runtime.cache_dir={tmp_path / 'cache'}")
     small = ("schedule.global_batch=16", "image.name=vit_nano", "image.image_size=32", "runtime.threads=1")
-    error = here(tmp_path, "train", *words, *small, "runtime.cache_gb=0.00001", "-o", "run", code=2).error
+    error = here(tmp_path, "train", *arguments, *small, "runtime.cache_gb=0.00001", "-o", "run", code=2).error
     assert "E_CACHE" in error and "12 shards" in error and "runtime.cache_gb=0.00" in error.split(" — ")[-1]
     assert "E_REMOTE" in here(tmp_path, "train", *small, "data.train=s3://bucket/absent", "-o", "run", code=3).error
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['obstore'] = None\n")
-    bare = cli("train", *words, *small, "-o", "run", code=2, env={"PYTHONPATH": str(tmp_path)}).stderr
+    bare = cli("train", *arguments, *small, "-o", "run", code=2, env={"PYTHONPATH": str(tmp_path)}).stderr
     assert "E_EXTRA" in bare and "clipwright[cloud]" in bare and SECRET not in bare
     assert os.environ["AWS_SECRET_ACCESS_KEY"] == SECRET
