@@ -152,9 +152,9 @@ class Claim:
 
 
 def check(folder: Path, kind: Kind, also: Collection[str] = ()) -> Recorded | None:
-    """Raises E_OUTPUT for a folder that is not `kind`'s to write, and writes nothing; what it records of the output.
+    """Raises E_OUTPUT for a folder that `kind` may not write; returns what it records of an output of that kind.
 
-    also: further names that are its own.
+    Writes nothing. also: further names that are the output's own.
     """
     if not folder.exists():
         return None
@@ -191,10 +191,11 @@ def claim(folder: Path, kind: Kind, also: Collection[str] = ()) -> Claim:
     """
     check(folder, kind, also)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = None
-    if kind.work:
-        lock = Lock(folder, f"{kind.work}/{LOCK}", "another run is writing it now")
-    return Claim(folder, lock)
+    return Claim(folder, _lock(folder, kind) if kind.work else None)
+
+
+def _lock(folder: Path, kind: Kind) -> Lock:
+    return Lock(folder, f"{kind.work}/{LOCK}", "another run is writing it now")
 
 
 def recorded(folder: Path, kind: Kind) -> Recorded | None:
@@ -225,7 +226,7 @@ def started(folder: Path, kind: Kind) -> bool:
 
 
 def record_identity(folder: Path, kind: Kind, identity: Mapping[str, Any]) -> None:
-    """Records whose output the folder holds; from now on only the same identity may continue it."""
+    """Records the identity of the output in a folder: from now on only a command of the same identity continues it."""
     (folder / kind.work).mkdir(parents=True, exist_ok=True)
     write_json(folder / kind.work / IDENTITY, identity)
 
@@ -242,7 +243,7 @@ def require_same(
 ) -> None:
     """Raises `code` if a folder's identity differs from a config's, and lists the changed keys.
 
-    what: what is wrong then. accept: keys that may differ. acceptable: the keys that a user may put there.
+    what: the error's first clause. accept: keys that may differ. acceptable: keys that a user may accept.
     """
     changed = {line.partition(": ")[0]: line for line in differences(old, new)}
     found = [line for key, line in changed.items() if key not in accept]
@@ -262,10 +263,11 @@ def require_same(
 
 
 def clear(folder: Path, kind: Kind) -> None:
-    """Removes what earlier commands of `kind` wrote and nothing else; E_OUTPUT if a folder that is its own holds more.
+    """Removes what earlier commands of `kind` wrote and nothing else.
 
-    The manifest goes first, so that no reader takes the rest for complete, and the identity last: what a kill leaves
-    is still known as this kind's.
+    Raises E_OUTPUT if the folder holds more than that, or if another process is writing it. The manifest is removed
+    first, so that no reader takes the rest for complete, and the identity last: what a kill leaves is still known as
+    this kind's.
     """
     if not folder.is_dir():
         return
@@ -279,6 +281,8 @@ def clear(folder: Path, kind: Kind) -> None:
         own = [name for name in own if name != STATUS and not is_staged(name)]
     elif others := sorted(set(names) - set(own)):
         raise refused(folder, f"it holds {', '.join(others[:3])}", fix="remove it yourself, or name another folder")
+    if kind.work and kind.work in names:
+        _lock(folder, kind).release()
     if found is not None and found.manifest is not None:
         record_identity(folder, kind, found.identity)
     identity = kind.work or IDENTITY
@@ -306,7 +310,7 @@ def remove_staged(folder: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Removes a folder of which a kill in between must leave no half under its name."""
+    """Removes a folder; renames it first, so that a kill leaves no incomplete folder under its name."""
     staged = staged_path(path)
     path.rename(staged)
     shutil.rmtree(staged)

@@ -24,7 +24,7 @@ class Copies:
     """Copies checkpoints in a thread, one after another; a failed copy is tried again with the next checkpoint."""
 
     def __init__(self, run: Path, address: str) -> None:
-        """address: one that `remote.reach` accepts."""
+        """address: one that `remote.check_address` accepts."""
         self.run, self.address = run, address.rstrip("/")
         self.in_progress: set[int] = set()  # steps whose folders must not be removed
         self._done: set[int] = set()

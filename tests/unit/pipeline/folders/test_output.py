@@ -63,7 +63,7 @@ def refused(action: Callable[[], Any], code: str = "E_OUTPUT") -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_claim_takes_a_new_an_empty_and_its_own_folder(kind: Kind, tmp_path: Path) -> None:
+def test_claim_accepts_new_empty_and_own_folders(kind: Kind, tmp_path: Path) -> None:
     output.check(tmp_path / "new", kind)
     assert not (tmp_path / "new").exists()
     with output.claim(tmp_path / "new" / "deep", kind) as claim:
@@ -77,7 +77,7 @@ def test_claim_takes_a_new_an_empty_and_its_own_folder(kind: Kind, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_claim_refuses_a_folder_with_other_files_and_leaves_it_untouched(kind: Kind, tmp_path: Path) -> None:
+def test_claim_refuses_other_files_and_leaves_them_untouched(kind: Kind, tmp_path: Path) -> None:
     names = [name for name in OWN[kind.name] if "identity" not in name]
     folder = fill(tmp_path / "out", [*names, "thesis.tex"])
     before = content(folder)
@@ -90,13 +90,13 @@ def test_claim_refuses_a_folder_with_other_files_and_leaves_it_untouched(kind: K
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_further_names_may_belong_to_an_output(tmp_path: Path) -> None:
+def test_claim_accepts_further_names(tmp_path: Path) -> None:
     folder = fill(tmp_path / "out", ["report.json", "predictions.parquet"])
     assert "predictions.parquet" in refused(lambda: output.claim(folder, EVALUATION))
     output.claim(folder, EVALUATION, also=["predictions.parquet"]).release()
 
 
-def test_a_recorded_identity_makes_a_folder_its_own(tmp_path: Path) -> None:
+def test_folder_with_recorded_identity_is_accepted(tmp_path: Path) -> None:
     folder = fill(tmp_path / "out", ["notes.txt"])
     output.record_identity(folder, RUN, IDENTITY)
     found = output.check(folder, RUN)
@@ -106,7 +106,7 @@ def test_a_recorded_identity_makes_a_folder_its_own(tmp_path: Path) -> None:
     assert "identity.json" in line and "--fresh" in line
 
 
-def test_a_finished_dataset_is_known_by_its_manifest(tmp_path: Path) -> None:
+def test_finished_dataset_is_recognized_by_its_manifest(tmp_path: Path) -> None:
     write_manifest(fill(tmp_path, ["data-000000.tar"]), "dataset", "f" * 64, {"identity": IDENTITY, "shards": []})
     found = output.check(tmp_path, DATASET)
     assert found is not None and found.identity == IDENTITY and found.manifest is not None
@@ -114,7 +114,7 @@ def test_a_finished_dataset_is_known_by_its_manifest(tmp_path: Path) -> None:
     assert "clipwright prep" in refused(lambda: output.check(tmp_path, FOREIGN))
 
 
-def test_another_identity_is_refused_with_the_changed_keys(tmp_path: Path) -> None:
+def test_changed_identity_is_refused_with_the_changed_keys(tmp_path: Path) -> None:
     new = {"seed": 1, "images": {"quality": 85}}
     output.require_same(tmp_path, "a run", IDENTITY, dict(IDENTITY))
     line = refused(lambda: output.require_same(tmp_path, "a run", IDENTITY, new, code="E_RESUME"), "E_RESUME")
@@ -124,21 +124,21 @@ def test_another_identity_is_refused_with_the_changed_keys(tmp_path: Path) -> No
     assert "and 3 more" in refused(lambda: output.require_same(tmp_path, "a run", {}, many))
 
 
-def test_a_model_folder_replaces_only_a_model_folder(tmp_path: Path) -> None:
+def test_model_folder_replaces_only_a_model_folder(tmp_path: Path) -> None:
     write_manifest(fill(tmp_path / "model", ["model.safetensors"]), "model", "f" * 64, {})
     output.check(tmp_path / "model", MODEL)
     write_manifest(fill(tmp_path / "data", ["data-000000.tar"]), "dataset", "f" * 64, {})
     assert "it holds no model: format 'dataset'" in refused(lambda: output.check(tmp_path / "data", MODEL))
 
 
-def test_a_demo_refuses_the_config_of_another_command(tmp_path: Path) -> None:
+def test_demo_refuses_the_config_of_another_command(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("data: {train: x}\n")
     assert "config.yaml" in refused(lambda: output.check(tmp_path, DEMO))
     (tmp_path / "config.yaml").write_text("steps: {}\n")
     output.check(tmp_path, DEMO)
 
 
-def test_an_index_of_tars_writes_beside_the_files_of_others(tmp_path: Path) -> None:
+def test_index_of_tars_leaves_other_files_untouched(tmp_path: Path) -> None:
     fill(tmp_path, ["0.tar", "0.parquet", "notes.txt", ".hidden.partial"])
     output.check(tmp_path, FOREIGN)
     for name in ("0.sidecar.parquet", "rejects.parquet"):
@@ -158,7 +158,7 @@ def test_an_index_of_tars_writes_beside_the_files_of_others(tmp_path: Path) -> N
     assert content(tmp_path) == before
 
 
-def test_a_second_process_is_refused_while_the_first_holds_the_claim(tmp_path: Path) -> None:
+def test_second_process_is_refused_while_the_first_holds_the_claim(tmp_path: Path) -> None:
     script = (
         "import sys\nfrom pathlib import Path\nfrom clipwright.pipeline.folders import output\n"
         "with output.claim(Path(sys.argv[1]), output.DATASET):\n"
@@ -168,11 +168,12 @@ def test_a_second_process_is_refused_while_the_first_holds_the_claim(tmp_path: P
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None and first.stdout.readline() == "claimed\n"
         assert "another run" in refused(lambda: output.claim(tmp_path / "out", DATASET))
+        assert "another run" in refused(lambda: output.clear(tmp_path / "out", DATASET))
         first.kill()
     output.claim(tmp_path / "out", DATASET).release()
 
 
-def test_shared_locks_meet_and_exclude_an_exclusive_one(tmp_path: Path) -> None:
+def test_shared_locks_exclude_an_exclusive_lock(tmp_path: Path) -> None:
     with Lock(tmp_path, "lock", "x", shared=True), Lock(tmp_path, "lock", "x", shared=True):
         assert "a writer" in refused(lambda: Lock(tmp_path, "lock", "a writer"))
     Lock(tmp_path, "lock", "x").release()
@@ -193,7 +194,7 @@ def test_clear_removes_what_the_command_wrote_and_nothing_else(tmp_path: Path) -
     assert "it holds" in refused(lambda: output.clear(tmp_path / "other", DATASET))
 
 
-def test_a_folder_that_was_being_cleared_is_still_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_clear_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_manifest(fill(tmp_path, ["a-000000.tar", "a-000001.tar"]), "dataset", "f" * 64, {"identity": IDENTITY})
     removed: list[str] = []
 
@@ -212,7 +213,7 @@ def test_a_folder_that_was_being_cleared_is_still_known(tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_staged_folder_takes_its_name_when_it_is_complete(tmp_path: Path) -> None:
+def test_staged_folder_is_renamed_when_complete(tmp_path: Path) -> None:
     final = tmp_path / "models" / "m"
     with output.staging(final) as staged:
         fill(staged, ["a", "deep/b"], "new")
@@ -223,7 +224,7 @@ def test_a_staged_folder_takes_its_name_when_it_is_complete(tmp_path: Path) -> N
     assert content(final) == {"c": b"{}"} and [path.name for path in final.parent.iterdir()] == ["m"]
 
 
-def test_a_failure_between_stage_and_publish_leaves_what_was_there(tmp_path: Path) -> None:
+def test_error_before_publish_keeps_the_old_folder(tmp_path: Path) -> None:
     final = fill(tmp_path / "m", ["a"], "old")
     with pytest.raises(KeyboardInterrupt), output.staging(final) as staged:
         fill(staged, ["a"], "new")
@@ -231,7 +232,7 @@ def test_a_failure_between_stage_and_publish_leaves_what_was_there(tmp_path: Pat
     assert content(tmp_path) == {"m/a": b"old"}
 
 
-def test_a_kill_between_stage_and_publish_leaves_what_was_there(tmp_path: Path) -> None:
+def test_kill_before_publish_keeps_the_old_folder(tmp_path: Path) -> None:
     final = fill(tmp_path / "m", ["a"], "old")
     script = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom clipwright.pipeline.folders import output\n"
@@ -246,7 +247,7 @@ def test_a_kill_between_stage_and_publish_leaves_what_was_there(tmp_path: Path) 
     assert content(tmp_path) == {"m/a": b"new"}
 
 
-def test_a_failed_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_rename_restores_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     final = fill(tmp_path / "m", ["a"], "old")
     staged = fill(output.staged_path(final), ["a"], "new")
     rename = Path.rename
@@ -267,9 +268,7 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: p
     assert content(tmp_path) == {"m/a": b"new"}
 
 
-def test_published_files_are_on_disk_before_they_have_their_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_files_are_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, [".a.partial", ".b.partial"], "new")
     done: list[str] = []
     fsync, replace = os.fsync, Path.replace
