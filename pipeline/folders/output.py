@@ -347,17 +347,14 @@ def publish(*renames: tuple[Path, Path], synced: bool = False) -> None:
 
 def _rename(staged: Path, final: Path) -> Path | None:
     """Renames; returns where a folder that had the name was put aside."""
-    if not staged.is_dir():
-        staged.replace(final)
-        return None
     if not final.is_dir():
-        staged.rename(final)
+        staged.replace(final)
         return None
     old = final.with_name(f".{final.name}.old{PARTIAL}")
     shutil.rmtree(old, ignore_errors=True)
     final.rename(old)
     try:
-        staged.rename(final)
+        staged.replace(final)
     except OSError:
         old.rename(final)
         raise

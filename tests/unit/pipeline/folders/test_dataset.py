@@ -171,7 +171,7 @@ def test_sidecar_is_checked_against_its_manifest_entry(make_dataset: Any) -> Non
     assert dataset.read_sidecar(path, entry, ["key", "captions"]).num_rows == 2
     for wrong, columns, found in (
         ({**entry, "samples": 3}, ["key"], "2 rows, the manifest states 3"),
-        (entry, ["key", "width"], "no column width"),
+        (entry, ["key", "width"], "width"),
         (entry, ["gap"], "rows without gap"),
     ):
         line = refused(lambda wrong=wrong, columns=columns: dataset.read_sidecar(path, wrong, columns))

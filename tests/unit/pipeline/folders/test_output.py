@@ -116,9 +116,14 @@ def test_finished_dataset_is_recognized_by_its_manifest(tmp_path: Path) -> None:
 
 def test_changed_identity_is_refused_with_the_changed_keys(tmp_path: Path) -> None:
     new = {"seed": 1, "images": {"quality": 85}}
-    output.require_same(tmp_path, "a run", IDENTITY, dict(IDENTITY))
-    line = refused(lambda: output.require_same(tmp_path, "a run", IDENTITY, new, code="E_RESUME"), "E_RESUME")
-    assert "a run of another config" in line and "seed: 0 → 1" in line and "--fresh" in line and "accept" not in line
+    output.require_same(tmp_path, "a run of another config", IDENTITY, dict(IDENTITY))
+    line = refused(lambda: output.require_same(tmp_path, "another run", IDENTITY, new, code="E_RESUME"), "E_RESUME")
+    assert (
+        line.startswith("error[E_RESUME]: another run — ")
+        and "seed: 0 → 1" in line
+        and "--fresh" in line
+        and "accept" not in line
+    )
     output.require_same(tmp_path, "a run", IDENTITY, new, accept=["seed"])
     many = {f"key{i}": i for i in range(9)}
     assert "and 3 more" in refused(lambda: output.require_same(tmp_path, "a run", {}, many))
@@ -250,15 +255,12 @@ def test_kill_before_publish_keeps_the_old_folder(tmp_path: Path) -> None:
 def test_failed_rename_restores_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     final = fill(tmp_path / "m", ["a"], "old")
     staged = fill(output.staged_path(final), ["a"], "new")
-    rename = Path.rename
 
     def fail(path: Path, target: Path) -> Path:
-        if path == staged:
-            raise OSError("disk gone")
-        return rename(path, target)
+        raise OSError("disk gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fail)
+        patch.setattr(Path, "replace", fail)
         with pytest.raises(OSError, match="disk gone"):
             output.publish((staged, final))
     assert content(final) == {"a": b"old"}
