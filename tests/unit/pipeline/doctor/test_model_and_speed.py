@@ -18,7 +18,7 @@ from clipwright.pipeline.doctor import gradients, loss, model, network, speed
 from clipwright.pipeline.doctor.base import CheckResult
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS
 from clipwright.pipeline.train import engine
-from clipwright.pipeline.train.config import RunConfig
+from clipwright.pipeline.train.optimizers.base import OPTIMIZERS
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -209,7 +209,7 @@ def test_loss_with_unsupported_parameters_fails(monkeypatch: pytest.MonkeyPatch,
     found = fitted("loss.name=sigmoid")
     assert found.status == "ok" and "embed_dim 32, parameters: logit_scale, bias" in found.found
     found = fitted("loss.matryoshka.dims=[16, 64]")
-    assert found.status == "FAIL" and "E_CONFIG_VALUE" in found.found and "take dims up to 32" in found.fix
+    assert found.status == "FAIL" and "E_CONFIG_VALUE" in found.found and "use dims up to 32" in found.fix
     real = loss.LOSSES.build
 
     def spoiled(change: Any) -> Any:
@@ -296,6 +296,6 @@ def test_failing_steps_become_a_result(monkeypatch: pytest.MonkeyPatch, scenes: 
     ("name", "zero", "each"), [("adamw", 0, 12), ("adamw", 2, 12), ("adamw", 3, 12), ("sgd", 0, 4)]
 )
 def test_bytes_per_parameter(name: Any, zero: int, each: int) -> None:
-    optim = dataclasses.replace(RunConfig.__dataclass_fields__["optim"].default, name=name)
+    optim = OPTIMIZERS.preset(name)
     assert model.checkpoint_bytes(optim) == each
     assert model.state_bytes(optim, zero, 1) == (16 if name == "adamw" and zero == 0 else 20 if zero else 8)
