@@ -40,11 +40,11 @@ def claim(
     identity: dict[str, Any],
     fresh: bool,
     accept: Collection[str] = (),
-    learned: Tokenizer | None = None,
+    trained_tokenizer: Tokenizer | None = None,
 ) -> None:
     """Makes `run` the folder of this config: new, or an unfinished run whose identity differs only in keys of `accept`.
 
-    `learned` is a trained tokenizer to store in it. Raises E_OUTPUT if the folder holds something else, E_RESUME with
+    `trained_tokenizer` is stored in it. Raises E_OUTPUT if the folder holds something else, E_RESUME with
     the changed keys if it holds another run.
     """
     if fresh:
@@ -63,9 +63,9 @@ def claim(
             acceptable=ACCEPTABLE,
         )
     output.claim(run, RUN)
-    if learned is not None:
+    if trained_tokenizer is not None:
         (run / TOKENIZER).mkdir(exist_ok=True)
-        learned.save(run / TOKENIZER)
+        trained_tokenizer.save(run / TOKENIZER)
     atomic_write(run / CONFIG, yaml)
     # Written last: from now on the run counts as started.
     output.record_identity(run, RUN, identity)

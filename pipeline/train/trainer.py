@@ -70,7 +70,7 @@ class Trainer:
             identity=setup.identity,
             fresh=self.call.fresh,
             accept=self.config.accept,
-            learned=self.components.tokenizer if self.config.tokenizer.trained_file else None,
+            trained_tokenizer=self.components.tokenizer if self.config.tokenizer.trained_file else None,
         )
 
     @property
