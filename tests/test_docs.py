@@ -68,7 +68,8 @@ def check_command(line: str) -> None:
     if command.kind is None:
         return
     if command.subject is not None:
-        overrides = [*([f"{command.subject}={call.config}"] if call.config else []), *overrides]
+        subject = [f"{command.subject}={call.config}"] if call.config else []
+        overrides = subject + overrides
     config = None if command.subject is not None else call.config
     resolve(load_kind(command), verb=command.configs, config=config, overrides=overrides, partial=True)
 

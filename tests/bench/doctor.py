@@ -22,15 +22,20 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "scenes": (["scenes", "source.count=2000", "source.combinations=train"], ["scenes"]),
     "photos": (
         [
-            *("table", f"source.path={SHARED}/pairs/flickr8k-train-00000-of-00006.parquet", "source.caption=captions"),
-            *("images.resize=shortest", "images.size=144"),
+            "table",
+            f"source.path={SHARED}/pairs/flickr8k-train-00000-of-00006.parquet",
+            "source.caption=captions",
+            "images.resize=shortest",
+            "images.size=144",
         ],
         ["photos"],
     ),
     "cifar10": (
         [
-            *("table", f"source.path={SHARED}/classification/cifar10-subset.parquet"),
-            *("source.caption=a photo of a {class_name}", "source.where.split=train"),
+            "table",
+            f"source.path={SHARED}/classification/cifar10-subset.parquet",
+            "source.caption=a photo of a {class_name}",
+            "source.where.split=train",
         ],
         ["cifar10"],
     ),

@@ -16,8 +16,16 @@ from dataset_maker import make_dataset as make_dataset  # the fixture
 
 # Two blocks and 32 pixels: seconds, not minutes, and every mechanism of a large run.
 SMALL = [
-    *("image.name=vit_nano", "image.image_size=32", "image.depth=2", "text.depth=2", "embed_dim=64"),
-    *("schedule.global_batch=16", "runtime.threads=1", "runtime.workers=1", "runtime.log_every=1", "precision=fp32"),
+    "image.name=vit_nano",
+    "image.image_size=32",
+    "image.depth=2",
+    "text.depth=2",
+    "embed_dim=64",
+    "schedule.global_batch=16",
+    "runtime.threads=1",
+    "runtime.workers=1",
+    "runtime.log_every=1",
+    "precision=fp32",
 ]
 
 
