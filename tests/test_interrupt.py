@@ -55,7 +55,7 @@ COMMANDS = {
     ),
     "index": (
         ["index", "build", "flat", "embeddings=embeddings"],
-        ("clipwright.eval.search.versions", "module", "_renormalized"),
+        ("clipwright.pipeline.folders.embeddings", "module", "unit_rows"),
         ["current", "versions/0*"],
     ),
     "eval": (

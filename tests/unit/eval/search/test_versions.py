@@ -88,7 +88,14 @@ def test_interrupted_build_keeps_the_current_version(tmp_path, monkeypatch):
     make_embeddings(tmp_path / "e", [5, 9], seed=1)
     make_embeddings(tmp_path / "f", [4], seed=2)
     make_index(tmp_path / "e", tmp_path / "index")
-    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    replace = Path.replace
+
+    def interrupted(staged: Path, final: Path) -> Path:
+        if final.name == "000002":
+            raise KeyboardInterrupt
+        return replace(staged, final)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_index(tmp_path / "f", tmp_path / "index")
     monkeypatch.undo()
