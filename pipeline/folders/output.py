@@ -319,6 +319,9 @@ def discard(path: Path) -> None:
 @contextmanager
 def staging(final: Path) -> Iterator[Path]:
     """A staged folder, empty at first, published as `final` when the block ends and removed if it raises."""
+    old = _aside(final)
+    if old.is_dir() and not final.exists():  # a kill between the two renames of an earlier publication
+        old.rename(final)
     staged = staged_path(final)
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
@@ -350,7 +353,7 @@ def _rename(staged: Path, final: Path) -> Path | None:
     if not final.is_dir():
         staged.replace(final)
         return None
-    old = final.with_name(f".{final.name}.old{PARTIAL}")
+    old = _aside(final)
     shutil.rmtree(old, ignore_errors=True)
     final.rename(old)
     try:
@@ -359,6 +362,11 @@ def _rename(staged: Path, final: Path) -> Path | None:
         old.rename(final)
         raise
     return old
+
+
+def _aside(final: Path) -> Path:
+    """Where an old folder is put while a new one takes its name."""
+    return final.with_name(f".{final.name}.old{PARTIAL}")
 
 
 def _sync(path: Path) -> None:

@@ -268,6 +268,11 @@ def test_failed_rename_restores_the_old_folder(tmp_path: Path, monkeypatch: pyte
     fill(tmp_path / ".m.old.partial", ["a"], "older")
     output.publish((staged, final))
     assert content(tmp_path) == {"m/a": b"new"}
+    # A kill between the two renames leaves no folder of the name; the next command puts the old one back.
+    final.rename(tmp_path / ".m.old.partial")
+    with pytest.raises(KeyboardInterrupt), output.staging(final):
+        raise KeyboardInterrupt
+    assert content(tmp_path) == {"m/a": b"new"}
 
 
 def test_published_files_are_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
