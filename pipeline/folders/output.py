@@ -384,7 +384,7 @@ def _remove(path: Path) -> None:
 
 
 def _in_the_way(folder: Path, kind: Kind, name: str) -> bool:
-    """Whether a file among others' bears a name that `kind` would write, without being its own."""
+    """Whether a foreign file in the folder has a name that `kind` would write."""
     if name == STATUS:
         return status_verb(folder) != kind.guest_verb
     return kind.owns(name) and not kind.leaves(name)
