@@ -17,13 +17,12 @@ from clipwright.pipeline import pixels
 from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.core.log import format_duration
 from clipwright.pipeline.core.page import render
+from clipwright.pipeline.folders.schema import SIDECAR_SCHEMA
 
 PAGE = "report.html"
 PAIRS, QUERIES, WORST, CONFUSED = 12, 8, 8, 6  # how many of each are shown
 MAX_BYTES, SMALL_SIDE = 8192, 128  # an image of more bytes is shown with this long side
 SPLIT_VALUES = 4  # columns with at most this many values split the zero-shot score
-# What every dataset's sidecar holds; the other columns are the user's own.
-_OWN = ("row", "key", "captions", "width", "height", "offset", "size", "sha256", "dhash", "source", "source_key")
 
 
 def write(folder: Path) -> dict[str, Any]:
@@ -257,7 +256,7 @@ def _zeroshot(demo: Demo) -> dict[str, Any]:
         ("Color", z["colour_top1"], z["colour_chance"], "chance"),
     ]
     splits = []
-    for name in (name for name in rows[0] if name not in _OWN):
+    for name in (name for name in rows[0] if name not in SIDECAR_SCHEMA.names):
         correct: dict[Any, list[bool]] = defaultdict(list)
         for row, prediction in zip(rows, predictions, strict=True):
             correct[row[name]].append(prediction["label"] == prediction["predicted"][0])
