@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, EvalRuntime, score_table
 from clipwright.eval.search.query import open_index
@@ -18,6 +17,7 @@ from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.output import CONFIG, EVALUATION, REPORT
 from clipwright.pipeline.folders.records import VERSION
+from clipwright.pipeline.folders.schema import parquet_bytes
 from clipwright.pipeline.model.folder import load_model
 
 
@@ -102,9 +102,7 @@ def _write(out: Path, config: str, report: dict[str, Any], tables: dict[str, pa.
     for name in (REPORT, *_table_files()):
         (out / name).unlink(missing_ok=True)
     for name, table in tables.items():
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        atomic_write(out / name, sink.getvalue().to_pybytes())
+        atomic_write(out / name, parquet_bytes(table))
     atomic_write(out / CONFIG, config)
     write_json(out / REPORT, report)
 

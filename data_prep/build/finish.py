@@ -17,6 +17,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.folders.output import PLAN, REJECTS
 from clipwright.pipeline.folders.records import DatasetFingerprint, file_entries, write_manifest
+from clipwright.pipeline.folders.schema import parquet_bytes
 
 # What the manifest lists per shard.
 SHARD_FIELDS = ("sidecar", "sidecar_bytes", "sidecar_sha256", "tar", "tar_bytes", "tar_sha256", "samples")
@@ -79,9 +80,7 @@ def finish(folder: Path, contents: Contents) -> dict[str, Any]:
 
 
 def write_rejects(folder: Path, rejects: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(rejects, sink, compression="zstd")
-    atomic_write(folder / REJECTS, sink.getvalue().to_pybytes())
+    atomic_write(folder / REJECTS, parquet_bytes(rejects))
 
 
 def add_to_fingerprint(fingerprint: DatasetFingerprint, sidecar: pa.Table) -> int:

@@ -19,6 +19,7 @@ from clipwright.pipeline import pixels
 from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.folders.output import WORK
+from clipwright.pipeline.folders.schema import parquet_bytes
 
 DuplicatePolicy = Literal["merge", "first", "keep"]
 ROWS_PER_TASK = 1024  # rows hashed by one task
@@ -91,9 +92,7 @@ class Plan:
         keys = pa.array([key.decode() or None for key in self.keys.tolist()], pa.string())
         rows = np.arange(len(self.leaders))
         table = pa.table({"row": rows, "key": keys, "head": self.leaders, "copy": self.copies})
-        out = io.BytesIO()
-        pq.write_table(table, out, compression="zstd")
-        atomic_write(path, out.getvalue())
+        atomic_write(path, parquet_bytes(table))
 
     @staticmethod
     def load(path: Path) -> Plan:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipwright.data_prep.build.captions import select_captions
 from clipwright.data_prep.build.images import StoredImage, store_image
@@ -23,7 +22,13 @@ from clipwright.pipeline.core.captions import CaptionError
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import canonical_json, staged_path, write_json
 from clipwright.pipeline.folders.output import WORK, publish
-from clipwright.pipeline.folders.schema import JSON_COLUMNS, REJECTS_SCHEMA, SIDECAR_SCHEMA, user_columns
+from clipwright.pipeline.folders.schema import (
+    JSON_COLUMNS,
+    REJECTS_SCHEMA,
+    SIDECAR_SCHEMA,
+    parquet_bytes,
+    user_columns,
+)
 from clipwright.pipeline.pixels import PixelError
 
 _TAR_BLOCK = 512  # bytes
@@ -252,9 +257,7 @@ def _write_table(table: pa.Table, path: Path) -> _HashingFile:
     """Writes parquet to disk under the staged name of `path`; returns the closed file with its size and SHA-256."""
     with staged_path(path).open("wb") as file:
         hashing = _HashingFile(file)
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        hashing.write(sink.getvalue().to_pybytes())
+        hashing.write(parquet_bytes(table))
         _sync_and_close(file)
     return hashing
 

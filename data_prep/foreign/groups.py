@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipwright.data_prep.build.captions import select_captions
 from clipwright.data_prep.build.images import DHASH_MIN_SIDE
@@ -22,7 +21,7 @@ from clipwright.pipeline import pixels
 from clipwright.pipeline.core.captions import CaptionError
 from clipwright.pipeline.core.files import atomic_write, write_json
 from clipwright.pipeline.folders.output import WORK
-from clipwright.pipeline.folders.schema import REJECTS_SCHEMA, SIDECAR_SCHEMA
+from clipwright.pipeline.folders.schema import REJECTS_SCHEMA, SIDECAR_SCHEMA, parquet_bytes
 
 # The samples of one tar while a run is unfinished: a sidecar's columns and the JSON member's object as text.
 TAR_ROWS = SIDECAR_SCHEMA.append(pa.field("metadata", pa.string()))
@@ -81,8 +80,8 @@ def scan_tar(folder: Path, task: tuple[int, str]) -> dict[str, Any]:
         scan.read(reader)
         reader.skip(size)  # hash the rest of a tar that could not be read to its end
     rows, rejects = scan.finish()
-    atomic_write(tar_rows_path(folder, number), parquet_bytes(rows, TAR_ROWS))
-    atomic_write(rejects_path(folder, number), parquet_bytes(rejects, REJECTS_SCHEMA))
+    atomic_write(tar_rows_path(folder, number), parquet_bytes(pa.Table.from_pylist(rows, schema=TAR_ROWS)))
+    atomic_write(rejects_path(folder, number), parquet_bytes(pa.Table.from_pylist(rejects, schema=REJECTS_SCHEMA)))
     receipt = {
         "number": number,
         "tar": name,
@@ -97,13 +96,6 @@ def scan_tar(folder: Path, task: tuple[int, str]) -> dict[str, Any]:
     }
     write_json(receipt_path(folder, number), receipt)
     return receipt
-
-
-def parquet_bytes(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
-    table = pa.Table.from_pylist(rows, schema=schema)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
 
 
 class _TarScan:

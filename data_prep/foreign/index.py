@@ -18,7 +18,7 @@ from clipwright.data_prep.build.finish import Contents, finish, no_samples
 from clipwright.data_prep.build.plan import DuplicatePolicy, resolve_duplicates
 from clipwright.data_prep.build.shards import receipt_path, rejects_path
 from clipwright.data_prep.foreign import json_columns
-from clipwright.data_prep.foreign.groups import parquet_bytes, scan_tar, tar_rows_path, tar_stat
+from clipwright.data_prep.foreign.groups import scan_tar, tar_rows_path, tar_stat
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, canonical_json
 from clipwright.pipeline.core.log import Progress
@@ -26,7 +26,7 @@ from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.output import FOREIGN, FOREIGN_SIDECAR, WORK
 from clipwright.pipeline.folders.records import MANIFEST
-from clipwright.pipeline.folders.schema import REJECTS_SCHEMA, sidecar_schema, user_columns
+from clipwright.pipeline.folders.schema import REJECTS_SCHEMA, parquet_bytes, sidecar_schema, user_columns
 
 
 @configclass
@@ -204,7 +204,7 @@ class _ScannedTars:
         if not rows:
             return None
         name = receipt["tar"].removesuffix(".tar") + FOREIGN_SIDECAR
-        data = parquet_bytes(rows, self.sidecar_schema)
+        data = parquet_bytes(pa.Table.from_pylist(rows, schema=self.sidecar_schema))
         atomic_write(self.folder / WORK / name, data)
         return {
             "sidecar": name,

@@ -1,8 +1,9 @@
-"""The columns of every table that we write: sidecars, rejects, embedding rows and index rows."""
+"""The columns of every table that we write: sidecars, rejects, embedding rows and index rows; and their bytes."""
 
 from __future__ import annotations
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 SIDECAR_SCHEMA = pa.schema(
     [
@@ -88,3 +89,10 @@ def own_columns(sidecar: pa.Schema) -> list[pa.Field]:
 def index_schema(embedding_rows: pa.Schema) -> pa.Schema:
     """The row table of an index version: an embedding's row with its id in the index."""
     return embedding_rows.insert(0, INDEX_ID)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as a parquet file: equal tables give equal bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
