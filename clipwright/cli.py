@@ -21,6 +21,7 @@ from clipwright.pipeline.core.command import COMMANDS, Call, Outcome, Preempted,
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.core.status import INTERRUPTED
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -376,7 +377,7 @@ def main() -> None:
         print(line, file=sys.stderr)
         code = line.exit_code
     except typer.Abort:
-        code = 130
+        code = INTERRUPTED
     if any(thread.daemon for thread in threading.enumerate()):
         # A daemon thread inside torch, such as a checkpoint writer, would abort the process when the interpreter ends.
         for stream in (sys.stdout, sys.stderr):

@@ -23,10 +23,11 @@ from clipwright.data_prep.sources.base import SOURCES, Record
 from clipwright.pipeline import pixels
 from clipwright.pipeline.core.config import read_yaml, resolve
 from clipwright.pipeline.core.errors import CODES, ClipwrightError
-from clipwright.pipeline.core.files import STATUS, atomic_write
+from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.page import render
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.core.status import STATUS
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.dataset import read_dataset_manifest, read_sidecar, read_table
 from clipwright.pipeline.folders.output import CONFIG, PAGE, REJECTS

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from clipwright.pipeline.core.config import read_yaml
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import STATUS
+from clipwright.pipeline.core.status import STATUS
 from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.folders.records import read_manifest
 

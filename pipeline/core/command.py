@@ -1,4 +1,4 @@
-"""What all commands share: arguments, flags, errors, exit codes and the status file.
+"""What all commands share: arguments, flags, errors and signals.
 
 A part's `cli.py` writes `@command(app, "prep", kind="module:Config")` over a function that takes a `Call` and returns
 an `Outcome`. The command line is then `clipwright prep CONFIG [section.key=value ...]` with the common flags.
@@ -6,15 +6,11 @@ an `Outcome`. The command line is then `clipwright prep CONFIG [section.key=valu
 
 from __future__ import annotations
 
-import datetime
 import importlib
 import json
 import os
-import platform
 import re
-import shlex
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,13 +23,8 @@ import typer
 
 from clipwright.pipeline.core.command_help import VerbCommand
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import STATUS, status_verb, write_json
+from clipwright.pipeline.core.status import DONE, FAILED, INTERRUPTED, PREEMPTED, STOPPED, StatusFile
 
-DONE, FAILED, INTERRUPTED, PREEMPTED = 0, 1, 130, 85
-STOPPED = {
-    INTERRUPTED: "interrupted: run the same command again to resume",
-    PREEMPTED: "stopped by a signal: run the same command again to resume",
-}
 # Flags that only some verbs support; --json, --quiet and --debug are common to all.
 OPTIONAL_FLAGS = ("-o", "--dry-run", "--fresh")
 
@@ -91,64 +82,6 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {}
-
-
-class StatusFile:
-    """The `status.json` of an output folder: which folder, and whether this process writes it.
-
-    It is written if the folder belongs to this command: absent, empty or started by the same verb before the command,
-    or claimed by it since. A command that was refused must not leave a status in a folder of another one.
-    """
-
-    def __init__(self, folder: Path | None, verb: str, *, enabled: bool = True) -> None:
-        self.folder = folder
-        self.verb = verb
-        self.enabled = enabled
-        self._owned = self._is_own()
-        self._started = datetime.datetime.now(datetime.UTC)
-
-    def claim(self, folder: Path) -> None:
-        """Makes `folder` this command's: its status file is written however the command ends."""
-        self.folder = folder
-        self._owned = True
-
-    def disable(self) -> None:
-        """Leaves the status file to the command or process that does the complete work."""
-        self.enabled = False
-
-    def enable(self) -> None:
-        """Makes this process write the status file although it is not rank 0, which has died."""
-        self.enabled = True
-
-    def write(self, code: int, error: ClipwrightError | None) -> None:
-        """Writes the file, unless it is not this process's to write."""
-        folder = self.folder
-        if folder is None or not self.enabled or not folder.is_dir():
-            return
-        stopped_first = code in STOPPED and not (folder / STATUS).exists()
-        if not (self._owned or code == DONE or stopped_first):
-            return
-        status = {
-            "command": shlex.join(["clipwright", *sys.argv[1:]]),
-            "verb": self.verb,
-            "started": self._started.isoformat(timespec="seconds"),
-            "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "host": socket.gethostname(),
-            "folder": str(Path.cwd()),
-            "versions": _versions(),
-            "exit_code": code,
-            "error": None if error is None else {"code": error.code, "message": str(error)},
-        }
-        write_json(folder / STATUS, status)
-
-    def _is_own(self) -> bool:
-        if self.folder is None or not self.folder.exists():
-            return True
-        if not self.folder.is_dir():
-            return False
-        if not any(self.folder.iterdir()):
-            return True
-        return status_verb(self.folder) == self.verb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,13 +323,3 @@ def conclude(call: Call, code: int, error: ClipwrightError | None, message: str 
 
 def _preempt(number: int, frame: object) -> None:
     raise Preempted(number)
-
-
-def _versions() -> dict[str, str]:
-    """Versions of the libraries that this process has loaded."""
-    names = ("torch", "deepspeed", "webdataset", "accelerate", "numpy", "pyarrow", "PIL", "faiss")
-    versions = {"python": platform.python_version()}
-    for name in names:
-        if name in sys.modules:
-            versions[name] = str(getattr(sys.modules[name], "__version__", "?"))
-    return versions

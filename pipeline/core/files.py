@@ -9,7 +9,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-STATUS = "status.json"  # how a folder was made; written by `core.command`
 PARTIAL = ".partial"  # ends the names of staged files and folders
 
 
@@ -70,11 +69,3 @@ def json_text(value: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Writes `json_text(value)` to a file, atomically."""
     atomic_write(path, json_text(value))
-
-
-def status_verb(folder: Path) -> str | None:
-    """The verb of the command that wrote the status file of a folder; None if there is no valid one."""
-    try:
-        return json.loads((folder / STATUS).read_text(encoding="utf-8"))["verb"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

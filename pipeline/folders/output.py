@@ -19,7 +19,8 @@ from typing import Any
 
 from clipwright.pipeline.core.config import read_yaml
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import PARTIAL, STATUS, fsync_path, is_staged, staged_path, status_verb, write_json
+from clipwright.pipeline.core.files import PARTIAL, fsync_path, is_staged, staged_path, write_json
+from clipwright.pipeline.core.status import STATUS, status_verb
 from clipwright.pipeline.folders.records import MANIFEST, ORIGIN, differences, read_manifest
 
 CONFIG, IDENTITY, REPORT = "config.yaml", "identity.json", "report.json"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import yaml
 
-from clipwright.pipeline.core.command import PREEMPTED
+from clipwright.pipeline.core.status import PREEMPTED
 from clipwright.pipeline.launch.plan import LaunchConfig, required
 
 

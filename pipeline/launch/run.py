@@ -15,9 +15,9 @@ from typing import IO, Any
 
 import psutil
 
-from clipwright.pipeline.core.command import DONE, INTERRUPTED, PREEMPTED, Call, Outcome, Preempted
+from clipwright.pipeline.core.command import Call, Outcome, Preempted
 from clipwright.pipeline.core.errors import CODES, ClipwrightError
-from clipwright.pipeline.core.files import STATUS
+from clipwright.pipeline.core.status import DONE, INTERRUPTED, PREEMPTED, STATUS
 from clipwright.pipeline.launch.files import kubernetes_manifest, slurm_array_script, slurm_script
 from clipwright.pipeline.launch.plan import LaunchConfig, NodeCommand, check, node_commands, split
 

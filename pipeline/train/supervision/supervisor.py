@@ -16,18 +16,9 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from clipwright.pipeline.core.command import (
-    FAILED,
-    INTERRUPTED,
-    PREEMPTED,
-    STOPPED,
-    Call,
-    Preempted,
-    StopFlag,
-    conclude,
-    ignore_stop_signals,
-)
+from clipwright.pipeline.core.command import Call, Preempted, StopFlag, conclude, ignore_stop_signals
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.status import FAILED, INTERRUPTED, PREEMPTED, STOPPED
 from clipwright.pipeline.distributed.group import World, barrier, broadcast_object
 from clipwright.pipeline.distributed.launcher_env import read_launcher_env
 from clipwright.pipeline.train.supervision.failures import RESUME

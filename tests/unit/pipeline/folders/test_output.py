@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import STATUS, write_json
+from clipwright.pipeline.core.files import write_json
+from clipwright.pipeline.core.status import STATUS
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.output import (
     DATASET,
