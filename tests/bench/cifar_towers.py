@@ -12,13 +12,13 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from clipwright.pipeline.core.config import resolve
+from clipwright.pipeline.measure import cpu_seconds_of
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, ImageTowerConfig, parameter_count
 from clipwright.pipeline.towers.count import multiply_adds
 from clipwright.pipeline.train.config import RunConfig
@@ -66,12 +66,12 @@ def images_per_cpu_second(config: ImageTowerConfig) -> float:
     tower = IMAGE_TOWERS.build(config)
     images = torch.randn(BATCH_SIZE, 3, config.image_size, config.image_size)
     images = images.contiguous(memory_format=torch.channels_last)
-    seconds: list[float] = []
-    for _ in range(SPEED_RUNS + 1):
-        started = time.process_time()
+
+    def forward_backward() -> None:
         tower(images).pooled.sum().backward()
         tower.zero_grad(set_to_none=True)
-        seconds.append(time.process_time() - started)
+
+    seconds = [cpu_seconds_of(forward_backward) for _ in range(SPEED_RUNS + 1)]
     return BATCH_SIZE / statistics.median(seconds[1:])  # the first batch warms up
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import resource
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from clipwright.pipeline.measure import cpu_seconds_of
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, trim
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS
 
@@ -47,14 +47,6 @@ VOCABULARY = 49_408
 EOT = VOCABULARY - 1
 
 
-def cpu_seconds(work: Callable[[], Any]) -> float:
-    """Returns the CPU seconds (user and system) of this process during `work`."""
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    work()
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-
-
 def training_pass(tower: nn.Module, batch: Tensor) -> None:
     out = tower(batch)
     pooled = out.pooled if hasattr(out, "pooled") else out.last_hidden_state
@@ -66,7 +58,7 @@ def alternating_seconds(
     ours: Callable[[], Any], reference: Callable[[], Any] | None, runs: int
 ) -> list[tuple[float, float]]:
     """Returns (ours, reference) seconds of alternating runs, after one warm-up run of both."""
-    pairs = [(cpu_seconds(ours), cpu_seconds(reference) if reference else 0.0) for _ in range(runs + 1)]
+    pairs = [(cpu_seconds_of(ours), cpu_seconds_of(reference) if reference else 0.0) for _ in range(runs + 1)]
     return pairs[1:]
 
 
@@ -218,7 +210,7 @@ def text_trimmed(quick: bool) -> list[dict[str, Any]]:
             reference = functools.partial(training_pass, tower, torch.from_numpy(ids).long())
             if not results and not number:
                 ours()  # warms up
-            seconds.append((cpu_seconds(ours), cpu_seconds(reference)))
+            seconds.append((cpu_seconds_of(ours), cpu_seconds_of(reference)))
             columns.append(trimmed.shape[1])
         # Batches differ in length, so the total time is compared.
         total = [(statistics.mean(ours for ours, _ in seconds), statistics.mean(theirs for _, theirs in seconds))]

@@ -52,9 +52,6 @@ class Two(nn.Module):
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         return self.image(image), self.text(text)
 
-    def image_alone(self, image: Tensor) -> Tensor:
-        return self.image(image)
-
 
 def inputs(rank: int, step: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 * step + rank)

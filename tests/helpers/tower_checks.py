@@ -64,14 +64,14 @@ def reference_sinusoids(count: int, width: int) -> Tensor:
     return torch.tensor(values, dtype=torch.double)
 
 
-def random_captions(ends: list[int], length: int, *, eot_id: int, pad_id: int = 0) -> Tensor:
-    """Returns random ids from 1 to 48, one EOT per row at `ends`, and padding after it."""
+def random_captions(ends: list[int], length: int, *, eot_id: int) -> Tensor:
+    """Returns random ids from 1 to 48, one EOT per row at `ends`, and zeros after it."""
     torch.manual_seed(2)
     ids = torch.randint(1, 49, (len(ends), length))
     ids[ids == eot_id] += 1
     for row, end in enumerate(ends):
         ids[row, end] = eot_id
-        ids[row, end + 1 :] = pad_id
+        ids[row, end + 1 :] = 0
     return ids
 
 
