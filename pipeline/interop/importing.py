@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from clipwright.pipeline.core.command import Call, Outcome
-from clipwright.pipeline.core.config import resolve
-from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import write_json
 from clipwright.pipeline.core.log import Progress, quiet_libraries
 from clipwright.pipeline.core.registry import configclass
@@ -15,7 +13,7 @@ from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.records import MANIFEST, file_entries
 from clipwright.pipeline.interop.formats.base import ForeignModel, open_foreign_model
 from clipwright.pipeline.interop.parity import compare
-from clipwright.pipeline.model.folder import load_model, save_model
+from clipwright.pipeline.model.folder import load_model, resolve_model_config, save_model
 from clipwright.pipeline.model.two_tower import ModelConfig
 from clipwright.pipeline.tokenizers.base import Tokenizer
 
@@ -24,7 +22,7 @@ PARITY = "parity.json"
 
 @configclass
 class ImportConfig:
-    """The model to import; `clipwright list formats` names the formats."""
+    """The model to import; `clipwright list formats` shows the formats."""
 
     folder: str
     """Folder of the foreign model, for transformers as `save_pretrained` writes it."""
@@ -38,7 +36,7 @@ def import_model(call: Call) -> Outcome:
     output.check(out, output.MODEL)
     foreign = open_foreign_model(Path(config.folder))
     tree, tokenizer = foreign.model_config()
-    model_config = _resolve(foreign, tree)
+    model_config = resolve_model_config(tree, foreign.folder)
     tensors = len(foreign.tensor_shapes())
     if call.dry_run:
         result = {"folder": str(foreign.folder), "tensors": tensors, "model": str(call.out)}
@@ -58,15 +56,6 @@ def import_model(call: Call) -> Outcome:
         f"imported the {foreign.kind} in {foreign.folder} to {call.out}; largest differences: {differences}",
         next=f"clipwright eval retrieval model={call.out} data=DATASET",
     )
-
-
-def _resolve(foreign: ForeignModel, tree: dict[str, Any]) -> ModelConfig:
-    """Validates the config of the model folder; an error names the foreign folder."""
-    try:
-        return resolve(ModelConfig, base=tree).value
-    except ClipwrightError as error:
-        where = f"{foreign.folder}: {error.where}"
-        raise ClipwrightError(error.code, error.what, where=where, found=error.found, fix=error.fix) from None
 
 
 def _write(

@@ -112,11 +112,7 @@ def load_model(folder: str | Path, device: str = "auto") -> Model:
     tree = _read_config(folder)
     # The file also states the loss and the tokenizer's fingerprint, which the towers do not need.
     model_fields = {key: value for key, value in tree.items() if key not in ("loss", "tokenizer_fingerprint")}
-    try:
-        config = resolve(ModelConfig, base=model_fields).value
-    except ClipwrightError as error:
-        where = f"{folder / CONFIG}: {error.where}"
-        raise ClipwrightError(error.code, error.what, where=where, found=error.found, fix=error.fix) from None
+    config = resolve_model_config(model_fields, folder / CONFIG)
     tokenizer = TOKENIZERS.build(config.tokenizer, folder=folder)
     recorded = str(tree.get("tokenizer_fingerprint"))
     if tokenizer.fingerprint != recorded:
@@ -136,6 +132,15 @@ def load_model(folder: str | Path, device: str = "auto") -> Model:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return Model(config, towers.to(device), tokenizer, manifest["fingerprint"])
+
+
+def resolve_model_config(tree: dict[str, Any], where: Path) -> ModelConfig:
+    """Validates the fields of a ModelConfig; an error names `where`, the file or folder that they come from."""
+    try:
+        return resolve(ModelConfig, base=tree).value
+    except ClipwrightError as error:
+        place = f"{where}: {error.where}"
+        raise ClipwrightError(error.code, error.what, where=place, found=error.found, fix=error.fix) from None
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class FormatConfig:
     """The field that every format's config has."""
 
     name: str
+    """Preset name of the format; `clipwright list formats` shows all."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Format(Protocol):
     """A foreign format."""
 
     def mismatch(self, folder: Path) -> ClipwrightError | None:
-        """Returns None if `folder` is of this format, else the error that says why not. Reads as little as possible."""
+        """Returns None if `folder` is of this format, else the reason as an error. Reads as little as possible."""
         ...
 
     def open(self, folder: Path) -> ForeignModel:
@@ -129,10 +130,10 @@ def open_foreign_model(folder: Path) -> ForeignModel:
         raise next(iter(mismatches.values()))
     raise ClipwrightError(
         "E_IMPORT",
-        "the folder is of no supported format",
+        "the format of the model folder is not supported",
         where=folder,
         found="; ".join(f"{name}: {error.found}" for name, error in mismatches.items()),
-        fix="import a model of one of the formats that `clipwright list formats` names",
+        fix="import a model in one of the formats that `clipwright list formats` shows",
     )
 
 

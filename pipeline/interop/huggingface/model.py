@@ -105,7 +105,7 @@ class TransformersFormat(Format):
 
     @abstractmethod
     def text_fields(self, config: CheckedConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Returns the config of the text tower, including how the end of a text is found. Raises E_IMPORT."""
+        """Returns the config of the text tower, including its pooling. Raises E_IMPORT."""
 
     @abstractmethod
     def convert_tokenizer(self, folder: Path, theirs: Any) -> tuple[TokenizerTree, Tokenizer]:
