@@ -107,7 +107,8 @@ def tower_seconds(context: Context, encode: Callable[[], Tensor], parts: int) ->
                 encode()
         with autocast(context):
             out = encode()
-        out.sum().backward()
+        if out.requires_grad:  # not if all its parameters are frozen
+            out.sum().backward()
 
     device = context.world.device
     seconds_of(forward_backward, device)

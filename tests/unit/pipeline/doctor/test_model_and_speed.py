@@ -292,6 +292,13 @@ def test_failing_steps_become_a_result(monkeypatch: pytest.MonkeyPatch, scenes: 
     assert run(state, "bottleneck").status == "skip"
 
 
+def test_speed_of_a_frozen_tower_without_projection(scenes: Path, world: World, small: Any) -> None:
+    frozen = ["embed_dim=128", "image.projection=none", "techniques=[{name: freeze, image: all}]"]
+    state = context(world, f"data.train={scenes}", *small.settings, *frozen)
+    found = run(state, *MODEL, "shards", "step", "speed")
+    assert found.status == "ok", found
+
+
 @pytest.mark.parametrize(
     ("name", "zero", "each"), [("adamw", 0, 12), ("adamw", 2, 12), ("adamw", 3, 12), ("sgd", 0, 4)]
 )
