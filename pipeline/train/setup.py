@@ -41,7 +41,8 @@ def set_up(resolved: Resolved[RunConfig], world: World, run: Path, *, fresh: boo
     dataset, tokenizer = components.loader.data.fingerprint, components.tokenizer.fingerprint
     source = init_source(config.init_from, run, fresh=fresh)
     if source is not None:
-        components.techniques.add("init_from", WarmStart(config.init_from, source, tokenizer))
+        # First: the others' `initialize` finds the weights that the run starts with.
+        components.techniques.add_first("init_from", WarmStart(config.init_from, source, tokenizer))
     return Setup(resolved, components, validation, identity(resolved, dataset, tokenizer, source))
 
 

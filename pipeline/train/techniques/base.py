@@ -67,8 +67,9 @@ class Techniques(Technique):
     def __init__(self, techniques: dict[str, Technique]) -> None:
         self.techniques = techniques
 
-    def add(self, name: str, technique: Technique) -> None:
-        self.techniques[name] = technique
+    def add_first(self, name: str, technique: Technique) -> None:
+        """Adds a technique whose hooks run before those of the others."""
+        self.techniques = {name: technique, **self.techniques}
 
     def prepare(self, towers: TwoTower) -> None:
         for technique in self.techniques.values():

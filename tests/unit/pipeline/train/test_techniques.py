@@ -15,6 +15,7 @@ from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.model.two_tower import TwoTower
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, TEXT_TOWERS
+from clipwright.pipeline.train.checkpoints import checkpoint
 from clipwright.pipeline.train.config import RunConfig
 from clipwright.pipeline.train.techniques.base import TECHNIQUES, build_techniques
 from clipwright.pipeline.train.techniques.freeze import frozen_parameters
@@ -126,6 +127,9 @@ class Average(Technique):
     def __init__(self, config):
         self.decay, self.average = config.decay, {}
 
+    def initialize(self, towers, loss):
+        self.average = {name: t.clone() for name, t in towers.state_dict().items() if t.is_floating_point()}
+
     def after_update(self, model, step):
         for name, tensor in model.weights().items():
             if tensor.is_floating_point():
@@ -161,6 +165,18 @@ def test_plugin_technique_is_checkpointed_restored_and_exported(
     exported = load_file(tmp_path / "model" / "model.safetensors")
     name = "image.blocks.0.attn.qkv.weight"
     assert torch.equal(exported[name], state[f"average/{name}"]) and not torch.equal(exported[name], trained[name])
+    # The average of a warm start begins with the weights of its source.
+    small(tmp_path, *args, "init_from=run", "optim.lr=1e-9", "runtime.stop_at=1", "-o", "next")
+    average = load_file(tmp_path / "next" / "checkpoints" / "step-00000001" / "techniques.safetensors")
+    assert torch.allclose(average[f"average/{name}"], trained[name], atol=1e-6)
+    # A checkpoint without the state that the technique needs.
+    found = checkpoint.newest(tmp_path / "run")
+    assert found is not None
+    manifest = {**found.manifest, "files": {}}
+    techniques = build_techniques([TECHNIQUES.preset("average")])
+    with pytest.raises(ClipwrightError) as caught:
+        checkpoint.Checkpoint(found.folder, manifest).restore_techniques(techniques)
+    assert caught.value.code == "E_CKPT_HASH" and "no tensor 'image.norm.weight'" in str(caught.value)
 
 
 # Warm start
