@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from clipwright.data_prep.build.engines import worker_count
 from clipwright.data_prep.build.finish import add_to_fingerprint, count_reasons
 from clipwright.data_prep.build.images import EXTENSION
 from clipwright.data_prep.foreign.tars import BLOCK, HashingReader
@@ -24,10 +23,8 @@ from clipwright.pipeline.core.files import file_sha256
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.folders.dataset import read_dataset_manifest, read_table
 from clipwright.pipeline.folders.output import REJECTS
-from clipwright.pipeline.folders.records import MANIFEST, DatasetFingerprint
+from clipwright.pipeline.folders.records import MANIFEST, DatasetFingerprint, file_difference
 from clipwright.pipeline.folders.schema import JSON_COLUMNS, SIDECAR_REQUIRED
-
-_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -132,21 +129,16 @@ def _check_files(folder: Path, files: dict[str, Any]) -> list[Fault]:
     if REJECTS not in files:
         faults.append(Fault(MANIFEST, f"the manifest does not list {REJECTS}"))
     for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            faults.append(Fault(name, "the file is missing"))
-        elif path.stat().st_size != entry["bytes"]:
-            faults.append(Fault(name, f"{path.stat().st_size} bytes, the manifest has {entry['bytes']}"))
-        elif file_sha256(path) != entry["sha256"]:
-            faults.append(Fault(name, "the SHA-256 differs from the manifest"))
+        problem = file_difference(folder / name, entry)
+        if problem is not None:
+            faults.append(Fault(name, problem))
     return faults
 
 
 def _check_shards(folder: Path, manifest: dict[str, Any]) -> Iterator[_CheckedShard]:
     """Yields the results of all shards, in order. Threads suffice: hashing releases the interpreter lock."""
     compare = _compare_images if manifest.get("foreign") else _compare_members
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pool = ThreadPoolExecutor(cores)
+    pool = ThreadPoolExecutor(worker_count(0, len(manifest["shards"])))
     try:
         yield from pool.map(lambda shard: _check_shard(folder, shard, compare), manifest["shards"])
     finally:
@@ -163,8 +155,7 @@ def _check_shard(folder: Path, shard: dict[str, Any], compare: _CompareTar) -> _
             reader = HashingReader(file, size)
             if sidecar is not None:
                 compare(reader, sidecar.to_pylist())
-            while reader.read(_READ_BYTES):
-                pass
+            reader.skip(size)  # hash what follows the last sample
         if size != shard["tar_bytes"]:
             raise _Mismatch(f"{size} bytes, the manifest has {shard['tar_bytes']}", None, None)
         if reader.sha256.hexdigest() != shard["tar_sha256"]:
@@ -190,12 +181,9 @@ def _check_sidecar(folder: Path, shard: dict[str, Any]) -> tuple[pa.Table | None
     if file_sha256(path) != shard["sidecar_sha256"]:
         return None, Fault(name, "the SHA-256 differs from the manifest")
     try:
-        table = pq.read_table(path, columns=list(SIDECAR_REQUIRED))
-    except (pa.ArrowException, OSError) as error:
-        return None, Fault(name, f"the file cannot be read: {str(error).splitlines()[0]}")
-    missing = [column for column in SIDECAR_REQUIRED if column not in table.column_names]
-    if missing:
-        return None, Fault(name, f"missing columns: {', '.join(missing)}")
+        table = read_table(path, SIDECAR_REQUIRED)
+    except ClipwrightError as error:
+        return None, Fault(name, f"the file cannot be read: {error.found}")
     if table.num_rows != shard["samples"]:
         return None, Fault(name, f"{table.num_rows} rows, the manifest has {shard['samples']}")
     return table, None

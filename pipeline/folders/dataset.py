@@ -69,14 +69,18 @@ def _is_file_entry(entry: Any) -> bool:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None, *, data: pa.BufferReader | None = None) -> pa.Table:
-    """Reads a table of a dataset, or some of its columns. Raises E_DATA_HASH.
+    """Reads a table of a dataset, or some of its columns, none of which may be missing. Raises E_DATA_HASH.
 
     data: the file's content, where it is in memory.
     """
     try:
-        return pq.read_table(path if data is None else data, columns=None if columns is None else list(columns))
-    except (OSError, pa.ArrowException, KeyError) as error:
+        with pq.ParquetFile(path if data is None else data) as file:
+            missing = set(columns or ()) - set(file.schema_arrow.names)
+            if not missing:
+                return file.read(None if columns is None else list(columns))
+    except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, str(error).splitlines()[0]) from None
+    raise _unreadable(path, f"it has no column {', '.join(sorted(missing))}")
 
 
 def read_sidecar(
@@ -87,9 +91,6 @@ def read_sidecar(
     columns: those to read, none of which may be missing or have nulls. data: the file's content, where it is in memory.
     """
     table = read_table(path, columns, data=data)
-    missing = set(columns or ()) - set(table.column_names)
-    if missing:
-        raise _unreadable(path, f"it has no column {', '.join(sorted(missing))}")
     if table.num_rows != entry["samples"]:
         raise _unreadable(path, f"{table.num_rows} rows, the manifest states {entry['samples']}")
     with_nulls = [name for name in columns or () if table[name].null_count]

@@ -62,7 +62,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
 def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], code: str) -> None:
     """Compares files with a manifest's `{name: {bytes, sha256}}`; raises `code` for the first that differs."""
     for name, entry in files.items():
-        found = _difference(folder / name, entry)
+        found = file_difference(folder / name, entry)
         if found is not None:
             raise ClipwrightError(
                 code,
@@ -73,7 +73,8 @@ def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], code: str)
             )
 
 
-def _difference(path: Path, entry: Mapping[str, Any]) -> str | None:
+def file_difference(path: Path, entry: Mapping[str, Any]) -> str | None:
+    """Returns how a file differs from its manifest entry `{bytes, sha256}`, or None."""
     if not path.is_file():
         return "the file is missing"
     size = path.stat().st_size

@@ -126,6 +126,24 @@ def test_bad_sidecar_is_reported(dataset: Path, cli: Any, corruption: str) -> No
     assert len(find_faults(dataset)) == 1
 
 
+def test_sidecar_that_matches_its_hash_but_not_the_shard_is_reported(dataset: Path) -> None:
+    sidecar = dataset / "data-000002.parquet"
+    table = pq.read_table(sidecar)
+
+    def problem() -> str:
+        restate(dataset)
+        (fault,) = find_faults(dataset)
+        assert fault["file"] == "data-000002.parquet"
+        return fault["problem"]
+
+    pq.write_table(table.drop_columns(["offset", "sha256"]), sidecar)
+    assert problem() == "the file cannot be read: it has no column offset, sha256"
+    pq.write_table(table.slice(1), sidecar)
+    assert problem() == f"{table.num_rows - 1} rows, the manifest has {table.num_rows}"
+    sidecar.write_bytes(b"no table")
+    assert problem().startswith("the file cannot be read: ")
+
+
 @pytest.mark.parametrize("extension", ["txt", "json"])
 def test_changed_caption_is_reported_even_if_hashes_match(dataset: Path, extension: str) -> None:
     key = rows_of(dataset, 0)[0]["key"]
