@@ -17,7 +17,7 @@ from clipwright.data_prep.cli import app as data_prep_app
 from clipwright.eval.cli import app as eval_app
 from clipwright.pipeline.cli import SCORE
 from clipwright.pipeline.cli import app as pipeline_app
-from clipwright.pipeline.core.command import COMMANDS, Call, Outcome, Preempted, command, load_kind, load_name
+from clipwright.pipeline.core.command import COMMANDS, Call, Command, Outcome, Preempted, load_name
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.registry import configclass
@@ -67,7 +67,7 @@ class DemoConfig:
     """Step name → clipwright command line; `{demo}` is the output folder, `{seed}` the seed."""
 
 
-@command(
+@Command(
     app,
     "demo",
     kind="clipwright.cli:DemoConfig",
@@ -157,7 +157,7 @@ class ListConfig:
     """Image size in pixels at which image towers are measured; null: the default of each preset."""
 
 
-@command(
+@Command(
     app,
     "list",
     kind="clipwright.cli:ListConfig",
@@ -285,7 +285,7 @@ def _config_verb(call: Call) -> str:
     )
 
 
-@command(
+@Command(
     config_app,
     "config show",
     metavar="VERB [CONFIG]",
@@ -294,25 +294,19 @@ def _config_verb(call: Call) -> str:
 )
 def config_show(call: Call) -> Outcome:
     """Print the resolved values of a verb's config, each with its origin."""
-    from clipwright.pipeline.core.config import resolve
-
     verb = _config_verb(call)
-    rest = call.arguments[len(verb.split()) :]
-    resolved = resolve(
-        load_kind(COMMANDS[verb]),
-        verb=COMMANDS[verb].configs,
-        config=rest[0] if rest else None,
-        overrides=call.overrides,
-        partial=True,
-    )
+    shown = COMMANDS[verb].call([*call.arguments[len(verb.split()) :], *call.overrides])
+    shown.check()
+    resolved = shown.load(partial=True)
     return Outcome(resolved.tree, resolved.show())
 
 
-@command(
+@Command(
     config_app,
     "config schema",
     metavar="VERB",
     max_arguments=2,
+    takes_overrides=False,
     examples=("clipwright config schema train > train.schema.json",),
 )
 def config_schema(call: Call) -> Outcome:
@@ -321,12 +315,17 @@ def config_schema(call: Call) -> Outcome:
 
     from clipwright.pipeline.core.config import schema
 
-    result = schema(load_kind(COMMANDS[_config_verb(call)]))
+    result = schema(COMMANDS[_config_verb(call)].load_kind())
     return Outcome(result, json.dumps(result, indent=1))
 
 
-@command(
-    config_app, "config reference", max_arguments=0, metavar="", examples=("clipwright config reference > configs.md",)
+@Command(
+    config_app,
+    "config reference",
+    max_arguments=0,
+    takes_overrides=False,
+    metavar="",
+    examples=("clipwright config reference > configs.md",),
 )
 def config_reference(call: Call) -> Outcome:
     """Print the reference of all config keys, with type, default and meaning, as Markdown."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from clipwright.pipeline.core.command import Call, Outcome, command
+from clipwright.pipeline.core.command import Call, Command, Outcome
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +18,7 @@ data_app = typer.Typer(help="Check, inspect and index dataset folders.", no_args
 app.add_typer(data_app, name="data")
 
 
-@command(
+@Command(
     app,
     "prep",
     kind="clipwright.data_prep.build.pack:PrepConfig",
@@ -102,7 +102,7 @@ def _dry_run(resolved: Any, *, quiet: bool) -> Outcome:
     )
 
 
-@command(
+@Command(
     data_app,
     "data verify",
     kind="clipwright.data_prep.inspect.argument:DatasetArgument",
@@ -127,7 +127,7 @@ def data_verify(call: Call) -> Outcome:
     return Outcome(result, "\n".join(lines), next=f"clipwright data stats {result['data']}")
 
 
-@command(
+@Command(
     data_app,
     "data stats",
     kind="clipwright.data_prep.inspect.argument:DatasetArgument",
@@ -147,7 +147,7 @@ def data_stats(call: Call) -> Outcome:
     return Outcome(result, table(result), next=f"clipwright data view {result['data']} -o PAGES")
 
 
-@command(
+@Command(
     data_app,
     "data index",
     kind="clipwright.data_prep.foreign.index:ForeignIndexConfig",
@@ -182,7 +182,7 @@ def data_index(call: Call) -> Outcome:
     return Outcome(result, "\n".join(lines), next=f"clipwright data verify {folder}")
 
 
-@command(
+@Command(
     data_app,
     "data view",
     kind="clipwright.data_prep.inspect.view:ViewConfig",

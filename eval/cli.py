@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from clipwright.pipeline.core.command import Call, Outcome, command
+from clipwright.pipeline.core.command import Call, Command, Outcome
 
 app = typer.Typer()
 index_app = typer.Typer(help="Build search indexes.", no_args_is_help=True)
 app.add_typer(index_app, name="index")
 
 
-@command(
+@Command(
     app,
     "embed",
     kind="clipwright.eval.embed:EmbedConfig",
@@ -55,7 +55,7 @@ def embed(call: Call) -> Outcome:
     return Outcome(manifest, text, next=f"clipwright index build flat embeddings={out} -o INDEX")
 
 
-@command(
+@Command(
     index_app,
     "index build",
     kind="clipwright.eval.search.versions:IndexBuildConfig",
@@ -77,7 +77,7 @@ def index_build(call: Call) -> Outcome:
     return Outcome(version, text, next=f'clipwright search {out} text="..."')
 
 
-@command(
+@Command(
     app,
     "search",
     kind="clipwright.eval.search.query:SearchConfig",
@@ -93,7 +93,7 @@ def search(call: Call) -> Outcome:
     return Outcome(result, table(result))
 
 
-@command(
+@Command(
     app,
     "eval",
     kind="clipwright.eval.evaluate:EvalConfig",
@@ -119,7 +119,9 @@ def evaluate(call: Call) -> Outcome:
     return Outcome(report, text)
 
 
-@command(app, "report", metavar="FOLDER", flags=("--dry-run",), examples=("clipwright report demo",))
+@Command(
+    app, "report", metavar="FOLDER", takes_overrides=False, flags=("--dry-run",), examples=("clipwright report demo",)
+)
 def report(call: Call) -> Outcome:
     """Write the page of a finished demo, FOLDER/report.html, with the results of all its steps."""
     from pathlib import Path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from clipwright.pipeline.core.command import Call, Outcome, command, load_name
+from clipwright.pipeline.core.command import Call, Command, Outcome, load_name
 
 app = typer.Typer()
 data_app = typer.Typer()  # joined with the group of the same name in data_prep.cli
@@ -16,7 +16,7 @@ RANK = "clipwright.pipeline.distributed.launcher_env:current_rank"
 SCORE: list[str] = []
 
 
-@command(
+@Command(
     app,
     "train",
     kind="clipwright.pipeline.train.config:RunConfig",
@@ -34,7 +34,7 @@ def train(call: Call) -> Outcome:
     return run(call, lambda: load_name(SCORE[0]))
 
 
-@command(
+@Command(
     app,
     "launch",
     kind="clipwright.pipeline.launch.plan:LaunchConfig",
@@ -54,7 +54,7 @@ def launch(call: Call) -> Outcome:
     return run(call)
 
 
-@command(
+@Command(
     app,
     "doctor",
     kind="clipwright.pipeline.train.config:RunConfig",
@@ -92,7 +92,7 @@ def doctor(call: Call) -> Outcome:
     return outcome
 
 
-@command(
+@Command(
     data_app,
     "data ledger",
     kind="clipwright.pipeline.train.sample_log:LedgerConfig",
@@ -107,7 +107,7 @@ def data_ledger(call: Call) -> Outcome:
     return show(call)
 
 
-@command(
+@Command(
     app,
     "export",
     kind="clipwright.pipeline.train.export:ExportConfig",
@@ -123,7 +123,7 @@ def export(call: Call) -> Outcome:
     return run(call)
 
 
-@command(
+@Command(
     app,
     "import",
     kind="clipwright.pipeline.interop.importing:ImportConfig",

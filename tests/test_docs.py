@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 import clipwright.cli  # noqa: F401  registers the verbs
-from clipwright.pipeline.core.command import COMMANDS, Call, load_kind
-from clipwright.pipeline.core.config import resolve
+from clipwright.pipeline.core.command import COMMANDS
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.launch.plan import split
 
@@ -50,28 +49,16 @@ def check_command(line: str) -> None:
         else:
             assert not word.startswith("-"), f"unknown flag {word}: {line}"
             arguments.append(word)
-    overrides = [word for word in arguments if re.match(r"[A-Za-z_][\w.-]*=", word)]
-    call = Call(
-        command=COMMANDS[verb],
-        arguments=[word for word in arguments if word not in overrides],
-        overrides=overrides,
-        given=tuple(arguments),
-        **options,  # pyright: ignore[reportArgumentType]
-    )
+    call = COMMANDS[verb].call(arguments, **options)
     call.check()
+    overrides = call.overrides
     if verb == "launch":
         overrides, inner = split(call)
         check_command(shlex.join(inner))
     if verb == "doctor":
         overrides = [word for word in overrides if not word.startswith("check=")]
-    command = COMMANDS[verb]
-    if command.kind is None:
-        return
-    if command.subject is not None:
-        subject = [f"{command.subject}={call.config}"] if call.config else []
-        overrides = subject + overrides
-    config = None if command.subject is not None else call.config
-    resolve(load_kind(command), verb=command.configs, config=config, overrides=overrides, partial=True)
+    if call.command.kind is not None:
+        call.load(overrides=overrides, partial=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -28,6 +28,19 @@ def test_help_loads_no_heavy_library() -> None:
     assert loaded_by("import clipwright; dir(clipwright)") == set()
 
 
+def test_help_of_a_verb_loads_only_what_typer_loads() -> None:
+    code = """
+import sys
+from contextlib import suppress
+from clipwright.cli import COMMANDS, main
+for verb in COMMANDS:
+    sys.argv = ["clipwright", *verb.split(), "--help"]
+    with suppress(SystemExit):
+        main()
+"""
+    assert loaded_by(code) == {"pydantic"}
+
+
 @pytest.mark.parametrize("module", ["errors", "registry", "config", "files", "captions", "log", "command"])
 def test_core_does_not_import_torch(module: str) -> None:
     assert not loaded_by(f"import clipwright.pipeline.core.{module}") & {"torch", "transformers", "webdataset"}

@@ -1,6 +1,6 @@
 """What all commands share: arguments, flags, errors and signals.
 
-A part's `cli.py` writes `@command(app, "prep", kind="module:Config")` over a function that takes a `Call` and returns
+A part's `cli.py` writes `@Command(app, "prep", kind="module:Config")` over a function that takes a `Call` and returns
 an `Outcome`. The command line is then `clipwright prep CONFIG [section.key=value ...]` with the common flags.
 """
 
@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -62,28 +62,6 @@ class Outcome:
     exit_code: int = DONE
 
 
-@dataclass(frozen=True)
-class Command:
-    """A registered verb."""
-
-    verb: str
-    kind: str | None  # MODULE:CLASS of its config
-    subject: str | None  # the config key that the first argument sets, if that does not name a config
-    max_arguments: int  # beside the overrides
-    configs: str  # the folder of configs/ that it reads
-    flags: tuple[str, ...]  # which of OPTIONAL_FLAGS it supports
-    examples: tuple[str, ...]  # complete commands for --help
-    rank: str  # MODULE:FUNCTION that returns this process's rank, for verbs that run under launchers
-    writes_status: bool  # whether it writes status.json into its output folder
-
-    def supports(self, flag: str) -> bool:
-        """Returns whether the verb supports one of OPTIONAL_FLAGS."""
-        return flag in self.flags
-
-
-COMMANDS: dict[str, Command] = {}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """One parsed command line: arguments, overrides and flags."""
@@ -113,7 +91,7 @@ class Call:
         """Raises E_USAGE for an argument or flag that the verb ignores: a lost `=` must not train on the defaults."""
         verb = self.command.verb
         unexpected = self.arguments[self.command.max_arguments :]
-        if self.command.kind is None and self.command.max_arguments == 1:
+        if not self.command.takes_overrides:
             unexpected += self.overrides
         if unexpected:
             raise ClipwrightError(
@@ -133,18 +111,24 @@ class Call:
                     fix=f"leave out {flag}; clipwright {verb} --help lists the flags",
                 )
 
-    def load(self, base: dict[str, Any] | None = None, overrides: Sequence[str] | None = None) -> Any:
-        """Returns the `Resolved` config of this command line, or of other `overrides` in place of its own."""
+    def load(
+        self, base: dict[str, Any] | None = None, overrides: Sequence[str] | None = None, *, partial: bool = False
+    ) -> Any:
+        """Returns the `Resolved` config of this command line, or of other `overrides` in place of its own.
+
+        base, partial: as in `config.resolve`.
+        """
         # Imported here: pydantic costs 80 ms that `clipwright --help` need not pay.
         from clipwright.pipeline.core.config import resolve  # noqa: PLC0415
 
         chosen = list(self.overrides if overrides is None else overrides)
         config = self.config
-        if self.command.subject is not None and config is not None:
-            chosen.insert(0, f"{self.command.subject}={config}")
         if self.command.subject is not None:
+            if config is not None:
+                chosen.insert(0, f"{self.command.subject}={config}")
             config = None
-        return resolve(load_kind(self.command), verb=self.command.configs, config=config, overrides=chosen, base=base)
+        kind, verb = self.command.load_kind(), self.command.config_folder
+        return resolve(kind, verb=verb, config=config, overrides=chosen, base=base, partial=partial)
 
     def output(self) -> Path:
         """Returns the folder given with -o; raises E_USAGE without it."""
@@ -171,56 +155,67 @@ class Call:
             self.say(f"next: {outcome.next}")
 
 
-Body = Callable[[Call], Outcome | None]
-
-
-def load_kind(command: Command) -> type[Any]:
-    """Returns the config class of a verb that has one."""
-    assert command.kind is not None, command.verb
-    return load_name(command.kind)
-
-
 def load_name(name: str) -> Any:
     """Imports and returns the attribute that `MODULE:NAME` names."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
-def command(
-    app: typer.Typer,
-    verb: str,
-    *,
-    kind: str | None = None,
-    subject: str | None = None,
-    metavar: str = "CONFIG",
-    max_arguments: int = 1,
-    configs: str = "",
-    flags: tuple[str, ...] = (),
-    examples: tuple[str, ...] = (),
-    default_out: str | None = None,
-    rank: str = "",
-    writes_status: bool = True,
-) -> Callable[[Body], Callable[..., None]]:
-    """Registers `verb` on `app`.
+Body = Callable[[Call], Outcome | None]
 
-    With `subject`, the first argument sets that config key instead of naming a config. `configs`: the verb whose
-    shipped configs a name means, if not the verb itself (`doctor photos` reads configs/train/photos.yaml). `flags`:
-    which of -o, --dry-run and --fresh the verb supports. `rank`: MODULE:FUNCTION that returns this process's rank, for
-    verbs that run under launchers; only rank 0 prints the outcome and writes the status file.
-    """
-    spec = Command(verb, kind, subject, max_arguments, configs or verb.split()[0], flags, examples, rank, writes_status)
-    COMMANDS[verb] = spec
-    arguments = typer.Argument(None, metavar=f"[{metavar}] [SECTION.KEY=VALUE]...", show_default=False)
-    # An unsupported flag is parsed, so that `Call.check` can refuse it with a remedy, but not shown.
-    out_flag = typer.Option(None, "-o", metavar="DIR", help="The folder to write.", hidden=not spec.supports("-o"))
-    dry_run_flag = typer.Option(
-        False, "--dry-run", help="Print what would be done; write nothing.", hidden=not spec.supports("--dry-run")
-    )
-    fresh_flag = typer.Option(
-        False, "--fresh", help="Start over instead of resuming.", hidden=not spec.supports("--fresh")
-    )
 
-    def decorate(body: Body) -> Callable[..., None]:
+@dataclass(frozen=True)
+class Command:
+    """A verb and what its command line may hold. As a decorator, it registers the function that runs the verb."""
+
+    app: typer.Typer
+    verb: str
+    _: KW_ONLY
+    kind: str | None = None  # MODULE:CLASS of its config
+    subject: str | None = None  # the config key that the first argument sets, if that does not name a config
+    metavar: str = "CONFIG"  # its arguments in --help
+    max_arguments: int = 1  # beside the overrides
+    takes_overrides: bool = True
+    configs: str = ""  # the verb whose shipped configs a name means (`doctor photos`: configs/train/photos.yaml)
+    flags: tuple[str, ...] = ()  # which of OPTIONAL_FLAGS it supports
+    examples: tuple[str, ...] = ()  # complete commands for --help
+    default_out: str | None = None  # the output folder without -o
+    # MODULE:FUNCTION that returns this process's rank, for verbs that run under launchers; only rank 0 prints the
+    # outcome and writes the status file.
+    rank: str = ""
+    writes_status: bool = True  # whether it writes status.json into its output folder
+
+    @property
+    def config_folder(self) -> str:
+        """The folder of configs/ that it reads."""
+        return self.configs or self.verb.split()[0]
+
+    def supports(self, flag: str) -> bool:
+        """Returns whether the verb supports one of OPTIONAL_FLAGS."""
+        return flag in self.flags
+
+    def load_kind(self) -> type[Any]:
+        """Imports and returns the config class of a verb that has one."""
+        assert self.kind is not None, self.verb
+        return load_name(self.kind)
+
+    def call(self, given: Sequence[str], **flags: Any) -> Call:
+        """Returns a command line of this verb; `given`: arguments and overrides in the order they were typed."""
+        overrides = [argument for argument in given if re.match(r"[A-Za-z_][\w.-]*=", argument)]
+        arguments = [argument for argument in given if argument not in overrides]
+        return Call(command=self, arguments=arguments, overrides=overrides, given=tuple(given), **flags)
+
+    def __call__(self, body: Body) -> Body:
+        metavar = f"[{self.metavar}] [SECTION.KEY=VALUE]..." if self.takes_overrides else self.metavar
+        arguments = typer.Argument(None, metavar=metavar, show_default=False, hidden=not metavar)
+        # An unsupported flag is parsed, so that `Call.check` can refuse it with a remedy, but not shown.
+        hidden = {flag: not self.supports(flag) for flag in OPTIONAL_FLAGS}
+        out_flag = typer.Option(self.default_out, "-o", metavar="DIR", help="The folder to write.", hidden=hidden["-o"])
+        dry_run_flag = typer.Option(
+            False, "--dry-run", help="Print what would be done; write nothing.", hidden=hidden["--dry-run"]
+        )
+        fresh_flag = typer.Option(False, "--fresh", help="Start over instead of resuming.", hidden=hidden["--fresh"])
+
         def run(
             args: list[str] | None = arguments,
             out: Path | None = out_flag,
@@ -230,29 +225,15 @@ def command(
             dry_run: bool = dry_run_flag,
             fresh: bool = fresh_flag,
         ) -> None:
-            given = args or []
-            overrides = [argument for argument in given if re.match(r"[A-Za-z_][\w.-]*=", argument)]
-            if out is None and default_out is not None:
-                out = Path(default_out)
-            call = Call(
-                command=spec,
-                arguments=[argument for argument in given if argument not in overrides],
-                overrides=overrides,
-                given=tuple(given),
-                out=out,
-                json=as_json,
-                quiet=quiet,
-                debug=debug,
-                dry_run=dry_run,
-                fresh=fresh,
-            )
+            call = self.call(args or (), out=out, json=as_json, quiet=quiet, debug=debug, dry_run=dry_run, fresh=fresh)
             raise typer.Exit(_run(call, body))
 
-        run.__doc__ = body.__doc__
-        app.command(verb.split()[-1], cls=VerbCommand)(run)
-        return run
+        COMMANDS[self.verb] = self
+        self.app.command(self.verb.split()[-1], cls=VerbCommand, help=body.__doc__, context_settings={"obj": self})(run)
+        return body
 
-    return decorate
+
+COMMANDS: dict[str, Command] = {}
 
 
 def _run(call: Call, body: Body) -> int:

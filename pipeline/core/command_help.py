@@ -18,11 +18,8 @@ class VerbCommand(TyperCommand):
     """A verb whose help ends with `help_text`."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        from clipwright.pipeline.core.command import COMMANDS  # noqa: PLC0415
-
         super().format_help(ctx, formatter)
-        verb = ctx.command_path.partition(" ")[2]  # `clipwright data verify` → `data verify`
-        typer.echo(help_text(COMMANDS[verb]))
+        typer.echo(help_text(ctx.obj))  # its `Command`
 
 
 def help_text(command: Command) -> str:
@@ -42,7 +39,7 @@ def help_text(command: Command) -> str:
 def _where_keys_are_listed(command: Command) -> list[str]:
     from clipwright.pipeline.core.config import shipped_configs  # noqa: PLC0415
 
-    names = sorted(shipped_configs().get(command.configs, {}))
+    names = sorted(shipped_configs().get(command.config_folder, {}))
     if not names or command.subject is not None:
         return [f"All keys and their values: clipwright config show {command.verb}"]
     return [

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from clipwright.pipeline.core.command import Command, load_kind
+from clipwright.pipeline.core.command import Command
 from clipwright.pipeline.core.config import Choice, bare_type, choice_of, inline_yaml, list_choice
 from clipwright.pipeline.core.field_docs import field_docs
 
@@ -57,12 +57,12 @@ def reference(commands: Mapping[str, Command]) -> str:
         if command.kind is None:
             continue
         blocks.append(f"## {verb}\n")
-        owner = commands.get(command.configs)
+        owner = commands.get(command.config_folder)
         if owner is not None and owner.kind == command.kind:
             described.setdefault(command.kind, owner.verb)
         same = described.setdefault(command.kind, verb)
         if same == verb:
-            blocks += _section(load_kind(command), place="", level=3)
+            blocks += _section(command.load_kind(), place="", level=3)
         else:
             blocks.append(f"The same keys as [{same}](#{same.replace(' ', '-')}).\n")
     return "\n".join(blocks).rstrip("\n") + "\n"
@@ -73,7 +73,7 @@ def missing_docs(commands: Mapping[str, Command]) -> list[str]:
     missing: set[str] = set()
     for command in commands.values():
         if command.kind is not None:
-            for config in _classes(load_kind(command)):
+            for config in _classes(command.load_kind()):
                 documented = field_docs(config)
                 for field in dataclasses.fields(config):
                     if not documented.get(field.name):
