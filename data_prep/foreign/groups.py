@@ -16,7 +16,7 @@ from clipwright.data_prep.build.shards import receipt_path, rejects_path
 from clipwright.data_prep.foreign import json_columns
 from clipwright.data_prep.foreign.tars import HashingReader, Member, TarError, members, shown
 from clipwright.data_prep.sources.base import Caption
-from clipwright.data_prep.sources.folder import DECODED_SUFFIXES, OTHER_IMAGE_SUFFIXES
+from clipwright.data_prep.sources.folder_files import DECODED_SUFFIXES, OTHER_IMAGE_SUFFIXES
 from clipwright.pipeline import pixels
 from clipwright.pipeline.core.captions import CaptionError
 from clipwright.pipeline.core.files import atomic_write, write_json

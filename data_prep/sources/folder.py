@@ -26,32 +26,12 @@ from clipwright.data_prep.sources.base import (
     read_image,
     read_inside,
 )
+from clipwright.data_prep.sources.folder_files import check_folder, find_pairs, printable
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import canonical_json
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.registry import configclass
 
-# Formats that pixels.py decodes, and others: a file of these is a row too, so that it appears among the rejects.
-DECODED_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "webp", "gif", "bmp", "dib", "tif", "tiff")
-OTHER_IMAGE_SUFFIXES = (
-    "avif",
-    "heic",
-    "heif",
-    "jp2",
-    "j2k",
-    "jxl",
-    "ico",
-    "pbm",
-    "pgm",
-    "pnm",
-    "ppm",
-    "psd",
-    "qoi",
-    "svg",
-    "tga",
-)
-_IMAGES = frozenset(f".{suffix}" for suffix in (*DECODED_SUFFIXES, *OTHER_IMAGE_SUFFIXES))
-_CAPTIONS = (".txt", ".json")
 _COLUMN_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
 _HASH_THREADS = 4
 _ROWS_PER_HASH_TASK = 64
@@ -78,10 +58,10 @@ class FolderSource(Source):
     """Images of a folder, ordered by name. See FolderConfig."""
 
     def __init__(self, config: FolderConfig) -> None:
-        self.root = _check_folder(config.path)
+        self.root = check_folder(config.path)
         self.caption = config.caption
         self.encoding = _check_encoding(config.encoding)
-        self._images, self._caption_suffixes, self.notes = _find_pairs(self.root)
+        self._images, self._caption_suffixes, self.notes = find_pairs(self.root)
         self.count = len(self._images)
         self.columns = pa.schema([])  # until it is scanned
         self._digest: str | None = None
@@ -93,7 +73,7 @@ class FolderSource(Source):
         self._scan_stamp = self._stamp()
         self.columns, unusable = self._find_columns(quiet)
         if unusable:
-            names = ", ".join(map(_printable, unusable))
+            names = ", ".join(map(printable, unusable))
             note = f"JSON keys not stored as columns (nested, empty or of mixed types): {names}"
             self.notes = [*self.notes, note]
         digest = hashlib.sha256()
@@ -274,20 +254,6 @@ class _CaptionFileError(ValueError):
     """A caption file that cannot be used; `args` are E_CAP code and detail."""
 
 
-def _check_folder(path: str) -> Path:
-    root = Path(path)
-    if not root.is_dir():
-        is_file = root.exists()
-        raise ClipwrightError(
-            "E_INPUT",
-            "the input folder does not exist",
-            where=f"source.path: {path}",
-            found="it is a file" if is_file else f"no such folder in {Path.cwd()}",
-            fix="for a table, run `clipwright prep table`" if is_file else "check the path",
-        )
-    return root.resolve()
-
-
 def _check_encoding(name: str) -> str:
     try:
         io.TextIOWrapper(io.BytesIO(), encoding=name)  # refuses codecs that do not encode text
@@ -300,79 +266,6 @@ def _check_encoding(name: str) -> str:
             found=str(error),
             fix="use an encoding of Python, such as utf-8, cp949, latin-1, shift_jis or utf-16",
         ) from None
-
-
-def _find_pairs(root: Path) -> tuple[list[str], list[tuple[str, ...]], list[str]]:
-    """Returns the names of all images under `root`, sorted, the suffixes of their caption files, and notes.
-
-    Hidden and partial files are ignored. Linked folders are not followed: they may lead out of `root`, or in circles.
-    """
-    pairs: list[tuple[str, tuple[str, ...]]] = []
-    orphans: list[str] = []
-    links: list[str] = []
-    for folder, subfolders, files in os.walk(root, onerror=_raise):
-        relative = os.path.relpath(folder, root)
-        prefix = "" if relative == "." else f"{relative}/"
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        links += [prefix + name for name in subfolders if os.path.islink(f"{folder}/{name}")]  # noqa: PTH114
-        images, caption_files = _sort_files(files)
-        for stem, suffix in images:
-            suffixes = caption_files.get(stem, {})
-            found = tuple(suffixes[kind] for kind in _CAPTIONS if kind in suffixes)
-            pairs.append((f"{prefix}{stem}{suffix}", found))
-        for stem in caption_files.keys() - {stem for stem, _ in images}:
-            orphans += [f"{prefix}{stem}{suffix}" for suffix in caption_files[stem].values()]
-    if not any(suffixes for _, suffixes in pairs):
-        raise _no_pairs(root, len(pairs), len(orphans))
-    pairs.sort()
-    notes: list[str] = []
-    if orphans:
-        notes.append(f"caption files without an image: {len(orphans)}, the first is {_printable(min(orphans))}")
-    if links:
-        notes.append(f"linked folders that were not followed: {len(links)}, the first is {_printable(min(links))}")
-    return [name for name, _ in pairs], [suffixes for _, suffixes in pairs], notes
-
-
-def _sort_files(files: list[str]) -> tuple[list[tuple[str, str]], dict[str, dict[str, str]]]:
-    """Returns a folder's images as (stem, suffix), and its caption files as stem → kind → suffix as written."""
-    images: list[tuple[str, str]] = []
-    caption_files: dict[str, dict[str, str]] = {}
-    for name in sorted(files):
-        if name.startswith("."):
-            continue
-        stem, suffix = os.path.splitext(name)  # noqa: PTH122  a Path would normalize the name
-        kind = suffix.lower()
-        if kind in _IMAGES:
-            images.append((stem, suffix))
-        elif kind in _CAPTIONS:
-            caption_files.setdefault(stem, {})[kind] = suffix
-    return images, caption_files
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _no_pairs(root: Path, images: int, orphans: int) -> ClipwrightError:
-    if not images:
-        return ClipwrightError(
-            "E_PREP_EMPTY",
-            "the folder has no images",
-            where=root,
-            found=f"no file in it or its subfolders ends in {', '.join(f'.{suffix}' for suffix in DECODED_SUFFIXES)}",
-            fix="check source.path; for a table of images, run `clipwright prep table`",
-        )
-    found = f"{images} images, and no .txt or .json file with the same stem beside any of them"
-    if orphans:
-        found += f"; {orphans} caption files match no image"
-    return ClipwrightError(
-        "E_PREP_EMPTY",
-        "the images have no captions",
-        where=root,
-        found=found,
-        fix="put a.txt (one caption per line) or a.json beside a.jpg, or list images and captions in a table and run "
-        "`clipwright prep table`",
-    )
 
 
 def _file_hash(root: Path, name: str) -> str:
@@ -395,11 +288,6 @@ def _split_lines(text: str) -> list[str]:
 def _valid_utf8(text: str) -> str:
     """Escapes lone surrogates, which JSON may contain and which represent invalid bytes in file names."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _printable(name: str) -> str:
-    """Escapes control characters in a name, so that a terminal shows them and does not obey them."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 def _caption(item: Any, name: str) -> Caption:

@@ -1,0 +1,124 @@
+"""The files of an image folder: its images, and the text and JSON files of the same stem beside each."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from clipwright.pipeline.core.errors import ClipwrightError
+
+# Formats that pixels.py decodes, and others: a file of these is a row too, so that it appears among the rejects.
+DECODED_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "webp", "gif", "bmp", "dib", "tif", "tiff")
+OTHER_IMAGE_SUFFIXES = (
+    "avif",
+    "heic",
+    "heif",
+    "jp2",
+    "j2k",
+    "jxl",
+    "ico",
+    "pbm",
+    "pgm",
+    "pnm",
+    "ppm",
+    "psd",
+    "qoi",
+    "svg",
+    "tga",
+)
+_IMAGES = frozenset(f".{suffix}" for suffix in (*DECODED_SUFFIXES, *OTHER_IMAGE_SUFFIXES))
+_CAPTIONS = (".txt", ".json")
+
+
+def check_folder(path: str) -> Path:
+    """Returns the resolved path of the input folder. Raises E_INPUT if there is no such folder."""
+    root = Path(path)
+    if not root.is_dir():
+        is_file = root.exists()
+        raise ClipwrightError(
+            "E_INPUT",
+            "the input folder does not exist",
+            where=f"source.path: {path}",
+            found="it is a file" if is_file else f"no such folder in {Path.cwd()}",
+            fix="for a table, run `clipwright prep table`" if is_file else "check the path",
+        )
+    return root.resolve()
+
+
+def find_pairs(root: Path) -> tuple[list[str], list[tuple[str, ...]], list[str]]:
+    """Returns the names of all images under `root`, sorted, the suffixes of their caption files, and notes.
+
+    Hidden and partial files are ignored. Linked folders are not followed: they may lead out of `root`, or in circles.
+    Raises E_PREP_EMPTY if no image has a caption file.
+    """
+    pairs: list[tuple[str, tuple[str, ...]]] = []
+    orphans: list[str] = []
+    links: list[str] = []
+    for folder, subfolders, files in os.walk(root, onerror=_raise):
+        relative = os.path.relpath(folder, root)
+        prefix = "" if relative == "." else f"{relative}/"
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        links += [prefix + name for name in subfolders if os.path.islink(f"{folder}/{name}")]  # noqa: PTH114
+        images, caption_files = _sort_files(files)
+        for stem, suffix in images:
+            suffixes = caption_files.get(stem, {})
+            found = tuple(suffixes[kind] for kind in _CAPTIONS if kind in suffixes)
+            pairs.append((f"{prefix}{stem}{suffix}", found))
+        for stem in caption_files.keys() - {stem for stem, _ in images}:
+            orphans += [f"{prefix}{stem}{suffix}" for suffix in caption_files[stem].values()]
+    if not any(suffixes for _, suffixes in pairs):
+        raise _no_pairs(root, len(pairs), len(orphans))
+    pairs.sort()
+    notes: list[str] = []
+    if orphans:
+        notes.append(f"caption files without an image: {len(orphans)}, the first is {printable(min(orphans))}")
+    if links:
+        notes.append(f"linked folders that were not followed: {len(links)}, the first is {printable(min(links))}")
+    return [name for name, _ in pairs], [suffixes for _, suffixes in pairs], notes
+
+
+def _sort_files(files: list[str]) -> tuple[list[tuple[str, str]], dict[str, dict[str, str]]]:
+    """Returns a folder's images as (stem, suffix), and its caption files as stem → kind → suffix as written."""
+    images: list[tuple[str, str]] = []
+    caption_files: dict[str, dict[str, str]] = {}
+    for name in sorted(files):
+        if name.startswith("."):
+            continue
+        stem, suffix = os.path.splitext(name)  # noqa: PTH122  a Path would normalize the name
+        kind = suffix.lower()
+        if kind in _IMAGES:
+            images.append((stem, suffix))
+        elif kind in _CAPTIONS:
+            caption_files.setdefault(stem, {})[kind] = suffix
+    return images, caption_files
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _no_pairs(root: Path, images: int, orphans: int) -> ClipwrightError:
+    if not images:
+        return ClipwrightError(
+            "E_PREP_EMPTY",
+            "the folder has no images",
+            where=root,
+            found=f"no file in it or its subfolders ends in {', '.join(f'.{suffix}' for suffix in DECODED_SUFFIXES)}",
+            fix="check source.path; for a table of images, run `clipwright prep table`",
+        )
+    found = f"{images} images, and no .txt or .json file with the same stem beside any of them"
+    if orphans:
+        found += f"; {orphans} caption files match no image"
+    return ClipwrightError(
+        "E_PREP_EMPTY",
+        "the images have no captions",
+        where=root,
+        found=found,
+        fix="put a.txt (one caption per line) or a.json beside a.jpg, or list images and captions in a table and run "
+        "`clipwright prep table`",
+    )
+
+
+def printable(name: str) -> str:
+    """Escapes control characters in a name, so that a terminal shows them and does not obey them."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
