@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,4 +113,7 @@ def _stored_identity(out: Path) -> dict[str, Any]:
     path = out / CONFIG
     if not path.exists():
         return {}
-    return {name: value for name, value in read_yaml(path).items() if name != "runtime"}
+    identity = {name: value for name, value in read_yaml(path).items() if name not in ("runtime", "plugins")}
+    # The config has the paths of plugins, an identity their content: only the report recorded that.
+    plugins = json.loads((out / REPORT).read_text(encoding="utf-8"))["config"].get("plugins")
+    return {**identity, "plugins": plugins} if plugins else identity

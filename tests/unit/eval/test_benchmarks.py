@@ -162,3 +162,38 @@ def test_unusable_inputs_are_errors(quick_cli, refused, make_model, make_dataset
     refused(quick_cli("eval", "search", f"index={indexed}", "benchmark.template={"), "E_CONFIG_VALUE", 2, "template")
     overflow = make_model(tmp_path / "overflow", scale=3e38)
     refused(quick_cli("eval", "retrieval", f"model={overflow}", f"data={small}"), "E_NONFINITE", 1, "image ")
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from typing import ClassVar
+from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, BenchmarkResult, Score
+from clipwright.pipeline.core.registry import configclass
+
+@configclass
+class ConstantConfig(BenchmarkConfig):
+    value: float = 0.5
+
+@dataclass(frozen=True)
+class Constant:
+    files: ClassVar[tuple[str, ...]] = ()
+    config: ConstantConfig
+
+    def run(self, context):
+        return BenchmarkResult([Score("constant", self.config.value, None, None, 1)], {}, {})
+
+BENCHMARKS.add(ConstantConfig, Constant, {"constant_test": {}})
+"""
+
+
+def test_report_of_a_plugin_is_replaced_only_if_the_plugin_is_the_same(cli, refused, tmp_path):
+    """The benchmark opens no model, so that none is needed."""
+    plugin, out = tmp_path / "constant.py", tmp_path / "report"
+    plugin.write_text(PLUGIN)
+    arguments = ("eval", f"plugins={plugin}", "benchmark.name=constant_test", "-o", out)
+    for _ in range(2):
+        done = cli(*arguments)
+        assert done.returncode == 0 and "constant  0.5000  1" in done.stdout, done.stderr
+    refused(cli(*arguments, "benchmark.value=0.25"), "E_OUTPUT", 2, out, "benchmark.value: 0.5 → 0.25")
+    plugin.write_text(f"{PLUGIN}# changed\n")
+    refused(cli(*arguments), "E_OUTPUT", 2, out, "plugins")

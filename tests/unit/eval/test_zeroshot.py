@@ -304,9 +304,11 @@ def test_zeroshot_through_the_command(cli, model, small, labeled: Path, tmp_path
     assert sum(row["predicted"][0] == row["label"] for row in rows) == round(3 * z["top1"])
     assert [row["label"] for row in rows] == ["별", "heart", "별"]
     low, high = wilson_interval(round(3 * z["top1"]), 3)
+    assert (z["top1_low"], z["top1_high"]) == (low, high)
     expected = {"value": z["top1"], "low": low, "high": high, "n": 3, "higher_is_better": True, "chance": 1 / 2}
     assert report["scores"][0] == {"name": "top1", **expected}
     assert [score["name"] for score in report["scores"]] == ["top1", "top5", "mean_per_class"]
+    assert [score["value"] for score in report["scores"]] == [z["top1"], z["top5"], z["mean_per_class"]]
     # A dataset folder, a label format over two columns, and the text for a terminal.
     arguments = (
         "eval",
