@@ -181,30 +181,33 @@ class Block(nn.Module):
             nn.init.zeros_(linear.bias)
 
 
+# What every block calls uses no einops: torch.compile would trace its parsing of the pattern, 0.1 s or more per call.
+
+
 def split_heads(x: Float[Tensor, "b n d"], heads: int) -> Float[Tensor, "b h n k"]:
-    return rearrange(x, "b n (h k) -> b h n k", h=heads)
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x: Float[Tensor, "b h n k"]) -> Float[Tensor, "b n d"]:
-    return rearrange(x, "b h n k -> b n (h k)")
+    return x.transpose(1, 2).flatten(2)
 
 
 def split_qkv(
     qkv: Float[Tensor, "b n d3"], heads: int
 ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b h n k"], Float[Tensor, "b h n k"]]:
     """Splits a fused projection (B, N, 3·D) into q, k and v, each (B, heads, N, D/heads)."""
-    q, k, v = rearrange(qkv, "b n (three h k) -> three b h n k", three=3, h=heads).unbind(0)
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
 def to_tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
     """Flattens a feature map into tokens in row-major order; a view if the map is channels-last."""
-    return rearrange(x, "b c h w -> b (h w) c")
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def to_map(x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
     """Undoes `to_tokens` for a map of `grid` = (height, width)."""
-    return rearrange(x, "b (h w) c -> b c h w", h=grid[0], w=grid[1])
+    return x.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
 def xavier_qkv(qkv: nn.Linear) -> None:

@@ -82,30 +82,31 @@ class WindowAttention(nn.Module):
     def scores(self) -> Float[Tensor, "1 wh n n"]:
         """Returns the bias of attention scores: wh = heads without masks, else windows·heads."""
         index = self.get_buffer("relative_index")
-        bias = rearrange(self.relative_table[index.flatten()], "(q k) heads -> heads q k", q=len(index))
+        bias = self.relative_table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)  # (heads, query, key)
         if not self.masked:
             return bias[None]
-        return rearrange(bias + self.get_buffer("mask")[:, None], "window heads q k -> 1 (window heads) q k")
+        return (bias + self.get_buffer("mask")[:, None]).flatten(0, 1)[None]
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        x = rearrange(x, "b (y x) c -> b y x c", y=self.side)
+        x = x.unflatten(1, (self.side, self.side))
         padding = self.padded - self.side
         if padding:
             x = F.pad(x, (0, 0, 0, padding, 0, padding))
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
+        m, g = self.window, self.padded // self.window
+        # Axes: image, window row, row in it, window column, column in it, qkv, head, channel. The permutation brings
+        # the cells of a window together.
+        qkv = self.qkv(x).view(-1, g, m, g, m, 3, self.heads, x.shape[3] // self.heads).permute(5, 0, 1, 3, 6, 2, 4, 7)
         # Without masks all windows have the same scores and join the batch. Otherwise they join the heads, so that the
-        # scores are not repeated for every image. (gy, gx) is a window, (my, mx) a cell within it.
-        windows = "b (gy gx h) (my mx) d" if self.masked else "(b gy gx) h (my mx) d"
-        count = self.padded // self.window
-        sizes = {"gy": count, "gx": count, "my": self.window, "mx": self.window, "h": self.heads}
-        qkv = rearrange(self.qkv(x), f"b (gy my) (gx mx) (three h d) -> three {windows}", three=3, **sizes)
-        q, k, v = qkv.unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.scores().to(q.dtype))
-        y = rearrange(y, f"{windows} -> b (gy my) (gx mx) (h d)", **sizes)
+        # scores are not repeated for every image.
+        scores = self.scores().to(qkv.dtype)
+        q, k, v = qkv.reshape(3, -1, scores.shape[1], m * m, qkv.shape[7]).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=scores)
+        y = y.reshape(qkv.shape[1:]).permute(0, 1, 4, 2, 5, 3, 6).reshape(x.shape)
         if self.shift:
             y = y.roll((self.shift, self.shift), (1, 2))
-        return self.out(rearrange(y[:, : self.side, : self.side], "b y x c -> b (y x) c"))
+        return self.out(y[:, : self.side, : self.side].flatten(1, 2))
 
 
 def window_mask(side: int, padded: int, window: int, shift: int) -> Float[Tensor, "w n n"]:
