@@ -79,7 +79,7 @@ def demo(call: Call) -> Outcome:
     """Run every stage on rendered images, on a CPU, in minutes; ends with a report and a search."""
     import time
 
-    from clipwright.pipeline.core.config import read_yaml
+    from clipwright.pipeline.core.config_files import read_yaml
     from clipwright.pipeline.core.files import atomic_write, write_json
     from clipwright.pipeline.folders import output
 
@@ -198,7 +198,7 @@ def list_(call: Call) -> Outcome:
 
 
 def _configs() -> list[dict[str, Any]]:
-    from clipwright.pipeline.core.config import shipped_configs
+    from clipwright.pipeline.core.config_files import shipped_configs
 
     return [
         {"verb": verb, "name": name, "file": path.relative_to(Path(__file__).parent).as_posix()}

@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, EvalRuntime, score_table
 from clipwright.eval.search.query import open_index
-from clipwright.pipeline.core.config import Choice, Resolved, read_yaml
+from clipwright.pipeline.core.config import Choice, Resolved
+from clipwright.pipeline.core.config_files import read_yaml
 from clipwright.pipeline.core.files import atomic_write, write_json
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders import output

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipwright.pipeline.core.config import read_yaml
+from clipwright.pipeline.core.config_files import read_yaml
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.status import STATUS
 from clipwright.pipeline.folders.dataset import Dataset

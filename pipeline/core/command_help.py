@@ -37,7 +37,7 @@ def help_text(command: Command) -> str:
 
 
 def _where_keys_are_listed(command: Command) -> list[str]:
-    from clipwright.pipeline.core.config import shipped_configs  # noqa: PLC0415
+    from clipwright.pipeline.core.config_files import shipped_configs  # noqa: PLC0415
 
     names = sorted(shipped_configs().get(command.config_folder, {}))
     if not names or command.subject is not None:

@@ -11,13 +11,13 @@ import re
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
+from clipwright.pipeline.core.config_files import config_path, read_yaml
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.plugins import load_plugins
@@ -84,35 +84,6 @@ def inline_yaml(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def config_path(verb: str, config: str) -> Path:
-    """Returns the file of CONFIG: a path if it has a `/` or ends in .yaml, else a shipped config of the verb."""
-    if "/" in config or config.endswith((".yaml", ".yml")):
-        path = Path(config)
-        if not path.is_file():
-            raise ClipwrightError("E_CONFIG_FILE", "the config file does not exist", where=config, fix="check the path")
-        return path
-    names = shipped_configs().get(verb, {})
-    if config not in names:
-        raise ClipwrightError(
-            "E_CONFIG_FILE",
-            f"there is no shipped {verb} config of this name",
-            where=config,
-            found=f"the shipped ones are {', '.join(sorted(names)) or 'none'}",
-            fix=nearest(config, names) or "give a path that contains / or ends in .yaml",
-        )
-    return names[config]
-
-
-def shipped_configs() -> dict[str, dict[str, Path]]:
-    """Returns verb → name → path of the configs in the package; a verb's folder may group them in sub-folders."""
-    root = Path(str(resources.files("clipwright") / "configs"))
-    return {
-        folder.name: {path.stem: path for path in sorted(folder.rglob("*.yaml"))}
-        for folder in sorted(root.iterdir())
-        if folder.is_dir()
-    }
-
-
 def resolve(
     kind: type[T],
     *,
@@ -151,25 +122,6 @@ def resolve(
         tree["plugins"] = [name for name, _ in plugins]
     hashes = [{"name": Path(name).name, "sha256": digest} for name, digest in plugins]
     return Resolved(value, tree, origins, hashes)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Returns the mapping in a YAML file; raises E_CONFIG_FILE."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ClipwrightError(
-            "E_CONFIG_FILE", "the config is not valid YAML", where=path, found=str(error), fix="fix the file"
-        ) from None
-    if not isinstance(tree, dict):
-        raise ClipwrightError(
-            "E_CONFIG_FILE",
-            "the config is not a mapping",
-            where=path,
-            found=f"its type is {type(tree).__name__}",
-            fix="write `section: {key: value}`",
-        )
-    return tree
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:

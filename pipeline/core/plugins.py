@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.files import file_sha256
 
 
 @cache
@@ -41,7 +41,7 @@ def load_plugins(paths: Iterable[Path]) -> list[tuple[str, str]]:
             raise ClipwrightError(
                 "E_PLUGIN", "the plugin is missing or is not a .py file", where=path, fix="check the path"
             )
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = file_sha256(path)
         import_plugin(path, digest)
         loaded.append((str(path), digest))
     return loaded

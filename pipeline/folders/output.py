@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipwright.pipeline.core.config import read_yaml
+from clipwright.pipeline.core.config_files import read_yaml
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import PARTIAL, fsync_path, is_staged, staged_path, write_json
 from clipwright.pipeline.core.status import STATUS, status_verb

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import canonical_json, file_sha256, write_json
+from clipwright.pipeline.core.files import digest, file_sha256, write_json
 from clipwright.pipeline.folders.remote import is_remote
 
 VERSION = 1
@@ -100,8 +100,7 @@ class DatasetFingerprint:
         self._hash = hashlib.sha256()
 
     def sample(self, key: str, sha256: str, captions: list[str]) -> None:
-        texts = hashlib.sha256(canonical_json(captions).encode()).hexdigest()
-        self._hash.update(f"{key}\t{sha256}\t{texts}\n".encode())
+        self._hash.update(f"{key}\t{sha256}\t{digest(captions)}\n".encode())
 
     def shard(self, samples: int) -> None:
         self._hash.update(f"#{samples}\n".encode())

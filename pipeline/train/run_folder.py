@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from clipwright.pipeline.core.config import read_yaml
+from clipwright.pipeline.core.config_files import read_yaml
 from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.output import CONFIG, RUN, TOKENIZER

@@ -11,7 +11,7 @@ import pytest
 
 from clipwright.eval.search.recipes.base import RECIPES, IndexInput
 from clipwright.eval.search.versions import open_version
-from clipwright.pipeline.core.config import config_path
+from clipwright.pipeline.core.config_files import config_path
 
 PLUGIN = """
 from dataclasses import dataclass
