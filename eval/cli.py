@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from clipwright.pipeline.core.command import Call, Command, Outcome
+from clipwright.pipeline.core.command import Call, Command, Outcome, leave_error_to_rank0
 
 app = typer.Typer()
 index_app = typer.Typer(help="Build search indexes.", no_args_is_help=True)
@@ -24,8 +24,6 @@ app.add_typer(index_app, name="index")
 )
 def embed(call: Call) -> Outcome:
     """Embed every image or caption of a dataset with a model; also runs as several ranks under a launcher."""
-    import time
-
     from clipwright.eval.embed import COLLECTIVE_SECONDS, RENDEZVOUS_SECONDS
     from clipwright.eval.embed import embed as run
     from clipwright.pipeline.core.errors import ClipwrightError
@@ -45,9 +43,7 @@ def embed(call: Call) -> Outcome:
         except ClipwrightError as error:
             if world.is_rank0:
                 raise
-            # A launcher stops all ranks as soon as one exits: rank 0 needs time to print the error.
-            time.sleep(2)
-            return Outcome(exit_code=error.exit_code)
+            return leave_error_to_rank0(error)
     action = "embedded" if manifest["made"] else "already embedded:"
     text = f"{action} {manifest['rows']} {manifest['what']}s, dimension {manifest['dimension']}, in {out}"
     if is_part and "files" not in manifest:

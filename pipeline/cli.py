@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from clipwright.pipeline.core.command import Call, Command, Outcome, load_name
+from clipwright.pipeline.core.command import Call, Command, Outcome, leave_error_to_rank0, load_name
 
 app = typer.Typer()
 data_app = typer.Typer()  # joined with the group of the same name in data_prep.cli
@@ -71,7 +71,6 @@ def launch(call: Call) -> Outcome:
 def doctor(call: Call) -> Outcome:
     """Check this machine; with a training config also data, model, speed and gradients; check=NAME runs one check."""
     import dataclasses
-    import time
 
     from clipwright.pipeline.doctor.base import CheckResult, Context, checks, report, requested_check
 
@@ -87,8 +86,7 @@ def doctor(call: Call) -> Outcome:
     run_checks(context)
     outcome = report(context)
     if outcome.error is not None and not context.is_rank0:
-        time.sleep(2)  # a launcher stops all ranks when one exits, so rank 0 must print its report first
-        return Outcome(exit_code=outcome.error.exit_code)
+        return leave_error_to_rank0(outcome.error)
     return outcome
 
 

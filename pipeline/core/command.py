@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -287,6 +288,15 @@ def _run(call: Call, body: Body) -> int:
         message = STOPPED[code]
     conclude(call, code, error, message)
     return code
+
+
+def leave_error_to_rank0(error: ClipwrightError) -> Outcome:
+    """Returns the outcome of a rank other than 0 that fails together with rank 0, which prints the error.
+
+    It waits: a launcher stops all ranks as soon as one exits, and rank 0 needs time to print.
+    """
+    time.sleep(2)
+    return Outcome(exit_code=error.exit_code)
 
 
 def ignore_stop_signals() -> None:
