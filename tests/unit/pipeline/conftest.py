@@ -1,4 +1,4 @@
-"""A small dataset of rendered pictures and the settings of a small run, shared by the tests of this folder."""
+"""A small dataset of rendered images and the settings of a small run, shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Small:
 
     settings = SMALL
 
-    def __call__(self, folder: Path, *words: object, **options: Any) -> Any:
-        return self.cli(folder)("train", *SMALL, *words, **options)
+    def __call__(self, folder: Path, *arguments: object, **options: Any) -> Any:
+        return self.cli(folder)("train", *SMALL, *arguments, **options)
 
     def cli(self, folder: Path) -> Any:
-        # Found by name: tests are no package that could be imported from.
+        # Looked up by name: tests are not a package to import from.
         return sys.modules["conftest_root"].Cli(folder)
 
     def losses(self, run: Path) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def losses(run: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 rendered pictures in three shards, made by the command a user would run."""
+    """96 rendered images in three shards, made by the public command."""
     cli = Small().cli(tmp_path_factory.mktemp("scenes"))
     cli("prep", "scenes", "source.count=96", "source.image_size=32", "shards.samples=32", "-o", "data")
     return cli.folder / "data"
@@ -65,11 +65,11 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def script() -> Callable[..., None]:
-    """`script(module, *words, timeout=SECONDS)`: runs a helper that makes its own ranks."""
+    """`script(module, *arguments, timeout=SECONDS)`: runs a helper that starts its own ranks."""
 
-    def run(module: ModuleType, *words: object, timeout: float) -> None:
+    def run(module: ModuleType, *arguments: object, timeout: float) -> None:
         done = subprocess.run(
-            [sys.executable, str(module.__file__), *map(str, words)],
+            [sys.executable, str(module.__file__), *map(str, arguments)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -83,18 +83,18 @@ def script() -> Callable[..., None]:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
-    """`here(folder, *words, code=0)`: `clipwright WORDS` in this process, which holds torch already."""
+    """`here(folder, *arguments, code=0)`: `clipwright ARGUMENTS` in this process, which has torch loaded."""
     from clipwright.cli import app
 
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
 
-    def call(folder: Path, *words: object, code: int = 0) -> SimpleNamespace:
+    def call(folder: Path, *arguments: object, code: int = 0) -> SimpleNamespace:
         monkeypatch.chdir(folder)
         capfd.readouterr()
-        found = app(list(map(str, words)), standalone_mode=False)
+        exit_code = app(list(map(str, arguments)), standalone_mode=False)
         printed = capfd.readouterr()
-        assert found == code and "Traceback" not in printed.err, printed
+        assert exit_code == code and "Traceback" not in printed.err, printed
         return SimpleNamespace(out=printed.out, err=printed.err, error=(printed.err.strip().splitlines() or [""])[-1])
 
     return call
