@@ -251,10 +251,10 @@ def bert_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "photo", "of", "red", "green", "circle", "square"]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    made.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 @ranks
@@ -268,20 +268,28 @@ def test_exported_model_does_not_need_the_encoder_folder(
     bert_tokenizer(source)
     cli = small.cli(tmp_path)
     settings = [setting for setting in small.settings if not setting.startswith("text.")]
-    words = ["train", *settings, f"data.train={scenes}", "schedule.samples=32", "-o", "run", "text.name=huggingface"]
-    words += [f"text.folder={source}", "text.context=20", "text.pretrained=true"]
-    line = here(tmp_path, *words, code=2).error
+    arguments = [
+        "train",
+        *settings,
+        f"data.train={scenes}",
+        "schedule.samples=32",
+        "-o",
+        "run",
+        "text.name=huggingface",
+    ]
+    arguments += [f"text.folder={source}", "text.context=20", "text.pretrained=true"]
+    line = here(tmp_path, *arguments, code=2).error
     assert (
         line.startswith("error[E_CONFIG_VALUE]")
         and "the tokenizer has 49,408 ids" in line
         and "the text encoder 60 embeddings" in line
     )
-    cli(*words, "tokenizer.name=huggingface", f"tokenizer.folder={source}")
+    cli(*arguments, "tokenizer.name=huggingface", f"tokenizer.folder={source}")
     here(tmp_path, "export", "run", "-o", "model")
     shutil.rmtree(source)
     tree = json.loads((tmp_path / "model" / "config.json").read_text())
     assert tree["text"]["architecture"]["model_type"] == "bert" and str(tmp_path) not in json.dumps(tree)
     model = load_model(tmp_path / "model")
-    vectors = model.embed_texts(["a red circle", "a photo of a green square", "a red circle"])
-    torch.testing.assert_close(vectors[0], vectors[2])
-    assert (vectors[0] - vectors[1]).abs().max() > 1e-3
+    embeddings = model.embed_texts(["a red circle", "a photo of a green square", "a red circle"])
+    torch.testing.assert_close(embeddings[0], embeddings[2])
+    assert (embeddings[0] - embeddings[1]).abs().max() > 1e-3
