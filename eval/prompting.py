@@ -1,8 +1,9 @@
-"""Class names and prompt templates: shipped sets (prompts/*.json), files, or lists in the config."""
+"""Class names and prompt templates: shipped sets (prompts/*.json), files, or lists; and the columns in a template."""
 
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -83,6 +84,20 @@ def load_templates(given: str | Sequence[str]) -> list[str]:
             raise _invalid("templates", found, "write {} where the class name goes")
         templates[i] = plain
     return templates
+
+
+def template_columns(template: str) -> list[str]:
+    """Returns the columns that a template names as `{column}`, each once. Raises ValueError with what is wrong."""
+    columns: dict[str, None] = {}
+    for _, name, format_spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name or format_spec or conversion:
+            raise ValueError(f"{name!r} is not a plain column name")
+        columns[name] = None
+    if not columns:
+        raise ValueError("it names no column")
+    return list(columns)
 
 
 def _load(kind: Kind, given: str | Sequence[Any]) -> list[Any]:

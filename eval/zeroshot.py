@@ -6,7 +6,6 @@ unit embeddings of its prompts.
 
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from clipwright.eval.encode import Encoder, encode_images, encode_texts
 from clipwright.eval.labeled import LabeledSet
 from clipwright.eval.metrics import RankedResults, rank_candidates, wilson_interval
-from clipwright.eval.prompting import ClassNames
+from clipwright.eval.prompting import ClassNames, template_columns
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.nearest import nearest
@@ -239,29 +238,16 @@ def _label_fields(label: str | None, columns: Sequence[str]) -> list[str]:
         return ["class_name" if "class_name" in columns else "label"]
     if "{" not in label:
         return [label]
-    fields: list[str] = []
-    reason = ""
     try:
-        for _, name, format_spec, conversion in string.Formatter().parse(label):
-            if name is None:
-                continue
-            if not name or format_spec or conversion:
-                reason = f"{name!r} is not a plain column name"
-                break
-            fields.append(name)
+        return template_columns(label)
     except ValueError as error:
-        reason = str(error)
-    if not reason and not fields:
-        reason = "it names no column"
-    if reason:
         raise ClipwrightError(
             "E_CONFIG_VALUE",
             "the label format is not valid",
             where="benchmark.label",
-            found=f"{label!r}: {reason}",
+            found=f"{label!r}: {error}",
             fix="name a column, or write {column} for each of several",
-        )
-    return list(dict.fromkeys(fields))
+        ) from None
 
 
 def _select_rows(table: pa.Table, where: dict[str, Any], data: LabeledSet) -> np.ndarray:

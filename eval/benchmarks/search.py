@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import string
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -12,6 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, BenchmarkResult, Context, Score
+from clipwright.eval.prompting import template_columns
 from clipwright.eval.search.query import Searcher
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
@@ -103,11 +103,10 @@ class SearchBenchmark:
         """Returns the columns that the template names. Raises E_CONFIG_VALUE if it names none, E_COLUMN."""
         template = self.config.template
         try:
-            named = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+            named = template_columns(template)
         except ValueError as error:
-            raise self._no_queries("template", f"{template!r}: {error}", "close its braces") from None
-        if not named:
-            raise self._no_queries("template", f"{template!r} names no column", "name a column, such as {colour}")
+            fix = "write {column} for each metadata column that it names, such as {colour}"
+            raise self._no_queries("template", f"{template!r}: {error}", fix) from None
         for name in (*named, *self.config.where):
             if name not in available:
                 raise ClipwrightError(
@@ -117,7 +116,7 @@ class SearchBenchmark:
                     found=f"its columns are {', '.join(available) or 'none'}",
                     fix=nearest(name, available) or "name one of its columns",
                 )
-        return list(dict.fromkeys(named))
+        return named
 
     def _combinations(self, metadata: list[dict[str, Any]], columns: list[str]) -> set[tuple[Any, ...]]:
         """Returns the combinations of values in the selected rows, without those in which a value is missing."""

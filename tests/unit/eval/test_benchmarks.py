@@ -159,7 +159,9 @@ def test_unusable_inputs_are_errors(quick_cli, refused, make_model, make_dataset
         "eval", "search", f"index={indexed}", "benchmark.template={colour}", "benchmark.where.colour=pink"
     )
     refused(never, "E_CONFIG_VALUE", 2, "benchmark.where", "pink")
-    refused(quick_cli("eval", "search", f"index={indexed}", "benchmark.template={"), "E_CONFIG_VALUE", 2, "template")
+    for template in ("{", "{id:d}", "no column"):
+        done = quick_cli("eval", "search", f"index={indexed}", f"benchmark.template={template}")
+        refused(done, "E_CONFIG_VALUE", 2, "benchmark.template", repr(template), "{column}")
     overflow = make_model(tmp_path / "overflow", scale=3e38)
     refused(quick_cli("eval", "retrieval", f"model={overflow}", f"data={small}"), "E_NONFINITE", 1, "image ")
 
