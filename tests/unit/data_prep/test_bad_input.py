@@ -113,7 +113,7 @@ def test_prep_rejects_bad_rows_and_writes_the_rest(tmp_path: Path, cli: Any, mak
     wanted += ["E_CAP_LONG", *["E_IMG_PATH"] * 6, "merged"]
     assert [rows[i]["reason"] for i in range(1, 15)] == wanted
     assert all(row["detail"] and row["source"] == f"pairs.csv#{row['row']}" for row in rows.values())
-    assert "text/html" in rows[2]["detail"] and "30000 x 30000" in rows[4]["detail"]
+    assert "text/html" in rows[2]["detail"] and "900000000 pixels" in rows[4]["detail"]
     counts = ("rows_in", "written", "merged", "rejected")
     assert {name: result[name] for name in counts} == {"rows_in": 15, "written": 1, "merged": 1, "rejected": 13}
     assert result["rejects"]["E_IMG_PATH"] == 6 and result["shards"] == 1
