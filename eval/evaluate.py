@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import pyarrow as pa
 
-from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, Context, EvalRuntime, score_table
+from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, BenchmarkContext, EvalRuntime, score_table
 from clipwright.eval.search.query import open_index
 from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.config_files import read_yaml
@@ -82,9 +82,9 @@ def _measure(resolved: Resolved[EvalConfig], *, quiet: bool) -> tuple[dict[str, 
     return report, result.tables, text
 
 
-def make_context(config: EvalConfig, *, quiet: bool) -> Context:
+def make_context(config: EvalConfig, *, quiet: bool) -> BenchmarkContext:
     """The context of a benchmark that opens its model or index when it needs it."""
-    return Context(
+    return BenchmarkContext(
         config.benchmark.name,
         open_model=None if config.model is None else partial(load_model, config.model),
         open_index=None if config.index is None else partial(open_index, config.index, config.model),

@@ -72,10 +72,10 @@ def doctor(call: Call) -> Outcome:
     """Check this machine; with a training config also data, model, speed and gradients; check=NAME runs one check."""
     import dataclasses
 
-    from clipwright.pipeline.doctor.base import CheckResult, Context, checks, report, requested_check
+    from clipwright.pipeline.doctor.base import CheckResult, DoctorContext, checks, report, requested_check
 
     only, overrides = requested_check(call.overrides)
-    context = Context(dataclasses.replace(call, overrides=overrides), only)
+    context = DoctorContext(dataclasses.replace(call, overrides=overrides), only)
     for check in [] if only else checks("environment"):
         context.results[check.name] = check.evaluate(context)
     try:

@@ -62,7 +62,7 @@ class Score:
         return cls(name=name, value=value, low=None, high=None, n=n, chance=chance)
 
 
-class Context:
+class BenchmarkContext:
     """What a benchmark may use. Model and index are opened on first access, once, and stay open."""
 
     def __init__(
@@ -123,7 +123,7 @@ class BenchmarkResult:
 class Benchmark(Protocol):
     files: ClassVar[tuple[str, ...]]  # the file names of its tables
 
-    def run(self, context: Context) -> BenchmarkResult: ...
+    def run(self, context: BenchmarkContext) -> BenchmarkResult: ...
 
 
 BENCHMARKS: Registry[Benchmark] = Registry("benchmark", "clipwright.eval.benchmarks")

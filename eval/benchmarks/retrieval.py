@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import torch
 
-from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, BenchmarkResult, Context, Score
+from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, BenchmarkContext, BenchmarkResult, Score
 from clipwright.eval.encode import Encoder, dataset_images, encode_images, encode_texts, sidecar_slices
 from clipwright.eval.metrics import RankedResults, RetrievalResults, rank_both_directions
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -29,7 +29,7 @@ class Retrieval:
     files: ClassVar[tuple[str, ...]] = ("queries.parquet",)
     config: RetrievalConfig
 
-    def run(self, context: Context) -> BenchmarkResult:
+    def run(self, context: BenchmarkContext) -> BenchmarkResult:
         runtime = context.runtime
         data = Dataset(context.data, cache=runtime.cache)
         model = context.model

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, BenchmarkResult, Context, Score
+from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, BenchmarkContext, BenchmarkResult, Score
 from clipwright.eval.prompting import template_columns
 from clipwright.eval.search.query import Searcher
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -56,7 +56,7 @@ class SearchBenchmark:
     files: ClassVar[tuple[str, ...]] = ("hits.parquet",)
     config: SearchBenchmarkConfig
 
-    def run(self, context: Context) -> BenchmarkResult:
+    def run(self, context: BenchmarkContext) -> BenchmarkResult:
         searcher = context.index
         rows = searcher.index.rows
         metadata = rows["metadata"].to_pylist() if "metadata" in rows.column_names else [{}] * len(rows)

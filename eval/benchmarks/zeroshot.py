@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, BenchmarkResult, Context, Score
+from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, BenchmarkContext, BenchmarkResult, Score
 from clipwright.eval.labeled import open_labeled
 from clipwright.eval.prompting import load_classes, load_templates
 from clipwright.eval.zeroshot import classify, make_task
@@ -43,7 +43,7 @@ class Zeroshot:
     files: ClassVar[tuple[str, ...]] = ("predictions.parquet",)
     config: ZeroshotConfig
 
-    def run(self, context: Context) -> BenchmarkResult:
+    def run(self, context: BenchmarkContext) -> BenchmarkResult:
         config, runtime = self.config, context.runtime
         templates = load_templates(config.templates)
         classes = None if config.classes is None else load_classes(config.classes)

@@ -45,7 +45,7 @@ class CheckResult:
 
 
 @dataclass
-class Context:
+class DoctorContext:
     """State shared by the checks of one command. A field without default is set by the check named beside it."""
 
     call: Call
@@ -80,15 +80,18 @@ class Context:
         return self.call.config is not None or bool(self.call.overrides) or bool(self.only)
 
 
+CheckFunction = Callable[[DoctorContext], CheckResult]
+
+
 @dataclass(frozen=True)
 class Check:
     """A check; `needs` names earlier checks that must have passed."""
 
     name: str
     needs: tuple[str, ...]
-    run: Callable[[Context], CheckResult]
+    run: CheckFunction
 
-    def evaluate(self, context: Context) -> CheckResult:
+    def evaluate(self, context: DoctorContext) -> CheckResult:
         """Runs the check. An exception becomes a FAIL result with its message, never a traceback."""
         for name in self.needs:
             earlier = context.results[name]
@@ -109,10 +112,10 @@ class Check:
 _CHECKS: dict[str, dict[str, Check]] = {}
 
 
-def check(name: str, *needs: str) -> Callable[[Callable[[Context], CheckResult]], Callable[[Context], CheckResult]]:
+def check(name: str, *needs: str) -> Callable[[CheckFunction], CheckFunction]:
     """Registers a function as check `name` in the group of its file."""
 
-    def register(run: Callable[[Context], CheckResult]) -> Callable[[Context], CheckResult]:
+    def register(run: CheckFunction) -> CheckFunction:
         group = run.__module__.rpartition(".")[2]
         _CHECKS.setdefault(group, {})[name] = Check(name, needs, run)
         return run
@@ -151,7 +154,7 @@ def with_prerequisites(name: str) -> list[Check]:
     return [item for item in all_checks.values() if item.name in wanted]
 
 
-def report(context: Context) -> Outcome:
+def report(context: DoctorContext) -> Outcome:
     """Returns the table and the JSON object of all checks, with an error if one of them failed."""
     call, results = context.call, context.results
     rows = [{"name": name, **dataclasses.asdict(result)} for name, result in results.items()]
@@ -173,7 +176,7 @@ def table(results: dict[str, CheckResult]) -> str:
     return wrap(["", "check", "found", "need", "fix"], rows, fixed=2, styles=_STYLES)
 
 
-def failure(context: Context) -> ClipwrightError | None:
+def failure(context: DoctorContext) -> ClipwrightError | None:
     """Returns the error that ends the command if a check failed."""
     failed = {name: result for name, result in context.results.items() if result.status == "FAIL"}
     if not failed:

@@ -12,7 +12,7 @@ import numpy as np
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data.batch import RankBatch
 from clipwright.pipeline.data.datasets import Datasets
-from clipwright.pipeline.doctor.base import CheckResult, Context, check
+from clipwright.pipeline.doctor.base import CheckResult, DoctorContext, check
 from clipwright.pipeline.folders.cache import GB, bytes_needed, gb_for
 from clipwright.pipeline.folders.dataset import OPEN_TARS
 from clipwright.pipeline.pixels import PixelError, decode, probe
@@ -32,7 +32,7 @@ KEY = re.compile(r"[0-9a-f]{32}(_[0-9]+)?")
 
 
 @check("config")
-def config(context: Context) -> CheckResult:
+def config(context: DoctorContext) -> CheckResult:
     call = context.call
     run = call.out or Path("run")
     fresh = call.fresh or call.out is None
@@ -46,7 +46,7 @@ def config(context: Context) -> CheckResult:
 
 
 @check("dataset", "config")
-def dataset(context: Context) -> CheckResult:
+def dataset(context: DoctorContext) -> CheckResult:
     data = Datasets(context.config.data, context.config.runtime.cache)
     context.dataset = data
     return CheckResult(
@@ -55,7 +55,7 @@ def dataset(context: Context) -> CheckResult:
 
 
 @check("keys", "dataset")
-def keys(context: Context) -> CheckResult:
+def keys(context: DoctorContext) -> CheckResult:
     """Keys are well-formed and unique within their shard, and every sample has a caption."""
     data = context.dataset
     checked = malformed = repeated = without_caption = 0
@@ -78,7 +78,7 @@ def keys(context: Context) -> CheckResult:
 
 
 @check("samples", "dataset")
-def samples(context: Context) -> CheckResult:
+def samples(context: DoctorContext) -> CheckResult:
     """Every dataset has at least one global batch, and the ranks can split it evenly."""
     global_batch, data = context.config.schedule.global_batch, context.dataset
     RankBatch(context.world.rank, context.world.size, global_batch)
@@ -88,7 +88,7 @@ def samples(context: Context) -> CheckResult:
 
 
 @check("shards", "dataset")
-def shards(context: Context) -> CheckResult:
+def shards(context: DoctorContext) -> CheckResult:
     """Shards and streams against ranks: which ranks read the same files, and how well a batch mixes."""
     streams, batch = context.config.data.streams, context.config.schedule.global_batch
     world, count = context.world.size, len(context.dataset.sizes)
@@ -107,7 +107,7 @@ def shards(context: Context) -> CheckResult:
 
 
 @check("shard files", "dataset")
-def shard_files(context: Context) -> CheckResult:
+def shard_files(context: DoctorContext) -> CheckResult:
     """Shards that a process keeps open, over all datasets, against its limit of open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     open_shards = sum(min(len(part.sizes), OPEN_TARS) for part in context.dataset.datasets)
@@ -124,7 +124,7 @@ def shard_files(context: Context) -> CheckResult:
 
 
 @check("shard cache", "dataset")
-def shard_cache(context: Context) -> CheckResult:
+def shard_cache(context: DoctorContext) -> CheckResult:
     """Disk space that remote shards take on this machine, given the order in which they are read."""
     data, runtime = context.dataset, context.config.runtime
     orders = data.order(context.config.seed).orders
@@ -143,13 +143,13 @@ def shard_cache(context: Context) -> CheckResult:
 
 
 @check("tokenizer", "dataset")
-def tokenizer(context: Context) -> CheckResult:
+def tokenizer(context: DoctorContext) -> CheckResult:
     context.tokenizer = open_tokenizer(context.config.tokenizer, context.dataset, None, context.world)
     return CheckResult("ok", f"{context.config.tokenizer.name}, vocabulary of {context.tokenizer.vocab_size:,}")
 
 
 @check("captions", "tokenizer")
-def captions(context: Context) -> CheckResult:
+def captions(context: DoctorContext) -> CheckResult:
     """Caption lengths against the text tower's context, over a sample."""
     limit, tokenizer = context.config.text.context, context.tokenizer
     longest = 4 * limit
@@ -174,7 +174,7 @@ def captions(context: Context) -> CheckResult:
 
 
 @check("unknown tokens", "captions")
-def unknown_tokens(context: Context) -> CheckResult:
+def unknown_tokens(context: DoctorContext) -> CheckResult:
     """Share of tokens for which the vocabulary has no piece."""
     if not context.tokenizer.unknown_ids:
         return CheckResult("ok", "none: every byte has an id")
@@ -188,7 +188,7 @@ def unknown_tokens(context: Context) -> CheckResult:
 
 
 @check("images", "dataset")
-def images(context: Context) -> CheckResult:
+def images(context: DoctorContext) -> CheckResult:
     """A sample of images: SHA-256 of the bytes, then decoding."""
     data = context.dataset
     bad: list[str] = []

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from clipwright.pipeline.doctor.base import CheckResult, Context, check
+from clipwright.pipeline.doctor.base import CheckResult, DoctorContext, check
 from clipwright.pipeline.doctor.environment import NVIDIA_DEVICE
 from clipwright.pipeline.train.precision import matmul_seconds
 
 
 @check("device")
-def device(context: Context) -> CheckResult:
+def device(context: DoctorContext) -> CheckResult:
     """The GPU if there is one; on a CPU the speed of bf16 relative to fp32, which may be below 1."""
     if context.world.device.type == "cuda":
         torch.ones(2, 2, device=context.world.device).sum().item()  # fails here if the driver does not match

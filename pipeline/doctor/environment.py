@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from clipwright.pipeline.doctor.base import CheckResult, Context, check
+from clipwright.pipeline.doctor.base import CheckResult, DoctorContext, check
 
 CGROUP = Path("/sys/fs/cgroup")
 SHARED_MEMORY = Path("/dev/shm")
@@ -28,7 +28,7 @@ MEMORY_GB = 2
 
 
 @check("python")
-def python(context: Context) -> CheckResult:
+def python(context: DoctorContext) -> CheckResult:
     need = metadata.metadata("clipwright")["Requires-Python"]
     found = platform.python_version()
     if SpecifierSet(need).contains(found, prereleases=True):
@@ -37,7 +37,7 @@ def python(context: Context) -> CheckResult:
 
 
 @check("packages")
-def packages(context: Context) -> CheckResult:
+def packages(context: DoctorContext) -> CheckResult:
     """Every required package is installed in an allowed version."""
     requirements = [Requirement(line) for line in metadata.requires("clipwright") or []]
     requirements = [item for item in requirements if item.marker is None or item.marker.evaluate({"extra": ""})]
@@ -61,7 +61,7 @@ def packages(context: Context) -> CheckResult:
 
 
 @check("faiss")
-def faiss(context: Context) -> CheckResult:
+def faiss(context: DoctorContext) -> CheckResult:
     """Exactly one faiss package: faiss-cpu and faiss-gpu overwrite each other's files."""
     installed = {canonicalize_name(item.metadata["Name"]): item.version for item in metadata.distributions()}
     faiss_packages = {name: version for name, version in sorted(installed.items()) if name.startswith("faiss-")}
@@ -77,7 +77,7 @@ def faiss(context: Context) -> CheckResult:
 
 
 @check("cores")
-def cores(context: Context) -> CheckResult:
+def cores(context: DoctorContext) -> CheckResult:
     """OpenMP threads against the cores that this process may use."""
     usable = usable_cores()
     threads = os.environ.get("OMP_NUM_THREADS", "")
@@ -88,7 +88,7 @@ def cores(context: Context) -> CheckResult:
 
 
 @check("open files")
-def open_files(context: Context) -> CheckResult:
+def open_files(context: DoctorContext) -> CheckResult:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = f"at least {OPEN_FILES}"
     if limit == resource.RLIM_INFINITY:
@@ -99,7 +99,7 @@ def open_files(context: Context) -> CheckResult:
 
 
 @check("shared memory")
-def shared_memory(context: Context) -> CheckResult:
+def shared_memory(context: DoctorContext) -> CheckResult:
     """NCCL connects the ranks of one machine through shared memory; containers have 64 MB of it by default."""
     try:
         size, _, free = shutil.disk_usage(SHARED_MEMORY)
@@ -115,7 +115,7 @@ def shared_memory(context: Context) -> CheckResult:
 
 
 @check("disk")
-def disk(context: Context) -> CheckResult:
+def disk(context: DoctorContext) -> CheckResult:
     free = free_disk(context) / 1e9
     found = f"{free:.1f} GB free at {disk_folder(context)}"
     if free >= DISK_GB:
@@ -124,7 +124,7 @@ def disk(context: Context) -> CheckResult:
 
 
 @check("memory")
-def memory(context: Context) -> CheckResult:
+def memory(context: DoctorContext) -> CheckResult:
     free = free_memory() / 2**30
     found = f"{free:.1f} GiB available"
     if free >= MEMORY_GB:
@@ -150,13 +150,13 @@ def free_memory() -> int:
     return max(free, 0)
 
 
-def disk_folder(context: Context) -> Path:
+def disk_folder(context: DoctorContext) -> Path:
     """Returns the existing folder in which a run would be written: -o or its parent; without -o the current one."""
     folder = (context.call.out or Path()).absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
-def free_disk(context: Context) -> int:
+def free_disk(context: DoctorContext) -> int:
     return shutil.disk_usage(disk_folder(context)).free
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.distributed.group import World
-from clipwright.pipeline.doctor.base import CheckResult, Context, check
+from clipwright.pipeline.doctor.base import CheckResult, DoctorContext, check
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, Features
 from clipwright.pipeline.model.two_tower import TwoTower
 from clipwright.pipeline.towers.checkpointing import Blocks
@@ -29,7 +29,7 @@ VOCABULARY = 64
 
 
 @check("gradients", "config")
-def gradients(context: Context) -> CheckResult:
+def gradients(context: DoctorContext) -> CheckResult:
     """Loss, gradients and parameters of a few steps under the config's layout against a plain loop on rank 0.
 
     Uses the config's towers cut to a block or two, its loss, world size, ZeRO stage, exchange, micro-batches,

@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from clipwright.pipeline.doctor.base import CheckResult, Context, check
+from clipwright.pipeline.doctor.base import CheckResult, DoctorContext, check
 from clipwright.pipeline.doctor.model import free_device_memory
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, Features
 from clipwright.pipeline.losses.tiles import tile_shape
@@ -19,7 +19,7 @@ TRIAL_PAIRS = 4
 
 
 @check("loss fit", "config")
-def fit(context: Context) -> CheckResult:
+def fit(context: DoctorContext) -> CheckResult:
     """The loss accepts embeddings of this size, and its parameters are such that the engine can step and save them.
 
     Runs it on a few random embeddings, since a loss may come from a plugin.
@@ -48,7 +48,7 @@ def fit(context: Context) -> CheckResult:
 
 
 @check("loss", "loss fit", "threads")
-def loss(context: Context) -> CheckResult:
+def loss(context: DoctorContext) -> CheckResult:
     """Seconds and memory of the loss per step on each rank: forward, backward, feature gradients."""
     config, world = context.config, context.world
     module = LOSSES.build(config.loss, embed_dim=config.embed_dim).to(world.device)
@@ -75,7 +75,7 @@ def text_counts(config: RunConfig, images: int) -> tuple[int, int]:
     return images * data.captions, negatives
 
 
-def predict_seconds(context: Context, module: ContrastiveLoss, images: int, world: int) -> float:
+def predict_seconds(context: DoctorContext, module: ContrastiveLoss, images: int, world: int) -> float:
     """Predicts seconds of one rank's part from two measured sizes of complete tiles.
 
     The cost of all pairs grows with the square of the size; that of the pairs near the diagonal, where positives are
@@ -89,7 +89,7 @@ def predict_seconds(context: Context, module: ContrastiveLoss, images: int, worl
     return quadratic * (images / rows) ** 2 * world + linear * images / rows
 
 
-def measure_seconds(context: Context, module: ContrastiveLoss, rows: int) -> float:
+def measure_seconds(context: DoctorContext, module: ContrastiveLoss, rows: int) -> float:
     """Returns the least seconds of forward and backward on `rows` images and their texts, after one warmup."""
     features, inputs = random_features(context, rows)
 
@@ -100,7 +100,7 @@ def measure_seconds(context: Context, module: ContrastiveLoss, rows: int) -> flo
     return min(times[1:])
 
 
-def random_features(context: Context, rows: int) -> tuple[Features, list[torch.Tensor]]:
+def random_features(context: DoctorContext, rows: int) -> tuple[Features, list[torch.Tensor]]:
     """Returns random unit embeddings of `rows` images and their texts, all distinct, and the inputs with gradients."""
     device = context.world.device
     sizes = (rows, *text_counts(context.config, rows))

@@ -9,7 +9,7 @@ from contextlib import closing
 import torch
 
 from clipwright.pipeline.data.batch import Batch
-from clipwright.pipeline.doctor.base import CheckResult, Context, check
+from clipwright.pipeline.doctor.base import CheckResult, DoctorContext, check
 from clipwright.pipeline.doctor.environment import disk_folder, free_disk, free_memory, usable_cores
 from clipwright.pipeline.losses.base import Features
 from clipwright.pipeline.measure import peak_memory, reset_peak_memory
@@ -23,7 +23,7 @@ FEW_SAMPLES = 16  # samples of the first forward-backward pass
 
 
 @check("threads", "config")
-def threads(context: Context) -> CheckResult:
+def threads(context: DoctorContext) -> CheckResult:
     """Threads of all ranks on this machine against its cores; sets this rank's threads as a run does."""
     world = context.world
     count = thread_count(context.config.runtime, world)
@@ -39,7 +39,7 @@ def threads(context: Context) -> CheckResult:
 
 
 @check("towers", "tokenizer")
-def towers(context: Context) -> CheckResult:
+def towers(context: DoctorContext) -> CheckResult:
     """Builds the towers on the meta device: the sizes must fit together; counts the parameters."""
     with torch.device("meta"):
         model = build_model(context.config, context.tokenizer)
@@ -49,7 +49,7 @@ def towers(context: Context) -> CheckResult:
 
 
 @check("weights", "towers")
-def weights(context: Context) -> CheckResult:
+def weights(context: DoctorContext) -> CheckResult:
     """Memory of weights, gradients and optimizer moments, before any activations."""
     parameters, world = context.predicted["parameters"]["all"], context.world
     optim, zero = context.config.optim, context.config.runtime.zero
@@ -87,7 +87,7 @@ def weights(context: Context) -> CheckResult:
 
 
 @check("checkpoints", "towers")
-def checkpoints(context: Context) -> CheckResult:
+def checkpoints(context: DoctorContext) -> CheckResult:
     """Disk space for the checkpoints that a run keeps and the one being written."""
     config = context.config
     size = context.predicted["parameters"]["all"] * checkpoint_bytes(config.optim)
@@ -113,7 +113,7 @@ def checkpoints(context: Context) -> CheckResult:
 
 
 @check("step", "weights", "captions", "images", "samples", "threads")
-def step(context: Context) -> CheckResult:
+def step(context: DoctorContext) -> CheckResult:
     """One forward-backward pass of a few samples: finite, and the memory a full micro-batch will take."""
     config, world = context.config, context.world
     context.components = assemble(config, world, context.tokenizer)
@@ -153,7 +153,7 @@ def first_samples(batch: Batch, count: int) -> Batch:
     )
 
 
-def forward_backward(context: Context, batch: Batch) -> tuple[float, float]:
+def forward_backward(context: DoctorContext, batch: Batch) -> tuple[float, float]:
     """Returns loss and gradient norm of a batch on this rank alone, without DeepSpeed; leaves no gradients."""
     towers, loss, device = context.components.towers.train(), context.components.loss, context.world.device
     with autocast(context):
@@ -173,7 +173,7 @@ def forward_backward(context: Context, batch: Batch) -> tuple[float, float]:
     return float(value.detach()), norm
 
 
-def autocast(context: Context) -> torch.autocast:
+def autocast(context: DoctorContext) -> torch.autocast:
     return torch.autocast(context.world.device.type, torch.bfloat16, enabled=context.config.precision == "bf16")
 
 
@@ -196,7 +196,7 @@ def checkpoint_bytes(optim: OptimizerConfig) -> int:
     return 4 + 4 * optim.state_size
 
 
-def free_device_memory(context: Context) -> int:
+def free_device_memory(context: DoctorContext) -> int:
     """Returns the bytes available on the device of the model."""
     device = context.world.device
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from clipwright.pipeline.distributed.group import World, broadcast_object
-from clipwright.pipeline.doctor.base import CheckResult, Context, check
+from clipwright.pipeline.doctor.base import CheckResult, DoctorContext, check
 from clipwright.pipeline.measure import synchronize
 
 ANSWER_SECONDS = 60.0  # timeout for the first answer of a rank
@@ -55,7 +55,7 @@ def _names(kind: str, numbers: list[int]) -> str:
 
 
 @check("ping")
-def ping(context: Context) -> CheckResult:
+def ping(context: DoctorContext) -> CheckResult:
     """Round trips from rank 0 to every other rank, and the rate of an all-reduce."""
     world = context.world
     if world.size == 1:

@@ -7,14 +7,14 @@ import os
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.distributed.group import all_gather_object, barrier, process_group
 from clipwright.pipeline.distributed.launcher_env import read_launcher_env
-from clipwright.pipeline.doctor.base import GROUPS, Check, CheckResult, Context, checks, with_prerequisites
+from clipwright.pipeline.doctor.base import GROUPS, Check, CheckResult, DoctorContext, checks, with_prerequisites
 from clipwright.pipeline.doctor.network import find_silent_ranks
 
 RENDEZVOUS_SECONDS = 600.0
 _WORST_FIRST = ("FAIL", "warn", "skip", "ok")
 
 
-def run_checks(context: Context) -> None:
+def run_checks(context: DoctorContext) -> None:
     """Runs the checks after `environment`; their results are the same on all ranks."""
     if context.only:
         selected = with_prerequisites(context.only)
@@ -40,7 +40,7 @@ def run_checks(context: Context) -> None:
         barrier()  # a launcher stops all ranks when one exits
 
 
-def worst_over_ranks(item: Check, context: Context) -> CheckResult:
+def worst_over_ranks(item: Check, context: DoctorContext) -> CheckResult:
     """Runs a check on every rank and returns the worst result, the same on all ranks."""
     results = all_gather_object(item.evaluate(context))
     return min(results, key=lambda result: _WORST_FIRST.index(result.status))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipwright.pipeline.core.log import format_duration
 from clipwright.pipeline.distributed.group import any_rank
-from clipwright.pipeline.doctor.base import CheckResult, Context, check
+from clipwright.pipeline.doctor.base import CheckResult, DoctorContext, check
 from clipwright.pipeline.doctor.model import autocast, free_device_memory
 from clipwright.pipeline.measure import peak_memory, reset_peak_memory, seconds_of
 from clipwright.pipeline.train.engine import Engine, micro_batches
@@ -35,7 +35,7 @@ class StepTimes:
 
 
 @check("speed", "step", "shards")
-def speed(context: Context) -> CheckResult:
+def speed(context: DoctorContext) -> CheckResult:
     """Predicts samples per second, duration and peak memory, and where a step spends its time."""
     config, world, batch = context.config, context.world, context.batch
     reset_peak_memory(world.device)
@@ -68,7 +68,7 @@ def speed(context: Context) -> CheckResult:
 
 
 @check("bottleneck", "speed")
-def bottleneck(context: Context) -> CheckResult:
+def bottleneck(context: DoctorContext) -> CheckResult:
     """What a step spends most of its time on."""
     shares: dict[str, float] = context.predicted["shares"]
     names = sorted(shares, key=lambda name: -shares[name])
@@ -82,7 +82,7 @@ def bottleneck(context: Context) -> CheckResult:
 
 
 @check("peak memory", "speed")
-def memory(context: Context) -> CheckResult:
+def memory(context: DoctorContext) -> CheckResult:
     """The measured peak of all local ranks against the memory of this machine."""
     peak = int(context.predicted["memory_gb"] * 2**30)
     local_ranks = context.world.local_size if context.world.device.type == "cpu" else 1
@@ -95,7 +95,7 @@ def memory(context: Context) -> CheckResult:
     return CheckResult("ok", found, need)
 
 
-def tower_seconds(context: Context, encode: Callable[[], Tensor], parts: int) -> float:
+def tower_seconds(context: DoctorContext, encode: Callable[[], Tensor], parts: int) -> float:
     """Returns seconds of a tower's forward and backward passes over `parts` micro-batches, after one warmup.
 
     With several micro-batches the forward pass runs twice (GradCache).
@@ -117,7 +117,7 @@ def tower_seconds(context: Context, encode: Callable[[], Tensor], parts: int) ->
     return seconds * parts
 
 
-def measure_steps(context: Context) -> StepTimes:
+def measure_steps(context: DoctorContext) -> StepTimes:
     """Runs real steps: a warmup, then up to MAX_SECONDS; all ranks take the same number.
 
     The copies that a save makes exist during the last warmup step, so that the peak memory is that of a run.

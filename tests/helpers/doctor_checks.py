@@ -6,7 +6,7 @@ from pathlib import Path
 
 from clipwright.pipeline.core.command import COMMANDS, Call
 from clipwright.pipeline.distributed.group import World
-from clipwright.pipeline.doctor.base import GROUPS, CheckResult, Context, checks
+from clipwright.pipeline.doctor.base import GROUPS, CheckResult, DoctorContext, checks
 
 
 def call(*overrides: str, out: Path | None = None, config: str | None = None) -> Call:
@@ -16,13 +16,13 @@ def call(*overrides: str, out: Path | None = None, config: str | None = None) ->
     return Call(command=COMMANDS["doctor"], arguments=arguments, overrides=list(overrides), out=out, quiet=True)
 
 
-def context(world: World, *overrides: str, out: Path | None = None) -> Context:
-    state = Context(call(*overrides, out=out))
+def context(world: World, *overrides: str, out: Path | None = None) -> DoctorContext:
+    state = DoctorContext(call(*overrides, out=out))
     state.world = world
     return state
 
 
-def run(state: Context, *until: str) -> CheckResult:
+def run(state: DoctorContext, *until: str) -> CheckResult:
     """Runs the checks named in `until`, in order; returns the result of the last."""
     for group in GROUPS:
         for item in checks(group):

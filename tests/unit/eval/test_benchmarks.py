@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clipwright.eval.benchmarks import retrieval
-from clipwright.eval.benchmarks.base import BENCHMARKS, Context, EvalRuntime, Score, score_table
+from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkContext, EvalRuntime, Score, score_table
 from clipwright.eval.search.query import Searcher
 from clipwright.eval.search.versions import open_version
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -62,7 +62,7 @@ def test_search_counts_hits_with_equal_columns(indexed):
     index = open_version(indexed)
     searcher = Searcher(index, ColorModel(index))
     config = BENCHMARKS.preset("search", template="a {colour} one", where={"held_out": True}, k=3, seed=1)
-    context = Context("search", open_index=lambda: searcher, runtime=EvalRuntime())
+    context = BenchmarkContext("search", open_index=lambda: searcher, runtime=EvalRuntime())
     outcome = BENCHMARKS.build(config).run(context)
     numbers = outcome.numbers
     assert [q["query"] for q in numbers["queries"]] == ["a green one", "a red one"]  # blue is not held out
@@ -98,7 +98,9 @@ def test_score_table_leaves_out_empty_columns() -> None:
 
 def test_context_opens_an_input_once_and_names_a_missing_one() -> None:
     opened = []
-    context = Context("retrieval", open_model=lambda: opened.append("model") or CountingModel(), runtime=EvalRuntime())
+    context = BenchmarkContext(
+        "retrieval", open_model=lambda: opened.append("model") or CountingModel(), runtime=EvalRuntime()
+    )
     assert opened == [] and context.model is context.model and opened == ["model"]
     for read, name in ((lambda: context.data, "data"), (lambda: context.index, "index")):
         with pytest.raises(ClipwrightError, match="E_CONFIG_VALUE") as error:

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from clipwright.eval.benchmarks.base import BENCHMARKS, Context, EvalRuntime
+from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkContext, EvalRuntime
 from clipwright.eval.encode import dataset_images, encode_images
 from clipwright.eval.labeled import open_labeled
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -106,7 +106,7 @@ def test_remote_dataset_gives_the_results_of_a_local_dataset(
     for name, place in places.items():
         benchmark = BENCHMARKS.build(BENCHMARKS.preset("retrieval"))
         opened = load_model(model)
-        context = Context("retrieval", open_model=lambda m=opened: m, data=place, runtime=runtime, quiet=True)
+        context = BenchmarkContext("retrieval", open_model=lambda m=opened: m, data=place, runtime=runtime, quiet=True)
         outcome = benchmark.run(context)
         labeled = open_labeled(place, runtime.cache)
         images = [image.read() for image in labeled.images(np.arange(3, 50, 7))]

@@ -20,7 +20,8 @@ def test_the_committed_reference_is_current(cli: Any) -> None:
 
 
 def test_every_config_field_has_a_description() -> None:
-    missing = missing_docs(COMMANDS)
+    # Other tests may have loaded plugins in this process: only the fields of the package itself are checked.
+    missing = [field for field in missing_docs(COMMANDS) if field.startswith("clipwright.")]
     assert not missing, "no description below: " + ", ".join(missing)
 
 

@@ -16,7 +16,7 @@ from clipwright.pipeline.doctor import gradients
 from clipwright.pipeline.doctor.base import (
     GROUPS,
     CheckResult,
-    Context,
+    DoctorContext,
     check,
     checks,
     failure,
@@ -123,17 +123,17 @@ def test_exception_becomes_a_result_and_dependents_are_skipped(monkeypatch: pyte
     monkeypatch.setattr(base, "_CHECKS", {})
 
     @check("first")
-    def first(state: Context) -> CheckResult:
+    def first(state: DoctorContext) -> CheckResult:
         raise ValueError("a\nb")
 
     @check("second", "first")
-    def second(state: Context) -> CheckResult:
+    def second(state: DoctorContext) -> CheckResult:
         raise AssertionError
 
-    state = Context(call())
+    state = DoctorContext(call())
 
     @check("third", "second")
-    def third(state: Context) -> CheckResult:
+    def third(state: DoctorContext) -> CheckResult:
         raise AssertionError
 
     [group] = base._CHECKS.values()
@@ -143,7 +143,7 @@ def test_exception_becomes_a_result_and_dependents_are_skipped(monkeypatch: pyte
     assert state.results["second"] == state.results["third"] == CheckResult("skip", "not run: check `first` failed")
     error = failure(state)
     assert error is not None and error.code == "E_DOCTOR" and error.where == "first" and error.exit_code == 1
-    assert failure(Context(call())) is None
+    assert failure(DoctorContext(call())) is None
 
 
 def test_table_shows_status_words_and_literal_cells() -> None:

@@ -20,14 +20,14 @@ from doctor_checks import DATA, call, context, run
 from clipwright.pipeline.core.files import file_sha256
 from clipwright.pipeline.distributed.group import World
 from clipwright.pipeline.doctor import data, device, environment
-from clipwright.pipeline.doctor.base import Context, checks
+from clipwright.pipeline.doctor.base import DoctorContext, checks
 from clipwright.pipeline.folders.dataset import Dataset
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def test_python_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = Context(call())
+    state = DoctorContext(call())
     assert environment.python(state).status == environment.packages(state).status == "ok"
     monkeypatch.setattr(environment.platform, "python_version", lambda: "3.9.2")
     found = environment.python(state)
@@ -47,12 +47,12 @@ def test_python_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_faiss_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment.metadata, "distributions", lambda: iter(()))
-    found = environment.faiss(Context(call()))
+    found = environment.faiss(DoctorContext(call()))
     assert found.status == "FAIL" and "clipwright[cpu]" in found.fix
 
 
 def test_cores_open_files_disk_and_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    state = Context(call(out=tmp_path / "not" / "yet"))
+    state = DoctorContext(call(out=tmp_path / "not" / "yet"))
     monkeypatch.setattr(environment, "CGROUP", tmp_path)
     assert environment.disk_folder(state) == tmp_path and environment.disk(state).status == "ok"
     (tmp_path / "cpu.max").write_text("100000 100000\n")
@@ -74,7 +74,7 @@ def test_cores_open_files_disk_and_memory(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_shared_memory_is_checked_with_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    state = Context(call())
+    state = DoctorContext(call())
     small = shutil._ntuple_diskusage(64 * 2**20, 0, 64 * 2**20)  # the default of containers
     monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: small)
     monkeypatch.setattr(environment, "NVIDIA_DEVICE", tmp_path / "nvidia0")
@@ -115,7 +115,7 @@ def test_warns_of_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch, t
 def test_refused_config_is_a_failed_check(
     overrides: list[str], config: str | None, pieces: list[str], world: World
 ) -> None:
-    state = Context(call(*overrides, config=config))
+    state = DoctorContext(call(*overrides, config=config))
     state.world = world
     found = run(state, "config")
     assert found.status == "FAIL" and all(piece in found.found for piece in pieces) and found.fix
