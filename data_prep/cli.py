@@ -48,7 +48,11 @@ def prep(call: Call) -> Outcome:
     result["output"] = str(folder)
     result["notes"] = done.notes
     result["seconds"] = round(time.monotonic() - started, 3)
-    return Outcome(result, _summary(result, done), next=f"clipwright train photos data.train={folder} -o RUN")
+    if done.manifest["captions"]:
+        then = f"clipwright train photos data.train={folder} -o RUN"
+    else:
+        then = f"clipwright embed model=MODEL data={folder} -o EMBEDDINGS"
+    return Outcome(result, _summary(result, done), next=then)
 
 
 def _prep_part(call: Call, resolved: Any, folder: Path) -> Outcome:

@@ -127,7 +127,7 @@ class _ShardWriter:
             if record.image is None:
                 assert record.reject is not None, record.source
                 raise PixelError(*record.reject)
-            kept_captions, dropped = select_captions(captions)
+            kept_captions, dropped = select_captions(captions) if self.job.source.captioned else ([], 0)
             stored = store_image(record.image, self.job.images)
         except (PixelError, CaptionError) as error:
             code, detail = error.args
@@ -192,11 +192,9 @@ class _ShardWriter:
         }
         metadata = {name: row[name] for name in JSON_COLUMNS}
         metadata["columns"] = json_columns(record.columns)
-        members = {
-            stored.extension: stored.data,
-            "json": canonical_json(metadata).encode(),
-            "txt": captions[0].encode(),
-        }
+        members = {stored.extension: stored.data, "json": canonical_json(metadata).encode()}
+        if captions:
+            members["txt"] = captions[0].encode()
         # TarWriter sorts members by extension. Each has a header block and data padded to full blocks.
         offset = self.tar.tarstream.offset + _TAR_BLOCK
         for extension, data in members.items():

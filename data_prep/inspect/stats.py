@@ -126,6 +126,9 @@ def _int_array(values: Iterable[int]) -> np.ndarray:
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:
+    """Returns quantiles and mean; nothing for no values, as of the captions of images without captions."""
+    if not len(values):
+        return {}
     quantiles = np.quantile(values, list(QUANTILES.values()))
     named = {name: round(float(value), 3) for name, value in zip(QUANTILES, quantiles, strict=True)}
     return {**named, "mean": round(float(values.mean()), 3)}
@@ -176,7 +179,8 @@ def table(result: dict[str, Any]) -> str:
         ("caption_characters", "characters per caption"),
         ("caption_words", "words per caption"),
     ):
-        quantile_rows.append([title, *map(_short, result[name].values())])
+        if result[name]:
+            quantile_rows.append([title, *map(_short, result[name].values())])
     duplicates = result["duplicates"]
     captions = result["equal_captions"]
     lines = [
@@ -190,9 +194,7 @@ def table(result: dict[str, Any]) -> str:
         "width / height",
         *_bars(result["aspect_histogram"]),
         "",
-        "captions by script",
-        *_bars(result["scripts"]),
-        "",
+        *_bars_below("captions by script", result["scripts"]),
         f"exact duplicates merged: {duplicates['exact_merged']:,}",
         f"near duplicates (equal difference hash): {duplicates['near_images']:,} images "
         f"in {duplicates['near_groups']:,} groups",
@@ -204,6 +206,10 @@ def table(result: dict[str, Any]) -> str:
     if result["captions_dropped"]:
         lines.append(f"invalid captions dropped from written samples: {result['captions_dropped']:,}")
     return "\n".join(lines)
+
+
+def _bars_below(title: str, counts: dict[str, int]) -> list[str]:
+    return [title, *_bars(counts), ""] if counts else []
 
 
 def _bars(counts: dict[str, int]) -> list[str]:

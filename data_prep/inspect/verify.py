@@ -194,7 +194,8 @@ def _compare_members(reader: HashingReader, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         key = row["key"]
         names: list[str] = []
-        for _ in range(3):
+        texts = {"json", "txt"} if row["captions"] else {"json"}
+        for _ in range(1 + len(texts)):
             header = reader.position
             name, offset, data = _read_member(reader, key)
             names.append(name)
@@ -205,7 +206,7 @@ def _compare_members(reader: HashingReader, rows: list[dict[str, Any]]) -> None:
             if problem:
                 raise _Mismatch(problem, key, offset)
         extensions = {name.rpartition(".")[2] for name in names}
-        if names != sorted(names) or len(extensions) != 3 or not {"json", "txt"} < extensions:
+        if names != sorted(names) or len(extensions) != 1 + len(texts) or not texts < extensions:
             raise _Mismatch(f"its members are {', '.join(names)}", key, None)
     header = reader.position
     if reader.read(BLOCK).strip(b"\0"):
@@ -244,8 +245,8 @@ def _read_member(reader: HashingReader, key: str) -> tuple[str, int, bytes]:
 def _member_problem(extension: str, offset: int, data: bytes, row: dict[str, Any]) -> str:
     """Returns how a member differs from its sidecar row, or an empty string."""
     if extension == "txt":
-        first_caption = row["captions"][0] if row["captions"] else ""
-        return "" if data == first_caption.encode() else "the text is not the sidecar's first caption"
+        first_caption = row["captions"][0].encode() if row["captions"] else None
+        return "" if data == first_caption else "the text is not the sidecar's first caption"
     if extension == "json":
         return _json_problem(data, row)
     if extension not in EXTENSION.values():

@@ -20,6 +20,8 @@ from clipwright.pipeline.core.registry import Registry, configclass
 # cannot be read.
 Caption = str | bytes | tuple[str, str] | None
 
+NO_CAPTIONS = "none"  # value of `source.caption` for images that have no captions
+
 
 @configclass
 class SourceConfig:
@@ -51,13 +53,15 @@ class Source(ABC):
     """Rows 0 to count - 1 of image-text pairs.
 
     A source is pickled and sent to workers, so it holds plain values, not its config, whose class is made at run time.
-    `columns` is the schema of the user's columns besides image and captions. `distinct` promises that no two rows
-    have the same image, which saves the pass that looks for duplicates. `notes` are lines for the user about input
-    that is not used.
+    `columns` is the schema of the user's columns besides image and captions. `captioned` is False if the images are
+    stored without captions (`source.caption=none`): `captions` of every record is empty then. `distinct` promises that
+    no two rows have the same image, which saves the pass that looks for duplicates. `notes` are lines for the user
+    about input that is not used.
     """
 
     count: int
     columns: pa.Schema
+    captioned: bool = True
     distinct: bool = False
     notes: Sequence[str] = ()
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipwright.data_prep.sources.base import (
+    NO_CAPTIONS,
     SOURCES,
     Caption,
     PathError,
@@ -49,7 +50,7 @@ class FolderConfig(SourceConfig):
     path: str
     """Folder with the images; subfolders are included."""
     caption: str = "caption"
-    """JSON key with the caption or list of captions."""
+    """JSON key with the caption or list of captions; `none`: images without captions."""
     encoding: str = "utf-8"
     """Encoding of the text and JSON files."""
 
@@ -60,8 +61,9 @@ class FolderSource(Source):
     def __init__(self, config: FolderConfig) -> None:
         self.root = check_folder(config.path)
         self.caption = config.caption
+        self.captioned = config.caption != NO_CAPTIONS
         self.encoding = _check_encoding(config.encoding)
-        self._images, self._caption_suffixes, self.notes = find_pairs(self.root)
+        self._images, self._caption_suffixes, self.notes = find_pairs(self.root, captioned=self.captioned)
         self.count = len(self._images)
         self.columns = pa.schema([])  # until it is scanned
         self._digest: str | None = None
@@ -170,13 +172,13 @@ class FolderSource(Source):
             try:
                 if name.lower().endswith(".json"):
                     metadata = self._read_object(name)
-                    if not captions:
+                    if self.captioned and not captions:
                         captions = self._captions_of(metadata, name)
                 else:
                     captions = [line for line in _split_lines(self._read_text(name)) if line.strip()]
             except _CaptionFileError as error:
                 problems.append(error.args)
-        if not captions and not problems:
+        if self.captioned and not captions and not problems:
             stem = PurePosixPath(_valid_utf8(self._images[row])).stem
             if self._caption_suffixes[row]:
                 detail = f"{stem}.txt or {stem}.json has no text"
@@ -238,7 +240,7 @@ class FolderSource(Source):
         fields: list[pa.Field] = []
         unusable: list[str] = []
         for key, types in value_types.items():
-            if key in (self.caption, "captions"):
+            if self.captioned and key in (self.caption, "captions"):
                 continue
             if types == {int, float}:
                 types = {float}

@@ -27,7 +27,7 @@ OTHER_IMAGE_SUFFIXES = (
     "tga",
 )
 _IMAGES = frozenset(f".{suffix}" for suffix in (*DECODED_SUFFIXES, *OTHER_IMAGE_SUFFIXES))
-_CAPTIONS = (".txt", ".json")
+_TEXT, _JSON = ".txt", ".json"
 
 
 def check_folder(path: str) -> Path:
@@ -45,12 +45,15 @@ def check_folder(path: str) -> Path:
     return root.resolve()
 
 
-def find_pairs(root: Path) -> tuple[list[str], list[tuple[str, ...]], list[str]]:
+def find_pairs(root: Path, *, captioned: bool = True) -> tuple[list[str], list[tuple[str, ...]], list[str]]:
     """Returns the names of all images under `root`, sorted, the suffixes of their caption files, and notes.
 
     Hidden and partial files are ignored. Linked folders are not followed: they may lead out of `root`, or in circles.
-    Raises E_PREP_EMPTY if no image has a caption file.
+    captioned: False leaves out text files, which hold nothing but captions. Raises E_PREP_EMPTY if there is no image
+    or, with `captioned`, no image with a caption file.
     """
+    kinds = (_TEXT, _JSON) if captioned else (_JSON,)
+    text_files = 0
     pairs: list[tuple[str, tuple[str, ...]]] = []
     orphans: list[str] = []
     links: list[str] = []
@@ -60,16 +63,19 @@ def find_pairs(root: Path) -> tuple[list[str], list[tuple[str, ...]], list[str]]
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         links += [prefix + name for name in subfolders if os.path.islink(f"{folder}/{name}")]  # noqa: PTH114
         images, caption_files = _sort_files(files)
+        text_files += sum(_TEXT in suffixes for suffixes in caption_files.values())
         for stem, suffix in images:
             suffixes = caption_files.get(stem, {})
-            found = tuple(suffixes[kind] for kind in _CAPTIONS if kind in suffixes)
+            found = tuple(suffixes[kind] for kind in kinds if kind in suffixes)
             pairs.append((f"{prefix}{stem}{suffix}", found))
         for stem in caption_files.keys() - {stem for stem, _ in images}:
-            orphans += [f"{prefix}{stem}{suffix}" for suffix in caption_files[stem].values()]
-    if not any(suffixes for _, suffixes in pairs):
+            orphans += [f"{prefix}{stem}{suffix}" for kind, suffix in caption_files[stem].items() if kind in kinds]
+    if not pairs or (captioned and not any(suffixes for _, suffixes in pairs)):
         raise _no_pairs(root, len(pairs), len(orphans))
     pairs.sort()
     notes: list[str] = []
+    if text_files and not captioned:
+        notes.append(f"text files that were not read, because source.caption=none: {text_files}")
     if orphans:
         notes.append(f"caption files without an image: {len(orphans)}, the first is {printable(min(orphans))}")
     if links:
@@ -88,7 +94,7 @@ def _sort_files(files: list[str]) -> tuple[list[tuple[str, str]], dict[str, dict
         kind = suffix.lower()
         if kind in _IMAGES:
             images.append((stem, suffix))
-        elif kind in _CAPTIONS:
+        elif kind in (_TEXT, _JSON):
             caption_files.setdefault(stem, {})[kind] = suffix
     return images, caption_files
 
@@ -114,8 +120,8 @@ def _no_pairs(root: Path, images: int, orphans: int) -> ClipwrightError:
         "the images have no captions",
         where=root,
         found=found,
-        fix="put a.txt (one caption per line) or a.json beside a.jpg, or list images and captions in a table and run "
-        "`clipwright prep table`",
+        fix="to prepare the images without captions, add source.caption=none; else put a.txt (one caption per line) or "
+        "a.json beside a.jpg, or list images and captions in a table and run `clipwright prep table`",
     )
 
 

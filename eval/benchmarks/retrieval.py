@@ -88,6 +88,7 @@ def retrieve(model: Encoder, data: Dataset, *, batch: int, workers: int, quiet: 
             found="0 samples",
             fix="choose a dataset that has samples",
         )
+    data.require_captions("retrieval")
     keys: list[str] = []
     images: list[torch.Tensor] = []
     with Progress("eval", data.samples, "images", quiet=quiet) as progress:

@@ -80,6 +80,7 @@ class Datasets:
                     found="0 samples",
                     fix="prepare more data",
                 )
+            dataset.require_captions("training")
         self.sizes = [size for dataset in self.datasets for size in dataset.sizes]
         self.samples = sum(self.sizes)
         self._starts = np.concatenate([[0], np.cumsum([len(dataset.sizes) for dataset in self.datasets])])

@@ -235,6 +235,8 @@ class Loader:
             if sample in self._known_bad:
                 return None
             try:
+                if not self.data.datasets[dataset].rows(shard).captions.count(row):
+                    return None
                 return self._view(pending, index, self.data.datasets[dataset].image(shard, row))
             except (OSError, ClipwrightError, PixelError):
                 return None
@@ -299,6 +301,8 @@ class Loader:
         sample = pending.dataset_row(index)
         dataset, shard, row = sample
         try:
+            if not self.data.datasets[dataset].rows(shard).captions.count(row):
+                return "E_CAP_EMPTY"
             data = _read(self.data.datasets[dataset], shard, row, RETRY_DELAYS_SECONDS if retry else ())
             self._view(pending, index, data).write(pending.pixels[index])
         except OSError:

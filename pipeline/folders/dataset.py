@@ -188,6 +188,19 @@ class Dataset:
             with self._sidecar_file(0) as file:
                 self._texts(0, pq.read_schema(file).empty_table(), negatives)
 
+    def require_captions(self, purpose: str) -> None:
+        """Raises E_CAP_EMPTY if the dataset was prepared without captions. purpose: what needs them."""
+        if self.manifest.get("captions") != 0 or not self.samples:
+            return
+        raise ClipwrightError(
+            "E_CAP_EMPTY",
+            "the dataset has no captions",
+            where=self.place,
+            found=f"{self.samples:,} images and 0 captions; {purpose} needs image-text pairs",
+            fix="prepare the images with captions, without source.caption=none; `clipwright embed` with what=image and "
+            "`clipwright search` need none",
+        )
+
     def open_cache(self, need: int) -> None:
         """Makes room for the tars of a remote dataset, of which `need` are in use at a time. Raises E_CACHE."""
         if self.remote:

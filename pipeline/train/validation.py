@@ -40,6 +40,7 @@ class Validation:
     def _open(self) -> None:
         runtime = self.config.runtime
         self._data = Dataset(runtime.validation, cache=runtime.cache)
+        self._data.require_captions("validation")
 
     def due(self, step: int, end: int) -> bool:
         return step == end or step % self.config.runtime.validate_every == 0

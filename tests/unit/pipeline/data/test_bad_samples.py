@@ -80,6 +80,16 @@ def replacement(order: Any, bad: set[tuple[int, int]], position: int) -> int:
     raise AssertionError
 
 
+def test_sample_without_caption_is_replaced(make_dataset: Any) -> None:
+    """prep writes captions for all samples or for none; another tool may write some without."""
+    folder = make_dataset("d", SIZES, lambda i: [] if i in (3, 4) else [f"picture {i}"])
+    source = loader(folder)
+    replaced = [sample for batch in take(source, 0, 10) for sample in batch.batch_samples.replaced]
+    assert [sample.reason for sample in replaced] == ["E_CAP_EMPTY"] * 2
+    keys = {source.data.datasets[0].record(0, row)["key"] for row in (3, 4)}
+    assert {sample.key for sample in replaced} == keys
+
+
 @pytest.mark.parametrize("bad_shard", [False, True])
 def test_bad_sample_is_replaced_by_the_nearest_of_its_stream(bad_shard: bool, make_dataset: Any) -> None:
     """One rank and four, from the start and from a later position: same samples, same log."""
