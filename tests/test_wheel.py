@@ -37,6 +37,7 @@ def test_wheel_contains_the_package_its_data_and_its_licenses(wheel: Path) -> No
         "clipwright/configs/train/photos.yaml",
         "clipwright/pipeline/tokenizers/bpe_simple_vocab_16e6.txt.gz",
         "clipwright/eval/prompts/openai.json",
+        "clipwright/pipeline/page/page.js",
     ):
         assert part in names
     licenses = [name for name in names if name.endswith(("/LICENSE", "/THIRD-PARTY-NOTICES"))]

@@ -26,12 +26,13 @@ from clipwright.pipeline.core.config_files import read_yaml
 from clipwright.pipeline.core.errors import CODES, ClipwrightError
 from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.core.log import Progress
-from clipwright.pipeline.core.page import render
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.status import STATUS
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.dataset import read_dataset_manifest, read_sidecar, read_table
 from clipwright.pipeline.folders.output import CONFIG, PAGE, REJECTS
+from clipwright.pipeline.page.render import render
+from clipwright.pipeline.page.thumbnail import thumbnail
 
 THUMBNAIL_SIDE = 160  # pixels, longer side
 MAX_CAPTIONS = 5  # shown per sample
@@ -156,15 +157,10 @@ def _stored_thumbnail(path: Path, row: dict[str, Any]) -> tuple[bytes | None, st
 
 def _thumbnail(image: bytes | np.ndarray) -> tuple[bytes | None, str]:
     try:
-        decoded = pixels.decode(image, min_side=THUMBNAIL_SIDE) if isinstance(image, bytes) else image
+        return thumbnail(image, THUMBNAIL_SIDE), ""
     except pixels.PixelError as error:
         code = error.args[0]
         return None, "the image is too large to decode" if code == "E_IMG_PIXELS" else "the image cannot be decoded"
-    height, width = decoded.shape[:2]
-    if max(height, width) > THUMBNAIL_SIDE:
-        scale = THUMBNAIL_SIDE / max(height, width)
-        decoded = pixels.resize(decoded, max(1, round(width * scale)), max(1, round(height * scale)))
-    return pixels.encode(decoded, "jpeg", 80), ""
 
 
 def _choose_rejects(rejects: pa.Table, wanted: int, seed: int) -> list[dict[str, Any]]:

@@ -11,17 +11,26 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from clipwright.eval import plots
 from clipwright.eval.demo.results import Demo
-from clipwright.pipeline import pixels
 from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.core.log import format_duration
-from clipwright.pipeline.core.page import render
 from clipwright.pipeline.folders.schema import SIDECAR_SCHEMA
+from clipwright.pipeline.page import plots
+from clipwright.pipeline.page.render import percent, render
+from clipwright.pipeline.page.thumbnail import thumbnail
 
 PAGE = "report.html"
 PAIRS, QUERIES, WORST, CONFUSED = 12, 8, 8, 6  # how many of each are shown
 MAX_BYTES, SMALL_SIDE = 8192, 128  # an image of more bytes is shown with this long side
+SECTIONS = [
+    ("data", "Data"),
+    ("training", "Training"),
+    ("zero-shot", "Zero-shot classification"),
+    ("confusion", "Confusion"),
+    ("retrieval", "Retrieval"),
+    ("search", "Search"),
+    ("commands", "How it was made"),
+]
 SPLIT_VALUES = 4  # columns with at most this many values split the zero-shot score
 
 
@@ -36,21 +45,9 @@ def write(folder: Path) -> dict[str, Any]:
     return {"page": str(folder / PAGE), "bytes": len(page.encode()), **demo.headline()}
 
 
-def small(data: bytes) -> bytes:
+def _small(image: bytes) -> bytes:
     """Returns a stored image unchanged, or downscaled if it is too large for a page of two hundred images."""
-    if len(data) <= MAX_BYTES:
-        return data
-    view = pixels.decode(data, min_side=SMALL_SIDE)
-    height, width = view.shape[:2]
-    scale = min(1.0, SMALL_SIDE / max(height, width))
-    view = pixels.resize(view, max(1, round(width * scale)), max(1, round(height * scale)))
-    return pixels.encode(view, "jpeg", quality=80)
-
-
-def percent(share: float) -> str:
-    """Formats a share in whole percent, with one decimal near 0 and 1; the space before the sign does not break."""
-    decimals = 0 if 0.1 <= share <= 0.99 or share in (0, 1) else 1
-    return f"{100 * share:.{decimals}f}\N{NO-BREAK SPACE}%"
+    return thumbnail(image, SMALL_SIDE, max_bytes=MAX_BYTES)
 
 
 def _values(demo: Demo) -> dict[str, Any]:
@@ -73,7 +70,7 @@ def _values(demo: Demo) -> dict[str, Any]:
     return {
         "title": "clipwright demo",
         "lead": "From image-text pairs to a searchable model: data, training, scores and search results.",
-        "percent": percent,
+        "sections": SECTIONS,
         "facts": facts,
         "verdict": _verdict(demo),
         "commands": {name: status["command"].removesuffix(" --json") for name, status in demo.status.items()},
@@ -172,7 +169,7 @@ def _data(demo: Demo) -> dict[str, Any]:
         f"{demo.test.samples:,} other images.",
         "pairs": [
             {
-                "image": small(demo.train.image(*position)),
+                "image": _small(demo.train.image(*position)),
                 "captions": _first_and_last(demo.train.record(*position)["captions"]),
             }
             for position in drawn
@@ -360,4 +357,4 @@ def _query_row(demo: Demo, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hit(demo: Demo, key: str) -> dict[str, Any]:
-    return {"image": small(demo.test_images.image(key)), "caption": demo.test_images.row(key)["captions"][0]}
+    return {"image": _small(demo.test_images.image(key)), "caption": demo.test_images.row(key)["captions"][0]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import json
 import re
@@ -17,12 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from clipwright.eval import plots
 from clipwright.eval.demo import page as demo_page
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import write_json
 from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.folders.records import write_manifest
+from clipwright.pipeline.page import plots
 
 COLORS, SHAPES = ("빨간", "R&B"), ("<b>원</b>", "star", "$heart$")
 TESTED = [(color, shape) for color in COLORS for shape in SHAPES]
@@ -222,13 +224,16 @@ def test_trained_combinations_are_not_called_unseen(demo: Path) -> None:
     assert "never showed" not in page and "held-out" not in page and "83 % on 48 images, with 6 classes" in page
 
 
-def test_page_is_reproducible_and_has_no_scripts(demo: Path) -> None:
+def test_page_is_reproducible_and_allows_only_its_own_script(demo: Path) -> None:
     demo_page.write(demo)
     first = (demo / "report.html").read_bytes()
     demo_page.write(demo)
     assert (demo / "report.html").read_bytes() == first
     page = first.decode()
-    assert "<script" not in page and "&lt;script&gt;" in page and "default-src 'none'" in page
+    [script] = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'\"" in page
+    assert page.count("<script") == 1 and "&lt;script&gt;" in page
     assert "<b>원" not in page
     assert page.count("<svg") == page.count('role="img"') == page.count("<title>") - 1 == page.count("<desc>")
     assert not re.search(r"(?:src|href)=\"(?!data:|#)", page)
@@ -251,9 +256,9 @@ def test_large_image_is_downscaled() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (600, 900, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "PNG")
-    shown = demo_page.small(file.getvalue())
+    shown = demo_page._small(file.getvalue())
     assert Image.open(io.BytesIO(shown)).size == (128, 85) and len(shown) < 20_000
-    assert demo_page.small(make_image(0)) == make_image(0)
+    assert demo_page._small(make_image(0)) == make_image(0)
 
 
 def test_charts_keep_text_as_text_and_curves_short() -> None:

@@ -7,6 +7,8 @@ those of Okabe and Ito; a line style, a frame or a word always repeats what a co
 from __future__ import annotations
 
 import io
+import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ from matplotlib.patches import Rectangle
 
 WIDTH, FONT = 340, 14
 POINTS = 500  # points per curve; more would not be visible
+FEW_POINTS = 12  # so few are also drawn as points
 INK, SOFT, LINE, BLUE, ORANGE = "#1b1f24", "#57606a", "#d5dae0", "#0072b2", "#b34700"
 _VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line", BLUE: "--right", ORANGE: "--wrong"}
 _STYLE: dict[Any, Any] = {
@@ -36,10 +39,13 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def chart(title: str, height: float, paint: Callable[[Axes], None], margins: Sequence[float] = ()) -> Markup:
+def chart(
+    title: str, height: float, paint: Callable[[Axes], dict[str, Any] | None], margins: Sequence[float] = ()
+) -> Markup:
     """Returns an SVG of one set of axes that `paint` fills; the same numbers give the same bytes.
 
-    `title` is the text for screen readers. `margins`: left, right, top, bottom, in units.
+    `title` is the text for screen readers. `margins`: left, right, top, bottom, in units. If `paint` returns the x
+    values and the lines of a curve, `page.js` shows them at the pointer.
     """
     left, right, top, bottom = margins or (52, 14, 12, 46)
     # The salt makes the ids of markers and clips unique among the charts of a page.
@@ -47,13 +53,17 @@ def chart(title: str, height: float, paint: Callable[[Axes], None], margins: Seq
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser renders the text with its own fonts
         figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
         box = (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (top + bottom) / height)
-        paint(figure.add_axes(box))
+        curves = paint(figure.add_axes(box))
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(file.getvalue(), title, height)
+    attribute = ""
+    if curves is not None:
+        frame = (left, top, WIDTH - left - right, height - top - bottom)
+        attribute = f' data-curve="{escape(json.dumps({"frame": frame, **curves}, ensure_ascii=False))}"'
+    return _inline(file.getvalue(), title, height, attribute)
 
 
-def _inline(svg: str, title: str, height: float) -> Markup:
+def _inline(svg: str, title: str, height: float, attribute: str) -> Markup:
     """Turns Matplotlib's file into an element of a page: no prolog, the page's fonts and colors, a title."""
     body = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index(">", svg.index("<svg")) + 1 :], flags=re.DOTALL)
     body = re.sub(
@@ -63,7 +73,7 @@ def _inline(svg: str, title: str, height: float) -> Markup:
     for color, name in _VARIABLES.items():
         body = body.replace(color, f"var({name})")
     name, _, description = title.partition(". ")
-    start = f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(title)}">'
+    start = f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(title)}"{attribute}>'
     return Markup(f"{start}<title>{escape(name)}</title><desc>{escape(description)}</desc>{body}")
 
 
@@ -75,12 +85,16 @@ def thin(values: Sequence[float], limit: int = POINTS) -> list[float]:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Returns the exponential moving average over about a twelfth of the values, without bias toward the first."""
+    """Returns the exponential moving average over about a twelfth of the values, without bias toward the first.
+
+    A value that is not finite is left out of the average, which keeps its last value there.
+    """
     keep = 1 - 1 / max(2.0, len(values) / 12)
     mean, weight, means = 0.0, 0.0, []
     for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        means.append(mean / weight)
+        if math.isfinite(value):
+            mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        means.append(mean / weight if weight else math.nan)
     return means
 
 
@@ -92,37 +106,81 @@ def curve(
     label: str,
     level: tuple[float, str] | None = None,
     percent: bool = False,
+    smoothed: bool = True,
+    resumed: Sequence[float] = (),
+    skipped: Sequence[float] = (),
+    best: tuple[float, float] | None = None,
 ) -> Markup:
-    """Plots curves over training samples, measured (faint) and smoothed (bold). `level`: a named horizontal line."""
+    """Plots curves over training samples, measured (faint) and smoothed (bold), or measured only.
 
-    def paint(axes: Axes) -> None:
-        x = thin([n / 1000 for n in samples])
+    level: a named horizontal line. resumed, skipped: samples at which a run was resumed (dashed vertical lines) and
+    steps were skipped (ticks at the bottom). best: a point to mark. Values that are not finite leave a gap.
+    """
+    factor, unit = _unit(max(samples))
+
+    def paint(axes: Axes) -> dict[str, Any]:
+        x = [n / factor for n in thin(samples)]
+        # A line needs two points; a few points are easier to see as points.
+        marker = "o" if len(x) <= FEW_POINTS else ""
         for (name, values), color, style in zip(lines.items(), (BLUE, ORANGE), ("-", "--"), strict=False):
-            axes.plot(x, thin(values), color=color, alpha=0.35, linewidth=1)
-            axes.plot(x, thin(smooth(values)), color=color, linewidth=2.5, linestyle=style, label=name)
+            measured: dict[str, Any] = {"alpha": 0.35, "linewidth": 1} if smoothed else {"linewidth": 2, "label": name}
+            axes.plot(x, thin(values), color=color, marker=marker, markersize=4, **measured)
+            if smoothed:
+                axes.plot(x, thin(smooth(values)), color=color, linewidth=2.5, linestyle=style, label=name)
         if level is not None:
-            axes.axhline(level[0], color=SOFT, linewidth=1.5, linestyle=":")
-            axes.annotate(
-                level[1],
-                (1, level[0]),
-                xycoords=("axes fraction", "data"),
-                xytext=(0, 4),
-                textcoords="offset points",
-                ha="right",
-                va="bottom",
-                color=SOFT,
-            )
+            _draw_level(axes, *level)
+        for at in resumed:
+            axes.axvline(at / factor, color=SOFT, linewidth=1, linestyle="--")
+        for at in skipped:
+            axes.axvline(at / factor, ymax=0.06, color=ORANGE, linewidth=1.5)
+        if best is not None:
+            axes.plot([best[0] / factor], [best[1]], color=ORANGE, marker="D", markersize=8, fillstyle="none")
         if len(lines) > 1:
-            axes.legend(frameon=False, loc="lower right", handlelength=1.6, borderaxespad=0.2)
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(left=0)
+            axes.legend(frameon=False, loc="best", handlelength=1.6, borderaxespad=0.2)
+        if all(value >= 0 for values in lines.values() for value in values if math.isfinite(value)):
+            axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0, right=1.02 * max(samples) / factor)
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
         axes.locator_params(nbins=5)
-        axes.set_xlabel("thousand training samples")
+        axes.set_xlabel(f"{unit}training samples")
         axes.set_ylabel(label)
+        scale = 100 if percent else 1
+        shown = {name: [_rounded(scale * value) for value in thin(values)] for name, values in lines.items()}
+        return {
+            "range": [factor * end for end in axes.get_xlim()],
+            "x": thin(samples),
+            "unit": "samples",
+            "lines": shown,
+        }
 
     return chart(title, 230, paint)
+
+
+def _draw_level(axes: Axes, value: float, name: str) -> None:
+    axes.axhline(value, color=SOFT, linewidth=1.5, linestyle=":")
+    axes.annotate(
+        name,
+        (1, value),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        color=SOFT,
+    )
+
+
+def _unit(most: float) -> tuple[int, str]:
+    """Returns the unit of an axis that ends at `most`, and its name."""
+    if most >= 10_000_000:
+        return 1_000_000, "million "
+    return (1000, "thousand ") if most >= 10_000 else (1, "")
+
+
+def _rounded(value: float) -> float | None:
+    """Returns a value with five digits; None for one that is not finite, which JSON does not have."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def bars(title: str, rows: Sequence[tuple[str, float, float | None, str]]) -> Markup:
