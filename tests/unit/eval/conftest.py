@@ -123,7 +123,7 @@ def _cli(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]
         return sys.modules["conftest_root"].fork_server().run(texts, Path.cwd(), dict(os.environ), 120)
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     return subprocess.run(
-        [sys.executable, "-m", *launcher, "clipwright", *texts], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", *launcher, "clipwright", *texts], capture_output=True, text=True, timeout=1200
     )
 
 
