@@ -19,6 +19,7 @@ from clipwright.pipeline.cli import SCORE
 from clipwright.pipeline.cli import app as pipeline_app
 from clipwright.pipeline.core.command import COMMANDS, Call, Command, Outcome, Preempted, load_name
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.status import INTERRUPTED
@@ -110,10 +111,12 @@ def demo(call: Call) -> Outcome:
     write_json(out / "report.json", report)
     zeroshot, search = report["zeroshot"], report["search"]
     text = (
-        f"zero-shot on {zeroshot['n']} new images: {zeroshot['top1']:.0%} correct (chance {zeroshot['chance']:.0%}); "
+        f"zero-shot on {format_count(zeroshot['n'], 'new image')}: {zeroshot['top1']:.0%} correct (chance "
+        f"{zeroshot['chance']:.0%}); "
         f"shape {zeroshot['shape_top1']:.0%} (if only the color were known: {zeroshot['shape_chance']:.0%})\n"
-        f"“{search['query']}”: {search['hits_right']} of the first {search['k']} hits are correct; over all "
-        f"{search['n']} queries {search['mean_precision_at_10']:.0%} (chance {search['chance']:.0%})\n"
+        f"“{search['query']}”: {search['hits_right']} of the first {format_count(search['k'], 'hit')} correct; "
+        f"over all {format_count(search['n'], 'query', 'queries')} {search['mean_precision_at_10']:.0%} (chance "
+        f"{search['chance']:.0%})\n"
         f"a smoke test on toy images, not a useful model\npage {report['report']['page']}"
     )
     return Outcome(report, text, next=f"clipwright search {out / 'index'} text='{search['query']}'")

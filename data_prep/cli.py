@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from clipwright.pipeline.core.command import Call, Command, Outcome
+from clipwright.pipeline.core.messages import format_count
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,21 +68,26 @@ def _prep_part(call: Call, resolved: Any, folder: Path) -> Outcome:
     if done.already_finished:
         summary = "finished before, nothing to do"
     elif part == "plan":
-        summary = f"{done.shards} shards to write"
+        summary = f"{format_count(done.shards, 'shard')} to write"
     elif part.startswith("plan"):
         summary = "this part of the images is hashed"
     else:
-        summary = f"{done.shards} shards, {done.samples} samples written, {done.rejected} merged or rejected"
+        summary = (
+            f"{format_count(done.shards, 'shard')}, {format_count(done.samples, 'sample')} written, "
+            f"{done.rejected} merged or rejected"
+        )
     return Outcome({"part": part, "output": str(folder), **asdict(done)}, f"prep: part {part}: {summary}")
 
 
 def _summary(result: dict[str, Any], done: Prepared) -> str:
     lines = [f"prep: {_counts(result, 'rows')}"]
     if done.manifest["captions_dropped"]:
-        lines.append(f"prep: {done.manifest['captions_dropped']:,} invalid captions dropped from written samples")
+        lines.append(
+            f"prep: {format_count(done.manifest['captions_dropped'], 'invalid caption')} dropped from written samples"
+        )
     lines += [f"prep: {note}" for note in done.notes]
     duration = "finished before, nothing to do" if done.already_finished else f"{result['seconds']:.1f} s"
-    lines.append(f"prep: {result['shards']} shards in {result['output']}, {duration}")
+    lines.append(f"prep: {format_count(result['shards'], 'shard')} in {result['output']}, {duration}")
     lines.append(f"prep: fingerprint {result['fingerprint']}")
     return "\n".join(lines)
 
@@ -102,7 +108,9 @@ def _dry_run(resolved: Any, *, quiet: bool) -> Outcome:
     result = {"rows_in": source.count, "shards_at_most": most, "columns": source.columns.names}
     names = ", ".join(source.columns.names) or "none"
     return Outcome(
-        result, f"prep: would read {source.count:,} rows and write at most {most:,} shards; columns: {names}"
+        result,
+        f"prep: would read {format_count(source.count, 'row')} and write at most "
+        f"{format_count(most, 'shard')}; columns: {names}",
     )
 
 
@@ -124,7 +132,10 @@ def data_verify(call: Call) -> Outcome:
     result = verify(Path(call.load().value.data), quiet=call.quiet)
     _write_report(call, result)
     lines = [f"bad {fault['text']}" for fault in result["faults"]]
-    lines.append(f"verify: {result['shards_ok']} shards ok, {result['shards_bad']} bad, {result['samples']} samples")
+    lines.append(
+        f"verify: {format_count(result['shards_ok'], 'shard')} ok, {result['shards_bad']} bad, "
+        f"{format_count(result['samples'], 'sample')}"
+    )
     if not result["ok"]:
         return Outcome(result, "\n".join(lines), error=failure(result))
     lines.append(f"verify: every byte matches the manifest, fingerprint {result['fingerprint']}")
@@ -172,7 +183,7 @@ def data_index(call: Call) -> Outcome:
         names = find_tars(folder)
         size = sum((folder / name).stat().st_size for name in names)
         result = {"tars": len(names), "bytes": size}
-        return Outcome(result, f"index: would read {len(names)} tars, {size / 1e6:.1f} MB")
+        return Outcome(result, f"index: would read {format_count(len(names), 'tar')}, {size / 1e6:.1f} MB")
     done = index(config, fresh=call.fresh, quiet=call.quiet)
     call.status.claim(folder)
     names = ("rows_in", "written", "merged", "rejected", "rejects", "fingerprint")
@@ -181,7 +192,7 @@ def data_index(call: Call) -> Outcome:
     result["ignored"] = done.ignored
     lines = [f"index: {_counts(result, 'groups')}"]
     if done.ignored:
-        lines.append(f"index: {done.ignored} members that belong to no sample were ignored")
+        lines.append(f"index: {format_count(done.ignored, 'member')} without a sample ignored")
     lines.append("index: finished before, nothing to do" if done.already_finished else f"index: manifest in {folder}")
     return Outcome(result, "\n".join(lines), next=f"clipwright data verify {folder}")
 
@@ -203,7 +214,7 @@ def data_view(call: Call) -> Outcome:
     if call.dry_run:
         return Outcome({"data": config.data}, f"would write {out / 'view.html'} for {config.data}")
     result = view(config, out, quiet=call.quiet)
-    shown = f"{result['kept']} kept and {result['rejected']} rejected pairs"
+    shown = f"{result['kept']} kept and {format_count(result['rejected'], 'rejected pair')}"
     return Outcome(result, f"view: {shown} in {result['page']}, {result['bytes'] / 1e6:.1f} MB")
 
 

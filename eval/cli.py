@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from clipwright.pipeline.core.command import Call, Command, Outcome, leave_error_to_rank0
+from clipwright.pipeline.core.messages import format_count
 
 app = typer.Typer()
 index_app = typer.Typer(help="Build search indexes.", no_args_is_help=True)
@@ -45,7 +46,7 @@ def embed(call: Call) -> Outcome:
                 raise
             return leave_error_to_rank0(error)
     action = "embedded" if manifest["made"] else "already embedded:"
-    text = f"{action} {manifest['rows']} {manifest['what']}s, dimension {manifest['dimension']}, in {out}"
+    text = f"{action} {format_count(manifest['rows'], manifest['what'])}, dimension {manifest['dimension']}, in {out}"
     if is_part and "files" not in manifest:
         return Outcome(manifest, f"part {config.runtime.part}: {text}")
     return Outcome(manifest, text, next=f"clipwright index build flat embeddings={out} -o INDEX")
@@ -69,7 +70,7 @@ def index_build(call: Call) -> Outcome:
         return Outcome(resolved.tree, f"would build a {config.recipe.name} index of {config.embeddings} in {out}")
     version = build(resolved, out, fresh=call.fresh, quiet=call.quiet)
     action = "built" if version["made"] else "already built from these embeddings:"
-    text = f"{action} {out}/versions/{version['name']}: {version['rows']} rows, {version['recipe']}"
+    text = f"{action} {out}/versions/{version['name']}: {format_count(version['rows'], 'row')}, {version['recipe']}"
     return Outcome(version, text, next=f'clipwright search {out} text="..."')
 
 

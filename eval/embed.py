@@ -23,6 +23,7 @@ from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, digest, staged_path, write_json
 from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.part import Part
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.distributed.group import World
@@ -180,7 +181,9 @@ def _join_parts(out: Path, resolved: Resolved[EmbedConfig], body: dict[str, Any]
     if missing or not of:
         if of:
             numbers = ", ".join(map(str, missing[:6])) + (", …" if len(missing) > 6 else "")
-            found = f"{len(missing)} of {of // ranks} parts of this model and dataset are missing: {numbers}"
+            found = (
+                f"{len(missing)} of {format_count(of // ranks, 'part')} of this model and dataset missing: {numbers}"
+            )
         else:
             found = "no part of this model and dataset is there"
         raise ClipwrightError(
@@ -234,7 +237,7 @@ class _EmbeddingPart:
             return {"rows": 0, "files": {}}
         stored = np.lib.format.open_memmap(self.staged[0], "w+", np.float16, (rows, model.embed_dim))
         written = 0
-        with Progress("embed", rows, f"{config.what}s", quiet=quiet) as progress:
+        with Progress("embed", rows, config.what, quiet=quiet) as progress:
             for embeddings in _embeddings(model, data, samples, config):
                 stored[written : written + len(embeddings)] = embeddings.numpy()
                 written += len(embeddings)

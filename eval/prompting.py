@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.nearest import nearest
 
 Kind = Literal["classes", "templates"]
@@ -80,7 +81,7 @@ def load_templates(given: str | Sequence[str]) -> list[str]:
     for i, template in enumerate(templates):
         plain = template.replace("{c}", "{}") if isinstance(template, str) else ""
         if plain.count("{}") != 1:
-            found = f"{template!r} has {plain.count('{}')} placeholders {{}} (allowed: 1)"
+            found = f"{template!r} has {format_count(plain.count('{}'), 'placeholder')} {{}} (allowed: 1)"
             raise _invalid("templates", found, "write {} where the class name goes")
         templates[i] = plain
     return templates
@@ -114,7 +115,7 @@ def _load(kind: Kind, given: str | Sequence[Any]) -> list[Any]:
         "E_CONFIG_CHOICE",
         f"no shipped set of {kind} has this name",
         where=f"benchmark.{kind}: {given}",
-        found=f"{len(sets)} sets are shipped: {', '.join(sets)}",
+        found=f"shipped sets: {', '.join(sets)}",
         fix=nearest(given, sets) or "see `clipwright list prompts`, or give a .json or .txt file, or a [list]",
     )
 

@@ -21,6 +21,7 @@ from clipwright.eval.metrics import RankedResults, rank_candidates, wilson_inter
 from clipwright.eval.prompting import ClassNames, template_columns
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.nearest import nearest
 
 CONFUSION_CLASSES = 200  # with more classes the confusion matrix is left out
@@ -94,7 +95,7 @@ def class_embeddings(
     owners = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(n) * len(templates) for n in classes]))
     sums: Tensor | None = None
     start = 0
-    with Progress("eval", len(prompts), "prompts", quiet=quiet) as progress:
+    with Progress("eval", len(prompts), "prompt", quiet=quiet) as progress:
         for embeddings in encode_texts(model, prompts, batch=batch):
             if sums is None:
                 sums = torch.zeros(len(classes), embeddings.shape[1], dtype=torch.float64)
@@ -205,7 +206,7 @@ def classify(
     keys: list[str] = []
     parts: list[RankedResults] = []
     column_ranks: dict[str, list[Tensor]] = {column: [] for column in same_value}
-    with Progress("eval", len(task.rows), "images", quiet=quiet) as progress:
+    with Progress("eval", len(task.rows), "image", quiet=quiet) as progress:
         for batch_keys, embeddings in encode_images(model, data.images(task.rows), batch=batch, workers=workers):
             labels = task.labels[len(keys) : len(keys) + len(batch_keys)]
             parts.append(rank_candidates(embeddings, candidates, [labels[i : i + 1] for i in range(len(labels))]))
@@ -308,7 +309,10 @@ def _column_labels(
         return [names.get(value) for value in values], [(names[number],) for number in sorted(numbers)]
     low, count = min(numbers, default=0), max(numbers, default=-1) + 1
     if low < 0 or count != len(classes):
-        found = f"{len(classes)} classes, and labels from {low} to {count - 1}, which are {count - low} classes"
+        found = (
+            f"{format_count(len(classes), 'class', 'classes')}, and labels from {low} to {count - 1}, "
+            f"in all {format_count(count - low, 'class', 'classes')}"
+        )
         raise _class_mismatch(found, "give benchmark.classes one name for each label, in order")
     return [None if value is None else classes[value][0] for value in values], classes
 
@@ -317,7 +321,7 @@ def _names_of_numbers(table: pa.Table, numbers: set[int], values: list[Any]) -> 
     """Returns the name of each label number, taken from the column `class_name`."""
     fix = "set benchmark.classes to the names in the order of the numbers"
     if "class_name" not in table.column_names:
-        found = f"0 classes, {len(numbers)} different numbers as labels, and no column class_name"
+        found = f"0 classes, {format_count(len(numbers), 'different number')} as labels, and no column class_name"
         raise _class_mismatch(found, fix)
     names: dict[int, str] = {}
     for number, name in zip(values, table["class_name"].to_pylist(), strict=True):
@@ -349,7 +353,10 @@ def _unknown_label(texts: list[str | None], row: int, classes: list[ClassNames],
         found = f"row {row} of {data.name} has no label"
         return _class_mismatch(found, "select the rows that have a label with benchmark.where")
     labels = len({text for text in texts if text is not None})
-    found = f"{len(classes)} classes, {labels} different labels; row {row} has {text!r}, which is not a class"
+    found = (
+        f"{format_count(len(classes), 'class', 'classes')}, {format_count(labels, 'different label')}; "
+        f"row {row} has {text!r}, which is not a class"
+    )
     return _class_mismatch(
         found, "name every label in benchmark.classes, or leave it out to take the labels as classes"
     )

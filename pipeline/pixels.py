@@ -32,6 +32,8 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
+from clipwright.pipeline.core.messages import format_count
+
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 16_384
 MAX_ASPECT = 100
@@ -134,7 +136,9 @@ def _open(data: bytes) -> tuple[Image.Image, Header]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PixelError("E_IMG_PIXELS", str(error)) from None
     except Image.UnidentifiedImageError:
-        raise PixelError("E_IMG_TRUNCATED", f"{len(data)} bytes of {kind} without a readable header") from None
+        raise PixelError(
+            "E_IMG_TRUNCATED", f"{format_count(len(data), 'byte')} of {kind} without a readable header"
+        ) from None
     except Exception as error:  # a malformed header may make Pillow raise anything
         raise PixelError("E_IMG_TRUNCATED", f"{kind} header: {_reason(error)}") from None
     width, height = image.size
@@ -152,7 +156,9 @@ def _check_size(width: int, height: int) -> None:
     if width < 1 or height < 1:
         raise PixelError("E_IMG_TRUNCATED", f"the header states {width} x {height} pixels")
     if width * height > MAX_PIXELS:
-        raise PixelError("E_IMG_PIXELS", f"{width} x {height} = {width * height} pixels ({MAX_PIXELS} allowed)")
+        raise PixelError(
+            "E_IMG_PIXELS", f"{width} x {height} = {format_count(width * height, 'pixel')} ({MAX_PIXELS} allowed)"
+        )
     if max(width, height) > MAX_SIDE:
         raise PixelError("E_IMG_PIXELS", f"{width} x {height} pixels ({MAX_SIDE} per side allowed)")
     if max(width, height) > MAX_ASPECT * min(width, height):
@@ -189,7 +195,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         length, name = struct.unpack_from(">I4s", data, offset)
         if offset + 12 + length > len(data):
             if name in (b"IHDR", b"PLTE", b"IDAT"):
-                detail = f"{len(data)} bytes of at least {offset + 12 + length}"
+                detail = f"{format_count(len(data), 'byte')} of at least {offset + 12 + length}"
                 raise PixelError("E_IMG_TRUNCATED", detail)
             return
         yield name, offset + 8, length
@@ -289,7 +295,9 @@ class EncodedImage:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise PixelError("E_IMG_PIXELS", str(error)) from None
         except Exception as error:  # malformed data may make Pillow raise anything
-            raise PixelError("E_IMG_TRUNCATED", f"{len(data)} bytes of {kind}: {_reason(error)}") from None
+            raise PixelError(
+                "E_IMG_TRUNCATED", f"{format_count(len(data), 'byte')} of {kind}: {_reason(error)}"
+            ) from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

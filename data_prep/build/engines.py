@@ -18,6 +18,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.plugins import import_plugin
 from clipwright.pipeline.core.registry import configclass
 
@@ -101,7 +102,7 @@ class WorkerPool:
             raise ClipwrightError(
                 "E_WORKER",
                 "a worker process died",
-                where=f"one of {self.workers} workers",
+                where=f"one of {format_count(self.workers, 'worker')}",
                 found="it was killed, most likely because memory ran out",
                 fix="run the same command again to resume; a smaller runtime.workers needs less memory",
             ) from None

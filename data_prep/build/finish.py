@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.folders.output import PLAN, REJECTS
 from clipwright.pipeline.folders.records import DatasetFingerprint, file_entries, write_manifest
 from clipwright.pipeline.folders.schema import parquet_bytes
@@ -101,7 +102,7 @@ def count_reasons(rejects: pa.Table) -> Counter[str]:
 def no_samples(where: Path, rejects: pa.Table, *, fix: str) -> ClipwrightError:
     """Returns E_PREP_EMPTY for an input of which every row was rejected."""
     counts = ", ".join(f"{reason} {rows}" for reason, rows in count_reasons(rejects).most_common())
-    found = f"{rejects.num_rows} rows in, all rejected: {counts}"
+    found = f"{format_count(rejects.num_rows, 'row')} in, all rejected: {counts}"
     for first in rejects.slice(0, 1).to_pylist():
         found += f"; the first is {first['source']}: {first['detail']}"
     return ClipwrightError(

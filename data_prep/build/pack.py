@@ -22,6 +22,7 @@ from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import write_json
 from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.part import Part
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders import output
@@ -186,7 +187,7 @@ def write_shards(
     rows_done = sum(map(_rows_covered, receipts.values()))
     # For one part of a job array, its share of all rows is an estimate.
     rows = round(job.source.count * len(numbers) / max(plan.shard_count(shard_samples), 1))
-    with Progress("prep", rows, "rows", quiet=quiet, already_done=rows_done) as progress:
+    with Progress("prep", rows, "row", quiet=quiet, already_done=rows_done) as progress:
         for receipt in pool.run(write_shard, tasks):
             receipts[receipt["shard"]] = receipt
             rejected = sum(receipt["rejects"].values()) - receipt["merged"]
@@ -216,7 +217,7 @@ def _require_shards(job: Job, numbers: range) -> None:
             "E_UNFINISHED",
             "some parts are missing or did not finish",
             where=job.folder,
-            found=f"{len(missing)} of {len(numbers)} shards are not written: {listed}",
+            found=f"{len(missing)} of {format_count(len(numbers), 'shard')} not written: {listed}",
             fix="run the parts again (they write only what is missing), or leave out runtime.part to write them here",
         )
 

@@ -168,7 +168,7 @@ def _split(rows: range) -> Iterator[range]:
 
 
 def _hash(job: Job, pool: WorkerPool, tasks: list[range], quiet: bool) -> Iterator[tuple[int, list[str]]]:
-    with Progress("prep: plan", sum(map(len, tasks)), "rows", quiet=quiet) as progress:
+    with Progress("prep: plan", sum(map(len, tasks)), "row", quiet=quiet) as progress:
         for start, keys in pool.run(hash_rows, tasks):
             yield start, keys
             progress.add(len(keys))

@@ -13,6 +13,7 @@ from typing import Any
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.output import CONFIG, DATASET, PLAN, WORK, Kind, Lock
 
@@ -92,6 +93,6 @@ def _check_shards(folder: Path, manifest: Mapping[str, Any]) -> None:
                 "E_DATA_HASH",
                 "a shard of a finished dataset is missing or changed",
                 where=tar,
-                found=f"the manifest lists it with {shard['tar_bytes']} bytes and a sidecar",
+                found=f"the manifest lists it with {format_count(shard['tar_bytes'], 'byte')} and a sidecar",
                 fix="restore it, or make the dataset again with --fresh",
             )

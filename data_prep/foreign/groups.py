@@ -20,6 +20,7 @@ from clipwright.data_prep.sources.folder_files import DECODED_SUFFIXES, OTHER_IM
 from clipwright.pipeline import pixels
 from clipwright.pipeline.core.captions import CaptionError
 from clipwright.pipeline.core.files import atomic_write, write_json
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.folders.output import WORK
 from clipwright.pipeline.folders.schema import REJECTS_SCHEMA, SIDECAR_SCHEMA, parquet_bytes
 
@@ -208,10 +209,12 @@ def _image(group: _Group) -> tuple[Member, bytes]:
     images = [extension for extension in group.files if extension in _IMAGES]
     _check_dots(group, has_image=bool(images))
     if list(group.files) == [""]:
-        raise TarError("E_PAIR_KEY", f"a name of {len(group.key)} characters without extension: it is truncated")
+        raise TarError(
+            "E_PAIR_KEY", f"a name of {format_count(len(group.key), 'character')} without extension: it is truncated"
+        )
     if len(images) != 1:
         listed = ", ".join(f".{extension}" for extension in list(group.files)[:6])
-        count = f"{len(images)} images" if images else "no image"
+        count = format_count(len(images), "image") if images else "no image"
         raise TarError("E_PAIR_IMAGE", f"{count} in the group, its members are {shown(listed)}")
     return group.files[images[0]]
 

@@ -101,7 +101,7 @@ def _scan_all(folder: Path, names: list[str], config: ForeignIndexConfig, quiet:
     tasks = [(number, name) for number, name in enumerate(names) if number not in receipts]
     with (
         WorkerPool(worker_count(config.runtime.workers, len(tasks)), folder) as pool,
-        Progress("index", len(names), "tars", quiet=quiet, already_done=len(receipts)) as progress,
+        Progress("index", len(names), "tar", quiet=quiet, already_done=len(receipts)) as progress,
     ):
         for receipt in pool.run(scan_tar, tasks):
             receipts[receipt["number"]] = receipt

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from clipwright.pipeline.core.messages import format_count
+
 BLOCK = tarfile.BLOCKSIZE
 MAX_MEMBER_BYTES = 64 << 20  # of an image, text or JSON
 MAX_MEMBERS = 1_000_000
@@ -116,7 +118,7 @@ def members(reader: HashingReader) -> Iterator[tuple[Member, bytes]]:
         if info.type in _WITHOUT_DATA:
             size = 0
         yield _read_member(reader, name, header, size, kind)
-    raise TarError("E_TAR", f"more than {MAX_MEMBERS} headers")
+    raise TarError("E_TAR", f"more than {format_count(MAX_MEMBERS, 'header')}")
 
 
 def shown(name: str) -> str:
@@ -135,7 +137,9 @@ def _read_member(reader: HashingReader, name: str, header: int, size: int, kind:
         data = reader.read(size)
         available = len(data)
     if available != size:
-        raise TarError("E_TAR_TRUNCATED", f"the file ends after {available} of {size} bytes of {shown(name)}")
+        raise TarError(
+            "E_TAR_TRUNCATED", f"the file ends after {available} of {format_count(size, 'byte')} of {shown(name)}"
+        )
     reader.skip(-size % BLOCK)
     return Member(name, header, offset, size, refused), data
 
@@ -174,7 +178,9 @@ def _check_end(reader: HashingReader, start: int) -> None:
 
 def _read_extended(reader: HashingReader, info: tarfile.TarInfo, start: int) -> bytes:
     if info.size > _MAX_EXTENDED_BYTES:
-        detail = f"an extended header of {info.size} bytes at offset {start} (limit {_MAX_EXTENDED_BYTES})"
+        detail = (
+            f"an extended header of {format_count(info.size, 'byte')} at offset {start} (limit {_MAX_EXTENDED_BYTES})"
+        )
         raise TarError("E_TAR", detail)
     data = reader.read(info.size)
     if len(data) != info.size:
@@ -210,7 +216,7 @@ def _unsafe(name: str, size: int) -> str:
     if name.startswith("/") or ".." in name.split("/"):
         return "a path that leaves its folder"
     if len(name) > MAX_NAME_CHARACTERS:
-        return f"a name of {len(name)} characters (limit {MAX_NAME_CHARACTERS})"
+        return f"a name of {format_count(len(name), 'character')} (limit {MAX_NAME_CHARACTERS})"
     if not name.isprintable():  # also refuses lone surrogates, which represent bytes that are not UTF-8
         return "a name that is not printable text"
-    return f"{size} bytes (limit {MAX_MEMBER_BYTES})" if size > MAX_MEMBER_BYTES else ""
+    return f"{format_count(size, 'byte')} (limit {MAX_MEMBER_BYTES})" if size > MAX_MEMBER_BYTES else ""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.tables import align
 from clipwright.pipeline.folders.dataset import read_dataset_manifest, read_sidecar
 
@@ -43,7 +44,7 @@ def stats(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     samples = sum(shard["samples"] for shard in shards)
     scripts: Counter[str] = Counter()
     values_per_shard: dict[str, list[np.ndarray]] = {}
-    with Progress("stats", samples, "samples", quiet=quiet) as progress:
+    with Progress("stats", samples, "sample", quiet=quiet) as progress:
         for shard in shards:
             for name, values in _shard_values(folder, shard, scripts).items():
                 values_per_shard.setdefault(name, []).append(values)
@@ -184,7 +185,8 @@ def table(result: dict[str, Any]) -> str:
     duplicates = result["duplicates"]
     captions = result["equal_captions"]
     lines = [
-        f"{result['samples']:,} samples in {result['shards']:,} shards, {result['bytes'] / 1e6:,.1f} MB of tars",
+        f"{format_count(result['samples'], 'sample')} in {format_count(result['shards'], 'shard')}, "
+        f"{result['bytes'] / 1e6:,.1f} MB of tars",
         "",
         align(quantile_rows),
         "",
@@ -196,13 +198,17 @@ def table(result: dict[str, Any]) -> str:
         "",
         *_bars_below("captions by script", result["scripts"]),
         f"exact duplicates merged: {duplicates['exact_merged']:,}",
-        f"near duplicates (equal difference hash): {duplicates['near_images']:,} images "
-        f"in {duplicates['near_groups']:,} groups",
+        f"near duplicates (equal difference hash): {format_count(duplicates['near_images'], 'image')} "
+        f"in {format_count(duplicates['near_groups'], 'group')}",
         f"captions: {result['captions']:,}, of them {captions['distinct']:,} distinct; "
         f"{captions['repeated']:,} occur more than once",
     ]
     lines += [f"  {row['images']:>7,} × {_cut(row['caption'])}" for row in captions["top"]]
-    lines += ["", f"rejected: {result['rejected']:,} of {result['rows_in']:,} rows", *_bars(result["rejects"])]
+    lines += [
+        "",
+        f"rejected: {result['rejected']:,} of {format_count(result['rows_in'], 'row')}",
+        *_bars(result["rejects"]),
+    ]
     if result["captions_dropped"]:
         lines.append(f"invalid captions dropped from written samples: {result['captions_dropped']:,}")
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from clipwright.data_prep.foreign.tars import BLOCK, HashingReader
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import file_sha256
 from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.folders.dataset import read_dataset_manifest, read_table
 from clipwright.pipeline.folders.output import REJECTS
 from clipwright.pipeline.folders.records import MANIFEST, DatasetFingerprint, file_difference
@@ -81,7 +82,7 @@ def verify(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     fingerprint = DatasetFingerprint()
     rows: list[np.ndarray] = []
     bad_shards = captions = 0
-    with Progress("verify", samples, "samples", quiet=quiet) as progress:
+    with Progress("verify", samples, "sample", quiet=quiet) as progress:
         for shard, checked in zip(shards, _check_shards(folder, manifest), strict=True):
             faults += checked.faults
             if checked.faults:
@@ -118,7 +119,8 @@ def failure(result: dict[str, Any]) -> ClipwrightError | None:
         "E_MANIFEST" if manifest_only else "E_DATA_HASH",
         "the dataset does not match its manifest",
         where=Path(result["data"]) / faults[0]["file"],
-        found=f"{result['shards_bad']} of {result['shards']} shards are bad; the first fault is {faults[0]['text']}",
+        found=f"{result['shards_bad']} of {format_count(result['shards'], 'shard')} bad; the first fault "
+        f"is {faults[0]['text']}",
         fix="restore the named files, or make the dataset again with --fresh",
     )
 
@@ -157,7 +159,7 @@ def _check_shard(folder: Path, shard: dict[str, Any], compare: _CompareTar) -> _
                 compare(reader, sidecar.to_pylist())
             reader.skip(size)  # hash what follows the last sample
         if size != shard["tar_bytes"]:
-            raise _Mismatch(f"{size} bytes, the manifest has {shard['tar_bytes']}", None, None)
+            raise _Mismatch(f"{format_count(size, 'byte')}, the manifest has {shard['tar_bytes']}", None, None)
         if reader.sha256.hexdigest() != shard["tar_sha256"]:
             problem = "the SHA-256 differs from the manifest"
             if sidecar is not None:
@@ -185,7 +187,7 @@ def _check_sidecar(folder: Path, shard: dict[str, Any]) -> tuple[pa.Table | None
     except ClipwrightError as error:
         return None, Fault(name, f"the file cannot be read: {error.found}")
     if table.num_rows != shard["samples"]:
-        return None, Fault(name, f"{table.num_rows} rows, the manifest has {shard['samples']}")
+        return None, Fault(name, f"{format_count(table.num_rows, 'row')}, the manifest has {shard['samples']}")
     return table, None
 
 
@@ -238,7 +240,9 @@ def _read_member(reader: HashingReader, key: str) -> tuple[str, int, bytes]:
     data = reader.read(info.size)
     reader.read(-info.size % BLOCK)
     if len(data) != info.size:
-        raise _Mismatch(f"the file ends after {len(data)} of {info.size} bytes of {info.name}", key, offset)
+        raise _Mismatch(
+            f"the file ends after {len(data)} of {format_count(info.size, 'byte')} of {info.name}", key, offset
+        )
     return info.name, offset, data
 
 
@@ -252,7 +256,9 @@ def _member_problem(extension: str, offset: int, data: bytes, row: dict[str, Any
     if extension not in EXTENSION.values():
         return f"the extension {extension!r} is not one of a sample"
     if (offset, len(data)) != (row["offset"], row["size"]):
-        return f"the image has {len(data)} bytes, the sidecar has {row['size']} at offset {row['offset']}"
+        return (
+            f"the image has {format_count(len(data), 'byte')}, the sidecar has {row['size']} at offset {row['offset']}"
+        )
     if hashlib.sha256(data).hexdigest() != row["sha256"]:
         return "the image's SHA-256 differs from the sidecar"
     return ""

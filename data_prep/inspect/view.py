@@ -84,7 +84,7 @@ def view(config: ViewConfig, out: Path, *, quiet: bool = False) -> dict[str, Any
         rejected_rows = _RejectedRows(problem="Rejected images stay in their tars and are not shown.")
     else:
         rejected_rows = _read_source(folder, [row["row"] for row in chosen])
-    with Progress("view", config.kept + len(chosen), "pairs", quiet=quiet) as progress:
+    with Progress("view", config.kept + len(chosen), "pair", quiet=quiet) as progress:
         kept = list(_with_progress(_kept_pairs(folder, manifest["shards"], config), progress))
         rejected = list(_with_progress((_rejected_pair(row, rejected_rows) for row in chosen), progress))
     page = render(

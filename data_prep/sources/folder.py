@@ -84,7 +84,7 @@ class FolderSource(Source):
         tasks = [range(start, min(start + _ROWS_PER_HASH_TASK, self.count)) for start in starts]
         pool = ThreadPoolExecutor(_HASH_THREADS)  # hashing and disk reads release the interpreter lock
         try:
-            with Progress("hash", self.count, "images", quiet=quiet) as progress:
+            with Progress("hash", self.count, "image", quiet=quiet) as progress:
                 for rows, hashes in zip(tasks, pool.map(self._hash_rows, tasks), strict=True):
                     for row, files in zip(rows, hashes, strict=True):
                         digest.update(f"{canonical_json(files)}\n".encode())
@@ -226,7 +226,7 @@ class FolderSource(Source):
         """Returns the columns that the JSON files define, in order of appearance, and the keys that cannot be one."""
         value_types: dict[str, set[type]] = {}
         rows = [row for row, suffixes in enumerate(self._caption_suffixes) if ".json" in map(str.lower, suffixes)]
-        with Progress("columns", len(rows), "JSON files", quiet=quiet) as progress:
+        with Progress("columns", len(rows), "JSON file", quiet=quiet) as progress:
             for row in rows:
                 try:
                     metadata = self._read_object(self._caption_files(row)[-1])

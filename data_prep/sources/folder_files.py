@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 
 # Formats that pixels.py decodes, and others: a file of these is a row too, so that it appears among the rejects.
 DECODED_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "webp", "gif", "bmp", "dib", "tif", "tiff")
@@ -112,9 +113,9 @@ def _no_pairs(root: Path, images: int, orphans: int) -> ClipwrightError:
             found=f"no file in it or its subfolders ends in {', '.join(f'.{suffix}' for suffix in DECODED_SUFFIXES)}",
             fix="check source.path; for a table of images, run `clipwright prep table`",
         )
-    found = f"{images} images, and no .txt or .json file with the same stem beside any of them"
+    found = f"{format_count(images, 'image')}, and no .txt or .json file with the same stem beside any of them"
     if orphans:
-        found += f"; {orphans} caption files match no image"
+        found += f"; {format_count(orphans, 'caption file')} without an image"
     return ClipwrightError(
         "E_PREP_EMPTY",
         "the images have no captions",

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from clipwright.data_prep.sources.base import SOURCES, Record, Source, SourceConfig, read_image
 from clipwright.data_prep.sources.table_files import TableFile, find_files, open_file
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.registry import configclass
 
@@ -155,7 +156,9 @@ def _check_column(name: str, file: TableFile) -> None:
         return
     raise ClipwrightError(
         "E_COLUMN",
-        f"the table has {occurrences} columns of this name" if occurrences else "the table has no such column",
+        f"the table has {format_count(occurrences, 'column')} of this name"
+        if occurrences
+        else "the table has no such column",
         where=f"{file.path}: {name}",
         found=f"its columns are {', '.join(file.schema.names)}",
         fix=nearest(name, file.schema.names)

@@ -91,7 +91,7 @@ def retrieve(model: Encoder, data: Dataset, *, batch: int, workers: int, quiet: 
     data.require_captions("retrieval")
     keys: list[str] = []
     images: list[torch.Tensor] = []
-    with Progress("eval", data.samples, "images", quiet=quiet) as progress:
+    with Progress("eval", data.samples, "image", quiet=quiet) as progress:
         sources = dataset_images(data, range(data.samples))
         for batch_keys, embeddings in encode_images(model, sources, batch=batch, workers=workers):
             keys += batch_keys
@@ -103,7 +103,7 @@ def retrieve(model: Encoder, data: Dataset, *, batch: int, workers: int, quiet: 
     owners = [image for image, captions in enumerate(captions_of) for _ in captions]
     captions = [caption for captions in captions_of for caption in captions]
     texts: list[torch.Tensor] = []
-    with Progress("eval", len(captions), "captions", quiet=quiet) as progress:
+    with Progress("eval", len(captions), "caption", quiet=quiet) as progress:
         for embeddings in encode_texts(model, captions, batch=batch):
             texts.append(embeddings)
             progress.add(len(embeddings))

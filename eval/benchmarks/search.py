@@ -65,7 +65,7 @@ class SearchBenchmark:
         k = min(self.config.k, len(rows))
         row_values = [tuple(row[column] for column in columns) for row in metadata]
         queries, hits = [], []
-        with Progress("eval", len(combinations), "queries", quiet=context.quiet) as progress:
+        with Progress("eval", len(combinations), "query", plural="queries", quiet=context.quiet) as progress:
             for values in combinations:
                 result = self._search(searcher, dict(zip(columns, values, strict=True)), k)
                 hits.append(result)

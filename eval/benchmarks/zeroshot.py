@@ -10,6 +10,7 @@ from clipwright.eval.labeled import open_labeled
 from clipwright.eval.prompting import load_classes, load_templates
 from clipwright.eval.zeroshot import classify, make_task
 from clipwright.pipeline.core.files import digest
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.tables import align
 
@@ -86,9 +87,11 @@ def scores(numbers: dict[str, Any]) -> list[Score]:
 
 def details(numbers: dict[str, Any]) -> str:
     """Counts, the worst classes and the most frequent confusions, for a terminal."""
-    counts = f"{numbers['classes']} classes, {numbers['templates']} templates"
+    counts = f"{format_count(numbers['classes'], 'class', 'classes')}, {format_count(numbers['templates'], 'template')}"
     if numbers["merged"]:
-        counts += f"; {numbers['merged']} classes share the name of another class and were merged with it"
+        counts += (
+            f"; {format_count(numbers['merged'], 'class', 'classes')} with the name of another class merged with it"
+        )
     sections = [counts]
     tested = [row for row in numbers["per_class"] if row["n"]]
     worst = [["worst classes", "top1", "n"]]

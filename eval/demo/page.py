@@ -13,7 +13,7 @@ from typing import Any
 
 from clipwright.eval.demo.results import Demo
 from clipwright.pipeline.core.files import atomic_write
-from clipwright.pipeline.core.log import format_duration
+from clipwright.pipeline.core.messages import format_count, format_duration
 from clipwright.pipeline.folders.schema import SIDECAR_SCHEMA
 from clipwright.pipeline.page import plots
 from clipwright.pipeline.page.render import percent, render
@@ -89,7 +89,7 @@ def _values(demo: Demo) -> dict[str, Any]:
 def _tiles(demo: Demo) -> list[dict[str, str]]:
     z, t2i, search = demo.zeroshot, demo.retrieval["t2i"], demo.search
     scores = [
-        ("Zero-shot", f"top-1 of {z['classes']} classes", z["top1"], z["chance"], "chance"),
+        ("Zero-shot", f"top-1 of {format_count(z['classes'], 'class', 'classes')}", z["top1"], z["chance"], "chance"),
         ("Shape", "top-1", z["shape_top1"], z["shape_chance"], "chance given the color"),
         ("Retrieval", "recall@1, text → image", t2i["r1"], t2i["chance_r1"], "chance"),
         ("Retrieval", "recall@10, text → image", t2i["r10"], t2i["chance_r10"], "chance"),
@@ -130,21 +130,26 @@ def _verdict(demo: Demo) -> str:
     top1, chance = percent(z["top1"]), percent(z["chance"])
     if not far_above(z["top1"], z["chance"]):
         return (
-            f"The model did not learn enough: its top-1 accuracy on {z['n']:,} images is {top1}, and chance is "
+            f"The model did not learn enough: its top-1 accuracy on {format_count(z['n'], 'image')} is "
+            f"{top1}, and chance is "
             f"{chance}. If the loss under Training is still falling, train on more samples (schedule.samples); "
             "otherwise run clipwright doctor."
         )
     if not demo.unseen_combinations:
-        return f"The model learned: its top-1 accuracy on {z['n']:,} new images is {top1}; chance is {chance}."
+        return (
+            f"The model learned: its top-1 accuracy on {format_count(z['n'], 'new image')} is {top1}; "
+            f"chance is {chance}."
+        )
     if far_above(z["shape_top1"], z["shape_chance"]):
         verdict = "The model learned colors and shapes, and recognizes them in new combinations."
     else:
         verdict = "The model learned colors, but hardly learned shapes."
     names = sorted({prediction["label"] for prediction in demo.predictions})
-    held_out = f"{len(names)} combinations" if len(names) > 1 else "one combination"
+    held_out = format_count(len(names), "combination")
     return (
         f"{verdict} Training showed every color and every shape, but not {held_out} of the two, such as “{names[0]}”. "
-        f"Of {z['n']:,} images of held-out combinations, {top1} are classified correctly; chance is {chance}."
+        f"Its top-1 accuracy on {format_count(z['n'], 'image')} of held-out combinations is {top1}; "
+        f"chance is {chance}."
     )
 
 
@@ -164,9 +169,10 @@ def _data(demo: Demo) -> dict[str, Any]:
             ("training samples", samples),
             ("test images", demo.test.samples),
         ],
-        "text": f"{manifest['written']:,} training images were made from {manifest['rows_in']:,} pairs. Training used "
-        f"{samples:,} samples: each image {repeats:.{decimals}f} times on average. The scores below are measured on "
-        f"{demo.test.samples:,} other images.",
+        "text": f"Training data: {format_count(manifest['written'], 'image')} from "
+        f"{format_count(manifest['rows_in'], 'pair')}. Training used {format_count(samples, 'sample')}: each image "
+        f"{repeats:.{decimals}f} times on average. The scores below are measured on "
+        f"{format_count(demo.test.samples, 'other image')}.",
         "pairs": [
             {
                 "image": _small(demo.train.image(*position)),
@@ -209,7 +215,7 @@ def _training(demo: Demo, seconds: float) -> dict[str, Any]:
         f"end, and {percent(text_accuracy[-1])} of the captions rank their image first; chance is {percent(1 / batch)}."
     )
     rate_text = (
-        f"The median speed is {statistics.median(rate):.0f} samples per second. {percent(waiting)} of the time was "
+        f"The median speed is {statistics.median(rate):.0f} samples/s. {percent(waiting)} of the time was "
         f"spent waiting for data; peak memory was {memory:.1f} GB. Training took {format_duration(seconds)}."
     )
     loss_figure = plots.curve(
@@ -243,7 +249,8 @@ def _zeroshot(demo: Demo) -> dict[str, Any]:
     rows = [demo.test_images.row(prediction["key"]) for prediction in predictions]
     kind = " of combinations that training never showed" if demo.unseen_combinations else ""
     text = (
-        f"Top-1 accuracy is {percent(z['top1'])} on {z['n']:,} images{kind}, with {z['classes']} classes; chance is "
+        f"Top-1 accuracy is {percent(z['top1'])} on {format_count(z['n'], 'image')}{kind}, with "
+        f"{format_count(z['classes'], 'class', 'classes')}; chance is "
         f"{percent(z['chance'])}. The shape is correct for {percent(z['shape_top1'])} of the images; chance given the "
         f"color is {percent(z['shape_chance'])}."
     )
@@ -271,7 +278,10 @@ def _zeroshot(demo: Demo) -> dict[str, Any]:
 def _split(column: str, correct: dict[Any, list[bool]]) -> dict[str, Any]:
     """The accuracy for each value of a column. `clipwright prep` stores a user's column `size` as `input_size`."""
     accuracy = {value: sum(correct[value]) / len(correct[value]) for value in sorted(correct, key=str)}
-    rows = [(f"{value} ({len(correct[value])} images)", share, None, "") for value, share in accuracy.items()]
+    rows = [
+        (f"{value} ({format_count(len(correct[value]), 'image')})", share, None, "")
+        for value, share in accuracy.items()
+    ]
     best, worst = max(accuracy, key=lambda value: accuracy[value]), min(accuracy, key=lambda value: accuracy[value])
     if accuracy[best] == accuracy[worst]:
         text = f"All values: {percent(accuracy[best])} correct."
@@ -318,19 +328,20 @@ def _retrieval(demo: Demo) -> dict[str, Any]:
     drawn = random.Random(0).sample(queries, min(QUERIES, len(queries)))
     worst = sorted(queries, key=lambda row: (-row["rank"], row["query"]))[:WORST]
     if worst and worst[0]["rank"]:
-        worst_text = f"The {len(worst)} captions whose first relevant image ranks lowest."
+        worst_text = f"The {format_count(len(worst), 'caption')} whose first relevant image ranks lowest."
     else:
         worst_text = "Every caption has a relevant image at rank 1."
     t2i = demo.retrieval["t2i"]
     return {
-        "text": f"Recall@1 is {percent(t2i['r1'])} and recall@10 is {percent(t2i['r10'])} over {t2i['n']:,} captions; "
+        "text": f"Recall@1 is {percent(t2i['r1'])} and recall@10 is {percent(t2i['r10'])} over "
+        f"{format_count(t2i['n'], 'caption')}; "
         f"chance is {percent(t2i['chance_r1'])} and {percent(t2i['chance_r10'])}. "
         "An image is relevant (framed, marked ✓) if the caption was written for it or if it has exactly the same "
         "caption; an image that fits but has other captions does not count. Numbers are cosine similarities. The last "
         "image of a row (dashed) is the caption's own image, with the rank of the first relevant image.",
         "drawn": [_query_row(demo, row) | {"own": _hit(demo, row["key"])} for row in drawn],
         "worst": [_query_row(demo, row) | {"own": _hit(demo, row["key"])} for row in worst],
-        "drawn_text": f"{len(drawn)} random captions and their top-5 images.",
+        "drawn_text": f"{format_count(len(drawn), 'random caption')} and their top-5 images.",
         "worst_text": worst_text,
         "directions": [("text → image", t2i), ("image → text", demo.retrieval["i2t"])],
     }
@@ -340,7 +351,8 @@ def _search(demo: Demo) -> dict[str, Any]:
     k = demo.search["k"]
     drawn = random.Random(0).sample(demo.hits, min(QUERIES, len(demo.hits)))
     return {
-        "text": f"{demo.search['n']} text queries against the index of {demo.test.samples:,} images. "
+        "text": f"{format_count(demo.search['n'], 'text query', 'text queries')} against the index of "
+        f"{format_count(demo.test.samples, 'image')}. "
         f"Mean precision@{k} is {percent(demo.precision)}; chance is {percent(demo.search['chance'])}.",
         "drawn": [_query_row(demo, row) | {"relevant": sum(row["right"])} for row in drawn],
         "queries": demo.search["queries"],

@@ -148,7 +148,7 @@ class Demo:
         """Returns a step's numbers, which must be those of this folder's model and test set."""
         [report] = self._read_json(step, REPORT, ())
         if report.get("benchmark") != benchmark:
-            raise self._unfinished(step, f"its {REPORT} has no {benchmark} numbers")
+            raise self._unfinished(step, f"its {REPORT} has no numbers of the benchmark {benchmark}")
         self._require_keys(step, REPORT, report, (benchmark, "fingerprints"))
         numbers, fingerprints = report[benchmark], report["fingerprints"]
         self._require_keys(step, f"{REPORT}, {benchmark},", numbers, _REQUIRED[benchmark])

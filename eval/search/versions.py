@@ -18,6 +18,7 @@ from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, digest
 from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.unsafe import refuse_code
 from clipwright.pipeline.folders import output
@@ -80,7 +81,7 @@ def build(resolved: Resolved[IndexBuildConfig], out: Path, *, fresh: bool, quiet
         name = f"{1 + max((int(path.name) for path in versions.glob('[0-9]*')), default=0):06d}"
         with (
             output.staging(versions / name) as staged,
-            Progress("index", source.rows, "embeddings", quiet=quiet) as progress,
+            Progress("index", source.rows, "embedding", quiet=quiet) as progress,
         ):
             manifest = _write_version(staged, source, config.recipe, _next_id(versions), progress)
             atomic_write(staged / CONFIG, resolved.yaml())
@@ -204,9 +205,9 @@ def _find_mismatch(index: Any, ids: np.ndarray, manifest: dict[str, Any]) -> str
     """Returns why embeddings, rows and manifest do not belong together; None if they do."""
     if (index.ntotal, index.d) != (manifest["rows"], manifest["dimension"]):
         recorded = f"{manifest['rows']} × {manifest['dimension']}"
-        return f"the index holds {index.ntotal} × {index.d} numbers, the manifest states {recorded}"
+        return f"the index has {index.ntotal} × {index.d} values, the manifest states {recorded}"
     if len(ids) != index.ntotal:
-        return f"{index.ntotal} embeddings and {len(ids)} rows"
+        return f"{format_count(index.ntotal, 'embedding')} and {format_count(len(ids), 'row')}"
     index_ids = faiss.vector_to_array(index.id_map) if isinstance(index, faiss.IndexIDMap2) else np.empty(0)
     if not np.array_equal(ids, np.sort(index_ids)):
         return "the ids of the embeddings are not the ids of the rows"

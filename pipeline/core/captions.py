@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from clipwright.pipeline.core.messages import format_count
+
 MAX_BYTES = 8192
 
 # C0 and C1 control characters, and format characters that reorder or hide text (bidi overrides, zero-width no-break
@@ -31,5 +33,5 @@ def normalize(text: str) -> str:
         raise CaptionError("E_CAP_EMPTY", "nothing but white space")
     size = len(clean.encode("utf-8"))
     if size > MAX_BYTES:
-        raise CaptionError("E_CAP_LONG", f"{size} bytes, {MAX_BYTES} allowed")
+        raise CaptionError("E_CAP_LONG", f"{format_count(size, 'byte')}, {MAX_BYTES} allowed")
     return clean

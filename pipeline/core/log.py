@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
+from clipwright.pipeline.core.messages import format_count, format_duration
+
 
 def quiet_libraries() -> None:
     """Silences notices that ask nothing of the user: a warning that is shown needs action."""
@@ -36,20 +38,10 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
 
 
-def format_duration(seconds: float) -> str:
-    """Returns `42s`, `2m28s` or `25h16m`, rounded to the last unit shown."""
-    total = round(seconds)
-    if total < 60:
-        return f"{total}s"
-    if total < 3600:
-        return f"{total // 60}m{total % 60:02d}s"
-    return f"{total // 3600}h{total % 3600 // 60:02d}m"
-
-
 class Progress:
     """Done/total, rate, time left and failures on stderr: a bar on a terminal, elsewhere one plain line per interval.
 
-    Used as `with Progress("prep", total, "rows", quiet=call.quiet) as progress: … progress.add(10)`. The bar is removed
+    Used as `with Progress("prep", total, "row", quiet=call.quiet) as progress: … progress.add(10)`. The bar is removed
     at the end; the command's summary reports the result. NO_COLOR is honored. `already_done`: the amount that an
     earlier start had done, which counts as done but not toward the rate.
     """
@@ -60,6 +52,7 @@ class Progress:
         total: int | None,
         unit: str,
         *,
+        plural: str = "",
         quiet: bool = False,
         interval: float = 10.0,
         already_done: int = 0,
@@ -67,6 +60,7 @@ class Progress:
         self.what = what
         self.total = total
         self.unit = unit
+        self.plural = plural or f"{unit}s"
         self.quiet = quiet
         self.interval = interval
         self.started = time.monotonic()
@@ -96,8 +90,11 @@ class Progress:
             self._bar.update(self._task, completed=self.done, details=self._details())
         elif not self.quiet and time.monotonic() - self.last_line >= self.interval:
             self.last_line = time.monotonic()
-            of = f"/{self.total}" if self.total is not None else ""
-            print(f"{self.what} {self.done}{of} {self.unit}  {self._details()}", file=sys.stderr, flush=True)
+            of = self.done if self.total is None else self.total
+            done = "" if self.total is None else f"{self.done:,}/"
+            count = done + format_count(of, self.unit, self.plural)
+            line = "  ".join(part for part in (f"{self.what} {count}", self._details()) if part)
+            print(line, file=sys.stderr, flush=True)
 
     def rename(self, what: str) -> None:
         """Changes the description of the work in progress."""
@@ -117,17 +114,19 @@ class Progress:
                 self._bar.start()
 
     def _details(self) -> str:
-        """Returns rate, time left and failures."""
-        rate = (self.done - self.already_done) / max(time.monotonic() - self.started, 1e-9)
-        text = f"{rate:.0f}/s" if rate >= 10 else f"{rate:.1f}/s"
-        if self.total is not None and rate > 0:
-            text += f"  eta {format_duration(max(self.total - self.done, 0) / rate)}"
+        """Returns rate, time left and failures, as far as they are known."""
+        parts: list[str] = []
+        seconds, new = time.monotonic() - self.started, self.done - self.already_done
+        if new > 0 and seconds > 0:
+            parts.append(_format_rate(new / seconds))
+            if self.total is not None and self.total > self.done:
+                parts.append(f"eta {format_duration((self.total - self.done) * seconds / new)}")
         if self.failed:
-            text += f"  failed {self.failed}"
-        return text
+            parts.append(f"failed {self.failed:,}")
+        return "  ".join(parts)
 
     def _description(self) -> str:
-        return f"{self.what} ({self.unit})"
+        return f"{self.what} ({self.plural})"
 
     def _start_bar(self) -> None:
         # Imported only if there is a terminal to draw on: rich costs 60 ms.
@@ -149,3 +148,13 @@ class Progress:
                 self._bar.stop()
             console.show_cursor()
             raise
+
+
+def _format_rate(per_second: float) -> str:
+    """Returns a rate with at least two digits: `25/s`, `1.5/s`, `2.4/min` or `3.1/h`."""
+    if per_second >= 10:
+        return f"{per_second:.0f}/s"
+    for count, unit in ((per_second, "s"), (per_second * 60, "min")):
+        if count >= 1:
+            return f"{count:.1f}/{unit}"
+    return f"{per_second * 3600:.1f}/h"

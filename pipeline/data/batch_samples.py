@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 
 RECENT_POSITIONS = 10_000  # the span of positions over which replacements are counted
 MAX_REPLACED = 200  # replacements allowed among RECENT_POSITIONS
@@ -69,10 +70,10 @@ class BadSampleLimit:
                 self._recent.popleft()
             count = len(self._recent)
             if count > MAX_REPLACED:
-                found = f"{count} of the last {RECENT_POSITIONS:,} positions ({MAX_REPLACED} allowed)"
+                found = f"{count} of the last {format_count(RECENT_POSITIONS, 'position')} ({MAX_REPLACED} allowed)"
                 raise too_many_bad_samples(self._recent, found)
             if self._consecutive >= MAX_CONSECUTIVE:
-                found = f"{self._consecutive} consecutive positions ({MAX_CONSECUTIVE - 1} allowed)"
+                found = f"{format_count(self._consecutive, 'consecutive position')} ({MAX_CONSECUTIVE - 1} allowed)"
                 raise too_many_bad_samples(self._recent, found)
 
 

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import digest
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.data.augment import AugmentConfig
 from clipwright.pipeline.data.mixture import Mixture, WeightStep
@@ -125,7 +126,8 @@ class Datasets:
                     "E_DATA_SMALL",
                     "the dataset has fewer samples than a batch draws from it",
                     where=dataset.folder,
-                    found=f"{dataset.samples} samples; schedule.global_batch={global_batch} needs {needed:.6g}",
+                    found=f"{format_count(dataset.samples, 'sample')}; schedule.global_batch={global_batch} "
+                    f"needs {needed:.6g}",
                     fix="lower schedule.global_batch or prepare more data",
                 )
 
@@ -176,7 +178,10 @@ def _weight_steps(config: DataConfig, entries: Sequence[DatasetEntry]) -> list[W
         where = "data.train" if number == 0 else f"data.reweight.{number - 1}"
         if len(step.weights) != len(entries) or not any(step.weights):
             positive = sum(weight > 0 for weight in step.weights)
-            found = f"{len(step.weights)} weights, {positive} above 0, for {len(entries)} datasets"
+            found = (
+                f"{format_count(len(step.weights), 'weight')}, {positive} above 0, for "
+                f"{format_count(len(entries), 'dataset')}"
+            )
             raise _invalid_mixture(where, found, "give each dataset a weight, at least one of them above 0")
         if step.at % config.streams:
             found = f"at={step.at} is not a multiple of data.streams={config.streams}"

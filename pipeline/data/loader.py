@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.data.augment import View, draw_color_jitter
 from clipwright.pipeline.data.batch import Batch, RankBatch
 from clipwright.pipeline.data.batch_samples import (
@@ -273,7 +274,8 @@ class Loader:
             name = self.data.shard_name(dataset, shard)
             failed.append(ReplacedSample(pending.positions[index], by, key, name, reason))
         raise too_many_bad_samples(
-            failed, f"{len(failed):,} consecutive samples of the stream of position {pending.positions[index]:,}"
+            failed,
+            f"{format_count(len(failed), 'consecutive sample')} of the stream of position {pending.positions[index]:,}",
         )
 
     def _candidates(self, pending: PendingBatch, index: int) -> Iterator[tuple[int, tuple[int, int, int, int]]]:

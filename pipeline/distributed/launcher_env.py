@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 
 # torchrun's variables, which DeepSpeed, accelerate and others read.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -70,7 +71,7 @@ def read_launcher_env(env: Mapping[str, str]) -> LauncherEnv:
             raise _error(
                 "no variable names the host of rank 0",
                 launcher.source,
-                f"MASTER_ADDR is not set, with {launcher.world_size} ranks",
+                f"MASTER_ADDR is not set, with {format_count(launcher.world_size, 'rank')}",
                 "set MASTER_ADDR to the host of rank 0 (and MASTER_PORT to a free port on it) for all ranks",
             )
         master_addr = "127.0.0.1"

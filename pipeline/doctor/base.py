@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clipwright.pipeline.core.command import Call, Outcome
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.tables import wrap
 
@@ -182,7 +183,7 @@ def failure(context: DoctorContext) -> ClipwrightError | None:
     if not failed:
         return None
     name, result = next(iter(failed.items()))
-    count = f"{len(failed)} of {len(context.results)} checks failed"
+    count = f"{len(failed)} of {format_count(len(context.results), 'check')} failed"
     return ClipwrightError(
         "E_DOCTOR",
         count,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.data.batch import RankBatch
 from clipwright.pipeline.data.datasets import Datasets
 from clipwright.pipeline.doctor.base import CheckResult, DoctorContext, check
@@ -41,7 +42,8 @@ def config(context: DoctorContext) -> CheckResult:
     return CheckResult(
         "ok",
         f"{value.image.name} at {value.image.image_size} px, {value.text.name}, {value.tokenizer.name}, "
-        f"{value.schedule.samples:,} samples, global batch {value.schedule.global_batch}, {value.precision}",
+        f"{format_count(value.schedule.samples, 'sample')}, global batch {value.schedule.global_batch}, "
+        f"{value.precision}",
     )
 
 
@@ -50,7 +52,9 @@ def dataset(context: DoctorContext) -> CheckResult:
     data = Datasets(context.config.data, context.config.runtime.cache)
     context.dataset = data
     return CheckResult(
-        "ok", f"{data.samples:,} samples in {len(data.sizes)} shards, all present", "shards match the manifest"
+        "ok",
+        f"{format_count(data.samples, 'sample')} in {format_count(len(data.sizes), 'shard')}, all present",
+        "shards match the manifest",
     )
 
 
@@ -84,7 +88,7 @@ def samples(context: DoctorContext) -> CheckResult:
     RankBatch(context.world.rank, context.world.size, global_batch)
     data.check_batch(global_batch)
     epochs = ", ".join(f"{count:.1f}" for count in data.epochs(context.config.schedule.samples))
-    return CheckResult("ok", f"{data.samples:,}, {epochs} epochs", f"at least one global batch: {global_batch}")
+    return CheckResult("ok", f"{data.samples:,}, epochs: {epochs}", f"at least one global batch: {global_batch}")
 
 
 @check("shards", "dataset")
@@ -92,7 +96,9 @@ def shards(context: DoctorContext) -> CheckResult:
     """Shards and streams against ranks: which ranks read the same files, and how well a batch mixes."""
     streams, batch = context.config.data.streams, context.config.schedule.global_batch
     world, count = context.world.size, len(context.dataset.sizes)
-    found = f"{count} shards, {streams} streams, world size {world}, global batch {batch}"
+    found = (
+        f"{format_count(count, 'shard')}, {format_count(streams, 'stream')}, world size {world}, global batch {batch}"
+    )
     if world > streams or streams % world:
         multiple = -(-streams // world) * world
         return CheckResult(
@@ -112,10 +118,10 @@ def shard_files(context: DoctorContext) -> CheckResult:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     open_shards = sum(min(len(part.sizes), OPEN_TARS) for part in context.dataset.datasets)
     files = open_shards + context.config.runtime.workers + OTHER_FILES
-    found = f"{open_shards} shards open at once per process"
+    found = f"{format_count(open_shards, 'shard')} open at once per process"
     if soft == resource.RLIM_INFINITY:
-        return CheckResult("ok", found, f"{files} files; no limit")
-    need = f"{files} files; limit {soft}"
+        return CheckResult("ok", found, f"{format_count(files, 'file')}; no limit")
+    need = f"{format_count(files, 'file')}; limit {soft}"
     if files <= soft:
         return CheckResult("ok", found, need)
     if hard == resource.RLIM_INFINITY or files <= hard:
@@ -134,8 +140,11 @@ def shard_cache(context: DoctorContext) -> CheckResult:
     shards_in_use = [order.shards_in_use(context.world.size) for _, order in remote]
     sizes = [[shard.bytes for shard in part.remote_shards()] for part, _ in remote]
     largest = max(bytes_needed(size, count) for size, count in zip(sizes, shards_in_use, strict=True))
-    found = f"runtime.cache_gb={runtime.cache_gb:g} for each of {len(remote)} datasets in {runtime.cache.root()}"
-    need = f"{gb_for(largest):g} GB per process: {max(shards_in_use)} shards are in use at a time"
+    found = (
+        f"runtime.cache_gb={runtime.cache_gb:g} for each of {format_count(len(remote), 'dataset')} in "
+        f"{runtime.cache.root()}"
+    )
+    need = f"{gb_for(largest):g} GB per process: {format_count(max(shards_in_use), 'shard')} in use at a time"
     if largest > runtime.cache_gb * GB:
         fix = f"set runtime.cache_gb={gb_for(largest):g} or more, or a smaller data.window"
         return CheckResult("FAIL", found, need, fix)
@@ -165,7 +174,8 @@ def captions(context: DoctorContext) -> CheckResult:
     tokens = np.concatenate(lengths)
     context.unknown_share = unknown / max(total, 1)
     cut = float((tokens > limit).mean())
-    found = f"{len(tokens):,} checked: median {np.median(tokens):.0f} tokens, max {tokens.max()}, {cut:.1%} cut"
+    median = format_count(round(float(np.median(tokens))), "token")
+    found = f"{len(tokens):,} checked: median {median}, max {tokens.max()}, {cut:.1%} cut"
     need = f"at most {CUT_SHARE:.0%} longer than text.context={limit}"
     if cut > CUT_SHARE:
         enough = int(np.quantile(tokens, 1 - CUT_SHARE, method="higher"))

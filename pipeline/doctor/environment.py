@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.doctor.base import CheckResult, DoctorContext, check
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -51,7 +52,7 @@ def packages(context: DoctorContext) -> CheckResult:
         if not requirement.specifier.contains(version, prereleases=True):
             wrong.append((requirement, version))
     if not wrong:
-        return CheckResult("ok", f"{len(requirements)} packages", "versions that clipwright requires")
+        return CheckResult("ok", f"{format_count(len(requirements), 'package')}", "versions that clipwright requires")
     return CheckResult(
         "FAIL",
         ", ".join(f"{item.name} {version}" for item, version in wrong),
@@ -83,7 +84,9 @@ def cores(context: DoctorContext) -> CheckResult:
     threads = os.environ.get("OMP_NUM_THREADS", "")
     found = f"{usable} usable of {os.cpu_count()}, OMP_NUM_THREADS {threads or 'not set'}"
     if threads.isdigit() and int(threads) > usable:
-        return CheckResult("warn", found, f"at most {usable} threads", f"export OMP_NUM_THREADS={usable}")
+        return CheckResult(
+            "warn", found, f"at most {format_count(usable, 'thread')}", f"export OMP_NUM_THREADS={usable}"
+        )
     return CheckResult("ok", found)
 
 

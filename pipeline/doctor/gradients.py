@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.distributed.group import World
 from clipwright.pipeline.doctor.base import CheckResult, DoctorContext, check
@@ -65,7 +66,7 @@ def gradients(context: DoctorContext) -> CheckResult:
                     worst[name] = _max(worst[name], difference)
     context.predicted["gradient_check"] = {"steps": STEPS, **worst}
     listed = ", ".join(f"{name} {difference:.0e}" for name, difference in worst.items())
-    found, need = f"differences after {STEPS} steps: {listed}", f"at most {LIMIT:.0e} from a plain loop"
+    found, need = f"differences after {format_count(STEPS, 'step')}: {listed}", f"at most {LIMIT:.0e} from a plain loop"
     if all(difference <= LIMIT for difference in worst.values()):
         return CheckResult("ok", found, need)
     fix = "try runtime.zero=0, runtime.micro_batch=0 and runtime.exchange=gather one by one, and report which fixes it"

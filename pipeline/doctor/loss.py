@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.doctor.base import CheckResult, DoctorContext, check
 from clipwright.pipeline.doctor.model import free_device_memory
 from clipwright.pipeline.losses.base import LOSSES, ContrastiveLoss, Features
@@ -41,7 +42,7 @@ def fit(context: DoctorContext) -> CheckResult:
             problems.append(f"{name} is not used")
     finite = all(bool(torch.isfinite(x).all()) for x in (value, *grads) if x is not None)
     if value.shape != () or not finite:
-        problems.append(f"the loss of {TRIAL_PAIRS} random pairs is {value.tolist()}")
+        problems.append(f"the loss of {format_count(TRIAL_PAIRS, 'random pair')} is {value.tolist()}")
     if problems:
         return CheckResult("FAIL", f"{found}; {', '.join(problems)}", need, "choose another loss, or fix the plugin's")
     return CheckResult("ok", found, need)
@@ -60,7 +61,10 @@ def loss(context: DoctorContext) -> CheckResult:
     if world.device.type == "cpu":
         free //= world.local_size
     texts = sum(text_counts(config, images)) * world.size
-    found = f"{seconds:.3g} s and {size / 2**20:.0f} MiB per step and rank: {images:,} images × {texts:,} texts"
+    found = (
+        f"{seconds:.3g} s and {size / 2**20:.0f} MiB per step and rank: {format_count(images, 'image')} "
+        f"× {format_count(texts, 'text')}"
+    )
     need = f"at most the {free / 2**20:,.0f} MiB available"
     if size > free:
         fix = "lower schedule.global_batch, set runtime.exchange=ring, or use more ranks"

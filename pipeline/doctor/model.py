@@ -8,6 +8,7 @@ from contextlib import closing
 
 import torch
 
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.doctor.base import CheckResult, DoctorContext, check
 from clipwright.pipeline.doctor.environment import disk_folder, free_disk, free_memory, usable_cores
@@ -30,12 +31,15 @@ def threads(context: DoctorContext) -> CheckResult:
     torch.set_num_threads(count)
     cores = usable_cores()
     found = (
-        f"{world.local_size} local ranks, each with {count} threads and {context.config.runtime.workers} loader workers"
+        f"{format_count(world.local_size, 'local rank')}, each with {format_count(count, 'thread')} and "
+        f"{format_count(context.config.runtime.workers, 'loader worker')}"
     )
     if count * world.local_size > cores:
         fix = f"set runtime.threads={max(cores // world.local_size, 1)}"
-        return CheckResult("warn", found, f"at most {cores} threads for {cores} usable cores", fix)
-    return CheckResult("ok", f"{found}, {cores} usable of {os.cpu_count()} cores")
+        return CheckResult(
+            "warn", found, f"at most {format_count(cores, 'thread')} for {format_count(cores, 'usable core')}", fix
+        )
+    return CheckResult("ok", f"{found}, {cores} usable of {format_count(os.cpu_count() or cores, 'core')}")
 
 
 @check("towers", "tokenizer")
@@ -45,7 +49,7 @@ def towers(context: DoctorContext) -> CheckResult:
         model = build_model(context.config, context.tokenizer)
     image, text, total = (parameter_count(module) for module in (model.image, model.text, model))
     context.predicted["parameters"] = {"image": image, "text": text, "all": total}
-    return CheckResult("ok", f"image {image:,}, text {text:,} parameters, embed_dim {context.config.embed_dim}")
+    return CheckResult("ok", f"parameters: image {image:,}, text {text:,}; embed_dim {context.config.embed_dim}")
 
 
 @check("weights", "towers")
@@ -130,7 +134,7 @@ def step(context: DoctorContext) -> CheckResult:
     at_once = min(config.runtime.micro_batch or len(batch.views), len(batch.views))
     memory, free = growth * at_once / len(few.views) * world.local_size, free_device_memory(context)
     found += f"; {free / 2**30:.1f} GiB available"
-    need = f"{memory / 2**30:.1f} GiB for {at_once} samples at once"
+    need = f"{memory / 2**30:.1f} GiB for {format_count(at_once, 'sample')} at once"
     if memory > free:
         fix = "set a smaller runtime.micro_batch, or lower schedule.global_batch or image.image_size"
         return CheckResult("FAIL", found, need, fix)

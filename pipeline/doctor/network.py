@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.distributed.group import World, broadcast_object
 from clipwright.pipeline.doctor.base import CheckResult, DoctorContext, check
 from clipwright.pipeline.measure import synchronize
@@ -67,7 +68,8 @@ def ping(context: DoctorContext) -> CheckResult:
     slowest = max(range(len(times)), key=lambda index: times[index])
     found = (
         f"round trip {median * 1e3:.2g} ms, at most {times[slowest] * 1e3:.2g} ms (rank {slowest + 1}); "
-        f"all-reduce of {ALL_REDUCE_NUMBERS * 4 / 2**20:.0f} MiB over {world.size} ranks at {rate / 1e9:.2g} GB/s "
+        f"all-reduce of {ALL_REDUCE_NUMBERS * 4 / 2**20:.0f} MiB over {format_count(world.size, 'rank')} at "
+        f"{rate / 1e9:.2g} GB/s "
         f"by {dist.get_backend()}"
     )
     if times[slowest] > max(SLOW_RATIO * median, median + SLOW_SECONDS):

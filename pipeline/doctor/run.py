@@ -31,7 +31,7 @@ def run_checks(context: DoctorContext) -> None:
             context.results["ping"] = silent
             return
         quiet = context.call.quiet or not world.is_rank0
-        with Progress("doctor", len(selected), "checks", quiet=quiet) as progress:
+        with Progress("doctor", len(selected), "check", quiet=quiet) as progress:
             for item in selected:
                 progress.rename(f"doctor: {item.name}")
                 result = worst_over_ranks(item, context)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from clipwright.pipeline.core.log import format_duration
+from clipwright.pipeline.core.messages import format_count, format_duration
 from clipwright.pipeline.distributed.group import any_rank
 from clipwright.pipeline.doctor.base import CheckResult, DoctorContext, check
 from clipwright.pipeline.doctor.model import autocast, free_device_memory
@@ -62,8 +62,9 @@ def speed(context: DoctorContext) -> CheckResult:
     }
     return CheckResult(
         "ok",
-        f"{global_batch / step_seconds:.0f} samples/s, {config.schedule.samples:,} samples in {duration}, "
-        f"{len(times.steps)} steps measured",
+        f"{global_batch / step_seconds:.0f} samples/s, {format_count(config.schedule.samples, 'sample')} in "
+        f"{duration}, "
+        f"{format_count(len(times.steps), 'step')} measured",
     )
 
 

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, digest, file_sha256
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders.records import MANIFEST
 from clipwright.pipeline.folders.remote import fetch, fetch_checked, fetch_shard
@@ -108,7 +109,7 @@ class ShardCache:
                 "E_CACHE",
                 "the cache cannot hold the shards in use",
                 where=f"runtime.cache_gb={gb:g}",
-                found=f"{need} shards of at most {needed / GB:.6g} GB in total are in use at a time",
+                found=f"{format_count(need, 'shard')} of at most {needed / GB:.6g} GB in total in use at a time",
                 fix=f"set runtime.cache_gb={gb_for(needed):g} or more, or a smaller data.window or data.streams",
             )
         self.folder, self._lock = _claim_folder(folder)

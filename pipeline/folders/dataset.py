@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import digest, file_sha256
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.folders.cache import CacheConfig, RemoteShard, ShardCache, dataset_folder, sidecar_path
 from clipwright.pipeline.folders.records import MANIFEST, read_manifest
@@ -92,7 +93,7 @@ def read_sidecar(
     """
     table = read_table(path, columns, data=data)
     if table.num_rows != entry["samples"]:
-        raise _unreadable(path, f"{table.num_rows} rows, the manifest states {entry['samples']}")
+        raise _unreadable(path, f"{format_count(table.num_rows, 'row')}, the manifest states {entry['samples']}")
     with_nulls = [name for name in columns or () if table[name].null_count]
     if with_nulls:
         raise _unreadable(path, f"rows without {', '.join(with_nulls)}")
@@ -196,7 +197,7 @@ class Dataset:
             "E_CAP_EMPTY",
             "the dataset has no captions",
             where=self.place,
-            found=f"{self.samples:,} images and 0 captions; {purpose} needs image-text pairs",
+            found=f"{format_count(self.samples, 'image')} and 0 captions; {purpose} needs image-text pairs",
             fix="prepare the images with captions, without source.caption=none; `clipwright embed` with what=image and "
             "`clipwright search` need none",
         )
@@ -297,7 +298,7 @@ class Dataset:
                 except OSError:
                     raise self._mismatch(Path(path), "the file is missing") from None
                 if expected not in (None, size):
-                    raise self._mismatch(Path(path), f"{size} bytes, the manifest states {expected}")
+                    raise self._mismatch(Path(path), f"{format_count(size, 'byte')}, the manifest states {expected}")
             if name in seen:
                 raise self._mismatch(Path(path), "the manifest lists it twice")
             seen.add(name)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.unsafe import refuse_code, unsafe
 from clipwright.pipeline.folders.records import check_files, read_manifest
 
@@ -63,7 +64,10 @@ class Embeddings:
         embeddings = _map_array(path)
         rows = pq.read_metadata(rows_path).num_rows
         if embeddings.shape != (rows, self.dimension):
-            found = f"embeddings {embeddings.shape}, {rows} rows, dimension {self.dimension} in the manifest"
+            found = (
+                f"embeddings {embeddings.shape}, {format_count(rows, 'row')}, dimension {self.dimension} "
+                "in the manifest"
+            )
             raise rows_error(path, found, EMBED_AGAIN)
         return EmbeddingPart(embeddings, rows_path)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import digest, file_sha256, write_json
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.folders.remote import is_remote
 
 VERSION = 1
@@ -79,7 +80,7 @@ def file_difference(path: Path, entry: Mapping[str, Any]) -> str | None:
         return "the file is missing"
     size = path.stat().st_size
     if size != entry["bytes"]:
-        return f"{size} bytes, the manifest states {entry['bytes']}"
+        return f"{format_count(size, 'byte')}, the manifest states {entry['bytes']}"
     sha256 = file_sha256(path)
     if sha256 != entry["sha256"]:
         return f"SHA-256 {sha256[:16]}…, the manifest states {entry['sha256'][:16]}…"

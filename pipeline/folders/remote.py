@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import staged_path
+from clipwright.pipeline.core.messages import format_count
 
 T = TypeVar("T")
 SCHEMES = ("s3", "gs", "http", "https")
@@ -141,7 +142,7 @@ def _open(address: str) -> tuple[Any, str]:
 def _fetch_range(store: Any, name: str, start: int, length: int) -> bytes:
     data = bytes(_obstore().get_range(store, name, start=start, length=length))
     if len(data) != length:
-        raise ConnectionError(f"{len(data)} of {length} bytes")
+        raise ConnectionError(f"{len(data)} of {format_count(length, 'byte')}")
     return data
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from clipwright.pipeline.core.command import Call, Outcome
 from clipwright.pipeline.core.files import write_json
 from clipwright.pipeline.core.log import Progress, quiet_libraries
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.records import MANIFEST, file_entries
@@ -40,9 +41,11 @@ def import_model(call: Call) -> Outcome:
     tensors = len(foreign.tensor_shapes())
     if call.dry_run:
         result = {"folder": str(foreign.folder), "tensors": tensors, "model": str(call.out)}
-        return Outcome(result, f"would import the {foreign.kind} in {foreign.folder} ({tensors} tensors) to {out}")
+        return Outcome(
+            result, f"would import the {foreign.kind} in {foreign.folder} ({format_count(tensors, 'tensor')}) to {out}"
+        )
     with output.staging(out) as staged:
-        with Progress("import", 2, "passes", quiet=call.quiet) as progress:
+        with Progress("import", 2, "pass", plural="passes", quiet=call.quiet) as progress:
             manifest, loss = _write(staged, foreign, tree, model_config, tokenizer)
             progress.add(1)
             receipt = compare(foreign, load_model(staged, device="cpu"), loss)
@@ -84,7 +87,7 @@ def _model_card(foreign: ForeignModel, tree: dict[str, Any]) -> str:
         "# A two-tower image-text model\n\n"
         f"- image tower: {image['name']} at {image['image_size']} px\n"
         f"- text tower: {text['name']}, context {text['context']}, tokenizer {tree['tokenizer']['name']}\n"
-        f"- embedding: {tree['embed_dim']} dimensions, unit length\n"
+        f"- embedding: {format_count(tree['embed_dim'], 'dimension')}, unit length\n"
         f"- imported from a {foreign.kind} of {foreign.library}, fingerprint {foreign.fingerprint}\n"
         f"- differences from its source: {PARITY}\n\n"
         "Made by clipwright. Open it with `clipwright.load_model(folder)`. The weights are their authors' work: the "

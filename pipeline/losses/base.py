@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import Registry, configclass
 from clipwright.pipeline.distributed.exchange import Columns
 
@@ -192,7 +193,7 @@ class ContrastiveLoss(LossTerm):
                 "E_CONFIG_VALUE",
                 "the Matryoshka lengths do not fit the embedding or their weights",
                 where="loss.matryoshka",
-                found=f"dims {list(dims)} with {len(weights)} weights, embed_dim is {embed_dim}",
+                found=f"dims {list(dims)} with {format_count(len(weights), 'weight')}, embed_dim is {embed_dim}",
                 fix=f"use dims up to {embed_dim}, and either one weight per length or none",
             )
         self.nested = list(zip(dims, weights or [1.0] * len(dims), strict=True))

@@ -11,6 +11,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from clipwright.pipeline.core.messages import format_count
+
 FOLDER = Path(__file__).parent
 # First bytes → media type of the formats that browsers can show; images of other formats are re-encoded first.
 _MEDIA_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp", b"GIF8": "image/gif"}
@@ -25,6 +27,7 @@ def render(template: Path, *, sections: Sequence[tuple[str, str]] = (), **values
     loader = jinja2.FileSystemLoader([template.parent, FOLDER])
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["data_url"] = data_url
+    environment.filters["count"] = format_count  # instead of the built-in `count`, an alias of `length`
     environment.globals["percent"] = percent
     script = (FOLDER / "page.js").read_text(encoding="utf-8")
     parts = {

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int32, Integer
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import Registry, configclass
 from clipwright.pipeline.core.unsafe import kind_of, unsafe
 
@@ -66,7 +67,7 @@ def read_bounded(path: Path, max_bytes: int, unreadable: Callable[[Path, str], C
     except OSError as error:
         raise unreadable(path, error.strerror or str(error)) from None
     if len(data) > max_bytes:
-        raise unreadable(path, f"more than {max_bytes} bytes")
+        raise unreadable(path, f"more than {format_count(max_bytes, 'byte')}")
     found = kind_of(data)
     if found:
         raise unsafe(path, "a tokenizer's file", found)

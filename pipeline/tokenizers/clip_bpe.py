@@ -22,6 +22,7 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, canonical_json
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenIds, TokenizerConfig
 
@@ -181,7 +182,8 @@ def parse_merges(path: Path, vocabulary: bytes) -> list[tuple[str, str]]:
             "E_INPUT",
             "the file is not CLIP's vocabulary",
             where=path,
-            found=f"{len(merges)} merges (expected a header line and {MERGES} distinct merges of known symbols)",
+            found=f"{format_count(len(merges), 'merge')} (expected a header line and "
+            f"{format_count(MERGES, 'distinct merge')} of known symbols)",
             fix="export the model again, or copy the file from clipwright/pipeline/tokenizers",
         )
     return merges

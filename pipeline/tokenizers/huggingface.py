@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, digest
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.unsafe import unsafe
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenIds, TokenizerConfig, read_bounded
@@ -113,7 +114,10 @@ def _open(path: Path, data: bytes, special: dict[str, str]) -> tuple[Tokenizer, 
     tree = json.loads(data)
     before, after = _frame(tree.get("post_processor"))
     if len(before) > 1 or len(after) > 1:
-        found = f"it adds {len(before)} tokens before a text and {len(after)} after it (at most one each is allowed)"
+        found = (
+            f"it adds {format_count(len(before), 'token')} before a text and {len(after)} after it (at "
+            "most one each is allowed)"
+        )
         raise _unusable(path, found, "save the tokenizer with another post-processor")
     ids: dict[str, int] = {}
     for role, token in special.items():

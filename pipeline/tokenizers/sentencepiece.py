@@ -18,6 +18,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from clipwright.pipeline.core.captions import MAX_BYTES
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, TokenIds, TokenizerConfig, read_bounded
 
@@ -94,7 +95,7 @@ def _training_error(vocab_size: int, reason: str) -> ClipwrightError:
         "E_CONFIG_VALUE",
         what,
         where=f"tokenizer.vocab_size={vocab_size}",
-        found=f"{vocab_size} pieces ({allowed} possible)",
+        found=f"{format_count(vocab_size, 'piece')} ({allowed} possible)",
         fix=f"set tokenizer.vocab_size={size}",
     )
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.towers.base import ImageTower, TextTower
 
 Blocks = Literal["none", "all"] | tuple[int, ...]  # indices into a tower's `block_list`, from 0
@@ -71,7 +72,7 @@ def checkpoint_activations(tower: ImageTower | TextTower, selected: Blocks, wher
                 "E_CONFIG_VALUE",
                 "the tower has no block with this index",
                 where=f"{where}: {index}",
-                found=f"there are {len(blocks)} blocks, counted from 0",
+                found=f"the tower has {format_count(len(blocks), 'block')}, counted from 0",
                 fix=f"use 0 to {len(blocks) - 1}, all or none" if blocks else "use none",
             )
     for index in set(indices):

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.towers.base import TEXT_TOWERS, TextTower, TextTowerConfig, TowerOutput
 from clipwright.pipeline.towers.huggingface_encoder import (
@@ -101,7 +102,8 @@ class HuggingFaceText(TextTower):
                 "E_CONFIG_VALUE",
                 "the tokenizer's vocabulary is larger than the text encoder's",
                 where=where,
-                found=f"the tokenizer has {vocab_size:,} ids, the text encoder {capacity:,} embeddings",
+                found=f"the tokenizer has {format_count(vocab_size, 'id')}, the text encoder "
+                f"{format_count(capacity, 'embedding')}",
                 fix="use the encoder's own tokenizer: tokenizer.name=huggingface tokenizer.folder=DIR",
             )
         positions = position_count(self.encoder)
@@ -110,7 +112,7 @@ class HuggingFaceText(TextTower):
                 "E_CONFIG_VALUE",
                 "the context is longer than the text encoder supports",
                 where=f"text.context={self.context}",
-                found=f"{where} has {positions} positions",
+                found=f"{where} has {format_count(positions, 'position')}",
                 fix=f"set text.context={positions} or less",
             )
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.towers.base import IMAGE_TOWERS, ImageTower, ImageTowerConfig, TowerOutput
 from clipwright.pipeline.towers.layers import BlockStack, DropPath, Mlp, check_multiple, to_tokens
@@ -93,7 +94,7 @@ class Mixer(ImageTower):
             "E_CONFIG_VALUE",
             "the weights of an MLP-Mixer support one image size only",
             where=f"image_size: {self.image_size}",
-            found=f"{tokens} tokens, the weights expect {expected}",
+            found=f"{format_count(tokens, 'token')}, the weights expect {expected}",
             fix="use the image size that the weights were trained at",
         )
 

@@ -10,6 +10,7 @@ from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import digest
 from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.model.folder import load_model, save_model
@@ -68,7 +69,7 @@ def export(call: Call) -> Outcome:
         "run": digest(found.manifest["identity"]),
         "samples": found.step * run_config.schedule.global_batch,
     }
-    with output.staging(out) as staged, Progress("export", 2, "passes", quiet=call.quiet) as progress:
+    with output.staging(out) as staged, Progress("export", 2, "pass", plural="passes", quiet=call.quiet) as progress:
         manifest = save_model(
             staged,
             config=model_tree(tree),
@@ -98,8 +99,9 @@ def _card(tree: dict[str, Any], made_from: dict[str, Any], accepted: list[dict[s
         "# A two-tower image-text model\n\n"
         f"- image tower: {image['name']} at {image['image_size']} px\n"
         f"- text tower: {text['name']}, context {text['context']}, tokenizer {tree['tokenizer']['name']}\n"
-        f"- embedding: {tree['embed_dim']} numbers, unit length\n"
-        f"- trained on {made_from['samples']:,} samples of the dataset with fingerprint {made_from['dataset']}\n"
+        f"- embedding: {format_count(tree['embed_dim'], 'number')}, unit length\n"
+        f"- trained on {format_count(made_from['samples'], 'sample')} of the dataset with fingerprint "
+        f"{made_from['dataset']}\n"
         f"{changes}\n"
         "Made by clipwright. Open it with `clipwright.load_model(folder)`. The model knows only what its training data "
         "showed, including its biases; test it on your own data before you rely on it.\n"

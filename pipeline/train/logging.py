@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from clipwright.pipeline.core.command import Outcome
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.log import format_duration
+from clipwright.pipeline.core.messages import format_count, format_duration
 from clipwright.pipeline.distributed.group import World
 from clipwright.pipeline.measure import peak_memory
 from clipwright.pipeline.towers.base import parameter_count
@@ -60,18 +60,18 @@ def header(config: RunConfig, components: Components, world: World, threads: int
     epochs = data.epochs(schedule.samples)
     if len(epochs) > 1:
         names = [dataset.folder.name for dataset in data.datasets]
-        of_datasets = f" of {len(epochs)} datasets"
+        of_datasets = f" of {format_count(len(epochs), 'dataset')}"
         epochs_text = ", ".join(f"{name} {count:.1f}" for name, count in zip(names, epochs, strict=True))
     else:
         of_datasets, epochs_text = "", f"{epochs[0]:.1f}"
     return (
-        f"image {config.image.name} {_parameters(towers.image)} · text {config.text.name} {_parameters(towers.text)} "
-        f"parameters · embedding {config.embed_dim}\n"
-        f"data {data.samples:,} samples in {len(data.sizes)} shards{of_datasets} · "
-        f"{schedule.samples:,} training samples = {epochs_text} epochs · "
-        f"{schedule.steps:,} steps of {schedule.global_batch}\n"
+        f"parameters: image {config.image.name} {_parameters(towers.image)} · text {config.text.name} "
+        f"{_parameters(towers.text)} · embedding {config.embed_dim}\n"
+        f"data {format_count(data.samples, 'sample')} in {format_count(len(data.sizes), 'shard')}{of_datasets} · "
+        f"{format_count(schedule.samples, 'training sample')} (epochs: {epochs_text}) · "
+        f"{format_count(schedule.steps, 'step')} of {schedule.global_batch}\n"
         f"{world} · {world.device.type} · precision {config.precision} · "
-        f"ZeRO {config.runtime.zero} · {threads} threads · seed {config.seed}"
+        f"ZeRO {config.runtime.zero} · {format_count(threads, 'thread')} · seed {config.seed}"
     )
 
 
@@ -100,7 +100,9 @@ def step_line(record: dict[str, Any], steps: int, eta_seconds: float) -> str:
             fields.append(f"{count} {record[count]}")
     if "val_i2t_r1" in record:
         fields.append(f"val R@1 i2t {record['val_i2t_r1']:.3f} t2i {record['val_t2i_r1']:.3f}")
-    fields += [f"memory {record['memory_gb']:.1f} GB", f"eta {format_duration(eta_seconds)}"]
+    fields.append(f"memory {record['memory_gb']:.1f} GB")
+    if eta_seconds > 0:
+        fields.append(f"eta {format_duration(eta_seconds)}")
     return "  ".join(fields)
 
 
@@ -161,5 +163,5 @@ def summary(run: Path, config: RunConfig, world: World, steps: int) -> Outcome:
         "run": str(run),
     }
     losses = f"{_number(result['loss_first'], '.3f')} → {_number(result['loss_last'], '.3f')}"
-    text = f"trained {result['samples']:,} samples: loss {losses}"
+    text = f"trained {format_count(result['samples'], 'sample')}: loss {losses}"
     return Outcome(result, text, next=f"clipwright export {run} -o MODEL")

@@ -24,6 +24,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from clipwright.pipeline.core.messages import format_count
+
 
 @dataclass(frozen=True)
 class ParameterSlice:
@@ -160,5 +162,5 @@ def _copy_overlaps(flat: Tensor, piece: ParameterSlice, stored: Iterable[tuple[i
             flat[target : target + end - start] = part[start - stored_start : end - stored_start]
             count += end - start
     if count not in (0, piece.length):
-        raise ValueError(f"{count} of {piece.length} elements of {piece.name} from {piece.start} on")
+        raise ValueError(f"{count} of {format_count(piece.length, 'element')} of {piece.name} from {piece.start} on")
     return count

@@ -22,6 +22,7 @@ import torch
 from clipwright.pipeline.core.command import Call, Outcome
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.data.batch_samples import (
     KEY_SUM_MODULUS,
@@ -117,7 +118,8 @@ def _earlier_replacements(path: Path, step: int) -> tuple[int, list[ReplacedSamp
                 count += len(replaced)
     if lines != step:
         print(
-            f"warning: {path} has {lines} of {step} steps; samples replaced in the missing steps are not counted",
+            f"warning: {path} has {lines} of {format_count(step, 'step')}; samples replaced in the missing "
+            "steps are not counted",
             file=sys.stderr,
         )
     return count, list(recent)
@@ -177,7 +179,8 @@ def show(call: Call) -> Outcome:
             text += f"  instead of {unreadable['key']} in {unreadable['shard']} ({unreadable['reason']})"
         lines.append(text)
     lines.append(
-        f"step {record['step']}: {record['count']} samples from position {record['at']:,}, verified by key sum"
+        f"step {record['step']}: {format_count(record['count'], 'sample')} from position {record['at']:,}, "
+        "verified by key sum"
     )
     return Outcome({**record, "samples": [dataclasses.asdict(sample) for sample in listed]}, "\n".join(lines))
 
@@ -219,5 +222,8 @@ def _summary(run: Path) -> Outcome:
         shards.update(sample["shard"] for sample in record.get("replaced", []))
     result = {"steps": steps, "samples": count, "replaced": reasons.total(), "reasons": reasons, "shards": shards}
     lines = [f"{number:>8}  {name}" for name, number in [*reasons.most_common(), *shards.most_common(10)]]
-    lines.append(f"{steps:,} steps, {count:,} samples, {result['replaced']:,} of them replaced unreadable ones")
+    lines.append(
+        f"{format_count(steps, 'step')}, {format_count(count, 'sample')}, {result['replaced']:,} of them "
+        "replaced unreadable ones"
+    )
     return Outcome(result, "\n".join(lines), next=f"clipwright data ledger {run} step={steps}")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.distributed.group import World, all_gather, all_gather_object
 from clipwright.pipeline.train.engine import StepResult
@@ -47,7 +48,7 @@ class NonFiniteSteps:
         newest = latest.read_text(encoding="utf-8").strip() if latest.exists() else "none"
         return ClipwrightError(
             "E_NONFINITE",
-            f"loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row",
+            f"loss or gradient was not finite in {format_count(MAX_SKIPPED_IN_A_ROW, 'step')} in a row",
             where=f"{self.run} step {step}: samples {', '.join(keys[:SHOWN_KEYS])}, …",
             found=f"loss {result.loss}, gradient norm {result.grad_norm}, no update was made; "
             f"newest checkpoint: {newest}",

@@ -60,7 +60,7 @@ class Trainer:
         self.log = RunLog(run, self.step, world)
         # On a terminal; elsewhere the step lines are the progress.
         quiet, total = call.quiet or not world.is_rank0, self.end * self.schedule.global_batch
-        self.progress = Progress("train", total, "samples", quiet=quiet, interval=math.inf, already_done=self.samples)
+        self.progress = Progress("train", total, "sample", quiet=quiet, interval=math.inf, already_done=self.samples)
         self.stop = supervisor.begin_training(StopFlag())
 
     def _claim(self, setup: Setup) -> None:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import Registry
 from clipwright.pipeline.interop.formats.base import incompatible
 from clipwright.pipeline.interop.huggingface.folder import CONFIG
@@ -91,7 +92,9 @@ class CheckedConfig:
         """Returns our fields for a text tower, without its preset's name and its pooling."""
         rows = self.positive_int("text_config.vocab_size")
         if vocab_size > rows:
-            raise incompatible(self.where("text_config.vocab_size"), f"the tokenizer's {vocab_size} ids or more", rows)
+            raise incompatible(
+                self.where("text_config.vocab_size"), f"at least the tokenizer's {format_count(vocab_size, 'id')}", rows
+            )
         return {
             "context": self.positive_int("text_config.max_position_embeddings"),
             **self.block_fields("text_config", "width"),

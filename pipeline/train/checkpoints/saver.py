@@ -26,6 +26,7 @@ from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, digest, fsync_path, staged_path
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.distributed.group import World, all_gather_object, run_on_rank0
 from clipwright.pipeline.folders.output import discard, publish, remove_staged
 from clipwright.pipeline.folders.records import file_entries, read_manifest, write_manifest
@@ -318,7 +319,8 @@ def _disk_full(run: Path, needed: int, free: int) -> ClipwrightError:
         "E_DISK",
         "there is not enough disk space for a checkpoint",
         where=run,
-        found=f"it needs {needed:,} bytes, {with_margin:,} with a margin; {free:,} are free, not counting quotas",
+        found=f"it needs {format_count(needed, 'byte')}, {with_margin:,} with a margin; {free:,} are free, "
+        "not counting quotas",
         fix="free space and run the same command again; the older checkpoints remain",
     )
 

@@ -151,9 +151,7 @@ def test_killed_part_can_be_run_again(
     before = (out / "data-000005.tar").stat().st_ino
     with pytest.raises(ClipwrightError) as caught:
         run_prep(out, *arguments, "runtime.part=finish")
-    assert caught.value.code == "E_UNFINISHED" and "9 of 10 shards are not written: 0, 1, 2, 3, 4, 6" in str(
-        caught.value
-    )
+    assert caught.value.code == "E_UNFINISHED" and "9 of 10 shards not written: 0, 1, 2, 3, 4, 6" in str(caught.value)
     run_part("2/2", out, *arguments)
     run_part("1/2", out, *arguments)
     run_prep(out, *arguments, "runtime.part=finish")
@@ -245,7 +243,7 @@ def test_invalid_and_conflicting_parts_are_refused(
 def test_command_reports_its_part(tmp_path: Path, cli: Any) -> None:
     arguments = ["prep", "scenes", "source.count=8", "source.image_size=32", "shards.samples=4", "-o", "out"]
     done = cli(*arguments, "runtime.part=2/2")
-    assert done.stdout == "prep: part 2/2: 1 shards, 4 samples written, 0 merged or rejected\n"
+    assert done.stdout == "prep: part 2/2: 1 shard, 4 samples written, 0 merged or rejected\n"
     assert not (tmp_path / "out" / "status.json").exists()
     error = cli.error(*arguments, "runtime.part=finish", code=3)
-    assert error.startswith("error[E_UNFINISHED]") and "1 of 2 shards are not written: 0" in error
+    assert error.startswith("error[E_UNFINISHED]") and "1 of 2 shards not written: 0" in error

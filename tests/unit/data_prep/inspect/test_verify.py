@@ -86,7 +86,7 @@ def test_flipped_byte_is_reported_with_shard_key_and_offset(dataset: Path, cli: 
     output = cli("data", "verify", "data", code=3).stdout
     assert (
         f"bad data-000001.tar: sample {row['key']} at offset {row['offset']}" in output
-        and "1 shards ok, 2 bad" in output
+        and "1 shard ok, 2 bad" in output
     )
 
 

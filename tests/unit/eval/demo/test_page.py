@@ -185,7 +185,8 @@ def test_page_states_the_numbers_of_the_reports(cli: Any, demo: Path) -> None:
     assert "each image 20.0 times on average" in page
     assert "The model learned colors and shapes, and recognizes them in new combinations." in page
     assert (
-        "but not 6 combinations of the two, such as “R&amp;B $heart$”. Of 48 images of held-out combinations," in page
+        "but not 6 combinations of the two, such as “R&amp;B $heart$”. Its top-1 accuracy on "
+        "48 images of held-out combinations is" in page
     )
     # A score that is not better than chance is marked.
     assert re.search(r"Search.*10 %.*chance: 20 %.*✗ not above", page.split('class="notice"')[0], re.S)
@@ -297,7 +298,7 @@ def test_unfinished_demo_is_refused_by_the_command(cli: Any, refused: Any, demo:
         ("run", "log.jsonl", '{"step": 1', "cannot be read"),
         ("zeroshot", "predictions.parquet", None, "no predictions.parquet"),
         ("zeroshot", "predictions.parquet", "no table", "cannot be read"),
-        ("retrieval", "report.json", '{"benchmark": "search"}', "no retrieval numbers"),
+        ("retrieval", "report.json", '{"benchmark": "search"}', "no numbers of the benchmark retrieval"),
         ("search", "hits.parquet", None, "no hits.parquet"),
         # Files that exist but do not have the content that the step writes.
         ("retrieval", "status.json", "[1]", "not an object"),

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from clipwright.pipeline.core.log import Progress, format_duration
+from clipwright.pipeline.core.log import Progress
 
 # Processes five items and prints a line in the middle; waits at item 3 while a file named gate exists.
 WORK = """
 import os, sys, time
 from clipwright.pipeline.core.log import Progress
-with Progress("count", 5, "things", quiet="--quiet" in sys.argv) as progress:
+with Progress("count", 5, "thing", quiet="--quiet" in sys.argv) as progress:
     for number in range(5):
         progress.add(1, failed=number == 1)
         if number == 2:
@@ -123,7 +123,7 @@ def test_interrupt_during_the_first_draw_restores_the_cursor(monkeypatch: pytest
     for name in ("NO_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
-    with pytest.raises(KeyboardInterrupt), Progress("count", 5, "things"):
+    with pytest.raises(KeyboardInterrupt), Progress("count", 5, "thing"):
         pass
     text = screen.getvalue()
     assert HIDE in text and text.rindex(SHOW) > text.rindex(HIDE)
@@ -134,7 +134,7 @@ def test_without_a_terminal_progress_is_plain_lines_at_intervals(
 ) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with Progress("prep", 4000, "rows", interval=10) as progress:
+    with Progress("prep", 4000, "row", interval=10) as progress:
         for _ in range(8):
             clock[0] += 4
             progress.add(100, failed=1)
@@ -142,8 +142,8 @@ def test_without_a_terminal_progress_is_plain_lines_at_intervals(
             print("a line of text")
     printed = capsys.readouterr()
     assert printed.err.splitlines() == [
-        "prep 300/4000 rows  25/s  eta 2m28s  failed 3",
-        "prep 600/4000 rows  25/s  eta 2m16s  failed 6",
+        "prep 300/4,000 rows  25/s  eta 2m28s  failed 3",
+        "prep 600/4,000 rows  25/s  eta 2m16s  failed 6",
     ]
     assert printed.out == "a line of text\n"
 
@@ -153,18 +153,10 @@ def test_already_done_work_does_not_count_toward_the_rate(
 ) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with Progress("prep", 100_000, "rows", already_done=9000) as progress:
+    with Progress("prep", 100_000, "row", already_done=9000) as progress:
         clock[0] += 10
         progress.add(10)
-    with Progress("prep", 100_000, "rows", quiet=True) as progress:
+    with Progress("prep", 100_000, "row", quiet=True) as progress:
         clock[0] += 20
         progress.add(10)
-    assert capsys.readouterr().err == "prep 9010/100000 rows  1.0/s  eta 25h16m\n"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0s"), (59.4, "59s"), (59.6, "1m00s"), (148, "2m28s"), (3600, "1h00m"), (90_960, "25h16m")],
-)
-def test_format_duration(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
+    assert capsys.readouterr().err == "prep 9,010/100,000 rows  1.0/s  eta 25h16m\n"

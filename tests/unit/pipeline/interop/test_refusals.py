@@ -154,7 +154,7 @@ SIGLIP: dict[str, tuple[Any, ...]] = {
         "vision_config.hidden_size, 36",
         "got 24",
     ),
-    "few ids": (state(CONFIG, text_config__vocab_size=9), "E_IMPORT", "text_config.vocab_size", "ids or more, got 9"),
+    "few ids": (state(CONFIG, text_config__vocab_size=9), "E_IMPORT", "text_config.vocab_size", "ids, got 9"),
     "too deep": (
         state(CONFIG, vision_config__num_hidden_layers=10**9),
         "E_IMPORT",

@@ -30,7 +30,7 @@ def test_mixture_trains_resumes_and_is_exported(config: Path, small: Any, here: 
     args += ["tokenizer.name=sentencepiece", "tokenizer.vocab_size=300"]  # trained on the captions of both
     folder = config.parent
     stdout = small(folder, *args, "-o", "uninterrupted").stdout
-    assert "data 116 samples in 4 shards of 2 datasets" in stdout and "= many 1.3, few 3.2 epochs" in stdout
+    assert "data 116 samples in 4 shards of 2 datasets" in stdout and "(epochs: many 1.3, few 3.2)" in stdout
     small(folder, *args, "-o", "run", "runtime.stop_at=7")
     (folder / "few").rename(folder / "less")
     moved = "data.train=[{path: many, weight: 3}, {path: less}]"
