@@ -21,6 +21,7 @@ from clipwright.data_prep.sources.base import Record
 from clipwright.pipeline.core.captions import CaptionError
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import canonical_json, staged_path, write_json
+from clipwright.pipeline.core.text import shorten
 from clipwright.pipeline.folders.output import WORK, publish
 from clipwright.pipeline.folders.schema import (
     JSON_COLUMNS,
@@ -32,6 +33,7 @@ from clipwright.pipeline.folders.schema import (
 from clipwright.pipeline.pixels import PixelError
 
 _TAR_BLOCK = 512  # bytes
+MAX_DETAIL = 500  # characters of a reject's detail
 
 
 def receipt_path(folder: Path, number: int) -> Path:
@@ -209,7 +211,7 @@ class _ShardWriter:
         row: dict[str, Any] = {
             "row": record.row,
             "reason": reason,
-            "detail": detail,
+            "detail": shorten(detail, MAX_DETAIL),
             "source": record.source,
             "key": key or None,
         }

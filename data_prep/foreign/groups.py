@@ -14,13 +14,14 @@ from clipwright.data_prep.build.captions import select_captions
 from clipwright.data_prep.build.images import DHASH_MIN_SIDE
 from clipwright.data_prep.build.shards import receipt_path, rejects_path
 from clipwright.data_prep.foreign import json_columns
-from clipwright.data_prep.foreign.tars import HashingReader, Member, TarError, members, shown
+from clipwright.data_prep.foreign.tars import HashingReader, Member, TarError, members
 from clipwright.data_prep.sources.base import Caption
 from clipwright.data_prep.sources.folder_files import DECODED_SUFFIXES, OTHER_IMAGE_SUFFIXES
 from clipwright.pipeline import pixels
 from clipwright.pipeline.core.captions import CaptionError
 from clipwright.pipeline.core.files import atomic_write, write_json
 from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.text import shown
 from clipwright.pipeline.folders.output import WORK
 from clipwright.pipeline.folders.schema import REJECTS_SCHEMA, SIDECAR_SCHEMA, parquet_bytes
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.text import shown
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_MEMBER_BYTES = 64 << 20  # of an image, text or JSON
@@ -119,12 +120,6 @@ def members(reader: HashingReader) -> Iterator[tuple[Member, bytes]]:
             size = 0
         yield _read_member(reader, name, header, size, kind)
     raise TarError("E_TAR", f"more than {format_count(MAX_MEMBERS, 'header')}")
-
-
-def shown(name: str) -> str:
-    """Returns a member's name for a message: shortened, with every unusual character escaped."""
-    text = ascii(name)[1:-1]
-    return text if len(text) <= 200 else text[:199] + "…"
 
 
 def _read_member(reader: HashingReader, name: str, header: int, size: int, kind: str) -> tuple[Member, bytes]:

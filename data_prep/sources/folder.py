@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -27,11 +25,12 @@ from clipwright.data_prep.sources.base import (
     read_image,
     read_inside,
 )
-from clipwright.data_prep.sources.folder_files import check_folder, find_pairs, printable
-from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.data_prep.sources.encodings import check_encoding, likely_encoding
+from clipwright.data_prep.sources.folder_files import check_folder, find_pairs
 from clipwright.pipeline.core.files import canonical_json
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.core.text import printable
 
 _COLUMN_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
 _HASH_THREADS = 4
@@ -62,7 +61,7 @@ class FolderSource(Source):
         self.root = check_folder(config.path)
         self.caption = config.caption
         self.captioned = config.caption != NO_CAPTIONS
-        self.encoding = _check_encoding(config.encoding)
+        self.encoding = check_encoding(config.encoding)
         self._images, self._caption_suffixes, self.notes = find_pairs(self.root, captioned=self.captioned)
         self.count = len(self._images)
         self.columns = pa.schema([])  # until it is scanned
@@ -200,12 +199,11 @@ class FolderSource(Source):
             raise _CaptionFileError("E_CAP_FILE", str(error)) from None
         except UnicodeDecodeError as error:
             byte = f"byte {error.object[error.start]:#04x} at position {error.start}"
-            is_utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-            remedy = "source.encoding=utf-16" if is_utf16 else "source.encoding=cp949 or another encoding"
-            detail = f"{_valid_utf8(name)} is not {self.encoding} ({byte}); set {remedy}"
+            likely = likely_encoding(error.object)
+            detail = f"{_valid_utf8(name)} is not {self.encoding} ({byte}); set source.encoding={likely}"
             raise _CaptionFileError("E_CAP_ENCODING", detail) from None
         if "\0" in text:  # UTF-16 without a byte order mark is valid UTF-8, with a zero byte beside every letter
-            encoding = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
+            encoding = likely_encoding(data)
             name, ours = _valid_utf8(name), self.encoding
             detail = f"{name} is not text in {ours}: it has zero bytes; set source.encoding={encoding}"
             raise _CaptionFileError("E_CAP_ENCODING", detail)
@@ -254,20 +252,6 @@ class FolderSource(Source):
 
 class _CaptionFileError(ValueError):
     """A caption file that cannot be used; `args` are E_CAP code and detail."""
-
-
-def _check_encoding(name: str) -> str:
-    try:
-        io.TextIOWrapper(io.BytesIO(), encoding=name)  # refuses codecs that do not encode text
-        return codecs.lookup(name).name
-    except (LookupError, ValueError) as error:
-        raise ClipwrightError(
-            "E_CONFIG_VALUE",
-            "the encoding is unknown",
-            where=f"source.encoding: {name}",
-            found=str(error),
-            fix="use an encoding of Python, such as utf-8, cp949, latin-1, shift_jis or utf-16",
-        ) from None
 
 
 def _file_hash(root: Path, name: str) -> str:

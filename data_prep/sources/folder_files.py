@@ -7,6 +7,7 @@ from pathlib import Path
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.text import printable
 
 # Formats that pixels.py decodes, and others: a file of these is a row too, so that it appears among the rejects.
 DECODED_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "webp", "gif", "bmp", "dib", "tif", "tiff")
@@ -124,8 +125,3 @@ def _no_pairs(root: Path, images: int, orphans: int) -> ClipwrightError:
         fix="to prepare the images without captions, add source.caption=none; else put a.txt (one caption per line) or "
         "a.json beside a.jpg, or list images and captions in a table and run `clipwright prep table`",
     )
-
-
-def printable(name: str) -> str:
-    """Escapes control characters in a name, so that a terminal shows them and does not obey them."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)

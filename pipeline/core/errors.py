@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from clipwright.pipeline.core.text import shorten
+
+_MAX_SEGMENT = 2000  # characters: whatever value a message echoes, it stays readable
+
 # Every code that clipwright can end with: its exit code (2 config or command line, 3 input refused, 1 failed) and its
 # meaning. Codes of rows (E_IMG_*, E_TAR_*, E_PAIR_*, E_CAP_*) are also the reasons in rejects.parquet.
 CODES: dict[str, tuple[int, str]] = {
@@ -79,8 +83,9 @@ class ClipwrightError(Exception):
     def __init__(self, code: str, what: str, where: object = "", found: str = "", fix: str = "") -> None:
         assert code in CODES, code
         assert fix, f"{code} without a remedy"
-        self.code, self.what, self.where, self.found, self.fix = code, what, str(where), found, fix
-        super().__init__(code, what, self.where, found, fix)
+        self.code, self.what, self.fix = code, what, fix
+        self.where, self.found = shorten(str(where), _MAX_SEGMENT), shorten(found, _MAX_SEGMENT)
+        super().__init__(code, what, self.where, self.found, fix)
 
     @classmethod
     def from_dict(cls, fields: dict[str, str]) -> ClipwrightError:

@@ -12,6 +12,7 @@ from typing import Any
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import digest, file_sha256, write_json
 from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.text import shorten
 from clipwright.pipeline.folders.remote import is_remote
 
 VERSION = 1
@@ -121,11 +122,9 @@ def differences(old: Any, new: Any, place: str = "") -> list[str]:
     # Compared as JSON, which has no tuples.
     left = json.dumps(old, ensure_ascii=False, sort_keys=True)
     right = json.dumps(new, ensure_ascii=False, sort_keys=True)
-    return [] if left == right else [f"{place}: {_shortened(left)} → {_shortened(right)}"]
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "…"
+    if left == right:
+        return []
+    return [f"{place}: {shorten(left, _SHOWN_CHARACTERS)} → {shorten(right, _SHOWN_CHARACTERS)}"]
 
 
 def write_origin(folder: Path, **places: str | Path) -> None:
