@@ -190,9 +190,11 @@ def data_index(call: Call) -> Outcome:
     result: dict[str, Any] = {name: done.manifest[name] for name in names}
     result["data"] = str(folder)
     result["ignored"] = done.ignored
+    result["notes"] = done.notes
     lines = [f"index: {_counts(result, 'groups')}"]
     if done.ignored:
         lines.append(f"index: {format_count(done.ignored, 'member')} without a sample ignored")
+    lines += [f"index: {note}" for note in done.notes]
     lines.append("index: finished before, nothing to do" if done.already_finished else f"index: manifest in {folder}")
     return Outcome(result, "\n".join(lines), next=f"clipwright data verify {folder}")
 

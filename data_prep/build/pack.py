@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 
 from clipwright.data_prep.build import prep_folder
 from clipwright.data_prep.build.engines import WorkerPool, WorkerRuntime, worker_count
-from clipwright.data_prep.build.finish import Contents, finish, no_samples, write_rejects
+from clipwright.data_prep.build.finish import Contents, count_reasons, finish, no_samples, write_rejects
 from clipwright.data_prep.build.images import ImagesConfig
 from clipwright.data_prep.build.plan import ROWS_PER_TASK, DuplicatePolicy, Job, Plan, make_plan
 from clipwright.data_prep.build.shards import read_receipt, rejects_path, write_shard
@@ -236,6 +236,8 @@ def _finish(job: Job, config: PrepConfig, identity: dict[str, Any], receipts: li
         write_rejects(job.folder, rejects)
         output.release(job.folder, DATASET)  # so that a run with the corrected input is not refused as another config
         fix = "look at the rejects, correct the input or the column names, and run again"
+        if set(count_reasons(rejects)) == {"E_CAP_EMPTY"}:
+            fix = "to prepare the images without captions, add source.caption=none; else correct the captions"
         raise no_samples(job.folder / REJECTS, rejects, fix=fix)
     contents = Contents(
         name=config.shards.name,

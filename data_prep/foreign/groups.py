@@ -16,6 +16,7 @@ from clipwright.data_prep.build.shards import receipt_path, rejects_path
 from clipwright.data_prep.foreign import json_columns
 from clipwright.data_prep.foreign.tars import HashingReader, Member, TarError, members
 from clipwright.data_prep.sources.base import Caption
+from clipwright.data_prep.sources.caption_files import CaptionFileError, CaptionRules, without_language
 from clipwright.data_prep.sources.folder_files import DECODED_SUFFIXES, OTHER_IMAGE_SUFFIXES
 from clipwright.pipeline import pixels
 from clipwright.pipeline.core.captions import CaptionError
@@ -28,7 +29,8 @@ from clipwright.pipeline.folders.schema import REJECTS_SCHEMA, SIDECAR_SCHEMA, p
 # The samples of one tar while a run is unfinished: a sidecar's columns and the JSON member's object as text.
 TAR_ROWS = SIDECAR_SCHEMA.append(pa.field("metadata", pa.string()))
 _IMAGES = frozenset((*DECODED_SUFFIXES, *OTHER_IMAGE_SUFFIXES))
-_CAPTIONS = ("txt", "json")
+LABEL = "cls"  # extension of a member that holds a class number or name
+_MAX_LABEL_CHARACTERS = 200
 _OLD_NAME_LIMIT = 100  # bytes; a tar without extended headers cuts longer names off
 # WebDataset's rule: the key ends at the first dot of the base name. Hidden files have no key.
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
@@ -46,12 +48,11 @@ class _Group:
     files: dict[str, tuple[Member, bytes]] = field(default_factory=dict)
     problem: tuple[str, str] | None = None
 
-    def add(self, extension: str, member: Member, data: bytes) -> None:
+    def add(self, extension: str, member: Member, data: bytes, *, needed: bool) -> None:
         if member.refused:
             self.report("E_TAR_MEMBER", f"{shown(member.name)}: {member.refused}")
         elif extension in self.files:
             self.report("E_PAIR_DUPLICATE", f"{shown(member.name)} occurs twice")
-        needed = extension in _IMAGES or extension in _CAPTIONS
         self.files.setdefault(extension, (member, data if needed else b""))
 
     def report(self, code: str, detail: str) -> None:
@@ -70,13 +71,22 @@ def tar_rows_path(folder: Path, number: int) -> Path:
     return folder / WORK / f"rows-{number:06d}.parquet"
 
 
-def scan_tar(folder: Path, task: tuple[int, str]) -> dict[str, Any]:
-    """Reads tar (number, name) of `folder`; writes its rows and rejects and, last, its receipt, which it returns."""
+@dataclass(frozen=True)
+class TarJob:
+    """What the scans of all tars share. It is sent to each worker once."""
+
+    folder: Path
+    rules: CaptionRules
+
+
+def scan_tar(job: TarJob, task: tuple[int, str]) -> dict[str, Any]:
+    """Reads tar (number, name) of a folder; writes its rows and rejects and, last, its receipt, which it returns."""
     number, name = task
+    folder = job.folder
     path = folder / name
     stat = tar_stat(path)
     size = stat[0]
-    scan = _TarScan(name)
+    scan = _TarScan(name, job.rules)
     with path.open("rb") as file:
         reader = HashingReader(file, size)
         scan.read(reader)
@@ -95,6 +105,7 @@ def scan_tar(folder: Path, task: tuple[int, str]) -> dict[str, Any]:
         "captions_dropped": scan.captions_dropped,
         "columns": json_columns.kinds_of(row["metadata"] for row in rows),
         "ignored": scan.ignored,
+        "labels": scan.labels,
     }
     write_json(receipt_path(folder, number), receipt)
     return receipt
@@ -103,14 +114,16 @@ def scan_tar(folder: Path, task: tuple[int, str]) -> dict[str, Any]:
 class _TarScan:
     """The groups of one tar as rows and rejects. Rows are numbered from 0 in each tar."""
 
-    def __init__(self, tar: str) -> None:
+    def __init__(self, tar: str, rules: CaptionRules) -> None:
         self.tar = tar
+        self.rules = rules
         self.rows: dict[int, dict[str, Any]] = {}
         self.rejects: dict[int, dict[str, Any]] = {}
         self.places: dict[str, list[tuple[int, int]]] = {}  # key → (row, header offset) of each group that has it
         self.groups = 0
         self.captions_dropped = 0
         self.ignored = 0  # members that belong to no sample
+        self.labels: list[int] = []  # smallest and largest class number
 
     def read(self, reader: HashingReader) -> None:
         group: _Group | None = None
@@ -124,7 +137,9 @@ class _TarScan:
                     if group is not None:
                         self._close(group)
                     group = _Group(key, member.header)
-                group.add(extension, member, data)
+                last = extension.rpartition(".")[2]
+                needed = last in _IMAGES or extension == LABEL or self.rules.split_name(f".{last}") is not None
+                group.add(extension, member, data, needed=needed)
         except TarError as error:
             code, detail, after_end = error.args
             if after_end and group is not None:
@@ -171,12 +186,22 @@ class _TarScan:
 
     def _sample(self, group: _Group) -> dict[str, Any]:
         """Returns a group as a row of TAR_ROWS. Raises TarError, PixelError or CaptionError if it is not a sample."""
-        member, data = _image(group)
+        image_extension = self._image_extension(group)
+        member, data = group.files[image_extension]
         header = pixels.probe(data)
-        metadata, problem = _metadata(group)
-        captions, dropped = select_captions(_captions(group, metadata, problem))
+        metadata, captions = self._captions(group, image_extension)
+        label = _label(group)
+        if not self.rules.captioned or (label and not captions):
+            captions, dropped = [], 0
+        else:
+            captions, dropped = select_captions(captions)
         decoded = pixels.decode(data, min_side=DHASH_MIN_SIDE)  # proves that the image is intact
         self.captions_dropped += dropped
+        # A key `label` or `class_name` in the JSON stays what it is.
+        for name, value in label.items():
+            metadata[LABEL if name in metadata else name] = value
+        if isinstance(label.get("label"), int):
+            self.labels = [min([*self.labels, label["label"]]), max([*self.labels, label["label"]])]
         return {
             "key": pixels.bytes_key(data),
             "captions": captions,
@@ -190,6 +215,57 @@ class _TarScan:
             "source_key": group.key,
             "metadata": json_columns.metadata_text(metadata),
         }
+
+    def _image_extension(self, group: _Group) -> str:
+        """Returns the extension of a group's only image. Raises TarError if there is none, or more than one."""
+        images = [extension for extension in group.files if extension in _IMAGES]
+        _check_dots(group, self.rules, has_image=bool(images))
+        if list(group.files) == [""]:
+            length = format_count(len(group.key), "character")
+            detail = f"a name of {length} without extension: it is truncated"
+            raise TarError("E_PAIR_KEY", detail)
+        if len(images) != 1:
+            listed = ", ".join(f".{extension}" for extension in list(group.files)[:6])
+            count = format_count(len(images), "image") if images else "no image"
+            raise TarError("E_PAIR_IMAGE", f"{count} in the group, its members are {shown(listed)}")
+        return images[0]
+
+    def _captions(self, group: _Group, image_extension: str) -> tuple[dict[str, Any], list[Caption]]:
+        """Returns a group's metadata, and its captions followed by the problems with its caption members."""
+        files: list[tuple[int, int, str]] = []
+        stems = ("k", f"k.{image_extension}")
+        for extension in group.files:
+            split = self.rules.split_name(f"k.{extension}")
+            if split is not None and split[0] in stems:
+                files.append((split[1], 0, extension))
+            elif split is not None and without_language(split[0]) in stems:
+                files.append((split[1], 1, extension))
+        texts: list[Caption] = []
+        problems: list[Caption] = []
+        metadata: dict[str, Any] = {}
+        json_name = ""
+        for rank, _, extension in sorted(files):
+            member, data = group.files[extension]
+            name = shown(member.name)
+            try:
+                if self.rules.is_json(rank):
+                    metadata = {**self._read_object(data, name), **metadata}
+                    json_name = json_name or name
+                else:
+                    texts += self.rules.texts(data, name)
+            except CaptionFileError as error:
+                problems.append(error.args)
+        captions = self.rules.choose(texts, metadata, json_name)
+        metadata.pop(self.rules.caption_key(metadata), None)
+        return metadata, [*captions, *problems]
+
+    def _read_object(self, data: bytes, name: str) -> dict[str, Any]:
+        value = self.rules.read_object(data, name)
+        try:
+            json_columns.metadata_text(value)  # fails if it is nested too deeply to be written again
+        except (ValueError, RecursionError) as error:
+            raise CaptionFileError("E_CAP_FILE", f"{name} cannot be read: {str(error)[:200]}") from None
+        return value
 
 
 def _split(member: Member) -> tuple[str, str]:
@@ -205,22 +281,20 @@ def _split(member: Member) -> tuple[str, str]:
     return "", ""
 
 
-def _image(group: _Group) -> tuple[Member, bytes]:
-    """Returns the only image of a group. Raises TarError if there is none, or more than one."""
-    images = [extension for extension in group.files if extension in _IMAGES]
-    _check_dots(group, has_image=bool(images))
-    if list(group.files) == [""]:
-        raise TarError(
-            "E_PAIR_KEY", f"a name of {format_count(len(group.key), 'character')} without extension: it is truncated"
-        )
-    if len(images) != 1:
-        listed = ", ".join(f".{extension}" for extension in list(group.files)[:6])
-        count = format_count(len(images), "image") if images else "no image"
-        raise TarError("E_PAIR_IMAGE", f"{count} in the group, its members are {shown(listed)}")
-    return group.files[images[0]]
+def _label(group: _Group) -> dict[str, Any]:
+    """Returns the class of a group with a `.cls` member: `label`, a number, or else `class_name`. Raises TarError."""
+    if LABEL not in group.files:
+        return {}
+    data = group.files[LABEL][1]
+    text = data.decode("utf-8", "replace").strip()
+    if text.isascii() and text.removeprefix("-").isdigit() and len(text) < 18:
+        return {"label": int(text)}
+    if not text or len(text) > _MAX_LABEL_CHARACTERS or not text.isprintable() or "\ufffd" in text:
+        raise TarError("E_PAIR_LABEL", f"the .{LABEL} member holds {shown(text) or 'nothing'}, not a class")
+    return {"class_name": text}
 
 
-def _check_dots(group: _Group, *, has_image: bool) -> None:
+def _check_dots(group: _Group, rules: CaptionRules, *, has_image: bool) -> None:
     """Raises TarError if the members show a dot in the key: it ends at the first dot, so samples would be mixed up.
 
     The sign is an image and a caption whose extensions share a prefix (`a.b.jpg` and `a.b.txt`), or such an image
@@ -231,7 +305,7 @@ def _check_dots(group: _Group, *, has_image: bool) -> None:
         stem, dot, last = extension.rpartition(".")
         if dot and last in _IMAGES:
             dotted.setdefault(stem, set()).add("image")
-        elif dot and last in _CAPTIONS:
+        elif dot and rules.split_name(f".{last}") is not None:
             dotted.setdefault(stem, set()).add("caption")
     pairs = [stem for stem, kinds in dotted.items() if len(kinds) == 2]
     image_only = not has_image and any("image" in kinds for kinds in dotted.values())
@@ -240,37 +314,3 @@ def _check_dots(group: _Group, *, has_image: bool) -> None:
         raise TarError(
             "E_PAIR_KEY", f"the key {key} contains a dot, and WebDataset's readers end a key at its first dot"
         )
-
-
-def _metadata(group: _Group) -> tuple[dict[str, Any], str]:
-    """Returns the object of the JSON member, empty if there is none, and the problem with it, if any."""
-    if "json" not in group.files:
-        return {}, ""
-    try:
-        value = json_columns.parse(group.files["json"][1])
-        metadata = value if isinstance(value, dict) else {}
-        json_columns.metadata_text(metadata)  # fails if it is nested too deeply to be written again
-    except (ValueError, RecursionError) as error:
-        return {}, f"the JSON member cannot be read: {str(error)[:200]}"
-    return metadata, ""
-
-
-def _captions(group: _Group, metadata: dict[str, Any], problem: str) -> list[Caption]:
-    """Returns the JSON member's list `captions` if it has one, else the text member, else the JSON's `caption`."""
-    captions = metadata.get("captions")
-    if isinstance(captions, list):
-        return [_text(caption, "captions") for caption in captions]
-    if "txt" in group.files:
-        return [group.files["txt"][1]]
-    caption = metadata.get("caption")
-    if isinstance(caption, list):
-        return [_text(item, "caption") for item in caption]
-    if problem:
-        return [("E_CAP_FILE", problem)]
-    if caption is None or isinstance(caption, str):
-        return [caption]
-    return [("E_CAP_FILE", "`caption` in the JSON member is not text")]
-
-
-def _text(value: Any, name: str) -> Caption:
-    return value if isinstance(value, str) else ("E_CAP_FILE", f"an item of `{name}` in the JSON member is not text")

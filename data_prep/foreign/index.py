@@ -14,24 +14,32 @@ import pyarrow.parquet as pq
 
 from clipwright.data_prep.build import prep_folder
 from clipwright.data_prep.build.engines import WorkerPool, WorkerRuntime, worker_count
-from clipwright.data_prep.build.finish import Contents, finish, no_samples
+from clipwright.data_prep.build.finish import Contents, count_reasons, finish, no_samples
 from clipwright.data_prep.build.plan import DuplicatePolicy, resolve_duplicates
 from clipwright.data_prep.build.shards import receipt_path, rejects_path
 from clipwright.data_prep.foreign import json_columns
-from clipwright.data_prep.foreign.groups import scan_tar, tar_rows_path, tar_stat
+from clipwright.data_prep.foreign.groups import TarJob, scan_tar, tar_rows_path, tar_stat
+from clipwright.data_prep.sources.caption_files import CaptionFilesConfig, CaptionRules
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import atomic_write, canonical_json
+from clipwright.pipeline.core.files import atomic_write, canonical_json, digest
 from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.output import FOREIGN, FOREIGN_SIDECAR, WORK
 from clipwright.pipeline.folders.records import MANIFEST
 from clipwright.pipeline.folders.schema import REJECTS_SCHEMA, parquet_bytes, sidecar_schema, user_columns
 
+CLASS_NAMES = "classnames.txt"  # line k + 1 is the name of class k
+
 
 @configclass
-class ForeignIndexConfig:
-    """Sidecars and a manifest for a folder of WebDataset tars that another tool wrote."""
+class ForeignIndexConfig(CaptionFilesConfig):
+    """Sidecars and a manifest for a folder of WebDataset tars that another tool wrote.
+
+    A `.cls` member becomes the column `label`, and with `classnames.txt` beside the tars or in the folder above, the
+    column `class_name`; such samples need no captions.
+    """
 
     data: str
     """Folder of tars. They are only read."""
@@ -43,11 +51,13 @@ class ForeignIndexConfig:
 
 @dataclass(frozen=True)
 class Indexed:
-    """The result of a run: the manifest, whether an earlier run had finished it, and how many members were ignored."""
+    """The result of a run: the manifest, whether an earlier run had finished it, how many members were ignored, and
+    notes for the user."""
 
     manifest: dict[str, Any]
     already_finished: bool
     ignored: int
+    notes: list[str]
 
 
 def find_tars(folder: Path) -> list[str]:
@@ -74,24 +84,68 @@ def index(config: ForeignIndexConfig, *, fresh: bool = False, quiet: bool = Fals
     """
     folder = Path(config.data)
     names = find_tars(folder)
-    identity = {"verb": "data index", "duplicates": config.duplicates, "tars": len(names)}
+    job = TarJob(folder, CaptionRules.of(config, ""))
+    class_names = read_class_names(folder)
+    identity = {"verb": "data index", "duplicates": config.duplicates, "tars": len(names), **job.rules.identity()}
+    if class_names is not None:
+        identity["class_names"] = digest(class_names)
     output.check(folder, FOREIGN)
     if fresh:
         output.clear(folder, FOREIGN)
     if (folder / MANIFEST).exists():
         manifest = prep_folder.finished(folder, identity, FOREIGN)
         assert manifest is not None
-        return Indexed(manifest, True, 0)
+        return Indexed(manifest, True, 0, [])
     with output.claim(folder, FOREIGN):
         output.record_identity(folder, FOREIGN, identity)
-        receipts = _scan_all(folder, names, config, quiet)
-        manifest = _write_dataset(folder, receipts, config.duplicates, identity)
+        receipts = _scan_all(job, names, config, quiet)
+        numbers = [number for receipt in receipts for number in receipt["labels"]]
+        if class_names is not None and numbers:
+            _check_labels(folder, class_names, min(numbers), max(numbers))
+        used_names = class_names if numbers else None
+        manifest = _write_dataset(folder, receipts, config.duplicates, identity, used_names)
         output.release(folder, FOREIGN)
-    return Indexed(manifest, False, sum(receipt["ignored"] for receipt in receipts))
+    notes: list[str] = []
+    if numbers:
+        source = f"class names from {CLASS_NAMES}" if used_names else f"no {CLASS_NAMES} was found"
+        notes.append(f"class labels {min(numbers)} to {max(numbers)} in the column label; {source}")
+    return Indexed(manifest, False, sum(receipt["ignored"] for receipt in receipts), notes)
 
 
-def _scan_all(folder: Path, names: list[str], config: ForeignIndexConfig, quiet: bool) -> list[dict[str, Any]]:
+def read_class_names(folder: Path) -> list[str] | None:
+    """Returns the lines of classnames.txt in the folder of the tars or the one above, or None. Raises E_CLASSES."""
+    for path in (folder / CLASS_NAMES, folder.resolve().parent / CLASS_NAMES):
+        if not path.is_file():
+            continue
+        try:
+            names = [" ".join(line.split()) for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise _class_mismatch(
+                path, str(error), "write it as UTF-8 text, the name of class k in line k + 1"
+            ) from None
+        if "" in names:
+            found = f"line {names.index('') + 1} is empty"
+            raise _class_mismatch(path, found, "write the name of class k in line k + 1")
+        return names
+    return None
+
+
+def _check_labels(folder: Path, class_names: list[str], low: int, high: int) -> None:
+    """Raises E_CLASSES if a class number has no name."""
+    if low >= 0 and high < len(class_names):
+        return
+    last = len(class_names) - 1
+    found = f"{format_count(len(class_names), 'name')}, of the classes 0 to {last}; the labels are {low} to {high}"
+    raise _class_mismatch(folder / CLASS_NAMES, found, "write the name of class k in line k + 1, or remove the file")
+
+
+def _class_mismatch(path: Path, found: str, fix: str) -> ClipwrightError:
+    return ClipwrightError("E_CLASSES", "the class names do not fit the labels", where=path, found=found, fix=fix)
+
+
+def _scan_all(job: TarJob, names: list[str], config: ForeignIndexConfig, quiet: bool) -> list[dict[str, Any]]:
     """Returns the receipts of all tars, in order. Tars that an earlier run has read are not read again."""
+    folder = job.folder
     receipts: dict[int, dict[str, Any]] = {}
     for number, name in enumerate(names):
         path = receipt_path(folder, number)
@@ -100,7 +154,7 @@ def _scan_all(folder: Path, names: list[str], config: ForeignIndexConfig, quiet:
             receipts[number] = receipt
     tasks = [(number, name) for number, name in enumerate(names) if number not in receipts]
     with (
-        WorkerPool(worker_count(config.runtime.workers, len(tasks)), folder) as pool,
+        WorkerPool(worker_count(config.runtime.workers, len(tasks)), job) as pool,
         Progress("index", len(names), "tar", quiet=quiet, already_done=len(receipts)) as progress,
     ):
         for receipt in pool.run(scan_tar, tasks):
@@ -110,14 +164,20 @@ def _scan_all(folder: Path, names: list[str], config: ForeignIndexConfig, quiet:
 
 
 def _write_dataset(
-    folder: Path, receipts: list[dict[str, Any]], duplicates: DuplicatePolicy, identity: dict[str, Any]
+    folder: Path,
+    receipts: list[dict[str, Any]],
+    duplicates: DuplicatePolicy,
+    identity: dict[str, Any],
+    class_names: list[str] | None,
 ) -> dict[str, Any]:
     """Writes sidecars, rejects and manifest of the scanned tars. Raises E_PREP_EMPTY if no tar has a sample."""
-    scanned = _ScannedTars(folder, receipts, duplicates)
+    scanned = _ScannedTars(folder, receipts, duplicates, class_names)
     rejects = scanned.rejects()
     if scanned.samples == 0:
         output.release(folder, FOREIGN)
         fix = "a sample is KEY.jpg with KEY.txt or KEY.json: fix the tars, or make new ones with `clipwright prep`"
+        if set(count_reasons(rejects)) == {"E_CAP_EMPTY"}:
+            fix = "to index the images without captions, add caption=none; else set caption to their key in the JSON"
         raise no_samples(folder, rejects, fix=fix)
     staged = [scanned.stage_sidecar(number) for number in range(len(receipts))]
     shards = [shard for shard in staged if shard is not None]
@@ -142,7 +202,13 @@ class _ScannedTars:
     `first_samples[n]`.
     """
 
-    def __init__(self, folder: Path, receipts: list[dict[str, Any]], duplicates: DuplicatePolicy) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        receipts: list[dict[str, Any]],
+        duplicates: DuplicatePolicy,
+        class_names: list[str] | None,
+    ) -> None:
         self.folder = folder
         self.receipts = receipts
         self.duplicates: DuplicatePolicy = duplicates
@@ -155,6 +221,10 @@ class _ScannedTars:
         self.is_duplicate = self.plan.leaders != np.arange(self.samples)
         self.extra_captions: dict[int, list[str]] = {}  # leading sample → captions merged into it
         self.kinds = json_columns.combine(receipt["columns"] for receipt in receipts)
+        self.class_names: list[str] = []
+        if class_names is not None and self.kinds is not None and "class_name" not in self.kinds:
+            self.class_names = class_names
+            self.kinds["class_name"] = "text"
         json_schema = json_columns.schema_of(self.kinds)
         columns = user_columns(json_schema)
         self.sidecar_schema = sidecar_schema(json_schema)
@@ -192,6 +262,9 @@ class _ScannedTars:
             if self.is_duplicate[sample]:
                 continue
             values = json_columns.row_of(row.pop("metadata"), self.kinds)
+            label = values.get("label")
+            if isinstance(label, int) and 0 <= label < len(self.class_names):
+                values["class_name"] = self.class_names[label]
             for name, value in values.items():
                 row[self.column_names[name]] = value
             row["row"] += self.first_rows[number]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,6 @@ import pyarrow as pa
 
 from clipwright.pipeline.core.files import canonical_json
 
-CAPTION_NAMES = ("caption", "captions")  # become the sample's captions, never columns
 MAX_COLUMNS = 256  # a dataset with more names keeps each object as JSON text in one column
 OBJECT_COLUMN = "json"
 _EXACT_IN_FLOAT64 = 2**53
@@ -23,15 +21,9 @@ _TYPES = {"bool": pa.bool_(), "int": pa.int64(), "big": pa.int64(), "float": pa.
 _LIST = "list:"
 
 
-def parse(data: bytes) -> Any:
-    """Parses JSON; NaN, infinities and numbers beyond float64 become null. Raises ValueError, RecursionError."""
-    return json.loads(data, parse_constant=lambda _: None, parse_float=_finite_or_none)
-
-
 def metadata_text(metadata: dict[str, Any]) -> str:
-    """Returns an object without its captions as canonical JSON in valid UTF-8; empty if nothing is left."""
-    columns = {name: value for name, value in metadata.items() if name not in CAPTION_NAMES}
-    return canonical_json(columns).encode("utf-8", "replace").decode() if columns else ""
+    """Returns an object as canonical JSON in valid UTF-8, or an empty text for an empty object."""
+    return canonical_json(metadata).encode("utf-8", "replace").decode() if metadata else ""
 
 
 def kinds_of(texts: Iterable[str]) -> Kinds:
@@ -77,11 +69,6 @@ def row_of(text: str, kinds: Kinds) -> dict[str, Any]:
 
 def _object(text: str) -> dict[str, Any]:
     return json.loads(text) if text else {}
-
-
-def _finite_or_none(text: str) -> float | None:
-    value = float(text)
-    return value if math.isfinite(value) else None
 
 
 def _kind(value: Any) -> str:

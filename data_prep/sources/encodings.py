@@ -25,8 +25,11 @@ _MIN_SHARE = 0.8  # of the letters outside ASCII that must be of the encoding's 
 _MIN_TYPICAL_SHARE = 0.03
 
 
-def check_encoding(name: str) -> str:
-    """Returns Python's name of an encoding. Raises E_CONFIG_VALUE if there is none, or if it does not encode text."""
+def check_encoding(name: str, key: str = "source.encoding") -> str:
+    """Returns Python's name of an encoding. Raises E_CONFIG_VALUE if there is none, or if it does not encode text.
+
+    key: the config key that names it, for the message.
+    """
     try:
         io.TextIOWrapper(io.BytesIO(), encoding=name)  # refuses codecs that do not encode text
         return codecs.lookup(name).name
@@ -34,7 +37,7 @@ def check_encoding(name: str) -> str:
         raise ClipwrightError(
             "E_CONFIG_VALUE",
             "the encoding is unknown",
-            where=f"source.encoding: {shown(name)}",
+            where=f"{key}: {shown(name)}",
             found=shown(str(error)),
             fix="use an encoding of Python, such as utf-8, cp949, latin-1, shift_jis or utf-16",
         ) from None
@@ -88,7 +91,8 @@ class _Script:
 def _decode(data: bytes, encoding: str) -> str:
     """Returns the decoded text, or an empty string if the data has not this encoding."""
     try:
-        return codecs.getincrementaldecoder(encoding)().decode(data)  # not final: it may end inside a character
+        # A sample of a longer text may end inside a character.
+        return codecs.getincrementaldecoder(encoding)().decode(data, final=len(data) < _SAMPLE_BYTES)
     except UnicodeDecodeError:
         return ""
 

@@ -1,9 +1,8 @@
-"""Source `folder`: images with a text or JSON file of the same stem beside each."""
+"""Source `folder`: images with text or JSON files of the same stem beside each."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 
 from clipwright.data_prep.sources.base import (
-    NO_CAPTIONS,
     SOURCES,
     Caption,
     PathError,
@@ -25,8 +23,14 @@ from clipwright.data_prep.sources.base import (
     read_image,
     read_inside,
 )
-from clipwright.data_prep.sources.encodings import check_encoding, likely_encoding
-from clipwright.data_prep.sources.folder_files import check_folder, find_pairs
+from clipwright.data_prep.sources.caption_files import (
+    JSON_SUFFIX,
+    CaptionFileError,
+    CaptionFilesConfig,
+    CaptionRules,
+    valid_utf8,
+)
+from clipwright.data_prep.sources.folder_files import check_folder, find_files
 from clipwright.pipeline.core.files import canonical_json
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.registry import configclass
@@ -38,20 +42,16 @@ _ROWS_PER_HASH_TASK = 64
 
 
 @configclass
-class FolderConfig(SourceConfig):
+class FolderConfig(CaptionFilesConfig, SourceConfig):
     """A folder of images with caption files.
 
-    For `a.jpg`, captions come from `a.txt`, one per line, or from `a.json`, an object with a caption or a list of
-    captions under the key `caption` (or `captions`). If both exist, the text file's captions are used. The other keys
-    of the JSON objects become columns if all their values have one plain type.
+    For `a.jpg`, captions come from text files, one per line, and from a JSON object. A list of captions in the JSON is
+    used first, then the text, then a single caption in the JSON. The other keys of the JSON objects become columns if
+    all their values have one plain type.
     """
 
     path: str
     """Folder with the images; subfolders are included."""
-    caption: str = "caption"
-    """JSON key with the caption or list of captions; `none`: images without captions."""
-    encoding: str = "utf-8"
-    """Encoding of the text and JSON files."""
 
 
 class FolderSource(Source):
@@ -59,10 +59,10 @@ class FolderSource(Source):
 
     def __init__(self, config: FolderConfig) -> None:
         self.root = check_folder(config.path)
-        self.caption = config.caption
-        self.captioned = config.caption != NO_CAPTIONS
-        self.encoding = check_encoding(config.encoding)
-        self._images, self._caption_suffixes, self.notes = find_pairs(self.root, captioned=self.captioned)
+        self.rules = CaptionRules.of(config, "source.")
+        self.captioned = self.rules.captioned
+        files = find_files(self.root, self.rules)
+        self._images, self._caption_files, self.notes = files.images, files.caption_files, files.notes
         self.count = len(self._images)
         self.columns = pa.schema([])  # until it is scanned
         self._digest: str | None = None
@@ -115,13 +115,7 @@ class FolderSource(Source):
     def identity(self) -> dict[str, Any]:
         if self._digest is None:
             self.scan(quiet=True)
-        return {
-            "name": "folder",
-            "caption": self.caption,
-            "encoding": self.encoding,
-            "images": self.count,
-            "sha256": self._digest,
-        }
+        return {"name": "folder", **self.rules.identity(), "images": self.count, "sha256": self._digest}
 
     def read(self, rows: Sequence[int]) -> Iterator[Record]:
         for row in rows:
@@ -130,106 +124,83 @@ class FolderSource(Source):
             captions, metadata = self._read_captions(row)
             columns = {field.name: _column_value(metadata.get(field.name), field.type) for field in self.columns}
             batch = pa.RecordBatch.from_pylist([columns], schema=self.columns)
-            source_key = _valid_utf8(PurePosixPath(name).stem)
-            yield Record(row, image, captions, batch, _valid_utf8(name), source_key, reject)
+            source_key = valid_utf8(PurePosixPath(name).stem)
+            yield Record(row, image, captions, batch, valid_utf8(name), source_key, reject)
 
     def _stamp(self) -> str:
         """Returns a cheap hash of what a scan depends on: settings, and name, size and mtime of every file."""
-        stamp = hashlib.sha256(canonical_json([self.caption, self.encoding]).encode())
+        stamp = hashlib.sha256(canonical_json(self.rules.identity()).encode())
         for row, image in enumerate(self._images):
-            for name in (image, *self._caption_files(row)):
+            for name in (image, *self._caption_files[row]):
                 size, modified = -1, -1
                 try:
                     stat = os.stat(f"{self.root}/{name}")  # noqa: PTH116  a Path would cost as much as the call
                     size, modified = stat.st_size, stat.st_mtime_ns
                 except OSError:
                     pass
-                stamp.update(f"{_valid_utf8(name)}\0{size}\0{modified}\n".encode())
+                stamp.update(f"{valid_utf8(name)}\0{size}\0{modified}\n".encode())
         return stamp.hexdigest()
 
     def _hash_rows(self, rows: range) -> list[list[tuple[str, str]]]:
         """Returns for each row its files as (name, SHA-256), image first; the hash of an unreadable file is empty."""
         return [
-            [
-                (_valid_utf8(name), _file_hash(self.root, name))
-                for name in (self._images[row], *self._caption_files(row))
-            ]
+            [(valid_utf8(name), _file_hash(self.root, name)) for name in (self._images[row], *self._caption_files[row])]
             for row in rows
         ]
 
-    def _caption_files(self, row: int) -> list[str]:
-        """Returns the caption files of a row, text before JSON."""
-        stem = os.path.splitext(self._images[row])[0]  # noqa: PTH122  a Path would normalize the name
-        return [stem + suffix for suffix in self._caption_suffixes[row]]
-
     def _read_captions(self, row: int) -> tuple[list[Caption], dict[str, Any]]:
-        """Returns a row's captions, followed by the problems with its caption files, and its JSON object."""
-        captions: list[Caption] = []
-        metadata: dict[str, Any] = {}
+        """Returns a row's captions, followed by the problems with its caption files, and its metadata."""
+        texts: list[Caption] = []
         problems: list[Caption] = []
-        for name in self._caption_files(row):
-            try:
-                if name.lower().endswith(".json"):
-                    metadata = self._read_object(name)
-                    if self.captioned and not captions:
-                        captions = self._captions_of(metadata, name)
-                else:
-                    captions = [line for line in _split_lines(self._read_text(name)) if line.strip()]
-            except _CaptionFileError as error:
-                problems.append(error.args)
+        for name in self._caption_files[row]:
+            if not _is_json(name):
+                try:
+                    texts += self.rules.texts(self._read_file(name), valid_utf8(name))
+                except CaptionFileError as error:
+                    problems.append(error.args)
+        metadata, json_problems = self._read_metadata(row)
+        captions = self.rules.choose(texts, metadata, valid_utf8(self._caption_files[row][-1]) if metadata else "")
+        problems += json_problems
+        metadata.pop(self.rules.caption_key(metadata), None)
         if self.captioned and not captions and not problems:
-            stem = PurePosixPath(_valid_utf8(self._images[row])).stem
-            if self._caption_suffixes[row]:
-                detail = f"{stem}.txt or {stem}.json has no text"
+            stem = PurePosixPath(valid_utf8(self._images[row])).stem
+            files = [valid_utf8(PurePosixPath(name).name) for name in self._caption_files[row]]
+            if files:
+                detail = f"{' and '.join(files)} {'has' if len(files) == 1 else 'have'} no caption"
             else:
                 detail = f"no {stem}.txt or {stem}.json beside the image"
             problems.append(("E_CAP_EMPTY", detail))
         return [*captions, *problems], metadata
 
-    def _captions_of(self, metadata: dict[str, Any], name: str) -> list[Caption]:
-        value = metadata.get(self.caption, metadata.get("captions"))
-        values = value if isinstance(value, list) else [value]
-        return [_caption(item, name) for item in values if item is not None]
+    def _read_metadata(self, row: int) -> tuple[dict[str, Any], list[Caption]]:
+        """Returns the keys of a row's JSON files, those of the first file first, and the problems with them."""
+        metadata: dict[str, Any] = {}
+        problems: list[Caption] = []
+        for name in filter(_is_json, self._caption_files[row]):
+            try:
+                metadata = {**self._read_object(name), **metadata}
+            except CaptionFileError as error:
+                problems.append(error.args)
+        return metadata, problems
 
-    def _read_text(self, name: str) -> str:
+    def _read_file(self, name: str) -> bytes:
         try:
-            data = read_inside(self.root, name, walked=True)
-            text = data.decode("utf-8-sig" if self.encoding == "utf-8" else self.encoding)
+            return read_inside(self.root, name, walked=True)
         except PathError as error:
-            raise _CaptionFileError("E_CAP_FILE", str(error)) from None
-        except UnicodeDecodeError as error:
-            byte = f"byte {error.object[error.start]:#04x} at position {error.start}"
-            likely = likely_encoding(error.object)
-            detail = f"{_valid_utf8(name)} is not {self.encoding} ({byte}); set source.encoding={likely}"
-            raise _CaptionFileError("E_CAP_ENCODING", detail) from None
-        if "\0" in text:  # UTF-16 without a byte order mark is valid UTF-8, with a zero byte beside every letter
-            encoding = likely_encoding(data)
-            name, ours = _valid_utf8(name), self.encoding
-            detail = f"{name} is not text in {ours}: it has zero bytes; set source.encoding={encoding}"
-            raise _CaptionFileError("E_CAP_ENCODING", detail)
-        return text
+            raise CaptionFileError("E_CAP_FILE", str(error)) from None
 
     def _read_object(self, name: str) -> dict[str, Any]:
-        text = self._read_text(name)
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise _CaptionFileError("E_CAP_FILE", f"{_valid_utf8(name)} is not JSON: {error}") from None
-        if not isinstance(value, dict):
-            detail = f"{_valid_utf8(name)} holds a {type(value).__name__}, expected an object"
-            raise _CaptionFileError("E_CAP_FILE", detail)
-        return {_valid_utf8(key): item for key, item in value.items()}
+        value = self.rules.read_object(self._read_file(name), valid_utf8(name))
+        return {valid_utf8(key): item for key, item in value.items()}
 
     def _find_columns(self, quiet: bool) -> tuple[pa.Schema, list[str]]:
         """Returns the columns that the JSON files define, in order of appearance, and the keys that cannot be one."""
         value_types: dict[str, set[type]] = {}
-        rows = [row for row, suffixes in enumerate(self._caption_suffixes) if ".json" in map(str.lower, suffixes)]
+        rows = [row for row, names in enumerate(self._caption_files) if any(map(_is_json, names))]
         with Progress("columns", len(rows), "JSON file", quiet=quiet) as progress:
             for row in rows:
-                try:
-                    metadata = self._read_object(self._caption_files(row)[-1])
-                except _CaptionFileError:
-                    metadata = {}  # reported when the row is read
+                metadata, _ = self._read_metadata(row)  # problems are reported when the row is read
+                metadata.pop(self.rules.caption_key(metadata), None)
                 for key, value in metadata.items():
                     types = value_types.setdefault(key, set())
                     if value is not None:
@@ -238,8 +209,6 @@ class FolderSource(Source):
         fields: list[pa.Field] = []
         unusable: list[str] = []
         for key, types in value_types.items():
-            if self.captioned and key in (self.caption, "captions"):
-                continue
             if types == {int, float}:
                 types = {float}
             column_type = _COLUMN_TYPES.get(next(iter(types))) if len(types) == 1 else None
@@ -250,8 +219,8 @@ class FolderSource(Source):
         return pa.schema(fields), unusable
 
 
-class _CaptionFileError(ValueError):
-    """A caption file that cannot be used; `args` are E_CAP code and detail."""
+def _is_json(name: str) -> bool:
+    return name.lower().endswith(JSON_SUFFIX)
 
 
 def _file_hash(root: Path, name: str) -> str:
@@ -266,30 +235,10 @@ def _file_hash(root: Path, name: str) -> str:
         return ""
 
 
-def _split_lines(text: str) -> list[str]:
-    # Not splitlines, which also splits at rare separators that may occur inside a caption.
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-
-
-def _valid_utf8(text: str) -> str:
-    """Escapes lone surrogates, which JSON may contain and which represent invalid bytes in file names."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _caption(item: Any, name: str) -> Caption:
-    """Returns a caption from a JSON file; an object or a list in its place is an error."""
-    if isinstance(item, str):
-        return item
-    if isinstance(item, (int, float)) and not isinstance(item, bool):
-        return str(item)
-    kind = type(item).__name__
-    return "E_CAP_FILE", f"{_valid_utf8(name)} has a {kind} as caption, expected text or a list of texts"
-
-
 def _column_value(value: Any, kind: pa.DataType) -> Any:
     """Returns the value as its column stores it, or None if it does not fit: the file changed, or an int is too big."""
     if pa.types.is_string(kind):
-        return _valid_utf8(value) if isinstance(value, str) else None
+        return valid_utf8(value) if isinstance(value, str) else None
     if pa.types.is_boolean(kind):
         return value if isinstance(value, bool) else None
     if pa.types.is_floating(kind) and isinstance(value, float):

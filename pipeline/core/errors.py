@@ -65,6 +65,7 @@ CODES: dict[str, tuple[int, str]] = {
     "E_PAIR_DUPLICATE": (3, "the members of a key are not adjacent in a tar, or the key is used twice"),
     "E_PAIR_KEY": (3, "a key contains a dot, or a member's name is truncated"),
     "E_PAIR_IMAGE": (3, "a group of tar members has no image, or several"),
+    "E_PAIR_LABEL": (3, "a .cls member of a tar holds neither a class number nor a class name"),
     "E_CAP_EMPTY": (3, "a sample has no caption"),
     "E_CAP_LONG": (3, "a caption exceeds the length limit"),
     "E_CAP_FILE": (3, "a caption file is missing, unreadable, unsafe or malformed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from collections.abc import Callable
@@ -28,7 +29,9 @@ def test_images_without_captions_become_a_dataset(tmp_path: Path, cli: Any, make
     assert "next: clipwright embed model=MODEL data=out" in done.stdout + done.stderr
     result = cli.json(*command)
     assert (result["written"], result["merged"], result["rejects"]) == (3, 1, {})
-    assert any("text files that were not read" in note and note.endswith(": 1") for note in result["notes"])
+    assert any(
+        "text files that were not read" in note and note.endswith(": 1, the first is a.txt") for note in result["notes"]
+    )
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert (manifest["captions"], manifest["captions_dropped"]) == (0, 0)
     rows = pq.read_table(tmp_path / "out" / "data-000000.parquet").to_pylist()
@@ -71,3 +74,16 @@ def test_verify_finds_a_text_that_the_sidecar_does_not_have(tmp_path: Path, run_
     (tmp_path / "without" / "data-000000.tar").write_bytes((tmp_path / "with" / "data-000000.tar").read_bytes())
     faults = [fault["problem"] for fault in verify(tmp_path / "without", quiet=True)["faults"]]
     assert len(faults) == 1 and "captions" in faults[0]
+
+
+def test_tars_without_captions_are_indexed(tmp_path: Path, cli: Any, make_image: MakeImage) -> None:
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+        for number in range(3):
+            member = tarfile.TarInfo(f"{number}.jpg")
+            member.size = len(make_image(number))
+            tar.addfile(member, io.BytesIO(make_image(number)))
+    error = cli.error("data", "index", "tars", code=3)
+    assert error.startswith("error[E_PREP_EMPTY]") and "E_CAP_EMPTY 3" in error and "add caption=none" in error
+    assert cli.json("data", "index", "tars", "caption=none")["written"] == 3
+    assert cli.json("data", "verify", "tars")["ok"] and cli.json("data", "stats", "tars")["captions"] == 0

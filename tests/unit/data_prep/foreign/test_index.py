@@ -448,3 +448,100 @@ def test_verify_reports_changed_image_in_foreign_tar(tars: Path) -> None:
     (tars / "00001.tar").write_bytes(tar)
     (fault,) = verify(tars, quiet=True)["faults"]
     assert (fault["file"], fault["key"], fault["offset"]) == ("00001.tar", row["key"], row["offset"])
+
+
+@pytest.mark.parametrize("text", ["lines", "whole"])
+def test_text_members_and_text_files_follow_one_rule(
+    tmp_path: Path, make_image: MakeImage, cli: Any, text: str
+) -> None:
+    """Case by case, a folder and a tar of the same files give the same captions."""
+    caption = json.dumps({"caption": "in the JSON"}).encode()
+    files: dict[str, bytes] = {
+        "s0.txt": "\ufefffirst\r\n\n second \r third\n".encode(),
+        "s1.jpg.txt": b"beside the whole name",
+        "s2.caption": b"a\nb",
+        "s3.en.txt": b"english",
+        "s3.ko.txt": "빨간 원".encode(),
+        "s4.json": json.dumps({"text": "under text", "blip_caption": "a column"}).encode(),
+        "s5.json": json.dumps({"captions": ["one", "two"]}).encode(),
+        "s5.txt": b"one",
+        "s6.json": caption,
+        "s6.txt": b"words",
+        "s7.txt": b"w\0o\0r\0d\0",
+        "s7.json": caption,
+        "s8.txt": b"caf\xe9",
+    }
+    names = sorted([*files, *(f"s{n}.jpg" for n in range(9))])
+    data = {name: files.get(name) or make_image(int(name[1])) for name in names}
+    (tmp_path / "folder").mkdir()
+    for name in names:
+        (tmp_path / "folder" / name).write_bytes(data[name])
+    write_tar(tmp_path / "tars" / "0.tar", [(name, data[name]) for name in names])
+    cli("prep", "folder", "source.path=folder", "-o", "out", f"source.text={text}")
+    cli("data", "index", "tars", f"text={text}")
+    rows, ours = sidecar_rows(tmp_path / "tars"), sidecar_rows(tmp_path / "out")
+    for name in ("captions", "source_key", "blip_caption"):
+        assert [row[name] for row in rows] == [row[name] for row in ours], name
+    assert [row["captions"] for row in rows] == [
+        ["first", "second", "third"] if text == "lines" else ["first second third"],
+        ["beside the whole name"],
+        ["a", "b"] if text == "lines" else ["a b"],
+        ["english", "빨간 원"],
+        ["under text"],
+        ["one", "two"],
+        ["words"],
+        ["in the JSON"],
+    ]
+    for folder in ("tars", "out"):
+        [reject] = rejects(tmp_path / folder)
+        assert reject["reason"] == "E_CAP_ENCODING" and "s8.txt is not utf-8" in reject["detail"]
+        assert "encoding=latin-1" in reject["detail"]
+        assert json.loads((tmp_path / folder / "manifest.json").read_text())["captions_dropped"] == 1  # s7.txt
+    check_conservation(tmp_path / "tars")
+
+
+def class_tar(path: Path, labels: list[bytes], make_image: MakeImage) -> None:
+    members = [[(f"s{n}.jpg", make_image(n)), (f"s{n}.cls", label)] for n, label in enumerate(labels)]
+    write_tar(path, [*itertools.chain(*members)])
+
+
+def test_class_tars_become_a_labeled_set(tmp_path: Path, make_image: MakeImage, cli: Any) -> None:
+    """As CLIP_benchmark and open_clip write them: classnames.txt above the folder of the split."""
+    from clipwright.eval.labeled import open_labeled
+    from clipwright.eval.zeroshot import make_task
+
+    class_tar(tmp_path / "set" / "test" / "0.tar", [b"1", b"0\n", b"2", b"1", b"x" * 300], make_image)
+    (tmp_path / "set" / "classnames.txt").write_text("cat\ndog\n  sea lion \n")
+    result = cli.json("data", "index", "set/test")
+    assert (result["written"], result["rejects"]) == (4, {"E_PAIR_LABEL": 1})
+    assert result["notes"] == ["class labels 0 to 2 in the column label; class names from classnames.txt"]
+    rows = sidecar_rows(tmp_path / "set" / "test")
+    assert [row["label"] for row in rows] == [1, 0, 2, 1] and all(row["captions"] == [] for row in rows)
+    assert [row["class_name"] for row in rows] == ["dog", "cat", "sea lion", "dog"]
+    check_conservation(tmp_path / "set" / "test")
+    labeled = open_labeled(tmp_path / "set" / "test")
+    task = make_task(labeled, None, None, {})
+    assert [task.names[label] for label in task.labels] == ["dog", "cat", "sea lion", "dog"]
+    # Without classnames.txt there are only numbers; with names as members, only names.
+    class_tar(tmp_path / "numbers" / "0.tar", [b"1", b"0"], make_image)
+    assert "no classnames.txt" in cli("data", "index", "numbers").stdout
+    assert [row["label"] for row in sidecar_rows(tmp_path / "numbers")] == [1, 0]
+    class_tar(tmp_path / "words" / "0.tar", [b"cat", "바다사자".encode()], make_image)
+    run(tmp_path / "words")
+    assert [row["class_name"] for row in sidecar_rows(tmp_path / "words")] == ["cat", "바다사자"]
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [("cat\ndog\n", "2 names, of the classes 0 to 1; the labels are 1 to 2"), ("a\n\nb\n", "line 2 is empty")],
+)
+def test_class_names_that_do_not_fit_are_refused(
+    tmp_path: Path, make_image: MakeImage, cli: Any, names: str, found: str
+) -> None:
+    class_tar(tmp_path / "t" / "0.tar", [b"1", b"2"], make_image)
+    (tmp_path / "t" / "classnames.txt").write_text(names)
+    error = cli.error("data", "index", "t", code=3)
+    assert (
+        error.startswith("error[E_CLASSES]") and "classnames.txt" in error and found in error and "line k + 1" in error
+    )
+    assert not (tmp_path / "t" / "manifest.json").exists()

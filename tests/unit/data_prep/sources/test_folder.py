@@ -153,7 +153,7 @@ def test_rejects_name_the_file_and_the_remedy(images: Path, tmp_path: Path, cli:
     (images / "out.jpg").symlink_to(tmp_path / "secret.jpg")
     cases: dict[str, tuple[Any, str, list[str]]] = {
         "bare": (None, "E_CAP_EMPTY", ["no bare.txt or bare.json", "beside the image"]),
-        "blank": (b" \n\n", "E_CAP_EMPTY", ["blank.txt", "no text"]),
+        "blank": (b" \n\n", "E_CAP_EMPTY", ["blank.txt", "has no caption"]),
         "korean": (
             KOREAN.encode("cp949"),
             "E_CAP_ENCODING",
@@ -267,3 +267,115 @@ def test_image_changed_during_a_run_stops_it(
         with pytest.raises(ClipwrightError) as caught:
             run_prep(tmp_path / "out", "source.name=folder", f"source.path={images}")
     assert caught.value.code == "E_INPUT" and "a.jpg" in str(caught.value)
+
+
+def test_names_of_caption_files(tmp_path: Path, make_image: MakeImage) -> None:
+    """Every common name of a caption file is found; an exact stem wins over a language."""
+    accent, decomposed = "caf\u00e9", "cafe\u0301"
+    files = {
+        "a.jpg": {"a.jpg.txt": "name and ending"},
+        "b.jpg": {"b.caption": "caption"},
+        "c.jpg": {"c.ko.txt": "korean", "c.en.txt": "english", "c.txt": "plain", "c.caption": "last"},
+        f"{accent}.jpg": {f"{decomposed}.txt": "decomposed"},
+        f"{decomposed}s.jpg": {f"{accent}s.en.txt": "composed"},
+        "d.jpg": {"d.txt": "of d"},
+        "d.en.jpg": {"d.en.txt": "of d.en"},
+        "E.JPG": {"E.TXT": "upper case"},
+        "f.jpg": {"f.JSON": json.dumps({"text": "text", "blip_caption": "kept as a column"})},
+        "g.jpg": {"g.json": json.dumps({"blip_caption": "blip"})},
+        "h.jpg": {"h.json": json.dumps({"captions": ["one", "two"], "caption": "c"}), "h.txt": "first of a list"},
+        "i.jpg": {"i.json": json.dumps({"caption": "not taken", "n": 1}), "i.txt": "text"},
+        "j.jpg": {"j.jpg.json": json.dumps({"caption": "json beside the name", "n": 2})},
+    }
+    for number, (image, texts) in enumerate(files.items()):
+        (tmp_path / image).write_bytes(make_image(number))
+        for name, text in texts.items():
+            (tmp_path / name).write_text(text, encoding="utf-8")
+    source = build(tmp_path)
+    source.scan(quiet=True)
+    rows = {row.source: row for row in source.read(range(source.count))}
+    assert {name: row.captions for name, row in rows.items()} == {
+        "a.jpg": ["name and ending"],
+        "b.jpg": ["caption"],
+        "c.jpg": ["plain", "english", "korean", "last"],
+        f"{accent}.jpg": ["decomposed"],
+        f"{decomposed}s.jpg": ["composed"],
+        "d.jpg": ["of d"],
+        "d.en.jpg": ["of d.en"],
+        "E.JPG": ["upper case"],
+        "f.jpg": ["text"],
+        "g.jpg": ["blip"],
+        "h.jpg": ["one", "two"],
+        "i.jpg": ["text"],
+        "j.jpg": ["json beside the name"],
+    }
+    assert rows["f.jpg"].columns.to_pylist() == [{"blip_caption": "kept as a column", "n": None, "caption": None}]
+    assert rows["h.jpg"].columns.to_pylist()[0]["caption"] == "c" and rows["i.jpg"].columns.to_pylist()[0]["n"] == 1
+    english = build(tmp_path, text_suffixes=[".en.txt"], caption=["blip_caption"], text="whole")
+    by_name = {row.source: row.captions for row in english.read(range(english.count))}
+    assert by_name["c.jpg"] == ["english"] and by_name["f.jpg"] == ["kept as a column"]
+    assert [code for code, _ in by_name["h.jpg"]] == ["E_CAP_EMPTY"] and by_name["d.jpg"] == ["of d.en"]
+
+
+def test_files_that_a_folder_brings_are_counted(tmp_path: Path, make_image: MakeImage, cli: Any) -> None:
+    """Files of the operating system, links in circles, odd names and deep trees: used, or counted in a note."""
+    folder = tmp_path / "photos"
+    deep = "/".join(["d"] * 300)
+    for name in ("a.jpg", "a.png", "__MACOSX/._a.jpg", "__MACOSX/b.jpg", ".x.jpg", ".cache/c.jpg", f"{deep}/e.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(make_image(len(name), format="PNG" if name.endswith("png") else "JPEG"))
+    for name in (
+        "a.txt",
+        "lone.txt",
+        f"{deep}/e.txt",
+        "latin.txt",
+        "readme.md",
+        "Thumbs.db",
+        ".DS_Store",
+        "desktop.ini",
+    ):
+        (folder / name).write_text(name[-8:])
+    latin = os.fsencode(folder) + b"/caf\xe9"
+    for suffix, data in ((b".jpg", make_image(50)), (b".txt", b"latin name")):
+        with open(latin + suffix, "wb") as file:  # noqa: PTH123  bytes that are not UTF-8
+            file.write(data)
+    (folder / "circle").symlink_to(".")
+    (folder / "self.jpg").symlink_to("self.jpg")
+    result = cli.json("prep", "folder", "source.path=photos", "-o", "out")
+    assert (result["rows_in"], result["written"]) == (5, 4) and result["rejects"] == {"E_IMG_PATH": 1}
+    rows = {
+        row["source"]: row["captions"] for row in pq.read_table(tmp_path / "out" / "data-000000.parquet").to_pylist()
+    }
+    assert rows == {
+        "a.jpg": ["a.txt"],
+        "a.png": ["a.txt"],
+        "caf\\udce9.jpg": ["latin name"],
+        f"{deep}/e.jpg": ["/d/e.txt"],
+    }
+    assert result["notes"] == [
+        "caption files without an image: 2, the first is latin.txt",
+        "images that share their caption files with another image of the same stem: 2, the first is a.jpg",
+        "linked folders that were not followed: 1, the first is circle",
+        "hidden images that were ignored: 1, the first is .x.jpg",
+    ]
+    # A folder that cannot be read may hold any number of images. A path beyond the system's limit is one, for root too.
+    limit = "n" * 250
+    place = os.open(folder, os.O_RDONLY)
+    for _ in range(17):
+        os.mkdir(limit, dir_fd=place)
+        inner = os.open(limit, os.O_RDONLY, dir_fd=place)
+        os.close(place)
+        place = inner
+    os.close(place)
+    error = cli.error("prep", "folder", "source.path=photos", "-o", "out2", code=3)
+    assert error.startswith("error[E_INPUT]") and limit in error and "name too long" in error and "move it out" in error
+    assert not (tmp_path / "out2").exists()
+
+
+@pytest.mark.parametrize("suffix", ["txt", ".json", ".", "./x"])
+def test_unusable_endings_are_refused(tmp_path: Path, cli: Any, suffix: str) -> None:
+    (tmp_path / "photos").mkdir()
+    command = ("prep", "folder", "source.path=photos", f"source.text_suffixes=[{suffix}]", "-o", "out")
+    error = cli.error(*command, code=2)
+    assert error.startswith("error[E_CONFIG_VALUE]") and f"source.text_suffixes: {suffix}" in error
+    assert "[.txt, .caption]" in error
