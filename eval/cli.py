@@ -117,18 +117,15 @@ def evaluate(call: Call) -> Outcome:
 
 
 @Command(
-    app, "report", metavar="FOLDER", takes_overrides=False, flags=("--dry-run",), examples=("clipwright report demo",)
+    app,
+    "report",
+    metavar="FOLDER",
+    takes_overrides=False,
+    flags=("-o", "--dry-run"),
+    examples=("clipwright report run", "clipwright report demo -o page"),
 )
 def report(call: Call) -> Outcome:
-    """Write the page of a finished demo, FOLDER/report.html, with the results of all its steps."""
-    from pathlib import Path
+    """Write the page of a training run, an evaluation report or a demo: FOLDER/report.html, or in -o DIR."""
+    from clipwright.eval.report.report import report as run
 
-    from clipwright.eval.demo.page import write
-    from clipwright.eval.demo.results import Demo
-
-    folder = Path(call.config or "demo")
-    if call.dry_run:
-        return Outcome(Demo(folder).headline(), f"would write {folder / 'report.html'}")
-    page = write(folder)
-    text = f"{page['page']}, {page['bytes'] / 1e6:.1f} MB"
-    return Outcome(page, text, next=f'clipwright search {folder / "index"} text="..."')
+    return run(call)

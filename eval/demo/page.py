@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from clipwright.eval.demo.results import Demo
-from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.core.messages import format_count, format_duration
 from clipwright.pipeline.folders.schema import SIDECAR_SCHEMA
 from clipwright.pipeline.page import plots
 from clipwright.pipeline.page.render import percent, render
 from clipwright.pipeline.page.thumbnail import thumbnail
 
-PAGE = "report.html"
+TEMPLATE = Path(__file__).with_name("report.html")
 PAIRS, QUERIES, WORST, CONFUSED = 12, 8, 8, 6  # how many of each are shown
 MAX_BYTES, SMALL_SIDE = 8192, 128  # an image of more bytes is shown with this long side
 SECTIONS = [
@@ -34,15 +33,9 @@ SECTIONS = [
 SPLIT_VALUES = 4  # columns with at most this many values split the zero-shot score
 
 
-def write(folder: Path) -> dict[str, Any]:
-    """Writes `folder`/report.html; returns its path, its size in bytes and the headline numbers.
-
-    Raises E_INPUT, E_UNFINISHED, E_FINGERPRINT and what the readers of the folders raise; an older page is then kept.
-    """
-    demo = Demo(folder)
-    page = render(Path(__file__).with_name(PAGE), **_values(demo))
-    atomic_write(folder / PAGE, page)
-    return {"page": str(folder / PAGE), "bytes": len(page.encode()), **demo.headline()}
+def make_page(demo: Demo) -> str:
+    """Returns the page of a demo."""
+    return render(TEMPLATE, **_values(demo))
 
 
 def _small(image: bytes) -> bytes:

@@ -26,7 +26,7 @@ from clipwright.pipeline.folders.records import MANIFEST, ORIGIN, differences, r
 CONFIG, IDENTITY, REPORT = "config.yaml", "identity.json", "report.json"
 PLAN, REJECTS, WORK = "plan.parquet", "rejects.parquet", ".prep"
 FOREIGN_SIDECAR = ".sidecar.parquet"  # not .parquet: img2dataset leaves a table of that name beside each tar
-PAGE = "view.html"
+PAGE, REPORT_PAGE = "view.html", "report.html"
 CURRENT, VERSIONS = "current", "versions"
 TOKENIZER = "tokenizer"
 LOCK = "lock"
@@ -91,12 +91,12 @@ FOREIGN = Kind(
     format="dataset",
     guest_verb="data index",
 )
-INSPECTION = Kind("report", names=(REPORT, PAGE))
+INSPECTION = Kind("report", names=(REPORT, PAGE, REPORT_PAGE))
 RUN = Kind("run", pattern=r".+", early=(CONFIG, TOKENIZER), resumes=True)
 MODEL = Kind("model", early=(), format="model", replaced=True)
 EMBEDDING = Kind("embedding", names=(CONFIG, ORIGIN, MANIFEST), pattern=r"part-\d+\.(npy|parquet)", format="embedding")
 INDEX = Kind("index", names=(CONFIG, ORIGIN, CURRENT, VERSIONS))
-EVALUATION = Kind("evaluation report", names=(CONFIG, REPORT))
+EVALUATION = Kind("evaluation report", names=(CONFIG, REPORT, REPORT_PAGE))
 DEMO = Kind("demo", pattern=r".+", config_key="steps")
 
 

@@ -142,6 +142,8 @@ def curve(
         axes.set_xlim(left=0, right=1.02 * max(samples) / factor)
         if percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
+        else:
+            axes.yaxis.set_major_formatter(_short_number)
         axes.locator_params(nbins=5)
         axes.set_xlabel(f"{unit}training samples")
         axes.set_ylabel(label)
@@ -176,6 +178,14 @@ def _unit(most: float) -> tuple[int, str]:
     if most >= 10_000_000:
         return 1_000_000, "million "
     return (1000, "thousand ") if most >= 10_000 else (1, "")
+
+
+def _short_number(value: float, _: object = None) -> str:
+    """Formats an axis value in few characters: 0.25, 12,000, 5e-5."""
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
+        return f"{value:,.6g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def _rounded(value: float) -> float | None:

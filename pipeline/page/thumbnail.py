@@ -6,13 +6,15 @@ import numpy as np
 
 from clipwright.pipeline import pixels
 
+SHOWN_FORMATS = ("jpeg", "png", "webp", "gif")  # which every browser shows
+
 
 def thumbnail(image: bytes | np.ndarray, side: int, *, max_bytes: int = 0) -> bytes:
     """Returns an image as a JPEG whose longer side is at most `side` pixels.
 
     A file of at most `max_bytes` is returned unchanged. Raises PixelError for bytes that cannot be decoded.
     """
-    if isinstance(image, bytes) and len(image) <= max_bytes:
+    if isinstance(image, bytes) and len(image) <= max_bytes and pixels.probe(image).format in SHOWN_FORMATS:
         return image
     decoded = pixels.decode(image, min_side=side) if isinstance(image, bytes) else image
     height, width = decoded.shape[:2]

@@ -41,6 +41,7 @@ class Trainer:
         run_on_rank0(lambda: self._claim(setup))
         found = checkpoint.newest(run, world=world)
         self.step = 0 if found is None else found.step
+        self.resumed_at = self.step  # until the first record, which states it
         self.changed = [] if found is None else found.changes(setup.identity)
         if found is not None:  # before DeepSpeed partitions the parameters
             found.restore_weights(towers, loss)
@@ -155,8 +156,11 @@ class Trainer:
         further["lr"] = self.config.optim.lr * self.schedule.factor(self.samples - self.schedule.global_batch)
         further["replaced"], further["skipped"] = self.ledger.replaced, self.skips.count
         further["saved"] = self.saver.committed
+        # In the first record only.
+        if self.resumed_at:
+            further["resumed"], self.resumed_at = self.resumed_at, 0
         if self.changed:
-            further["accepted"], self.changed = self.changed, []  # in the first record only
+            further["accepted"], self.changed = self.changed, []
         record = self.meter.record(self.step, self.samples, result, **further)
         if self.pace.slow:
             record["slow"] = self.pace.slow

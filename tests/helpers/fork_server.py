@@ -26,6 +26,7 @@ LIBRARIES = [
     "clipwright.pipeline.train.export",
     "clipwright.data_prep.build.pack",
     "clipwright.eval.embed",
+    "clipwright.eval.report.run_page",
 ]
 
 

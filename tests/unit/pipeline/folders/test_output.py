@@ -36,7 +36,7 @@ IDENTITY = {"seed": 0, "images": {"quality": 85}}
 # What each kind of command leaves in its folder.
 OWN = {
     "dataset": ["config.yaml", "plan.parquet", "rejects.parquet", ".prep/identity.json", ".data-000000.tar.partial"],
-    "report": ["report.json", "view.html"],
+    "report": ["report.html", "report.json", "view.html"],
     "run": ["config.yaml", "tokenizer/bpe.txt"],
     "model": [],
     "embedding": ["config.yaml", "origin.json", "part-00000.npy", "part-00000.parquet", ".part-00001.npy.partial"],

@@ -135,6 +135,9 @@ def test_signal_saves_and_the_same_command_resumes(
     done = small(tmp_path, f"data.train={scenes}", *STEPS, "-o", "run")
     first = int(done.stdout.split("resuming at step ")[1].split()[0])
     assert 3 <= first < 30
+    assert [(line["step"], line["resumed"]) for line in small.losses(tmp_path / "run") if "resumed" in line] == [
+        (first + 1, first)
+    ]
     assert_same_run(tmp_path / "run", uninterrupted, small)
 
 
