@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import os
 import shlex
@@ -23,13 +24,16 @@ from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.status import INTERRUPTED
+from clipwright.pipeline.core.usage import check_verb, flag_error, verb_of
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Raw image-text pairs to shards, a trained two-tower model, scores, an index and search.",
     epilog="Exit codes: 0 done · 1 failed, or a gate failed · 2 config or command line · 3 input refused · "
-    "85 stopped by a signal with state saved · 130 Ctrl-C. Start with: clipwright demo",
+    "85 stopped by a signal with state saved · 130 Ctrl-C. Help on a command: clipwright help COMMAND. "
+    "Version: clipwright --version. Start with: clipwright demo",
 )
 for part_app in (data_prep_app, pipeline_app, eval_app):
     app.registered_commands += part_app.registered_commands
@@ -96,7 +100,7 @@ def demo(call: Call) -> Outcome:
             continue
         if call.quiet:
             arguments.append("--quiet")
-        if call.fresh and COMMANDS[_verb(arguments)].supports("--fresh"):
+        if call.fresh and COMMANDS[verb_of(arguments, COMMANDS)].supports("--fresh"):
             arguments.append("--fresh")
         started = time.monotonic()
         exit_code, result = _run_step(arguments)
@@ -120,12 +124,6 @@ def demo(call: Call) -> Outcome:
         f"a smoke test on toy images, not a useful model\npage {report['report']['page']}"
     )
     return Outcome(report, text, next=f"clipwright search {out / 'index'} text='{search['query']}'")
-
-
-def _verb(arguments: list[str]) -> str:
-    """Returns the verb of a command line: its first argument, or its first two (`index build`)."""
-    two = " ".join(arguments[:2])
-    return two if two in COMMANDS else arguments[0]
 
 
 def _run_step(arguments: list[str]) -> tuple[int, dict[str, Any]]:
@@ -181,7 +179,8 @@ def list_(call: Call) -> Outcome:
             found=f"choose from {', '.join(kinds)}",
             fix=nearest(call.config or "", kinds) or "name one of them",
         )
-    config: ListConfig = call.load().value
+    resolved = call.load()
+    config: ListConfig = resolved.value
     if config.image_size is not None and config.what != "towers":
         raise ClipwrightError(
             "E_CONFIG_VALUE",
@@ -193,6 +192,8 @@ def list_(call: Call) -> Outcome:
         rows = _prompts()
     elif config.what == "configs":
         rows = _configs()
+    elif config.what != "towers" and not resolved.plugins:
+        rows = _outlined_entries(config.what)
     else:
         rows = _entries(config.what, config.image_size)
     keys = list(dict.fromkeys(key for row in rows for key in row))
@@ -231,6 +232,19 @@ def _entries(kind: str, image_size: int | None) -> list[dict[str, Any]]:
                 row["error"] = error
             rows.append(row)
     return rows
+
+
+def _outlined_entries(kind: str) -> list[dict[str, Any]]:
+    """Returns the rows of `_entries` of a kind whose presets are not measured, without importing it."""
+    from clipwright.pipeline.core import outline
+
+    registries = [outline.registry(name) for name in REGISTRIES[kind]]
+    return [
+        {"name": preset, "family": family.family, "kind": registry.kind, "source": family.source}
+        for registry in registries
+        for family in registry.families
+        for preset in family.presets
+    ]
 
 
 def _tower_size(registry: Any, preset: str, image_size: int | None) -> dict[str, Any]:
@@ -352,30 +366,42 @@ def _check_utf8(arguments: list[str]) -> None:
             ) from None
 
 
+def _usage_error(error: typer.TyperException) -> ClipwrightError:
+    """Returns E_USAGE for what typer refuses: a flag that does not exist, a flag without its value."""
+    flag = getattr(error, "option_name", "")
+    verb = verb_of(sys.argv[1:], COMMANDS) or " ".join(word for word in sys.argv[1:2] if not word.startswith("-"))
+    if flag and not hasattr(error, "param") and "No such option" in str(error):
+        return flag_error(flag, sys.argv[1:], COMMANDS)
+    place = f"clipwright {verb}".strip()
+    return ClipwrightError(
+        "E_USAGE",
+        "the command line is malformed",
+        where=place,
+        found=getattr(error, "message", "") or "a verb is missing",
+        fix=f"see {place} --help",
+    )
+
+
 def main() -> None:
     """Runs the command line. DeepSpeed's launcher puts `--local_rank=N` before the verb; it is ignored."""
     if len(sys.argv) > 1 and sys.argv[1].startswith(("--local_rank=", "--local-rank=")):
         del sys.argv[1]
-    if len(sys.argv) == 1:
-        sys.argv.append("--help")
+    if sys.argv[1:] == ["--version"]:
+        print(f"clipwright {importlib.metadata.version('clipwright')}")
+        return
+    if sys.argv[1:2] in ([], ["help"]):  # `clipwright help index build` is `clipwright index build --help`
+        sys.argv[1:] = [*sys.argv[2:], "--help"]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # like stderr: an unprintable name must not end a command
     try:
         _check_utf8(sys.argv[1:])
+        check_verb(sys.argv[1:], COMMANDS)
         code = app(prog_name="clipwright", standalone_mode=False)
     except ClipwrightError as error:
         print(error, file=sys.stderr)
         code = error.exit_code
     except typer.TyperException as error:
-        verb = " ".join(sys.argv[1:2])
-        known = verb in {name.split()[0] for name in COMMANDS}
-        line = ClipwrightError(
-            "E_USAGE",
-            "the command line is malformed",
-            where=f"clipwright {verb}",
-            found=getattr(error, "message", "") or "a verb is missing",
-            fix=f"see clipwright {verb} --help" if known else "see clipwright --help",
-        )
+        line = _usage_error(error)
         print(line, file=sys.stderr)
         code = line.exit_code
     except typer.Abort:

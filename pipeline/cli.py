@@ -41,6 +41,7 @@ def train(call: Call) -> Outcome:
     metavar="LAUNCHER VERB",
     max_arguments=100,
     flags=("-o", "--dry-run", "--fresh"),
+    wraps_command=True,
     writes_status=False,  # -o is the output folder of the launched command, which writes its own
     examples=(
         "clipwright launch torchrun processes=8 train photos data.train=shards -o run",
@@ -59,6 +60,7 @@ def launch(call: Call) -> Outcome:
     "doctor",
     kind="clipwright.pipeline.train.config:RunConfig",
     configs="train",
+    other_overrides=("check",),
     flags=("-o", "--fresh"),
     rank=RANK,
     writes_status=False,  # -o is the folder of the run that would follow; nothing is written

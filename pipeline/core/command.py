@@ -95,12 +95,14 @@ class Call:
         if not self.command.takes_overrides:
             unexpected += self.overrides
         if unexpected:
+            value = unexpected[1] if len(unexpected) > 1 else "VALUE"
+            is_key = re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", unexpected[0])
             raise ClipwrightError(
                 "E_USAGE",
                 f"unexpected argument {unexpected[0]!r}",
                 where=" ".join(["clipwright", verb, *unexpected]),
                 found="it is neither the argument of this verb nor section.key=value",
-                fix=f"see clipwright {verb} --help",
+                fix=f"write {unexpected[0]}={value}" if is_key else f"see clipwright {verb} --help",
             )
         used = {"-o": self.out is not None, "--dry-run": self.dry_run, "--fresh": self.fresh}
         for flag in OPTIONAL_FLAGS:
@@ -112,6 +114,29 @@ class Call:
                     fix=f"leave out {flag}; clipwright {verb} --help lists the flags",
                 )
 
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Raises an error for a config, key or preset that does not exist, before anything heavy is imported."""
+        spec = self.command
+        if spec.kind is None or spec.wraps_command:
+            return
+        # Imported here: YAML costs 20 ms that `clipwright --help` need not pay.
+        from clipwright.pipeline.core.config_names import check_names  # noqa: PLC0415
+
+        config, overrides = self._config_and_overrides(self.overrides)
+        own = [override for override in overrides if override.partition("=")[0] not in spec.other_overrides]
+        check_names(spec.kind, verb=spec.verb, folder=spec.config_folder, config=config, overrides=own)
+
+    def _config_and_overrides(self, overrides: Sequence[str]) -> tuple[str | None, list[str]]:
+        """Returns the config's name or path, and the overrides with the verb's subject among them."""
+        chosen, config = list(overrides), self.config
+        if self.command.subject is not None:
+            if config is not None:
+                chosen.insert(0, f"{self.command.subject}={config}")
+            config = None
+        return config, chosen
+
     def load(
         self, base: dict[str, Any] | None = None, overrides: Sequence[str] | None = None, *, partial: bool = False
     ) -> Any:
@@ -122,12 +147,7 @@ class Call:
         # Imported here: pydantic costs 80 ms that `clipwright --help` need not pay.
         from clipwright.pipeline.core.config import resolve  # noqa: PLC0415
 
-        chosen = list(self.overrides if overrides is None else overrides)
-        config = self.config
-        if self.command.subject is not None:
-            if config is not None:
-                chosen.insert(0, f"{self.command.subject}={config}")
-            config = None
+        config, chosen = self._config_and_overrides(self.overrides if overrides is None else overrides)
         kind, verb = self.command.load_kind(), self.command.config_folder
         return resolve(kind, verb=verb, config=config, overrides=chosen, base=base, partial=partial)
 
@@ -180,6 +200,8 @@ class Command:
     configs: str = ""  # the verb whose shipped configs a name means (`doctor photos`: configs/train/photos.yaml)
     flags: tuple[str, ...] = ()  # which of OPTIONAL_FLAGS it supports
     examples: tuple[str, ...] = ()  # complete commands for --help
+    other_overrides: tuple[str, ...] = ()  # names of overrides that are no config keys
+    wraps_command: bool = False  # its arguments hold the command line of another verb
     default_out: str | None = None  # the output folder without -o
     # MODULE:FUNCTION that returns this process's rank, for verbs that run under launchers; only rank 0 prints the
     # outcome and writes the status file.

@@ -7,8 +7,6 @@ of its preset. A layer that changes `name` drops what lower layers set there, so
 from __future__ import annotations
 
 import dataclasses
-import re
-import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +14,18 @@ from typing import Annotated, Any, Generic, TypeVar, Union, cast, get_args, get_
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
-from clipwright.pipeline.core.config_files import config_path, read_yaml
+from clipwright.pipeline.core import outline
+from clipwright.pipeline.core.config_files import config_path, read_config
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.nearest import nearest
+from clipwright.pipeline.core.hints import UnknownKey, value_at
+from clipwright.pipeline.core.overrides import parse_overrides
 from clipwright.pipeline.core.plugins import load_plugins
 from clipwright.pipeline.core.registry import Registry
+from clipwright.pipeline.core.type_text import type_text
+from clipwright.pipeline.core.values import ValueMismatch, bare_type, parse_flow, plain, read_value
+from clipwright.pipeline.core.written_yaml import Raw, inline_yaml
 
 T = TypeVar("T")
 
@@ -42,10 +46,6 @@ class Choice:
         if len(kinds) == 1:
             return handler.generate_schema(kinds[0])
         return handler.generate_schema(Annotated[Union[kinds], Field(discriminator="name")])  # noqa: UP007
-
-
-class Raw(str):
-    """The text of an override: how it is parsed depends on the type of its field."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,6 @@ class Resolved(Generic[T]):
         return "\n".join(f"{line:<{width}}  # {origin}" for line, origin in lines)
 
 
-def inline_yaml(value: Any) -> str:
-    """Returns a value as YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
-    return text.removesuffix("\n").removesuffix("\n...")
-
-
 def resolve(
     kind: type[T],
     *,
@@ -106,45 +100,29 @@ def resolve(
     if config is not None:
         path = config_path(verb, config)
         folder = path.parent
-        layers.append((config, read_yaml(path)))
+        layers.append((config, read_config(path)))
     layers.append(("command line", parse_overrides(overrides)))
     plugins = load_plugins(_plugin_paths(layers, folder))
     origins: dict[str, str] = {}
-    tree = _merge(kind, layers, "", origins)
+    try:
+        tree = _merge(kind, layers, "", origins)
+    except UnknownKey as unknown:
+        dataset = value_at([layer for _, layer in layers], "data", "train")
+        raise unknown.error(_known_keys(kind), verb, dataset) from None
     try:
         value = TypeAdapter(kind).validate_python(tree)
     except ValidationError as error:
-        if not partial or any(problem["type"] != "missing" for problem in error.errors()):
-            raise _value_error(error, tree, origins) from None
+        problems = error.errors()
+        if partial:
+            problems = [problem for problem in problems if problem["type"] != "missing"]
+        if problems:
+            raise _value_error(problems, tree, origins) from None
         value = cast(T, None)
         _mark_missing(error, tree, origins)
     if plugins:
         tree["plugins"] = [name for name, _ in plugins]
     hashes = [{"name": Path(name).name, "sha256": digest} for name, digest in plugins]
     return Resolved(value, tree, origins, hashes)
-
-
-def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """Returns `section.key=value` arguments as a nested tree; its leaves are parsed when the field's type is known."""
-    tree: dict[str, Any] = {}
-    for override in overrides:
-        name, sign, text = override.partition("=")
-        if not sign or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)*", name):
-            raise ClipwrightError("E_USAGE", "an override is malformed", where=override, fix="write section.key=value")
-        *sections, key = name.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise ClipwrightError(
-                    "E_USAGE",
-                    "two overrides contradict each other",
-                    where=override,
-                    found=f"{section} has a value of its own",
-                    fix="remove one of them",
-                )
-        node[key] = Raw(text)
-    return tree
 
 
 def _plugin_paths(layers: list[tuple[str, dict[str, Any]]], folder: Path) -> list[Path]:
@@ -154,36 +132,60 @@ def _plugin_paths(layers: list[tuple[str, dict[str, Any]]], folder: Path) -> lis
         names = layer.pop("plugins", None)
         if names is None:
             continue
-        if isinstance(names, Raw):
-            names = yaml.safe_load(names)
-        if isinstance(names, str):
-            names = [names]
+        names = _leaf(str | list[str], [(origin, names)], "plugins")
+        names = names if isinstance(names, list) else [names]
+        if not all(isinstance(name, str) and name for name in names):
+            raise ClipwrightError(
+                "E_CONFIG_VALUE",
+                "the config value is not allowed",
+                where=f"plugins ({origin})",
+                found=f"{names!r} (allowed: a file, or a list of files)",
+                fix="write plugins=FILE.py or plugins=[FILE.py, FILE.py]",
+            )
         base = Path() if origin in ("command line", "base") else folder
         paths = [(base / name).resolve() for name in names]
     return paths
 
 
-def _merge(kind: type[Any], layers: list[tuple[str, Any]], place: str, origins: dict[str, str]) -> dict[str, Any]:
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    hints = get_type_hints(kind, include_extras=True)
-    for origin, layer in layers:
-        if not isinstance(layer, dict):
+def _known_keys(kind: type[Any]) -> list[str]:
+    """Returns all keys of a config as far as its source can be read; only hints need them."""
+    try:
+        return outline.keys(f"{kind.__module__}:{kind.__qualname__}")
+    except (AssertionError, KeyError, LookupError, ImportError, OSError, ValueError):
+        return []
+
+
+def _section_layers(values: list[tuple[str, Any]], place: str, fix: str) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the layers of a section: an empty one sets nothing, and an override may give it as `{key: value}`."""
+    layers: list[tuple[str, dict[str, Any]]] = []
+    for origin, value in values:
+        if isinstance(value, Raw) and value.startswith("{"):
+            try:
+                value = parse_flow(value)  # its values are read with the types of the section's fields
+            except ValueMismatch as mismatch:
+                raise _not_allowed(place, origin, value, str(mismatch), "a section") from None
+        if value is None:
+            continue
+        if not isinstance(value, dict):
             raise ClipwrightError(
                 "E_CONFIG_VALUE",
                 "a section must be a mapping",
                 where=f"{place or 'config'} ({origin})",
-                found=repr(str(layer)),
-                fix=f"set the keys in it: {place}.key=value",
+                found=repr(str(value)),
+                fix=fix.replace("VALUE", str(value)),
             )
+        layers.append((origin, value))
+    return layers
+
+
+def _merge(kind: type[Any], layers: list[tuple[str, Any]], place: str, origins: dict[str, str]) -> dict[str, Any]:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = get_type_hints(kind, include_extras=True)
+    layers = _section_layers(layers, place, f"set the keys in it: {place}.key=value")
+    for origin, layer in layers:
         for key in layer:
             if key not in fields:
-                raise ClipwrightError(
-                    "E_CONFIG_KEY",
-                    "the config key does not exist",
-                    where=f"{_join(place, key)} ({origin})",
-                    found=f"{place or 'the config'} has the keys {', '.join(fields)}",
-                    fix=nearest(str(key), fields) or "remove it",
-                )
+                raise UnknownKey(place, str(key), origin, list(fields), layer[key])
     tree: dict[str, Any] = {}
     for name, spec in fields.items():
         values = [(origin, layer[name]) for origin, layer in layers if name in layer]
@@ -199,22 +201,15 @@ def _merge(kind: type[Any], layers: list[tuple[str, Any]], place: str, origins: 
             tree[name] = _leaf(hints[name], values, where)
             origins[where] = values[-1][0]
         elif (default := _default(spec)) is not dataclasses.MISSING:
-            tree[name] = default
+            tree[name] = read_value(hints[name], default)
             origins[where] = "default"
     return tree
 
 
 def _merge_choice(choice: Choice, values: list[tuple[str, Any]], place: str, origins: dict[str, str]) -> dict[str, Any]:
     name, start, named_by = choice.default, 0, "default"
+    values = _section_layers(values, place, f"write {place}.name=VALUE")
     for i, (origin, layer) in enumerate(values):
-        if not isinstance(layer, dict):
-            raise ClipwrightError(
-                "E_CONFIG_VALUE",
-                "a choice must be a mapping",
-                where=f"{place} ({origin})",
-                found=repr(str(layer)),
-                fix=f"write {place}.name={layer}",
-            )
         if "name" in layer and str(layer["name"]) != name:
             name, start, named_by = str(layer["name"]), i, origin
     if name is None:
@@ -236,39 +231,36 @@ def _merge_choice_list(
 ) -> Any:
     """Expands each element of a list of choices; the highest layer replaces the complete list."""
     origin = origins[place] = values[-1][0]
-    value = _leaf(hint, values, place)
-    if not isinstance(value, list):
+    value = _leaf(hint, values[-1:], place)
+    if not isinstance(value, list | tuple):
         return value  # validation refuses it
     return [_merge_choice(choice, [(origin, item)], f"{place}.{i}", origins) for i, item in enumerate(value)]
 
 
 def _leaf(hint: Any, values: list[tuple[str, Any]], place: str) -> Any:
     merged: Any = None
-    for _, value in values:
-        parsed = _parse(hint, value)
+    for origin, value in values:
+        try:
+            found = read_value(hint, value)
+        except ValueMismatch as mismatch:
+            raise _not_allowed(place, origin, value, str(mismatch), type_text(hint)) from None
         # `where.split=train` adds to the mapping of a lower layer; any other value replaces that of a lower layer.
-        if isinstance(parsed, dict) and isinstance(merged, dict):
-            merged = {**merged, **parsed}
+        if isinstance(found, dict) and isinstance(merged, dict):
+            merged = {**merged, **found}
         else:
-            merged = parsed
+            merged = found
     return merged
 
 
-def _parse(hint: Any, value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _parse(Any, item) for key, item in value.items()}
-    if not isinstance(value, Raw):
-        return value
-    kinds = {bare_type(arg) for arg in get_args(bare_type(hint))} if _is_union(bare_type(hint)) else {bare_type(hint)}
-    plain = str(value)
-    looks_like_list = any(get_origin(kind) is list for kind in kinds) and plain.startswith("[")
-    looks_like_none = type(None) in kinds and plain in ("null", "~")
-    if str in kinds and not looks_like_list and not looks_like_none:
-        return plain
-    try:
-        return yaml.safe_load(plain)
-    except yaml.YAMLError:
-        return plain
+def _not_allowed(place: str, origin: str, value: Any, mismatch: str, allowed: str) -> ClipwrightError:
+    shown = "an empty value" if value is None or value == "" else repr(plain(value))
+    return ClipwrightError(
+        "E_CONFIG_VALUE",
+        "the config value is not allowed",
+        where=f"{place} ({origin})",
+        found=f"{shown} {mismatch} (allowed: {allowed})",
+        fix="change the value",
+    )
 
 
 def _location(problem: Any, tree: dict[str, Any]) -> tuple[list[str], Any]:
@@ -286,8 +278,7 @@ def _location(problem: Any, tree: dict[str, Any]) -> tuple[list[str], Any]:
     return keys, node
 
 
-def _value_error(error: ValidationError, tree: dict[str, Any], origins: dict[str, str]) -> ClipwrightError:
-    errors = error.errors()
+def _value_error(errors: list[ErrorDetails], tree: dict[str, Any], origins: dict[str, str]) -> ClipwrightError:
     # A field that may be a text or a list of sections gives one error per alternative: the deepest one is reported.
     parent = errors[0]["loc"][:-1]
     same_field = [problem for problem in errors if problem["loc"][: len(parent)] == parent]
@@ -326,14 +317,6 @@ def list_choice(hint: Any) -> Choice | None:
     """Returns the `Choice` of the elements of a list type."""
     arguments = get_args(hint)
     return choice_of(arguments[0]) if get_origin(hint) is tuple and len(arguments) == 2 else None
-
-
-def bare_type(hint: Any) -> Any:
-    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
-
-
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)
 
 
 def _default(spec: dataclasses.Field[Any]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ import yaml
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.nearest import nearest
+from clipwright.pipeline.core.written_yaml import YamlMistake, parse_yaml
 
 
 def config_path(verb: str, config: str) -> Path:
     """Returns the file of CONFIG: a path if it has a `/` or ends in .yaml, else a shipped config of the verb."""
-    if "/" in config or config.endswith((".yaml", ".yml")):
+    if is_path(config):
         path = Path(config)
         if not path.is_file():
             raise ClipwrightError("E_CONFIG_FILE", "the config file does not exist", where=config, fix="check the path")
@@ -31,6 +34,12 @@ def config_path(verb: str, config: str) -> Path:
     return names[config]
 
 
+def is_path(config: str) -> bool:
+    """Whether CONFIG is a path, not the name of a shipped config."""
+    return "/" in config or config.endswith((".yaml", ".yml"))
+
+
+@cache
 def shipped_configs() -> dict[str, dict[str, Path]]:
     """Returns verb → name → path of the configs in the package; a verb's folder may group them in sub-folders."""
     root = Path(str(resources.files("clipwright") / "configs"))
@@ -42,19 +51,36 @@ def shipped_configs() -> dict[str, dict[str, Path]]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Returns the mapping in a YAML file; raises E_CONFIG_FILE."""
+    """Returns the mapping in a YAML file that clipwright wrote; raises E_CONFIG_FILE."""
+    return _read(path, yaml.safe_load)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Returns the mapping in a YAML file that a person wrote, its plain scalars as `Raw`; raises E_CONFIG_FILE."""
+    return _read(path, parse_yaml)
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        tree = parse(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, YamlMistake, UnicodeDecodeError, OSError, RecursionError) as error:
+        has_tab = "'\\t'" in str(error)
         raise ClipwrightError(
-            "E_CONFIG_FILE", "the config is not valid YAML", where=path, found=str(error), fix="fix the file"
+            "E_CONFIG_FILE",
+            "the config is not valid YAML",
+            where=path,
+            found=str(error),
+            fix="indent with spaces, not with tabs" if has_tab else "fix the file",
         ) from None
+    if tree is None:
+        return {}
     if not isinstance(tree, dict):
+        kind = "a list" if isinstance(tree, list) else "a text"
         raise ClipwrightError(
             "E_CONFIG_FILE",
             "the config is not a mapping",
             where=path,
-            found=f"its type is {type(tree).__name__}",
+            found=f"it is {kind}",
             fix="write `section: {key: value}`",
         )
     return tree

@@ -10,7 +10,7 @@ _MAX_SEGMENT = 2000  # characters: whatever value a message echoes, it stays rea
 # meaning. Codes of rows (E_IMG_*, E_TAR_*, E_PAIR_*, E_CAP_*) are also the reasons in rejects.parquet.
 CODES: dict[str, tuple[int, str]] = {
     "E_USAGE": (2, "the command line is malformed"),
-    "E_CONFIG_FILE": (2, "a config file is missing or is not YAML"),
+    "E_CONFIG_FILE": (2, "a config file is missing, not YAML, or for another command"),
     "E_CONFIG_KEY": (2, "a config key does not exist"),
     "E_CONFIG_CHOICE": (2, "a name is not in its registry"),
     "E_CONFIG_VALUE": (2, "a config value has the wrong type or is out of range"),

@@ -37,47 +37,47 @@ def unimported_docs(name: str) -> dict[str, str]:
     assert spec is not None and spec.origin is not None, name
     file = Path(spec.origin)
     docs: dict[str, str] = {}
-    for base in _class(file, class_name).bases:
-        if isinstance(base, ast.Name) and base.id in _imports(file):
-            docs.update(unimported_docs(f"{_imports(file)[base.id]}:{base.id}"))
+    for base in class_ast(file, class_name).bases:
+        if isinstance(base, ast.Name) and base.id in imports_of(file):
+            docs.update(unimported_docs(f"{imports_of(file)[base.id]}:{base.id}"))
         elif isinstance(base, ast.Name):
             docs.update(unimported_docs(f"{module}:{base.id}"))
-    return {**docs, **_fields(_class(file, class_name))}
+    return {**docs, **documented_fields(class_ast(file, class_name))}
 
 
 def _own_docs(file: Path, class_name: str) -> dict[str, str]:
-    if class_name not in _classes(file):
+    if class_name not in classes_of(file):
         return {}
-    return {field: text for field, text in _fields(_class(file, class_name)).items() if text}
+    return {field: text for field, text in documented_fields(class_ast(file, class_name)).items() if text}
 
 
-def _class(file: Path, name: str) -> ast.ClassDef:
-    return _classes(file)[name]
+def class_ast(file: Path, name: str) -> ast.ClassDef:
+    return classes_of(file)[name]
 
 
 @cache
-def _module(file: Path) -> ast.Module:
+def module_ast(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
 @cache
-def _classes(file: Path) -> dict[str, ast.ClassDef]:
+def classes_of(file: Path) -> dict[str, ast.ClassDef]:
     """Returns all classes of a file by name, nested ones included."""
-    return {node.name: node for node in ast.walk(_module(file)) if isinstance(node, ast.ClassDef)}
+    return {node.name: node for node in ast.walk(module_ast(file)) if isinstance(node, ast.ClassDef)}
 
 
 @cache
-def _imports(file: Path) -> dict[str, str]:
+def imports_of(file: Path) -> dict[str, str]:
     """Returns imported name → module, of the `from MODULE import NAME` at the top of a file."""
     return {
         alias.name: node.module
-        for node in _module(file).body
+        for node in module_ast(file).body
         if isinstance(node, ast.ImportFrom) and node.module is not None
         for alias in node.names
     }
 
 
-def _fields(node: ast.ClassDef) -> dict[str, str]:
+def documented_fields(node: ast.ClassDef) -> dict[str, str]:
     """Returns the annotated fields of a class body (not ClassVars) in order, each with the literal that follows it."""
     docs: dict[str, str] = {}
     previous: str | None = None

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
-
-import annotated_types
-from pydantic.fields import FieldInfo
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from clipwright.pipeline.core.command import Command
-from clipwright.pipeline.core.config import Choice, bare_type, choice_of, inline_yaml, list_choice
+from clipwright.pipeline.core.config import Choice, choice_of, list_choice
 from clipwright.pipeline.core.field_docs import field_docs
+from clipwright.pipeline.core.type_text import type_text
+from clipwright.pipeline.core.values import bare_type
+from clipwright.pipeline.core.written_yaml import inline_yaml
 
 HEADER = """\
 # Config reference
@@ -26,17 +25,13 @@ set, and `clipwright config schema VERB` its JSON schema for editors.
 Each config also takes `plugins`, a list of Python files that register further towers, losses, sources and so on.
 A section that is chosen by `name` (`image: {name: vit_nano}`) starts with the values of that preset; a default in the
 tables below is what a preset leaves unset.
-"""
 
-_NAMES: dict[Any, str] = {
-    str: "text",
-    int: "integer",
-    float: "number",
-    bool: "true or false",
-    type(None): "null",
-    Any: "any",
-    dict: "mapping",
-}
+The type of a key decides how its value is read, in files and on the command line. Text stays as it was written: `no`,
+`007`, `12:30`. A number may be written in any notation: `0.001`, `1e-3`, `1_000`, `0x10`; leading zeros do not change
+it. True is `true`, `yes`, `on` or `1`, and false `false`, `no`, `off` or `0`. A list is `[a, b]`, a mapping `{a: 1}`.
+`null` and `~` mean no value where a key allows `null`. Where any type is allowed, `true`, `false`, `null` and plain
+numbers such as 12 or 0.5 are what they look like, and all else is text.
+"""
 
 
 @dataclass(frozen=True)
@@ -177,50 +172,6 @@ def _table(keys: Iterable[Key]) -> list[str]:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def type_text(hint: Any) -> str:
-    """Returns a type annotation as text: `integer ≥ 1`, `one of `a`, `b``, `list of text`, `number or null`."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return " ".join([type_text(arguments[0]), *_constraints(arguments[1:])])
-    if origin is Literal:
-        return "one of " + ", ".join(f"`{_yaml(value)}`" for value in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(type_text(argument) for argument in arguments))
-    if origin in (list, tuple, set, frozenset):
-        if origin is tuple and Ellipsis not in arguments:
-            kinds = list(dict.fromkeys(type_text(argument) for argument in arguments))
-            return f"list of {len(arguments)}: {', '.join(kinds)}"
-        return f"list of {type_text(arguments[0])}"
-    if origin is dict:
-        return f"mapping of {type_text(arguments[0])} to {type_text(arguments[1])}"
-    if dataclasses.is_dataclass(hint):
-        return "sections"
-    return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def _constraints(metadata: Iterable[Any]) -> Iterator[str]:
-    """Yields the limits of a value, as annotated by pydantic's `Field`."""
-    for item in metadata:
-        if isinstance(item, FieldInfo):
-            yield from _constraints(item.metadata)
-        elif isinstance(item, annotated_types.Ge):
-            yield f"≥ {item.ge}"
-        elif isinstance(item, annotated_types.Gt):
-            yield f"> {item.gt}"
-        elif isinstance(item, annotated_types.Le):
-            yield f"≤ {item.le}"
-        elif isinstance(item, annotated_types.Lt):
-            yield f"< {item.lt}"
-        elif isinstance(item, annotated_types.MultipleOf):
-            yield f"a multiple of {item.multiple_of}"
-        elif isinstance(item, annotated_types.MinLen):
-            yield f"of at least {item.min_length}"
-        elif isinstance(item, annotated_types.MaxLen):
-            yield f"of at most {item.max_length}"
-        elif getattr(item, "pattern", None) is not None:
-            yield f"matching `{item.pattern}`"
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

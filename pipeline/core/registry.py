@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar, dataclass_transform
 
-from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.field_docs import field_docs
-from clipwright.pipeline.core.nearest import nearest
+from clipwright.pipeline.core.hints import unknown_preset
 
 C = TypeVar("C")
 
@@ -129,12 +128,7 @@ class Registry(Generic[C]):
         """Returns the family that has preset `name`; E_CONFIG_CHOICE names the nearest preset if there is none."""
         entries = self.entries
         if name not in entries:
-            raise ClipwrightError(
-                "E_CONFIG_CHOICE",
-                f"there is no {self.kind} of this name",
-                where=f"name: {name}",
-                fix=nearest(str(name), entries) or f"choose one of {', '.join(entries)}",
-            )
+            raise unknown_preset(self.kind, str(name), list(entries), f"name: {name}")
         return entries[name]
 
     def preset(self, name: str, **fields: Any) -> Any:

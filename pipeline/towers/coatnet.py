@@ -184,9 +184,21 @@ VARIANTS = {
 }
 # The paper's other layouts at the same widths and depths; it also has layouts of equal size, which were not published.
 OTHER_LAYOUTS = {
-    f"{name}_{layout.lower()}": {**fields, "layout": layout}
-    for name, fields in VARIANTS.items()
-    for layout in ("CCCT", "CTTT", "CCCC")
+    "coatnet_0_ccct": {**VARIANTS["coatnet_0"], "layout": "CCCT"},
+    "coatnet_0_cttt": {**VARIANTS["coatnet_0"], "layout": "CTTT"},
+    "coatnet_0_cccc": {**VARIANTS["coatnet_0"], "layout": "CCCC"},
+    "coatnet_1_ccct": {**VARIANTS["coatnet_1"], "layout": "CCCT"},
+    "coatnet_1_cttt": {**VARIANTS["coatnet_1"], "layout": "CTTT"},
+    "coatnet_1_cccc": {**VARIANTS["coatnet_1"], "layout": "CCCC"},
+    "coatnet_2_ccct": {**VARIANTS["coatnet_2"], "layout": "CCCT"},
+    "coatnet_2_cttt": {**VARIANTS["coatnet_2"], "layout": "CTTT"},
+    "coatnet_2_cccc": {**VARIANTS["coatnet_2"], "layout": "CCCC"},
+    "coatnet_3_ccct": {**VARIANTS["coatnet_3"], "layout": "CCCT"},
+    "coatnet_3_cttt": {**VARIANTS["coatnet_3"], "layout": "CTTT"},
+    "coatnet_3_cccc": {**VARIANTS["coatnet_3"], "layout": "CCCC"},
+    "coatnet_4_ccct": {**VARIANTS["coatnet_4"], "layout": "CCCT"},
+    "coatnet_4_cttt": {**VARIANTS["coatnet_4"], "layout": "CTTT"},
+    "coatnet_4_cccc": {**VARIANTS["coatnet_4"], "layout": "CCCC"},
 }
 
 IMAGE_TOWERS.add(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import clipwright.cli  # noqa: F401  registers the verbs
+from clipwright.pipeline.core import outline
 from clipwright.pipeline.core.command import COMMANDS, OPTIONAL_FLAGS, Command
 
 
@@ -80,23 +81,43 @@ def test_config_show_reads_a_command_line_as_its_verb_does(cli: Any) -> None:
     assert line.startswith("error[E_USAGE]: unexpected argument 'lr'") and "clipwright train --help" in line
 
 
-@pytest.mark.parametrize("verb", ["train", "data verify", "report"])
-def test_help_shows_the_supported_flags_examples_and_keys(verb: str, cli: Any) -> None:
+@pytest.mark.parametrize(("verb", "words"), [
+    ("train", ["train", "--help"]),
+    ("prep", ["prep", "-h"]),
+    ("index build", ["help", "index", "build"]),
+    ("data verify", ["data", "verify", "-h"]),
+    ("report", ["help", "report"]),
+])  # fmt: skip
+def test_help_shows_flags_examples_configs_and_keys(verb: str, words: list[str], cli: Any) -> None:
     spec = COMMANDS[verb]
-    text = cli(*verb.split(), "--help").stdout
+    text = cli(*words).stdout
     for flag in OPTIONAL_FLAGS:
         assert (re.search(rf"\s{flag}\s", text) is not None) == spec.supports(flag), flag
     assert "--yes" not in text
     for example in spec.examples:
         assert f"\n  {example}\n" in text
+    configs = {"train": "cifar10, photos", "prep": "folder, scenes, table", "index build": "flat"}
+    assert (f"Shipped configs: {configs.get(verb)}" in text) == (verb in configs)
     if spec.kind is not None:
         assert f"clipwright config show {verb}" in text
+        for key, field in outline.fields(spec.kind).items():
+            written = rf"^{key}: " if field.section or (field.registry and not field.is_list) else rf"^ *{key}  "
+            assert re.search(written + re.escape(field.doc.split()[0]), text, re.MULTILINE), key
 
 
-def test_help_of_train_names_the_config_sections(cli: Any) -> None:
-    text = cli("train", "--help").stdout
-    for section in ("data", "image", "text", "tokenizer", "loss", "optim", "schedule", "runtime"):
-        assert re.search(rf"\n  {section}\s", text), section
+def test_help_lists_keys_of_sections_with_their_descriptions(cli: Any) -> None:
+    text = cli("help", "train").stdout
+    assert re.search(r"^  optim\.lr +Peak learning rate\.$", text, re.MULTILINE)
+    assert re.search(r"^  runtime\.activation_checkpointing\.image +Blocks of the image tower", text, re.MULTILINE)
+    text = cli("help", "prep").stdout
+    table = text.partition("with source.name=table:")[2]
+    assert re.search(r"^  source\.path +Table file", table, re.MULTILINE)
+
+
+def test_help_and_version_of_the_front_door(cli: Any) -> None:
+    texts = {cli(*words).stdout for words in ([], ["help"], ["-h"], ["--help"])}
+    assert len(texts) == 1 and "clipwright help COMMAND" in texts.pop()
+    assert re.fullmatch(r"clipwright \d+\.\d+\.\d+\S*\n", cli("--version").stdout)
 
 
 @pytest.mark.parametrize("spec", COMMANDS.values(), ids=lambda spec: spec.verb)

@@ -83,7 +83,7 @@ def test_text_is_taken_verbatim_and_the_rest_as_yaml() -> None:
 @pytest.mark.parametrize(
     ("override", "code", "culprit", "remedy"),
     [
-        ("shape.radiuss=2", "E_CONFIG_KEY", "shape.radiuss", "did you mean 'radius'?"),
+        ("shape.radiuss=2", "E_CONFIG_KEY", "shape.radiuss", "did you mean 'shape.radius'?"),
         ("runtme.workers=2", "E_CONFIG_KEY", "runtme", "did you mean 'runtime'?"),
         ("shape.name=bal", "E_CONFIG_CHOICE", "bal", "did you mean 'ball'?"),
         ("runtime.workers=many", "E_CONFIG_VALUE", "runtime.workers", "change the value"),

@@ -9,7 +9,8 @@ from pydantic import Field
 
 import clipwright.cli  # noqa: F401  registers the verbs
 from clipwright.pipeline.core.command import COMMANDS
-from clipwright.pipeline.core.reference import missing_docs, type_text
+from clipwright.pipeline.core.reference import missing_docs
+from clipwright.pipeline.core.type_text import type_text
 
 DOCS = Path(__file__).resolve().parents[4] / "docs" / "configs.md"
 

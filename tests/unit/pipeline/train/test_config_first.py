@@ -31,13 +31,13 @@ def set_launcher_variables(monkeypatch: pytest.MonkeyPatch, rank: int, address: 
     ("verb", "override", "code", "pieces"),
     [
         ("train", "optim.learnin_rate=1", "E_CONFIG_KEY", ["optim.learnin_rate", "optim has the keys"]),
-        ("train", "runtime.zer=2", "E_CONFIG_KEY", ["runtime.zer", "did you mean 'zero'?"]),
+        ("train", "runtime.zer=2", "E_CONFIG_KEY", ["runtime.zer", "did you mean 'runtime.zero'?"]),
         ("train", "image.name=vit_nanno", "E_CONFIG_CHOICE", ["vit_nanno", "did you mean 'vit_nano'?"]),
         ("train", "schedule.global_batch=0", "E_CONFIG_VALUE", ["schedule.global_batch", "greater than"]),
         ("train", "runtime.zero=4", "E_CONFIG_VALUE", ["runtime.zero", "0, 1, 2 or 3"]),
         ("train", "runtime.offload=optimizer", "E_CONFIG_VALUE", ["runtime.offload", "runtime.zero=0", "zero=1"]),
         ("doctor", "loss.name=softmx", "E_CONFIG_CHOICE", ["softmx", "did you mean 'softmax'?"]),
-        ("embed", "runtime.bach=8", "E_CONFIG_KEY", ["runtime.bach", "did you mean 'batch'?"]),
+        ("embed", "runtime.bach=8", "E_CONFIG_KEY", ["runtime.bach", "did you mean 'runtime.batch'?"]),
         ("embed", "runtime.batch=0", "E_CONFIG_VALUE", ["runtime.batch", "greater than"]),
     ],
 )

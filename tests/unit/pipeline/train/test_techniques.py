@@ -84,7 +84,7 @@ def test_first_blocks_are_frozen_with_the_stem(name: str) -> None:
     [
         ("[{name: freeze, image: 3}]", "E_CONFIG_VALUE", ["freeze.image: 3", "the tower has 2", "use 1 to 2"]),
         ("[{name: freeze, image: 0}]", "E_CONFIG_VALUE", ["techniques.0.image"]),
-        ("[{name: freeze, imag: all}]", "E_CONFIG_KEY", ["techniques.0.imag", "did you mean 'image'?"]),
+        ("[{name: freeze, imag: all}]", "E_CONFIG_KEY", ["techniques.0.imag", "did you mean 'techniques.0.image'?"]),
         ("[{name: freez}]", "E_CONFIG_CHOICE", ["freez", "did you mean 'freeze'?"]),
         ("[{name: freeze}, {name: freeze}]", "E_CONFIG_VALUE", ["listed twice", "freeze"]),
         ("freeze", "E_CONFIG_VALUE", ["techniques"]),

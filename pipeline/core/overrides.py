@@ -1,0 +1,41 @@
+"""`section.key=value` arguments."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.written_yaml import Raw
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """Returns `section.key=value` arguments as a nested tree; its leaves are parsed when the field's type is known."""
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        name, sign, text = override.partition("=")
+        if not sign or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)*", name):
+            raise ClipwrightError("E_USAGE", "an override is malformed", where=override, fix="write section.key=value")
+        *sections, key = name.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ClipwrightError(
+                    "E_USAGE",
+                    "two overrides contradict each other",
+                    where=override,
+                    found=f"{section} has a value of its own",
+                    fix="remove one of them",
+                )
+        if key in node:
+            raise ClipwrightError(
+                "E_USAGE",
+                "an override is given twice",
+                where=override,
+                found=f"{name} is already set on this command line",
+                fix="remove one of them",
+            )
+        node[key] = Raw(text)
+    return tree
