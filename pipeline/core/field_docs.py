@@ -9,7 +9,6 @@ Python drops these literals at run time, so they are parsed from the file that d
 from __future__ import annotations
 
 import ast
-import importlib.util
 import inspect
 import sys
 from functools import cache
@@ -25,24 +24,6 @@ def field_docs(config: type[Any]) -> dict[str, str]:
         if file is not None and base.__module__ not in sys.stdlib_module_names:
             docs.update(_own_docs(Path(file), base.__name__))
     return docs
-
-
-def unimported_docs(name: str) -> dict[str, str]:
-    """Returns field name → description (may be empty) of the config class `MODULE:CLASS`, without importing it.
-
-    For `--help`, which must not wait for torch. Bases are followed through `from MODULE import CLASS`.
-    """
-    module, _, class_name = name.partition(":")
-    spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None, name
-    file = Path(spec.origin)
-    docs: dict[str, str] = {}
-    for base in class_ast(file, class_name).bases:
-        if isinstance(base, ast.Name) and base.id in imports_of(file):
-            docs.update(unimported_docs(f"{imports_of(file)[base.id]}:{base.id}"))
-        elif isinstance(base, ast.Name):
-            docs.update(unimported_docs(f"{module}:{base.id}"))
-    return {**docs, **documented_fields(class_ast(file, class_name))}
 
 
 def _own_docs(file: Path, class_name: str) -> dict[str, str]:

@@ -73,7 +73,7 @@ def fields(name: str) -> dict[str, FieldOutline]:
     file = _file(module)
     node = class_ast(file, class_name)
     found: dict[str, FieldOutline] = {}
-    for base in node.bases:
+    for base in reversed(node.bases):  # the order in which a dataclass collects its fields
         target = _target(module, base)
         if target is not None:
             found.update(fields(target))

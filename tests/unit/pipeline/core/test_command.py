@@ -101,7 +101,7 @@ def test_help_shows_flags_examples_configs_and_keys(verb: str, words: list[str],
     if spec.kind is not None:
         assert f"clipwright config show {verb}" in text
         for key, field in outline.fields(spec.kind).items():
-            written = rf"^{key}: " if field.section or (field.registry and not field.is_list) else rf"^ *{key}  "
+            written = rf"^{key}: " if field.section or (field.registry and not field.is_list) else rf"^ *{key} +"
             assert re.search(written + re.escape(field.doc.split()[0]), text, re.MULTILINE), key
 
 
