@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from clipwright.pipeline.core.command import Call, Command, Outcome, leave_error_to_rank0
+from clipwright.pipeline.core.command import Call, Command, Outcome, Preempted, leave_error_to_rank0
 from clipwright.pipeline.core.messages import format_count
 
 app = typer.Typer()
@@ -24,8 +24,8 @@ app.add_typer(index_app, name="index")
     ),
 )
 def embed(call: Call) -> Outcome:
-    """Embed every image or caption of a dataset with a model; also runs as several ranks under a launcher."""
-    from clipwright.eval.embed import COLLECTIVE_SECONDS, RENDEZVOUS_SECONDS
+    """Embed every image or caption of a dataset; run again to resume; also runs as several ranks under a launcher."""
+    from clipwright.eval.embed import COLLECTIVE_SECONDS, RENDEZVOUS_SECONDS, kept_parts
     from clipwright.eval.embed import embed as run
     from clipwright.pipeline.core.errors import ClipwrightError
     from clipwright.pipeline.distributed.group import process_group
@@ -39,14 +39,25 @@ def embed(call: Call) -> Outcome:
     if call.dry_run:
         return Outcome(resolved.tree, f"would embed every {config.what} of {config.data} into {out}")
     with process_group(COLLECTIVE_SECONDS, RENDEZVOUS_SECONDS) as world:
+        say = call.say if world.is_rank0 else lambda _: None
         try:
-            manifest = run(resolved, out, world, quiet=call.quiet, fresh=call.fresh)
+            manifest = run(resolved, out, world, quiet=call.quiet, fresh=call.fresh, say=say)
         except ClipwrightError as error:
             if world.is_rank0:
                 raise
             return leave_error_to_rank0(error)
-    action = "embedded" if manifest["made"] else "already embedded:"
-    text = f"{action} {format_count(manifest['rows'], manifest['what'])}, dimension {manifest['dimension']}, in {out}"
+        except (KeyboardInterrupt, Preempted):
+            parts = kept_parts(out)
+            say(
+                f"kept {format_count(parts, 'finished part')} in {out}"
+                if parts
+                else "no part was finished: nothing is kept"
+            )
+            raise
+    rows, new = manifest["rows"], manifest["new_rows"]
+    action = "embedded" if new or not rows else "already embedded:"
+    earlier = f" ({new:,} now, {rows - new:,} by earlier starts)" if 0 < new < rows else ""
+    text = f"{action} {format_count(rows, config.what)}{earlier}, dimension {manifest['dimension']}, in {out}"
     if is_part and "files" not in manifest:
         return Outcome(manifest, f"part {config.runtime.part}: {text}")
     return Outcome(manifest, text, next=f"clipwright index build flat embeddings={out} -o INDEX")
@@ -80,14 +91,23 @@ def index_build(call: Call) -> Outcome:
     kind="clipwright.eval.search.query:SearchConfig",
     subject="index",
     metavar="INDEX",
-    examples=('clipwright search index text="a red dog" k=5', "clipwright search index image=query.jpg"),
+    flags=("-o",),
+    examples=(
+        'clipwright search index text="a red dog" k=5',
+        "clipwright search index image=query.jpg -o hits",
+    ),
 )
 def search(call: Call) -> Outcome:
-    """Find the nearest rows of an index to a text or an image."""
+    """Find the nearest rows of an index to a text or an image; -o writes a page with the images."""
     from clipwright.eval.search.query import run, table
 
-    result = run(call.load().value)
-    return Outcome(result, table(result))
+    result = run(call.load().value, call.out)
+    text = table(result)
+    if call.out is not None:
+        text += f"\n\npage {result['page']}"
+        if result["problem"]:
+            text += f"\n{result['problem']}"
+    return Outcome(result, text)
 
 
 @Command(

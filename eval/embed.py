@@ -1,27 +1,22 @@
-"""Embeds a dataset with a model into an embedding folder, in one process or in several."""
+"""Embeds a dataset with a model into an embedding folder, in one process or in several, part by part."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import gather_object
 from pydantic import AfterValidator, Field
 
-from clipwright.eval.encode import dataset_images, encode_images, encode_texts, sidecar_slices
+from clipwright.eval.embed_parts import RECEIPTS, PartWriter
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import atomic_write, digest, staged_path, write_json
+from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.part import Part
@@ -30,21 +25,15 @@ from clipwright.pipeline.distributed.group import World
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.cache import CachedRuntime
 from clipwright.pipeline.folders.dataset import Dataset
-from clipwright.pipeline.folders.output import CONFIG, EMBEDDING
-from clipwright.pipeline.folders.records import (
-    MANIFEST,
-    check_files,
-    file_entries,
-    read_manifest,
-    write_manifest,
-    write_origin,
-)
-from clipwright.pipeline.folders.schema import EMBEDDING_SCHEMA, METADATA, own_columns
+from clipwright.pipeline.folders.embeddings import fingerprint, part_name
+from clipwright.pipeline.folders.output import CONFIG, EMBEDDING, LOCK, Lock
+from clipwright.pipeline.folders.records import MANIFEST, check_files, read_manifest, write_manifest, write_origin
 from clipwright.pipeline.model.folder import Model, load_model
 
 T = TypeVar("T")
 RENDEZVOUS_SECONDS = 1800.0
 COLLECTIVE_SECONDS = 7 * 86400.0  # ranks that are done wait for the slowest one
+PARTS, MIN_PART_SAMPLES, MAX_PART_SAMPLES = 64, 256, 8192  # of the default of `part_samples`
 
 
 def _checked_part(text: str) -> str:
@@ -74,6 +63,8 @@ class EmbedConfig:
     """Dataset folder, local or remote."""
     what: Literal["image", "text"] = "image"
     """`image`: one row per sample; `text`: one row per caption."""
+    part_samples: Annotated[int, Field(ge=1)] | None = None
+    """Samples per part; finished parts survive a stop. null: 1/64 of the dataset, at least 256 and at most 8,192."""
     runtime: EmbedRuntime = EmbedRuntime()
     """How embedding uses the machine. Not part of the folder's identity."""
 
@@ -101,223 +92,196 @@ def _on_all_ranks(work: Callable[[], T]) -> list[T]:
     return [result for result, _ in outcomes]
 
 
-def embed(resolved: Resolved[EmbedConfig], out: Path, world: World, *, quiet: bool, fresh: bool) -> dict[str, Any]:
-    """Writes the embedding folder `out`; returns its manifest and `made`: whether anything had to be embedded.
+def embed(
+    resolved: Resolved[EmbedConfig],
+    out: Path,
+    world: World,
+    *,
+    quiet: bool,
+    fresh: bool,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Writes the embedding folder `out`; returns its manifest, and `new_rows`: how many rows this start embedded.
 
-    Rank r embeds the r-th of equal contiguous ranges into part r, so that the parts in order are the dataset in order.
-    Parts are staged and renamed when all ranks are done; the manifest is written last. If one rank fails, all ranks
-    raise its error. A finished folder of the same inputs is kept, of other inputs refused (E_OUTPUT).
+    The dataset is divided into parts of `part_samples` samples. Each is sealed when it is embedded, so that the same
+    command, on any number of ranks, continues after a stop with the parts that are missing. The parts do not depend on
+    the number of ranks. If one rank fails, all ranks raise its error. The manifest is written last. A folder of other
+    inputs is refused: E_OUTPUT if it is finished, E_RESUME if not.
 
-    A share of a job array (`runtime.part=K/N`) leaves its parts staged, each with a receipt, and returns their `rows`;
-    a part that has a receipt is not embedded again. `finish` then makes the folder that as many ranks would make; it
-    raises E_UNFINISHED if a receipt is missing.
+    A share of a job array (`runtime.part=K/N`) seals the K-th of N equal shares of the parts and returns their `rows`.
+    `finish` writes the manifest; it raises E_UNFINISHED if a part is missing.
+
+    say: prints a line for people.
     """
     config = resolved.value
     part = Part.read(config.runtime.part, planned=False)
     part.check(fresh=fresh)
-    device = str(_accelerate_state().device)
-    opened: list[tuple[Model, Dataset]] = []
-    cache = config.runtime.cache
-    _on_all_ranks(lambda: opened.append((load_model(Path(config.model), device), Dataset(config.data, cache=cache))))
-    [(model, data)] = opened
-    body = {"model": model.fingerprint, "data": data.fingerprint, "what": config.what, "dimension": model.embed_dim}
-    finished = _on_all_ranks(lambda: _finished_manifest(out, body, fresh) if world.is_rank0 else None)[0]
+    model, data = _open(config, str(_accelerate_state().device))
+    writer = PartWriter(
+        out=out,
+        identity={
+            "model": model.fingerprint,
+            "data": data.fingerprint,
+            "what": config.what,
+            "part_samples": config.part_samples or _default_part_samples(data.samples),
+        },
+        model=model,
+        data=data,
+        what=config.what,
+        batch=config.runtime.batch,
+        workers=config.runtime.workers,
+    )
+    finished = _on_rank0(world, lambda: _finished_manifest(writer, fresh))
     if finished is not None:
-        return {**finished, "made": False}
+        return {**finished, "new_rows": 0}
+    with _claimed(world, writer, part, fresh):
+        share = part.share(len(writer.ranges))
+        receipts: dict[int, Any] = _on_rank0(world, lambda: {number: writer.sealed(number) for number in share})
+        missing = [number for number, receipt in receipts.items() if receipt is None]
+        if part.step == "finish":
+            _require_no_missing(out, missing, len(share))
+        elif 0 < len(missing) < len(share):
+            say(f"resuming: {len(share) - len(missing)} of {format_count(len(share), 'part')} embedded already")
+        own = [missing[i] for i in Part("all").share(len(missing), world.rank, world.size)]
+        written = _on_all_ranks(lambda: _write(writer, own, part, quiet=quiet or not world.is_rank0))
+        new = {number: receipt for rank_receipts in written for number, receipt in rank_receipts.items()}
+        receipts.update(new)
+        counts = {"new_rows": sum(receipt["rows"] for receipt in new.values())}
+        if part.step == "share":
+            rows = sum(receipt["rows"] for receipt in receipts.values())
+            return {"identity": writer.identity, "dimension": model.embed_dim, "rows": rows, **counts}
+        manifest = _on_rank0(world, lambda: _finish(writer, resolved, receipts))
+    return {**manifest, **counts}
+
+
+def kept_parts(out: Path) -> int:
+    """Returns the number of sealed parts of an unfinished embedding folder."""
+    return len(list((out / EMBEDDING.work).glob(RECEIPTS)))
+
+
+def _open(config: EmbedConfig, device: str) -> tuple[Model, Dataset]:
+    """Opens dataset and model on every rank; the dataset first, which takes less time."""
+    opened: list[tuple[Model, Dataset]] = []
+
+    def work() -> None:
+        data = Dataset(config.data, cache=config.runtime.cache)
+        if config.what == "text":
+            data.require_captions("what=text")
+        opened.append((load_model(Path(config.model), device), data))
+
+    _on_all_ranks(work)
+    return opened[0]
+
+
+def _on_rank0(world: World, work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0; returns its result, or raises its error, on all ranks."""
+    result: Any = _on_all_ranks(lambda: work() if world.is_rank0 else None)[0]
+    return result
+
+
+def _default_part_samples(samples: int) -> int:
+    return min(max(-(-samples // PARTS), MIN_PART_SAMPLES), MAX_PART_SAMPLES)
+
+
+def _finished_manifest(writer: PartWriter, fresh: bool) -> dict[str, Any] | None:
+    """Checks the folder. Returns its manifest if it is a valid folder of these inputs; None if there is work to do."""
+    output.check(writer.out, EMBEDDING)
+    if fresh or not (writer.out / MANIFEST).exists():
+        return None
+    manifest = read_manifest(writer.out, "embedding")
+    what = "the embedding folder was made from other inputs"
+    output.require_same(writer.out, what, manifest.get("identity", {}), writer.identity)
+    check_files(writer.out, manifest["files"], "E_EMBED_HASH")
+    return manifest
+
+
+@contextmanager
+def _claimed(world: World, writer: PartWriter, part: Part, fresh: bool) -> Iterator[None]:
+    """Claims the folder and records the identity, or compares it with the recorded one (E_RESUME).
+
+    A share of a job array claims only its parts. If no part was sealed, nothing but status.json is left.
+    """
     with ExitStack() as claims:
 
         def claim() -> None:
-            if world.is_rank0:
-                claims.enter_context(output.claim(out, EMBEDDING))
-
-        _on_all_ranks(claim)
-        if part.step == "finish":
-            manifest = _on_all_ranks(lambda: _join_parts(out, resolved, body) if world.is_rank0 else None)[0]
-            assert manifest is not None
-            return {**manifest, "made": True}
-        rows = part.share(data.samples, world.rank, world.size)
-        own_part = _EmbeddingPart(out, (part.number - 1) * world.size + world.rank)
-        quiet = quiet or world.rank > 0
-        try:
+            out = writer.out
+            if fresh:
+                output.clear(out, EMBEDDING)
             if part.step == "share":
-                identity = {**body, "of": part.of * world.size, "ranks": world.size}
-                receipts = _on_all_ranks(
-                    lambda: own_part.write_once(identity, lambda: own_part.write(model, data, rows, config, quiet))
-                )
-                made = any(written for _, written in receipts)
-                return {**body, "rows": sum(receipt["rows"] for receipt, _ in receipts), "made": made}
-            _on_all_ranks(lambda: output.clear(out, EMBEDDING) if world.is_rank0 else None)
-            parts = _on_all_ranks(lambda: own_part.write(model, data, rows, config, quiet))
-            manifest = _on_all_ranks(lambda: _finish(out, resolved, body, parts) if world.is_rank0 else None)[0]
+                work, name = EMBEDDING.work, f"{part.number}-of-{part.of}"
+                claims.enter_context(Lock(out, f"{work}/{LOCK}", "a command without parts is writing it", shared=True))
+                claims.enter_context(Lock(out, f"{work}/{LOCK}-{name}", f"part {part} is being written by another"))
+            else:
+                claims.enter_context(output.claim(out, EMBEDDING))
+            found = output.recorded(out, EMBEDDING)
+            if found is None:
+                output.record_identity(out, EMBEDDING, writer.identity)
+            else:
+                what = "the unfinished embedding folder was made from other inputs"
+                output.require_same(out, what, found.identity, writer.identity, code="E_RESUME")
+            _failure_mark(out, part).unlink(missing_ok=True)
+
+        _on_rank0(world, claim)
+        try:
+            yield
         finally:
-            if part.step == "all":
-                own_part.discard()
-        assert manifest is not None
-        return {**manifest, "made": True}
+            if world.is_rank0 and part.step == "all" and not kept_parts(writer.out):
+                output.release(writer.out, EMBEDDING)
 
 
-def _finished_manifest(out: Path, body: dict[str, Any], fresh: bool) -> dict[str, Any] | None:
-    """Checks `out`. Returns its manifest if it is a valid folder of these inputs; None if there is work to do."""
-    output.check(out, EMBEDDING)
-    if fresh or not (out / MANIFEST).exists():
-        return None
-    manifest = read_manifest(out, "embedding")
-    made_from = {name: manifest[name] for name in body}
-    output.require_same(out, "the embedding folder was made from other inputs", made_from, body)
-    check_files(out, manifest["files"], "E_EMBED_HASH")
-    return manifest
+def _failure_mark(out: Path, part: Part) -> Path:
+    """A file that a failing rank makes, so that the others stop after the part they are at."""
+    return out / EMBEDDING.work / f"failed-{part.number}-of-{part.of}"
 
 
-def _join_parts(out: Path, resolved: Resolved[EmbedConfig], body: dict[str, Any]) -> dict[str, Any]:
-    """Joins the parts of a job array by their receipts. Raises E_UNFINISHED if a part is missing."""
-    receipts = [
-        json.loads(path.read_text(encoding="utf-8")) for path in out.glob(staged_path(out / "part-*.json").name)
-    ]
-    receipts = [receipt for receipt in receipts if receipt.items() >= body.items()]
-    divisions = Counter((receipt["of"], receipt["ranks"]) for receipt in receipts).most_common(1)
-    of, ranks = divisions[0][0] if divisions else (0, 1)
-    by_number = {receipt["number"]: receipt for receipt in receipts if receipt["of"] == of}
-    missing = sorted({number // ranks + 1 for number in range(of) if number not in by_number})
-    if missing or not of:
-        if of:
-            numbers = ", ".join(map(str, missing[:6])) + (", …" if len(missing) > 6 else "")
-            found = (
-                f"{len(missing)} of {format_count(of // ranks, 'part')} of this model and dataset missing: {numbers}"
-            )
-        else:
-            found = "no part of this model and dataset is there"
-        raise ClipwrightError(
-            "E_UNFINISHED",
-            "parts of the job array are missing or did not finish",
-            where=out,
-            found=found,
-            fix="run the missing parts with runtime.part=K/N; finished parts are not embedded again",
-        )
-    parts = [by_number[number] for number in range(of)]
-    for part in parts:
-        for name, entry in part["files"].items():
-            check_files(out, {_current_path(out, name).name: entry}, "E_EMBED_HASH")
-    manifest = _finish(out, resolved, body, parts)
-    output.remove_staged(out)  # receipts, and parts of an earlier division
-    return manifest
+def _write(writer: PartWriter, numbers: list[int], part: Part, *, quiet: bool) -> dict[int, Any]:
+    """Embeds and seals parts; returns their receipts."""
+    receipts: dict[int, Any] = {}
+    samples = sum(len(writer.ranges[number]) for number in numbers)
+    failed = _failure_mark(writer.out, part)
+    with Progress("embed", samples, "sample", quiet=quiet) as progress:
+        for number in numbers:
+            if failed.exists():
+                break
+            try:
+                receipts[number] = writer.write(number, progress.add)
+            except ClipwrightError:
+                failed.touch()
+                raise
+    return receipts
 
 
-class _EmbeddingPart:
-    """The rows of one rank: float16 unit embeddings and the table of their rows, staged until every rank is done."""
-
-    def __init__(self, out: Path, number: int) -> None:
-        self.out, self.number = out, number
-        self.names = [f"part-{number:05d}{suffix}" for suffix in (".npy", ".parquet")]
-        self.staged = [staged_path(out / name) for name in self.names]
-
-    def write_once(self, identity: dict[str, Any], work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-        """Runs `work` unless a receipt of the same identity exists; returns the receipt, and whether work was done."""
-        identity = {**identity, "number": self.number}
-        path = staged_path(self.out / f"part-{self.number:05d}.json")
-        if path.is_file():
-            receipt = json.loads(path.read_text(encoding="utf-8"))
-            if receipt.items() >= identity.items() and self._has_files(receipt):
-                return receipt, False
-            path.unlink()
-        receipt = {**identity, **work()}
-        write_json(path, receipt)
-        return receipt, True
-
-    def _has_files(self, receipt: dict[str, Any]) -> bool:
-        for name, entry in receipt["files"].items():
-            path = _current_path(self.out, name)
-            if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                return False
-        return True
-
-    def write(self, model: Model, data: Dataset, samples: range, config: EmbedConfig, quiet: bool) -> dict[str, Any]:
-        """Embeds a range of samples; returns the number of rows and the manifest entry of each file."""
-        rows = _write_rows(self.staged[1], data, samples, config.what)
-        if rows == 0:
-            return {"rows": 0, "files": {}}
-        stored = np.lib.format.open_memmap(self.staged[0], "w+", np.float16, (rows, model.embed_dim))
-        written = 0
-        with Progress("embed", rows, config.what, quiet=quiet) as progress:
-            for embeddings in _embeddings(model, data, samples, config):
-                stored[written : written + len(embeddings)] = embeddings.numpy()
-                written += len(embeddings)
-                progress.add(len(embeddings))
-        assert written == rows, (written, rows)
-        stored.flush()
-        entries = file_entries(self.staged[0].parent, [path.name for path in self.staged])
-        return {
-            "rows": rows,
-            "files": {name: entries[path.name] for name, path in zip(self.names, self.staged, strict=True)},
-        }
-
-    def discard(self) -> None:
-        for path in self.staged:
-            path.unlink(missing_ok=True)
-
-
-def _current_path(out: Path, name: str) -> Path:
-    """Returns where a part's file is: staged, or under its final name after an interrupted `finish`."""
-    staged = staged_path(out / name)
-    return staged if staged.exists() else out / name
-
-
-def _embeddings(model: Model, data: Dataset, samples: range, config: EmbedConfig) -> Iterator[torch.Tensor]:
-    runtime = config.runtime
-    if config.what == "image":
-        images = dataset_images(data, samples)
-        for _, embeddings in encode_images(model, images, batch=runtime.batch, workers=runtime.workers):
-            yield embeddings
+def _require_no_missing(out: Path, missing: list[int], parts: int) -> None:
+    """Raises E_UNFINISHED if the job array has not sealed every part."""
+    if not missing:
         return
-    for _, _, rows in sidecar_slices(data, samples.start, samples.stop):
-        texts = [text for captions in rows["captions"].to_pylist() for text in captions]
-        yield from encode_texts(model, texts, batch=runtime.batch)
+    names = ", ".join(map(part_name, missing[:6])) + (", …" if len(missing) > 6 else "")
+    raise ClipwrightError(
+        "E_UNFINISHED",
+        "parts of the embedding folder are missing",
+        where=out,
+        found=f"{len(missing)} of {parts}: {names}",
+        fix="run every runtime.part=K/N of the job array again; parts that are there are not embedded again",
+    )
 
 
-def _write_rows(path: Path, data: Dataset, samples: range, what: str) -> int:
-    """Writes the row table of a part; returns the number of rows. Without rows there is no table."""
-    rows = 0
-    writer: pq.ParquetWriter | None = None
-    try:
-        for shard, _, sidecar in sidecar_slices(data, samples.start, samples.stop):
-            table = embedding_rows(sidecar, data.tar_name(shard), what)
-            writer = writer or pq.ParquetWriter(path, table.schema)
-            writer.write_table(table.cast(writer.schema))
-            rows += table.num_rows
-    finally:
-        if writer is not None:
-            writer.close()
-    return rows
-
-
-def embedding_rows(sidecar: pa.Table, tar: str, what: str) -> pa.Table:
-    """Returns embedding rows for sidecar rows: one per sample with its first caption, or (`text`) one per caption.
-
-    The user's own columns become the struct `metadata`, so that none of them collides with a column of ours.
-    """
-    captions = sidecar["captions"].combine_chunks()
-    if what == "text":
-        sidecar, caption = sidecar.take(captions.value_parent_indices()), captions.flatten()
-    else:
-        caption = captions.values.take(captions.offsets[:-1])
-    derived: dict[str, Any] = {"caption": caption, "tar": pa.array([tar] * sidecar.num_rows, pa.string())}
-    columns = {name: derived[name] if name in derived else sidecar[name] for name in EMBEDDING_SCHEMA.names}
-    own = own_columns(sidecar.schema)
-    if own:
-        columns[METADATA] = pa.StructArray.from_arrays(
-            [sidecar[field.name].combine_chunks() for field in own], fields=own
-        )
-    return pa.table(columns)
-
-
-def _finish(
-    out: Path, resolved: Resolved[EmbedConfig], body: dict[str, Any], parts: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Renames the staged parts and writes config, origin and, last, the manifest."""
-    files = {name: entry for part in parts for name, entry in part["files"].items()}
-    renames = [(_current_path(out, name), out / name) for name in files]
-    output.publish(*renames)
+def _finish(writer: PartWriter, resolved: Resolved[EmbedConfig], receipts: dict[int, Any]) -> dict[str, Any]:
+    """Writes config, origin and, last, the manifest; then removes what only resuming needs."""
+    out = writer.out
     atomic_write(out / CONFIG, resolved.yaml())
     write_origin(out, model=resolved.value.model, data=resolved.value.data)
-    body = {**body, "rows": sum(part["rows"] for part in parts), "files": files}
-    fingerprint = digest({**body, "files": {name: entry["sha256"] for name, entry in files.items()}})
-    return write_manifest(out, "embedding", fingerprint, body)
+    ordered = [(number, receipts[number]) for number in sorted(receipts)]
+    body = {
+        "identity": writer.identity,
+        "dimension": writer.model.embed_dim,
+        "rows": sum(receipt["rows"] for _, receipt in ordered),
+        "samples": writer.data.samples,
+        "parts": [
+            {"name": part_name(number), **{name: receipt[name] for name in ("samples", "rows", "binding")}}
+            for number, receipt in ordered
+        ],
+        "files": {name: entry for _, receipt in ordered for name, entry in receipt["files"].items()},
+    }
+    manifest = write_manifest(out, "embedding", fingerprint(body), body)
+    output.release(out, EMBEDDING)
+    return manifest

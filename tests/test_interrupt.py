@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from waiting import wait_until
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -50,7 +50,7 @@ COMMANDS = {
     "doctor": (["doctor", *TRAIN], ("clipwright.pipeline.doctor.speed", "module.Engine", "step"), ["*"]),
     "embed": (
         ["embed", "model=model", "data=data"],
-        ("clipwright.eval.embed", "module", "_embeddings"),
+        ("clipwright.eval.embed_parts", "module.PartWriter", "_embeddings"),
         ["manifest.json", "part-*"],
     ),
     "index": (
@@ -95,11 +95,14 @@ def test_interrupted_command_leaves_no_incomplete_output_and_can_be_run_again(
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_until((tmp_path / "here").exists, process)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "here").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     if verb == "train":
         (tmp_path / "go").touch()  # it completes the current step and saves
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors and errors.strip().endswith("run the same command again to resume")
     assert not list((tmp_path / "out").glob("**/*.partial"))

@@ -79,7 +79,10 @@ def _query_rows(
 
 
 def retrieve(model: Encoder, data: Dataset, *, batch: int, workers: int, quiet: bool = False) -> DatasetRetrieval:
-    """Uses every image and every caption of `data` as a query. An image that cannot be read is an error."""
+    """Uses every image and every caption of `data` as a query. An image that cannot be read is an error.
+
+    Raises E_DATA_SMALL for an empty dataset and E_CAP_EMPTY if an image has no caption.
+    """
     if data.samples == 0:
         raise ClipwrightError(
             "E_DATA_SMALL",
@@ -89,6 +92,7 @@ def retrieve(model: Encoder, data: Dataset, *, batch: int, workers: int, quiet: 
             fix="choose a dataset that has samples",
         )
     data.require_captions("retrieval")
+    captions_of = _captions_of(data)
     keys: list[str] = []
     images: list[torch.Tensor] = []
     with Progress("eval", data.samples, "image", quiet=quiet) as progress:
@@ -97,9 +101,6 @@ def retrieve(model: Encoder, data: Dataset, *, batch: int, workers: int, quiet: 
             keys += batch_keys
             images.append(embeddings)
             progress.add(len(batch_keys))
-    captions_of: list[list[str]] = []
-    for _, _, rows in sidecar_slices(data, 0, data.samples):
-        captions_of += rows["captions"].to_pylist()
     owners = [image for image, captions in enumerate(captions_of) for _ in captions]
     captions = [caption for captions in captions_of for caption in captions]
     texts: list[torch.Tensor] = []
@@ -110,6 +111,25 @@ def retrieve(model: Encoder, data: Dataset, *, batch: int, workers: int, quiet: 
     assert len(keys) == data.samples == len(captions_of), (len(keys), data.samples, len(captions_of))
     results = rank_both_directions(torch.cat(images), torch.cat(texts), keys, captions, owners)
     return DatasetRetrieval(keys, captions, owners, results)
+
+
+def _captions_of(data: Dataset) -> list[list[str]]:
+    """Returns the captions of every image."""
+    captions_of: list[list[str]] = []
+    keys: list[str] = []
+    for _, _, rows in sidecar_slices(data, 0, data.samples):
+        captions_of += [captions or [] for captions in rows["captions"].to_pylist()]
+        keys += rows["key"].to_pylist()
+    without = [key for key, captions in zip(keys, captions_of, strict=True) if not captions]
+    if without:
+        raise ClipwrightError(
+            "E_CAP_EMPTY",
+            "images of the dataset have no caption",
+            where=data.place,
+            found=f"{len(without):,} of {data.samples:,} images, such as key {without[0]}",
+            fix="evaluate retrieval on a dataset in which every image has a caption",
+        )
+    return captions_of
 
 
 def score(model: Encoder, data: Dataset, *, batch: int, workers: int, quiet: bool = False) -> dict[str, Any]:

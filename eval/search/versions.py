@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,20 +11,23 @@ from typing import Annotated, Any
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from clipwright.eval.search.recipes.base import RECIPES, IndexInput, Recipe, RecipeConfig
-from clipwright.eval.search.rows import ROWS, read_rows, write_rows
+from clipwright.eval.search.rows import ROWS, choose_canaries, read_rows, write_rows
 from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, digest
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.core.text import shorten
 from clipwright.pipeline.core.unsafe import refuse_code
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.embeddings import Embeddings, rows_error
 from clipwright.pipeline.folders.output import CONFIG, CURRENT, INDEX, VERSIONS
 from clipwright.pipeline.folders.records import (
+    MANIFEST,
     check_files,
     file_entries,
     read_manifest,
@@ -32,9 +35,13 @@ from clipwright.pipeline.folders.records import (
     write_manifest,
     write_origin,
 )
+from clipwright.pipeline.folders.schema import CANARY_SCHEMA
 
-FAISS = "index.faiss"
-CANARIES = 16
+FAISS, CANARIES = "index.faiss", "canaries.parquet"
+CANARY_ROWS = 8  # rows whose embeddings are computed again when the index is opened with its model
+CAPTION_LETTERS = 40  # of a caption in an error
+BUILD_AGAIN = "build the index again with --fresh"
+_MANIFEST = ("fingerprint", "model", "data", "what", "dimension", "recipe", "rows", "next_id", "files")
 
 
 @configclass
@@ -49,7 +56,10 @@ class IndexBuildConfig:
 
 @dataclass(frozen=True)
 class Index:
-    """One version of an index folder, opened and checked. `rows[i]` is the row of `ids[i]`; ids ascend."""
+    """One version of an index folder, opened and checked. `rows[i]` is the row of `ids[i]`; ids ascend.
+
+    canaries: a table of `schema.CANARY_SCHEMA`.
+    """
 
     folder: Path
     manifest: dict[str, Any]
@@ -57,6 +67,7 @@ class Index:
     recipe: Recipe
     rows: pa.Table
     ids: np.ndarray
+    canaries: pa.Table
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the cosines (Q, k) and ids (Q, k) of the nearest rows to float32 unit rows (Q, E)."""
@@ -98,15 +109,33 @@ def open_version(folder: Path) -> Index:
     """
     name, manifest = _current_version(folder)
     version = folder / VERSIONS / name
+    _require_complete(version, manifest)
     check_files(version, manifest["files"], "E_INDEX_HASH")
     refuse_code(version, "an index folder")
     recipe = _recorded_recipe(version, manifest)
     index = faiss.read_index(str(version / FAISS))
     rows, ids = read_rows(version)
-    mismatch = _find_mismatch(index, ids, manifest)
+    opened = Index(version, manifest, index, recipe, rows, ids, pq.read_table(version / CANARIES))
+    mismatch = _find_mismatch(opened)
     if mismatch is not None:
-        raise rows_error(version, mismatch, "build the index again with --fresh")
-    return Index(version, manifest, index, recipe, rows, ids)
+        raise rows_error(version, mismatch, BUILD_AGAIN)
+    return opened
+
+
+def _require_complete(version: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises E_MANIFEST for a manifest without something that opening the version needs."""
+    missing = [name for name in _MANIFEST if name not in manifest]
+    files: Any = manifest.get("files")
+    if "files" not in missing:
+        missing += [name for name in (FAISS, ROWS, CANARIES) if name not in files]
+    if missing:
+        raise ClipwrightError(
+            "E_MANIFEST",
+            "the index manifest is malformed",
+            where=version / MANIFEST,
+            found=f"it has no {', '.join(missing)}",
+            fix=BUILD_AGAIN,
+        )
 
 
 def _reusable_version(out: Path, embeddings: str, recipe: RecipeConfig) -> dict[str, Any] | None:
@@ -151,7 +180,7 @@ def _next_id(versions: Path) -> int:
 def _write_version(
     folder: Path, source: Embeddings, recipe: RecipeConfig, first_id: int, progress: Progress
 ) -> dict[str, Any]:
-    parts = source.parts()
+    parts = list(source.parts())
     if not parts:
         raise rows_error(source.folder, "the embedding folder has no rows", "embed a dataset that has samples")
     next_id = write_rows(folder, parts, first_id)
@@ -166,43 +195,41 @@ def _write_version(
     rows = next_id - first_id
     index = RECIPES.build(recipe).build(IndexInput(rows, source.dimension, blocks))
     faiss.write_index(index, str(folder / FAISS))
-    files = file_entries(folder, [FAISS, ROWS])
+    canaries = choose_canaries(parts, source.identity["what"], first_id, CANARY_ROWS)
+    top1 = pa.array(_top1(index, np.array(canaries["embedding"].to_pylist(), np.float32)))
+    canaries = canaries.append_column("top1", top1).select(CANARY_SCHEMA.names).cast(CANARY_SCHEMA)
+    pq.write_table(canaries, folder / CANARIES)
+    files = file_entries(folder, [FAISS, ROWS, CANARIES])
     body = {
-        "model": source.manifest["model"],
-        "data": source.manifest["data"],
+        "model": source.identity["model"],
+        "data": source.identity["data"],
         "embeddings": source.fingerprint,
-        "what": source.manifest["what"],
+        "what": source.identity["what"],
         "dimension": source.dimension,
         "metric": "inner_product",
         **_recipe_entries(recipe),
         "rows": rows,
         "next_id": next_id,
         "files": files,
-        "canaries": _make_canaries(index, np.arange(first_id, next_id)),
     }
-    fingerprint = digest({"model": body["model"], "files": {name: entry["sha256"] for name, entry in files.items()}})
-    return write_manifest(folder, "index", fingerprint, body)
+    return write_manifest(folder, "index", _fingerprint(body), body)
 
 
-def _make_canaries(index: Any, ids: np.ndarray) -> list[dict[str, int]]:
-    """Returns a few ids, spread over the index, each with the top-1 id of its own embedding.
-
-    The two differ where an earlier row has an equal embedding.
-    """
-    chosen = ids[np.unique(np.linspace(0, len(ids) - 1, CANARIES).astype(np.int64))]
-    return [{"id": int(i), "top1": int(top)} for i, top in zip(chosen, _top1(index, chosen), strict=True)]
+def _fingerprint(manifest: Mapping[str, Any]) -> str:
+    files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    return digest({"model": manifest["model"], "files": files})
 
 
-def _top1(index: Any, ids: np.ndarray) -> np.ndarray:
-    """Searches for the embedding of each id; returns the lowest of the ids that tie for the first place."""
-    queries = np.stack([index.reconstruct(int(i)) for i in ids])
-    scores, hits = index.search(queries, min(8, index.ntotal))
+def _top1(index: Any, embeddings: np.ndarray) -> np.ndarray:
+    """Searches for float32 unit embeddings (n, E); returns the lowest of the ids that tie for the first place."""
+    scores, hits = index.search(embeddings, min(8, index.ntotal))
     hits = np.where(scores >= scores[:, :1] - 1e-6, hits, np.iinfo(np.int64).max)
     return hits.min(1)
 
 
-def _find_mismatch(index: Any, ids: np.ndarray, manifest: dict[str, Any]) -> str | None:
-    """Returns why embeddings, rows and manifest do not belong together; None if they do."""
+def _find_mismatch(opened: Index) -> str | None:
+    """Returns why embeddings, rows, canaries and manifest do not belong together; None if they do."""
+    index, ids, manifest = opened.faiss, opened.ids, opened.manifest
     if (index.ntotal, index.d) != (manifest["rows"], manifest["dimension"]):
         recorded = f"{manifest['rows']} × {manifest['dimension']}"
         return f"the index has {index.ntotal} × {index.d} values, the manifest states {recorded}"
@@ -211,12 +238,22 @@ def _find_mismatch(index: Any, ids: np.ndarray, manifest: dict[str, Any]) -> str
     index_ids = faiss.vector_to_array(index.id_map) if isinstance(index, faiss.IndexIDMap2) else np.empty(0)
     if not np.array_equal(ids, np.sort(index_ids)):
         return "the ids of the embeddings are not the ids of the rows"
-    canaries = manifest["canaries"]
-    top1_ids = _top1(index, np.array([canary["id"] for canary in canaries]))
-    for canary, top in zip(canaries, top1_ids, strict=True):
+    canaries = opened.canaries.to_pylist()
+    positions = np.searchsorted(ids, [canary["id"] for canary in canaries])
+    rows = opened.rows.select(["id", "key", "caption"]).take(np.minimum(positions, len(ids) - 1)).to_pylist()
+    top1_ids = _top1(index, np.array([canary["embedding"] for canary in canaries], np.float32).reshape(-1, index.d))
+    for canary, row, top in zip(canaries, rows, top1_ids.tolist(), strict=True):
+        if any(row[name] != canary[name] for name in row):
+            return f"id {canary['id']} was {_describe(canary)} when the index was built, its row is {_describe(row)}"
         if top != canary["top1"]:
             return f"the top-1 hit of id {canary['id']} is {top}; when the index was built it was {canary['top1']}"
+    if _fingerprint(manifest) != manifest["fingerprint"]:
+        return "the fingerprint in the manifest is not that of its files: the manifest was changed"
     return None
+
+
+def _describe(row: Mapping[str, Any]) -> str:
+    return f"key {row['key']} {shorten(row['caption'] or '', CAPTION_LETTERS)!r}"
 
 
 def _current_version(folder: Path) -> tuple[str, dict[str, Any]]:

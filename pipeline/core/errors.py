@@ -43,7 +43,7 @@ CODES: dict[str, tuple[int, str]] = {
     "E_UNFINISHED": (3, "a step or part of the job is missing or did not finish"),
     "E_EMBED_HASH": (3, "an embedding file does not match its manifest"),
     "E_INDEX_HASH": (3, "an index file does not match its manifest"),
-    "E_INDEX_ROWS": (3, "embeddings and rows differ in number, ids or dimension"),
+    "E_INDEX_ROWS": (3, "embeddings and rows do not belong together"),
     "E_CKPT_NONE": (3, "the requested checkpoint does not exist"),
     "E_CKPT_HASH": (3, "a checkpoint file does not match its manifest"),
     "E_DISK": (1, "the disk has no room for a checkpoint"),

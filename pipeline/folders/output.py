@@ -26,6 +26,7 @@ from clipwright.pipeline.folders.records import MANIFEST, ORIGIN, differences, r
 CONFIG, IDENTITY, REPORT = "config.yaml", "identity.json", "report.json"
 PLAN, REJECTS, WORK = "plan.parquet", "rejects.parquet", ".prep"
 FOREIGN_SIDECAR = ".sidecar.parquet"  # not .parquet: img2dataset leaves a table of that name beside each tar
+EMBED_WORK = ".embed"
 PAGE, REPORT_PAGE = "view.html", "report.html"
 CURRENT, VERSIONS = "current", "versions"
 TOKENIZER = "tokenizer"
@@ -94,7 +95,15 @@ FOREIGN = Kind(
 INSPECTION = Kind("report", names=(REPORT, PAGE, REPORT_PAGE))
 RUN = Kind("run", pattern=r".+", early=(CONFIG, TOKENIZER), resumes=True)
 MODEL = Kind("model", early=(), format="model", replaced=True)
-EMBEDDING = Kind("embedding", names=(CONFIG, ORIGIN, MANIFEST), pattern=r"part-\d+\.(npy|parquet)", format="embedding")
+EMBEDDING = Kind(
+    "embedding",
+    names=(CONFIG, ORIGIN, EMBED_WORK, MANIFEST),
+    pattern=r"part-\d+\.(npy|parquet)",
+    early=(EMBED_WORK,),
+    resumes=True,
+    work=EMBED_WORK,
+    format="embedding",
+)
 INDEX = Kind("index", names=(CONFIG, ORIGIN, CURRENT, VERSIONS))
 EVALUATION = Kind("evaluation report", names=(CONFIG, REPORT, REPORT_PAGE))
 DEMO = Kind("demo", pattern=r".+", config_key="steps")

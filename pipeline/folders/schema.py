@@ -73,12 +73,26 @@ EMBEDDING_SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("source", pa.string()),
+        ("source_key", pa.string()),  # the image's name in the input of preparation
+        ("canary", pa.binary()),  # of a few images: the stored bytes, from which the embedding can be computed again
     ]
 )
 """The row table of an embedding part: one row per embedding. The user's own columns follow as the struct `metadata`."""
 
-METADATA = "metadata"
+METADATA, CANARY = "metadata", "canary"
 INDEX_ID = pa.field("id", pa.int64())
+
+CANARY_SCHEMA = pa.schema(
+    [
+        INDEX_ID,
+        ("top1", pa.int64()),  # the id that a search for the row's embedding finds first
+        ("key", pa.string()),
+        ("caption", pa.string()),
+        ("image", pa.binary()),  # the stored bytes; null in an index of captions
+        ("embedding", pa.list_(pa.float32())),  # as the embedding folder has it
+    ]
+)
+"""`canaries.parquet` of an index version: rows whose embeddings the model computes again when the index is opened."""
 
 
 def own_columns(sidecar: pa.Schema) -> list[pa.Field]:
@@ -87,8 +101,8 @@ def own_columns(sidecar: pa.Schema) -> list[pa.Field]:
 
 
 def index_schema(embedding_rows: pa.Schema) -> pa.Schema:
-    """The row table of an index version: an embedding's row with its id in the index."""
-    return embedding_rows.insert(0, INDEX_ID)
+    """The row table of an index version: an embedding's row with its id in the index. Canaries have their own table."""
+    return pa.schema([INDEX_ID, *(field for field in embedding_rows if field.name != CANARY)])
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

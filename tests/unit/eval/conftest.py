@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,19 +63,37 @@ def _image(i: int) -> bytes:
     return file.getvalue()
 
 
-def _make_dataset(folder: Path, samples: int, shard: int = 400, broken: int | None = None) -> Path:
+def _captions(i: int) -> list[str]:
+    return [f"a {list(COLORS)[i % 3]} image, number {i}", f"image {i}"]
+
+
+def _make_dataset(
+    folder: Path,
+    samples: int,
+    shard: int = 400,
+    broken: int | None = None,
+    captions: Callable[[int], list[str]] = _captions,
+) -> Path:
     """A dataset folder with two captions per sample. The bytes of sample `broken` are not an image."""
     folder.mkdir(parents=True)
     total, shards = DatasetFingerprint(), []
     for number, first in enumerate(range(0, samples, shard)):
         numbers = range(first, min(first + shard, samples))
-        shards.append(_write_shard(folder, f"set-{number:06d}", numbers, total, broken))
+        shards.append(_write_shard(folder, f"set-{number:06d}", numbers, total, broken, captions))
     body = {"shards": shards, "rows_in": samples, "written": samples, "merged": 0, "rejected": 0}
+    body["captions"] = sum(len(captions(i)) for i in range(samples))
     write_manifest(folder, "dataset", total.hexdigest(), body)
     return folder
 
 
-def _write_shard(folder: Path, stem: str, numbers: range, total: DatasetFingerprint, broken: int | None) -> dict:
+def _write_shard(
+    folder: Path,
+    stem: str,
+    numbers: range,
+    total: DatasetFingerprint,
+    broken: int | None,
+    captions: Callable[[int], list[str]],
+) -> dict:
     rows = []
     with tarfile.open(folder / f"{stem}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for i in numbers:
@@ -89,15 +108,15 @@ def _write_shard(folder: Path, stem: str, numbers: range, total: DatasetFingerpr
                 {
                     "row": i,
                     "key": key,
-                    "captions": [f"a {color} image, number {i}", f"image {i}"],
+                    "captions": captions(i),
                     "width": 48,
                     "height": 40,
                     "offset": offset,
                     "size": len(data),
                     "sha256": hashlib.sha256(data).hexdigest(),
                     "dhash": i,
-                    "source": f"{i}.jpg",
-                    "source_key": None,
+                    "source": f"list.csv#{i}",
+                    "source_key": f"photos/{i}.jpg",
                     "id": f"user-{i}",
                     "colour": color,
                     "held_out": i % 3 != 2,
@@ -105,7 +124,10 @@ def _write_shard(folder: Path, stem: str, numbers: range, total: DatasetFingerpr
             )
             total.sample(key, rows[-1]["sha256"], rows[-1]["captions"])
         total.shard(len(numbers))
-    pq.write_table(pa.Table.from_pylist(rows), folder / f"{stem}.parquet")
+    table = pa.Table.from_pylist(rows)
+    listed = table.schema.get_field_index("captions")
+    table = table.set_column(listed, "captions", table["captions"].cast(pa.list_(pa.string())))
+    pq.write_table(table, folder / f"{stem}.parquet")
     return {
         "sidecar": f"{stem}.parquet",
         "sidecar_sha256": file_sha256(folder / f"{stem}.parquet"),
@@ -117,14 +139,9 @@ def _write_shard(folder: Path, stem: str, numbers: range, total: DatasetFingerpr
 
 
 def _cli(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """Runs `clipwright ARGUMENTS` in a process of its own, or in several under torchrun."""
-    texts = list(map(str, arguments))
-    if ranks == 1:
-        return sys.modules["conftest_root"].fork_server().run(texts, Path.cwd(), dict(os.environ), 120)
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    return subprocess.run(
-        [sys.executable, "-m", *launcher, "clipwright", *texts], capture_output=True, text=True, timeout=1200
-    )
+    """Runs `clipwright ARGUMENTS` in a process of its own, or in several ranks."""
+    server = sys.modules["conftest_root"].fork_server()
+    return server.run(list(map(str, arguments)), Path.cwd(), dict(os.environ), 120, ranks if ranks > 1 else 0)
 
 
 def _refused(done: subprocess.CompletedProcess[str], code: str, exit_code: int, *named: object) -> None:

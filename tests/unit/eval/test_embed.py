@@ -18,10 +18,20 @@ from clipwright.pipeline.folders.dataset import Dataset
 
 
 def read(folder: Path) -> tuple[np.ndarray, list[dict]]:
-    names = sorted(json.loads((folder / "manifest.json").read_text())["files"])
-    embeddings = [np.load(folder / name) for name in names if name.endswith(".npy")]
-    rows = [row for name in names if name.endswith(".parquet") for row in pq.read_table(folder / name).to_pylist()]
+    names = [part["name"] for part in json.loads((folder / "manifest.json").read_text())["parts"] if part["rows"]]
+    embeddings = [np.load(folder / f"{name}.npy") for name in names]
+    rows = [row for name in names for row in pq.read_table(folder / f"{name}.parquet").to_pylist()]
     return np.concatenate(embeddings).astype(np.float32), rows
+
+
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def embed_folder(out: Path) -> dict[str, bytes]:
+    """The files of an embedding folder that do not depend on when, where and in how many processes it was made."""
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    return {name: data for name, data in files.items() if name not in ("config.yaml", "status.json", "origin.json")}
 
 
 def srun(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -39,7 +49,7 @@ def srun(*arguments: object) -> subprocess.CompletedProcess[str]:
         )
         for rank in range(2)
     ]
-    printed = [task.communicate(timeout=1200) for task in tasks]
+    printed = [task.communicate(timeout=120) for task in tasks]
     out, errors = ("".join(texts) for texts in zip(*printed, strict=True))
     return subprocess.CompletedProcess([], max(task.returncode for task in tasks), out, errors)
 
@@ -47,32 +57,34 @@ def srun(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_one_process_ignores_a_local_rank_that_a_shell_left_set(model, small, tmp_path):
     arguments = [sys.executable, "-m", "clipwright", "embed", f"model={model}", f"data={small}", "-o", "out", "--json"]
     env = os.environ | {"LOCAL_RANK": "3"}
-    done = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1200, check=False)
+    done = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"] == 7
 
 
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("samples", [1, 7, 1001])
-def test_one_and_two_processes_agree(cli, make_dataset, samples, model, tmp_path):
+def test_one_and_two_processes_write_the_same_bytes(cli, make_dataset, samples, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     data = make_dataset(tmp_path / "data", samples, shard=3 if samples < 10 else 400)
     keys = [key for s in range(len(Dataset(data).sizes)) for key in Dataset(data).sidecar(s)["key"].to_pylist()]
-    folders = {}
+    parts = {1: 1, 7: 4, 1001: 4}[samples]
     for ranks in (1, 2):
         out = tmp_path / f"ranks-{ranks}"
-        arguments = ("embed", f"model={model}", f"data={data}", "-o", out)
+        own = ["part_samples=2"] if samples == 7 else []
+        arguments = ("embed", f"model={model}", f"data={data}", *own, "-o", out)
         done = srun(*arguments) if (ranks, samples) == (2, 7) else cli(*arguments, ranks=ranks)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("embedded") == 1
-        embeddings, rows = folders[ranks] = read(out)
+        embeddings, rows = read(out)
         assert [row["key"] for row in rows] == keys and len(set(keys)) == samples
-        assert len(embeddings) == samples
+        assert len(embeddings) == samples and len(list(out.glob("part-*.npy"))) == parts
         np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=2e-3)
         assert not list(out.glob(".*"))
         assert json.loads((out / "status.json").read_text())["exit_code"] == 0
-    assert len(list((tmp_path / "ranks-2").glob("part-*.npy"))) == min(samples, 2)
-    np.testing.assert_allclose(folders[1][0], folders[2][0], atol=1e-3)
-    assert folders[1][1] == folders[2][1]
+    assert embed_folder(tmp_path / "ranks-1") == embed_folder(tmp_path / "ranks-2")
+    images = [row["canary"] for row in rows if row["canary"] is not None]
+    assert len(images) == min(samples, 8) and all(part["samples"] for part in manifest(out)["parts"])
 
 
 def test_rows_describe_their_sample(embedded, small):
@@ -80,6 +92,8 @@ def test_rows_describe_their_sample(embedded, small):
     data = Dataset(small)
     row, sidecar = rows[4], data.sidecar(1).slice(1, 1).to_pylist()[0]
     assert row["key"] == sidecar["key"] and row["caption"] == sidecar["captions"][0]
+    assert (row["source"], row["source_key"]) == ("list.csv#4", "photos/4.jpg")
+    assert row["canary"] == data.image(1, 1)
     assert row["metadata"] == {name: sidecar[name] for name in ("id", "colour", "held_out")}
     with (small / row["tar"]).open("rb") as tar:
         tar.seek(row["offset"])
@@ -105,14 +119,60 @@ def test_finished_folder_is_kept_and_other_inputs_are_refused(cli, refused, mode
     assert json.loads(fresh.stdout)["rows"] == 14 and len(read(out)[0]) == 14
 
 
-def test_unfinished_folder_is_completed(cli, refused, model, small, embedded, tmp_path):
-    out = shutil.copytree(embedded, tmp_path / "out")
-    (out / "manifest.json").unlink()
-    (out / ".part-00007.npy.partial").write_bytes(b"left by a killed process")
-    refused(cli("index", "build", f"embeddings={out}", "-o", tmp_path / "index"), "E_MANIFEST", 3, out)
-    assert not (tmp_path / "index").exists()
-    assert cli("embed", f"model={model}", f"data={small}", "-o", out).returncode == 0
-    assert not list(out.glob(".*")) and len(read(out)[0]) == 7
+STOP = """
+import os, signal
+from clipwright.eval.embed_parts import PartWriter
+write, written = PartWriter.write, []
+def stopping(self, number, progress):
+    def stop(samples):
+        if len(written) == 1:
+            os.kill(os.getpid(), signal.{name})
+        progress(samples)
+    receipt = write(self, number, stop)
+    written.append(number)
+    return receipt
+PartWriter.write = stopping
+"""
+
+
+@pytest.mark.xdist_group("ranks")
+def test_stopped_embed_continues_with_the_parts_that_are_missing(
+    cli, quick_cli, refused, make_dataset, model, small, tmp_path, monkeypatch
+):
+    """SIGKILL, SIGTERM and Ctrl-C, each in the middle of the second part of a start; then two ranks complete it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    data = make_dataset(tmp_path / "data", 23, shard=5)
+    arguments = ("embed", f"model={model}", f"data={data}", "part_samples=3", "runtime.batch=2", "-o")
+    assert cli(*arguments, tmp_path / "whole").returncode == 0
+    out = tmp_path / "out"
+    for number, (name, code, kept) in enumerate(
+        [("SIGKILL", -9, ""), ("SIGTERM", 85, "kept 2 finished parts"), ("SIGINT", 130, "kept 3 finished parts")], 1
+    ):
+        Path("stop.py").write_text(STOP.format(name=name))
+        done = cli(*arguments, out, "plugins=stop.py")
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+        assert kept in done.stdout and len(list(out.glob("part-*.npy"))) == number
+        assert number == 1 or f"resuming: {number - 1} of 8 parts" in done.stdout
+        assert number == 1 or not list(out.glob(".part-*"))  # SIGKILL leaves what it was writing
+    refused(cli("index", "build", "flat", f"embeddings={out}", "-o", tmp_path / "index"), "E_MANIFEST", 3, out)
+    others = ("what=text", "part_samples=4")
+    refused(quick_cli(*arguments, out, *others), "E_RESUME", 2, out, 'what: "image" → "text"', "part_samples: 3 → 4")
+    damaged = out / "part-00001.npy"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    done = cli(*arguments, out, "--json", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["new_rows"] == 23 - 2 * 3  # the damaged part too
+    assert embed_folder(out) == embed_folder(tmp_path / "whole")
+    assert "already embedded: 23 images" in quick_cli(*arguments, out).stdout
+
+
+def test_stop_before_the_first_part_says_that_nothing_is_kept(cli, model, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("stop.py").write_text(STOP.format(name="SIGINT").replace("== 1", "== 0"))
+    done = cli("embed", f"model={model}", f"data={small}", "-o", "out", "plugins=stop.py")
+    assert done.returncode == 130 and "nothing is kept" in done.stdout
+    assert [path.name for path in Path("out").iterdir()] == ["status.json"]
 
 
 @pytest.mark.xdist_group("ranks")
@@ -151,11 +211,6 @@ def test_folder_with_other_files_is_refused(cli, refused, model, small, tmp_path
     assert {path.name for path in tmp_path.iterdir()} <= {"notes.txt", "status.json"}
 
 
-def embed_folder(out: Path) -> dict[str, bytes]:
-    files = {path.name: path.read_bytes() for path in out.iterdir()}
-    return {name: data for name, data in files.items() if name not in ("config.yaml", "status.json", "origin.json")}
-
-
 @pytest.fixture
 def one_thread():
     """The number of threads that torchrun sets for its ranks; the last bits of the results depend on it."""
@@ -166,34 +221,52 @@ def one_thread():
 
 
 @pytest.mark.xdist_group("ranks")
-def test_job_array_gives_the_folder_of_as_many_ranks(cli, quick_cli, model, small, tmp_path, one_thread):
-    arguments = ("embed", f"model={model}", f"data={small}", "-o")
-    assert cli(*arguments, tmp_path / "ranks", ranks=2).returncode == 0
+def test_job_array_gives_the_folder_of_one_start(cli, quick_cli, refused, model, small, tmp_path, one_thread):
+    arguments = ("embed", f"model={model}", f"data={small}", "part_samples=2", "-o")
+    assert cli(*arguments, tmp_path / "whole").returncode == 0
     out = tmp_path / "parts"
     assert (done := quick_cli(*arguments, out, "runtime.part=2/2")).returncode == 0, done.stderr
-    assert done.stdout.startswith("part 2/2: embedded 4 images") and not (out / "status.json").exists()
+    assert done.stdout.startswith("part 2/2: embedded 3 images") and not (out / "status.json").exists()
     done = quick_cli(*arguments, out, "runtime.part=finish")
-    assert done.returncode == 3 and "error[E_UNFINISHED]" in done.stderr and "1 of 2 parts" in done.stderr
-    assert "missing: 1" in done.stderr and not (out / "manifest.json").exists()
-    assert "part 2/2: already embedded: 4" in quick_cli(*arguments, out, "runtime.part=2/2").stdout
-    # A part without a receipt is embedded again; receipts of other inputs do not count.
-    (out / ".part-00001.json.partial").unlink()
-    assert "part 2/2: embedded 4" in quick_cli(*arguments, out, "runtime.part=2/2").stdout
-    assert "part 1/2: embedded 3" in quick_cli(*arguments, out, "runtime.part=1/2").stdout
-    done = quick_cli(*arguments, out, "what=text", "runtime.part=finish")
-    assert done.returncode == 3 and "no part of this model and dataset" in done.stderr
-    # A file that changed after its receipt was written; a `finish` that was interrupted between two renames.
-    content = (out / ".part-00000.npy.partial").read_bytes()
-    (out / ".part-00000.npy.partial").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    done = quick_cli(*arguments, out, "runtime.part=finish")
-    assert done.returncode == 3 and "error[E_EMBED_HASH]" in done.stderr and ".part-00000.npy" in done.stderr
-    (out / ".part-00000.npy.partial").write_bytes(content)
-    (out / ".part-00001.npy.partial").rename(out / "part-00001.npy")
+    refused(done, "E_UNFINISHED", 3, out, "2 of 4: part-00000, part-00001", "run every runtime.part=K/N")
+    assert not (out / "manifest.json").exists()
+    assert "part 2/2: already embedded: 3" in quick_cli(*arguments, out, "runtime.part=2/2").stdout
+    # A part without a receipt, and one that changed after its receipt was written, are embedded again.
+    (out / ".embed/part-00002.json").unlink()
+    content = (out / "part-00003.npy").read_bytes()
+    (out / "part-00003.npy").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "part 2/2: embedded 3" in quick_cli(*arguments, out, "runtime.part=2/2").stdout
+    assert "part 1/2: embedded 4" in quick_cli(*arguments, out, "runtime.part=1/2").stdout
+    refused(quick_cli(*arguments, out, "what=text", "runtime.part=finish"), "E_RESUME", 2, out, "what")
     assert quick_cli(*arguments, out, "runtime.part=finish").returncode == 0
-    assert embed_folder(out) == embed_folder(tmp_path / "ranks")
+    assert embed_folder(out) == embed_folder(tmp_path / "whole")
     assert "already embedded: 7" in quick_cli(*arguments, out, "runtime.part=1/2").stdout
     for part, code in (("3/2", "E_CONFIG_VALUE"), ("plan", "E_CONFIG_VALUE")):
         done = quick_cli(*arguments, out, f"runtime.part={part}")
         assert done.returncode == 2 and f"error[{code}]" in done.stderr and "K/N with K from 1 to N" in done.stderr
     done = quick_cli(*arguments, tmp_path / "new", "runtime.part=1/2", "--fresh")
     assert done.returncode == 2 and "error[E_USAGE]" in done.stderr and not (tmp_path / "new").exists()
+
+
+def test_images_without_captions_are_embedded_and_searched(quick_cli, refused, make_dataset, image, model, tmp_path):
+    data = make_dataset(tmp_path / "data", 5, shard=2, captions=lambda i: [])
+    some = make_dataset(tmp_path / "some", 5, shard=2, captions=lambda i: ["a caption"] if i != 3 else [])
+    out, index = tmp_path / "out", tmp_path / "index"
+    for place, expected in ((data, [None] * 5), (some, ["a caption"] * 3 + [None, "a caption"])):
+        done = quick_cli("embed", f"model={model}", f"data={place}", "-o", out, "--fresh")
+        assert done.returncode == 0, done.stderr
+        assert [row["caption"] for row in read(out)[1]] == expected
+    done = quick_cli("embed", f"model={model}", f"data={some}", "what=text", "part_samples=3", "-o", tmp_path / "text")
+    assert done.returncode == 0 and "embedded 4 texts" in done.stdout
+    assert quick_cli("embed", f"model={model}", f"data={data}", "-o", out, "--fresh").returncode == 0
+    assert quick_cli("index", "build", "flat", f"embeddings={out}", "-o", index).returncode == 0
+    (tmp_path / "query.jpg").write_bytes(image(3))
+    hits = json.loads(quick_cli("search", index, f"image={tmp_path / 'query.jpg'}", "--json").stdout)["hits"]
+    assert hits[0]["source_key"] == "photos/3.jpg" and hits[0]["caption"] is None and hits[0]["captions"] == []
+    assert "photos/3.jpg" in quick_cli("search", index, "text=a red image").stdout
+    text = ("embed", f"model={model}", f"data={data}", "what=text", "-o", tmp_path / "new")
+    refused(quick_cli(*text), "E_CAP_EMPTY", 3, data, "what=text", "what=image")
+    evaluate = ("eval", "retrieval", f"model={model}")
+    refused(quick_cli(*evaluate, f"data={data}"), "E_CAP_EMPTY", 3, data, "5 images and 0 captions")
+    key = Dataset(some).sidecar(1)["key"][1].as_py()
+    refused(quick_cli(*evaluate, f"data={some}"), "E_CAP_EMPTY", 3, some, "1 of 5 images", key, "every image")

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from embedding_maker import make_embeddings, seal
 from safetensors.torch import save_file
 
 from clipwright.data_prep.foreign.index import ForeignIndexConfig, index
@@ -288,18 +289,14 @@ def test_embedding_part_of_objects_is_refused(
     payload: str, tmp_path: Path, here: Any, bomb: bytes, canary: Path
 ) -> None:
     folder = tmp_path / "embeddings"
-    folder.mkdir()
-    np.save(folder / "part-00000.npy", np.ones((1, 4), np.float16))
-    pq.write_table(pa.table({"key": ["a"]}), folder / "part-00000.parquet")
+    make_embeddings(folder, [1], dim=4)
     if payload == "beside":
         (folder / "metadata.pkl").write_bytes(bomb)
     else:
         valid = (folder / "part-00000.npy").read_bytes()
         data = {"objects": objects(canary), "pickle": bomb, "truncated": valid[:-3]}[payload]
         (folder / "part-00000.npy").write_bytes(data)
-    files = file_entries(folder, ["part-00000.npy", "part-00000.parquet"])
-    body = {"model": "m", "data": "d", "what": "image", "dimension": 4, "rows": 1, "files": files}
-    write_manifest(folder, "embedding", "f", body)
+    seal(folder)
     error = here(tmp_path, "index", "build", "flat", f"embeddings={folder}", "-o", "index", code=3).error
     code = "E_INDEX_ROWS" if payload == "truncated" else "E_UNSAFE"
     assert error.startswith(f"error[{code}]: ") and ("metadata.pkl" if payload == "beside" else "part-0") in error
@@ -314,8 +311,10 @@ def test_index_with_a_pickle_is_refused(name: str, tmp_path: Path, here: Any, bo
     faiss.write_index(faiss.IndexFlatIP(4), str(version / "index.faiss"))
     pq.write_table(pa.table({"id": [0]}), version / "rows-00000.parquet")
     (version / name).write_bytes(bomb)
-    files = file_entries(version, ["index.faiss", "rows-00000.parquet"])
-    write_manifest(version, "index", "f", {"rows": 0, "dimension": 4, "canaries": [], "files": files})
+    pq.write_table(pa.table({"id": [0]}), version / "canaries.parquet")
+    files = file_entries(version, ["index.faiss", "rows-00000.parquet", "canaries.parquet"])
+    body = {"model": "m", "data": "d", "what": "image", "dimension": 4, "recipe": "flat", "rows": 0, "next_id": 0}
+    write_manifest(version, "index", "f", {**body, "files": files})
     error = here(tmp_path, "search", "index", "text=a dog", code=3).error
     assert error.startswith("error[E_UNSAFE]: an index folder could run code — ") and name in error
     assert not canary.exists()

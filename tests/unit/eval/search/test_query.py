@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
-from clipwright.eval.search.query import open_index
+from clipwright.eval.search.query import open_index, table
+from clipwright.pipeline.core.tables import display_width
 
 
 def test_text_query_as_json(cli, indexed, model):
@@ -25,26 +28,53 @@ def test_image_query_finds_the_image_itself(cli, image, indexed, tmp_path):
     for i in range(7):
         (tmp_path / "query.jpg").write_bytes(image(i))
         best = searcher.search(image=tmp_path / "query.jpg", k=1)[0]
-        assert best["source"] == f"{i}.jpg" and abs(best["score"] - 1) < 1e-3
+        assert best["source_key"] == f"photos/{i}.jpg" and abs(best["score"] - 1) < 1e-3
     done = cli("search", indexed, f"image={tmp_path / 'query.jpg'}", "k=2")
     assert done.returncode == 0, done.stderr
-    first = done.stdout.splitlines()[1]
-    assert first.split()[0] == "1" and "image, number 6" in first and "6.jpg" in first
+    titles, first, _ = done.stdout.splitlines()
+    assert titles.split() == ["image", "score", "caption"]
+    assert first == "photos/6.jpg   1.000  a red image, number 6"
 
 
-def test_unusable_queries_are_refused(quick_cli, refused, image, indexed, tmp_path):
-    (tmp_path / "truncated.jpg").write_bytes(image(0)[:300])
-    refused(quick_cli("search", indexed), "E_USAGE", 2, "text, image", "neither")
-    refused(quick_cli("search", indexed, "text=a", "image=b"), "E_USAGE", 2, "both")
-    refused(quick_cli("search", indexed, "text=a", "k=0"), "E_CONFIG_VALUE", 2, "k (command line)")
-    refused(quick_cli("search", indexed, "text= "), "E_CAP_EMPTY", 3, "text")
-    refused(quick_cli("search", indexed, f"image={tmp_path / 'none.jpg'}"), "E_INPUT", 3, tmp_path / "none.jpg")
-    refused(
-        quick_cli("search", indexed, f"image={tmp_path / 'truncated.jpg'}"),
-        "E_IMG_TRUNCATED",
-        3,
-        tmp_path / "truncated.jpg",
-    )
+@pytest.mark.parametrize(
+    ("query", "code", "exit_code", "named"),
+    [
+        ((), "E_USAGE", 2, ("text, image", "neither", "image=FILE")),
+        (("text=a", "image=b"), "E_USAGE", 2, ("both",)),
+        (("text=a", "k=0"), "E_CONFIG_VALUE", 2, ("k (command line)",)),
+        (("text= ",), "E_CAP_EMPTY", 3, ("text",)),
+        (("image=",), "E_INPUT", 3, ("Is a directory",)),
+        (("image=none.jpg",), "E_INPUT", 3, ("none.jpg", "No such file", "check the path")),
+        (("image=https://example.org/a.jpg",), "E_INPUT", 3, ("https://example.org/a.jpg", "download the image")),
+        (("image=truncated.jpg",), "E_IMG_TRUNCATED", 3, ("truncated.jpg", "choose another image")),
+        (("image=notes.txt", "-o", "page"), "E_IMG_FORMAT", 3, ("notes.txt",)),
+    ],
+)
+def test_unusable_query_is_refused_before_index_and_model_are_read(
+    quick_cli, refused, image, query, code, exit_code, named, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("truncated.jpg").write_bytes(image(0)[:300])
+    Path("notes.txt").write_text("not an image")
+    refused(quick_cli("search", "nowhere", *query), code, exit_code, *named)
+    assert not Path("page").exists()
+
+
+def test_table_fits_80_columns():
+    def hit(caption: str | None, source_key: str | None = None, source: str | None = None) -> dict:
+        return {"key": "k" * 32, "source": source, "source_key": source_key, "score": 0.5, "caption": caption}
+
+    hits = [
+        hit("한국어 " * 30, f"{'deep/' * 20}last name.jpg"),
+        hit("a short\n caption", None, "list.csv#3"),
+        hit(None),
+    ]
+    titles, long, short, bare = table({"hits": hits}).splitlines()
+    assert titles.split() == ["image", "score", "caption"]
+    assert max(map(display_width, (titles, long, short, bare))) <= 80
+    assert long.startswith("…") and "deep/last name.jpg" in long and long.endswith("…") and "한국어 한국어" in long
+    assert short.split(maxsplit=2) == ["list.csv#3", "0.500", "a short caption"]
+    assert bare.split() == ["k" * 32, "0.500"]
 
 
 def test_another_model_is_refused(quick_cli, refused, make_model, indexed, tmp_path):
@@ -55,8 +85,12 @@ def test_another_model_is_refused(quick_cli, refused, make_model, indexed, tmp_p
     refused(quick_cli("search", indexed, "text=a", f"model={other}"), "E_FINGERPRINT", 3, other, ours, theirs)
 
 
-def test_moved_index_asks_for_the_model_folder(cli, refused, indexed, model, tmp_path):
+def test_moved_index_asks_for_the_model_folder(cli, quick_cli, refused, indexed, model, tmp_path):
     moved = shutil.copytree(indexed, tmp_path / "deeper" / "index")
-    refused(cli("search", moved, "text=a"), "E_INPUT", 3, "model=DIR")
+    refused(quick_cli("search", moved, "text=a"), "E_INPUT", 3, tmp_path, "no such folder", "model=DIR")
+    missing = tmp_path / "renamed"
+    refused(quick_cli("search", moved, "text=a", f"model={missing}"), "E_INPUT", 3, missing, "no such folder")
     assert cli("search", moved, "text=a", f"model={model}").returncode == 0
+    (moved / "versions/000001/origin.json").unlink()
+    refused(quick_cli("search", moved, "text=a"), "E_INPUT", 3, moved, "no path was recorded", "model=DIR")
     assert pq.read_schema(moved / "versions/000001/rows-00000.parquet").names[0] == "id"

@@ -8,40 +8,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from embedding_maker import make_embeddings, rehash, seal
 
 from clipwright.eval.search.versions import IndexBuildConfig, build, open_version
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.folders.records import file_entries, write_manifest
-
-
-def make_embeddings(folder: Path, sizes: list[int], dim: int = 24, seed: int = 0) -> np.ndarray:
-    """Writes an embedding folder of random unit rows in parts of the given sizes; returns the rows."""
-    folder.mkdir(parents=True)
-    rows = np.random.default_rng(seed).standard_normal((sum(sizes), dim)).astype(np.float32)
-    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-    start = 0
-    for part, size in enumerate(sizes):
-        np.save(folder / f"part-{part:05d}.npy", rows[start : start + size])
-        numbers = range(start, start + size)
-        table = pa.table({"key": [f"{i:032x}" for i in numbers], "caption": [f"caption {i}" for i in numbers]})
-        pq.write_table(table, folder / f"part-{part:05d}.parquet")
-        start += size
-    files = file_entries(folder, [path.name for path in folder.iterdir()])
-    body = {"model": "m" * 64, "data": "d" * 64, "what": "image", "dimension": dim, "rows": start, "files": files}
-    write_manifest(folder, "embedding", f"{seed}" * 64, body)
-    return rows.astype(np.float32)
+from clipwright.pipeline.core.files import digest
+from clipwright.pipeline.folders.records import file_entries
 
 
 def make_index(embeddings: Path, out: Path, *, fresh: bool = False) -> dict:
     return build(resolve(IndexBuildConfig, base={"embeddings": str(embeddings)}), out, fresh=fresh)
 
 
-def rewrite_manifest(version: Path, **changes) -> None:
-    """Writes a manifest with the hashes of the current files, so that only the later checks can fail."""
-    manifest = json.loads((version / "manifest.json").read_text())
+def rewrite_manifest(version: Path, *, seal: bool = True, **changes) -> None:
+    """Writes a manifest with the hashes of the current files and, sealed, the fingerprint that fits them."""
+    manifest = json.loads((version / "manifest.json").read_text()) | changes
     manifest["files"] = file_entries(version, manifest["files"])
-    (version / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    if seal:
+        files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+        manifest["fingerprint"] = digest({"model": manifest["model"], "files": files})
+    (version / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_every_row_is_its_own_top1_hit_over_uneven_parts(tmp_path):
@@ -103,7 +90,7 @@ def test_interrupted_build_keeps_the_current_version(tmp_path, monkeypatch):
     assert len(open_version(tmp_path / "index").ids) == 14
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "rows-00000.parquet"])
+@pytest.mark.parametrize("name", ["index.faiss", "rows-00000.parquet", "canaries.parquet"])
 def test_changed_files_are_never_read(name, tmp_path, monkeypatch):
     make_embeddings(tmp_path / "e", [40])
     make_index(tmp_path / "e", tmp_path / "index")
@@ -124,32 +111,185 @@ def flip(content: bytes, at: int) -> bytes:
     return content[:at] + bytes([content[at] ^ 0x40]) + content[at + 1 :]
 
 
+def replace_column(path: Path, name: str, values: list) -> None:
+    table = pq.read_table(path)
+    at = table.schema.get_field_index(name)
+    pq.write_table(table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type)), path)
+
+
 def test_swapped_rows_and_embeddings_are_refused(tmp_path):
-    """Every hash is correct but the pairing is wrong: only counts, ids and canaries show it."""
+    """Every hash is correct but the pairing is wrong: counts, ids, canaries and the fingerprint show it."""
     make_embeddings(tmp_path / "e", [40], seed=1)
-    make_embeddings(tmp_path / "f", [40], seed=2)
-    for name in ("e", "f"):
-        make_index(tmp_path / name, tmp_path / f"index-{name}")
-    version, other = (tmp_path / f"index-{name}/versions/000001" for name in ("e", "f"))
+    make_index(tmp_path / "e", tmp_path / "index-e")
+    version = tmp_path / "index-e/versions/000001"
+    names = ("rows-00000.parquet", "canaries.parquet", "manifest.json")
+    content = {name: (version / name).read_bytes() for name in names}
     rows = pq.read_table(version / "rows-00000.parquet")
+    canary = pq.read_table(version / "canaries.parquet").to_pylist()[3]
 
     def reason() -> str:
         with pytest.raises(ClipwrightError) as error:
             open_version(tmp_path / "index-e")
         assert error.value.code == "E_INDEX_ROWS"
+        for name, data in content.items():
+            (version / name).write_bytes(data)
         return error.value.found
 
     pq.write_table(rows.take(list(range(39, -1, -1))), version / "rows-00000.parquet")
     rewrite_manifest(version)
     assert "ids" in reason()
-    pq.write_table(rows, version / "rows-00000.parquet")
     rewrite_manifest(version, dimension=25)
-    assert "40 × 24" in reason() and "40 × 25" in reason()
-    canaries = json.loads((version / "manifest.json").read_text())["canaries"]
-    canaries[3]["top1"] += 1
-    rewrite_manifest(version, dimension=24, canaries=canaries)
-    assert f"id {canaries[3]['id']}" in reason()
-    assert other.exists()
+    assert "40 × 24" in (found := reason()) and "40 × 25" in found
+    for name, row in (("key", f"{canary['id'] + 1:032x}"), ("caption", f"caption {canary['id'] + 1}")):
+        values = rows[name].to_pylist()
+        replace_column(version / "rows-00000.parquet", name, values[1:] + values[:1])
+        rewrite_manifest(version)
+        assert (found := reason()).startswith("id 0 was key ") and "caption 0" in found
+        assert row in rows[name].to_pylist()
+    top1 = pq.read_table(version / "canaries.parquet")["top1"].to_pylist()
+    replace_column(version / "canaries.parquet", "top1", [*top1[:3], top1[3] + 1, *top1[4:]])
+    rewrite_manifest(version)
+    assert f"the top-1 hit of id {canary['id']} is {top1[3]}; when the index was built it was {top1[3] + 1}" in reason()
+    values = rows["caption"].to_pylist()  # of a row that is not a canary
+    assert all(entry["id"] != 1 for entry in pq.read_table(version / "canaries.parquet").to_pylist())
+    replace_column(version / "rows-00000.parquet", "caption", [values[0], "another", *values[2:]])
+    rewrite_manifest(version, seal=False)
+    assert "the manifest was changed" in reason()
+    open_version(tmp_path / "index-e")
+
+
+@pytest.fixture(scope="module")
+def parted(tmp_path_factory: pytest.TempPathFactory, cli, make_model, make_dataset) -> dict[str, Path]:
+    """Embeddings of images and of captions in parts of two samples, and the images embedded by another checkpoint."""
+    folder = tmp_path_factory.mktemp("parted")
+    data = make_dataset(folder / "data", 8, shard=3)
+    made = {"model": make_model(folder / "model")}
+    for name, model, what in (("image", 0, "image"), ("text", 0, "text"), ("other", 1, "image")):
+        place = made["model"] if model == 0 else make_model(folder / "other-model", seed=model)
+        arguments = (f"model={place}", f"data={data}", f"what={what}", "part_samples=2", "-o", folder / name)
+        assert cli("embed", *arguments).returncode == 0
+        made[name] = folder / name
+    return made
+
+
+def swap_rows(folder: Path, parted: dict) -> None:
+    table = pq.read_table(folder / "part-00001.parquet")
+    pq.write_table(table.take(list(range(len(table)))[::-1]), folder / "part-00001.parquet")
+
+
+def swap_captions(folder: Path, parted: dict) -> None:
+    captions = pq.read_table(folder / "part-00001.parquet")["caption"].to_pylist()
+    replace_column(folder / "part-00001.parquet", "caption", captions[::-1])
+
+
+def swap_vectors(folder: Path, parted: dict) -> None:
+    vectors = np.load(folder / "part-00001.npy")
+    np.save(folder / "part-00001.npy", vectors[::-1])
+
+
+def foreign_part(folder: Path, parted: dict) -> None:
+    vectors = np.load(folder / "part-00001.npy")
+    np.save(folder / "part-00001.npy", np.roll(np.load(folder / "part-00002.npy"), 1, 0)[: len(vectors)])
+
+
+def other_checkpoint(folder: Path, parted: dict) -> None:
+    for path in folder.glob("part-*.npy"):
+        shutil.copy(parted["other"] / path.name, path)
+
+
+def swap_parts(folder: Path, parted: dict) -> None:
+    for suffix in (".npy", ".parquet"):
+        first, second = (folder / f"part-0000{number}{suffix}" for number in (1, 2))
+        first.rename(folder / "aside")
+        second.rename(first)
+        (folder / "aside").rename(second)
+
+
+def swap_vectors_of_parts(folder: Path, parted: dict) -> None:
+    swap_parts(folder, parted)
+    for number in (1, 2):
+        shutil.copy(parted["image"] / f"part-0000{number}.npy", folder)
+
+
+CHANGES = [swap_rows, swap_vectors, foreign_part, other_checkpoint, swap_parts, swap_vectors_of_parts, swap_captions]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_build_refuses_rows_of_other_embeddings(quick_cli, refused, parted, change, tmp_path):
+    """The hashes of the files fit; the part is named by the hash that binds its rows to its embeddings."""
+    folder = shutil.copytree(parted["image"], tmp_path / "embeddings")
+    change(folder, parted)
+    rehash(folder)
+    number = 0 if change is other_checkpoint else 1
+    done = quick_cli("index", "build", "flat", f"embeddings={folder}", "-o", tmp_path / "index")
+    refused(done, "E_INDEX_ROWS", 3, folder / f"part-0000{number}.npy", f"samples {2 * number} to", "--fresh")
+    assert not (tmp_path / "index").exists()
+
+
+def drop_part(parts: list[dict]) -> list[dict]:
+    return parts[:1] + parts[2:]
+
+
+def drop_last_part(parts: list[dict]) -> list[dict]:
+    return parts[:-1]
+
+
+def reorder_parts(parts: list[dict]) -> list[dict]:
+    return [parts[1], parts[0], *parts[2:]]
+
+
+def rename_parts(parts: list[dict]) -> list[dict]:
+    return [{**part, "name": f"part-{number:05d}"} for number, part in enumerate(reorder_parts(parts))]
+
+
+def change_binding(parts: list[dict]) -> list[dict]:
+    return [*parts[:3], {**parts[3], "binding": parts[2]["binding"]}]
+
+
+def keep(parts: list[dict]) -> list[dict]:
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("change", "changes", "named"),
+    [
+        (drop_part, {}, ("part-00002.npy", "in the place of part-00001")),
+        (drop_last_part, {}, ("6 samples and 6 rows", "states 8 and 8")),
+        (drop_last_part, {"samples": 6, "rows": 6}, ("manifest.json", "the manifest was changed")),
+        (reorder_parts, {}, ("part-00001.npy", "in the place of part-00000")),
+        (rename_parts, {}, ("part-00000.npy", "samples 0 to 1")),
+        (change_binding, {}, ("part-00003.npy", "samples 6 to 7")),
+        (keep, {"dimension": 15}, ("part-00000.npy", "dimension 15")),
+    ],
+)
+def test_build_refuses_parts_that_are_missing_or_in_another_order(
+    quick_cli, refused, parted, change, changes, named, tmp_path
+):
+    folder = shutil.copytree(parted["image"], tmp_path / "embeddings")
+    parts = change(json.loads((folder / "manifest.json").read_text())["parts"])
+    rehash(folder, parts=parts, **changes)
+    done = quick_cli("index", "build", "flat", f"embeddings={folder}", "-o", tmp_path / "index")
+    refused(done, "E_INDEX_ROWS", 3, *named, "--fresh")
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        *(("image", change) for change in (swap_rows, swap_vectors, foreign_part, other_checkpoint)),
+        ("image", swap_vectors_of_parts),
+        *(("text", change) for change in (swap_rows, swap_vectors, foreign_part, swap_captions)),
+    ],
+)
+def test_search_refuses_embeddings_that_the_model_does_not_make(quick_cli, refused, parted, change, what, tmp_path):
+    """Every hash fits: only the model can tell which image or caption an embedding belongs to."""
+    folder = shutil.copytree(parted[what], tmp_path / "embeddings")
+    change(folder, parted)
+    seal(folder)
+    built = quick_cli("index", "build", "flat", f"embeddings={folder}", "-o", tmp_path / "index")
+    assert built.returncode == 0, built.stderr
+    done = quick_cli("search", tmp_path / "index", "text=a", f"model={parted['model']}")
+    named = "image" if what == "image" else "caption"
+    refused(done, "E_INDEX_ROWS", 3, f"what the model makes of its {named}", "id ", "key ", "another model", "--fresh")
 
 
 def test_commands_name_the_corrupt_file(quick_cli, refused, embedded, indexed, tmp_path):
@@ -173,6 +313,10 @@ def test_commands_name_the_corrupt_file(quick_cli, refused, embedded, indexed, t
     refused(quick_cli("search", index, "text=a"), "E_INDEX_HASH", 3, "rows-00000.parquet")
     rewrite_manifest(version)
     refused(quick_cli("search", index, "text=a"), "E_INDEX_ROWS", 3, "7 embeddings and 6 rows", "--fresh")
+    manifest = json.loads((version / "manifest.json").read_text())
+    del manifest["files"]["canaries.parquet"], manifest["what"]
+    (version / "manifest.json").write_text(json.dumps(manifest))
+    refused(quick_cli("search", index, "text=a"), "E_MANIFEST", 3, "no what, canaries.parquet", "--fresh")
     (index / "current").unlink()
     refused(quick_cli("search", index, "text=a"), "E_MANIFEST", 3, index, "index build")
     refused(quick_cli("search", tmp_path / "nowhere", "text=a"), "E_INPUT", 3, tmp_path / "nowhere")
