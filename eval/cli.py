@@ -48,11 +48,8 @@ def embed(call: Call) -> Outcome:
             return leave_error_to_rank0(error)
         except (KeyboardInterrupt, Preempted):
             parts = kept_parts(out)
-            say(
-                f"kept {format_count(parts, 'finished part')} in {out}"
-                if parts
-                else "no part was finished: nothing is kept"
-            )
+            kept = f"kept {format_count(parts, 'finished part')} in {out}"
+            say(kept if parts else "no part was finished: nothing is kept")
             raise
     rows, new = manifest["rows"], manifest["new_rows"]
     action = "embedded" if new or not rows else "already embedded:"

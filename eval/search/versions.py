@@ -21,7 +21,7 @@ from clipwright.pipeline.core.files import atomic_write, digest
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.core.text import shorten
+from clipwright.pipeline.core.text import shown
 from clipwright.pipeline.core.unsafe import refuse_code
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.embeddings import Embeddings, rows_error
@@ -39,7 +39,7 @@ from clipwright.pipeline.folders.schema import CANARY_SCHEMA
 
 FAISS, CANARIES = "index.faiss", "canaries.parquet"
 CANARY_ROWS = 8  # rows whose embeddings are computed again when the index is opened with its model
-CAPTION_LETTERS = 40  # of a caption in an error
+CAPTION_SHOWN = 80  # characters of a caption in an error
 BUILD_AGAIN = "build the index again with --fresh"
 _MANIFEST = ("fingerprint", "model", "data", "what", "dimension", "recipe", "rows", "next_id", "files")
 
@@ -253,7 +253,7 @@ def _find_mismatch(opened: Index) -> str | None:
 
 
 def _describe(row: Mapping[str, Any]) -> str:
-    return f"key {row['key']} {shorten(row['caption'] or '', CAPTION_LETTERS)!r}"
+    return f"key {row['key']} {shown(row['caption'] or '', CAPTION_SHOWN)!r}"
 
 
 def _current_version(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -99,9 +99,9 @@ class Embeddings:
                 part = self._open(entry)
                 stored = self.manifest["files"][path.name]["sha256"]
                 if binding(self.identity, first, part.rows(["key", "caption"]), stored) != entry["binding"]:
+                    last = first + entry["samples"] - 1
                     found = (
-                        f"the keys, captions or embeddings of its {format_count(entry['rows'], 'row')} are not those embedded "
-                        f"together as samples {first} to {first + entry['samples'] - 1}"
+                        f"its keys, captions or embeddings are not those embedded together as samples {first} to {last}"
                     )
                     raise rows_error(path, found, EMBED_AGAIN)
             first += entry["samples"]
