@@ -99,10 +99,8 @@ class Embeddings:
                 part = self._open(entry)
                 stored = self.manifest["files"][path.name]["sha256"]
                 if binding(self.identity, first, part.rows(["key", "caption"]), stored) != entry["binding"]:
-                    last = first + entry["samples"] - 1
-                    found = (
-                        f"its keys, captions or embeddings are not those embedded together as samples {first} to {last}"
-                    )
+                    samples = f"samples {first} to {first + entry['samples'] - 1}"
+                    found = f"its keys, captions or embeddings are not those embedded together as {samples}"
                     raise rows_error(path, found, EMBED_AGAIN)
             first += entry["samples"]
             rows += entry["rows"]

@@ -102,6 +102,9 @@ def test_payloads_run_when_opened_carelessly(canary: Path, bomb: bytes, torch_bo
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
+    """A model folder, beside a dataset folder `empty` without samples."""
+    (tmp_path / "empty").mkdir()
+    write_manifest(tmp_path / "empty", "dataset", "f", {"shards": []})
     sizes = ("image.image_size=32", "image.dim=32", "image.depth=1", "image.heads=2", "embed_dim=16")
     tree = resolve(ModelConfig, overrides=[*sizes, "text.width=32", "text.depth=1", "text.heads=2"])
     tokenizer = TOKENIZERS.build(tree.value.tokenizer)
@@ -127,7 +130,7 @@ def test_model_folder_with_executable_file_is_refused(
     for in_manifest in (False, True):
         if in_manifest:
             update_manifest(model)
-        error = here(tmp_path, "embed", f"model={model}", "data=nowhere", "-o", "out", code=3).error
+        error = here(tmp_path, "embed", f"model={model}", "data=empty", "-o", "out", code=3).error
         assert error.startswith("error[E_UNSAFE]: a model folder could run code — ") and name in error, error
     assert not canary.exists()
 
@@ -137,10 +140,10 @@ def test_pickle_named_safetensors_is_refused(
 ) -> None:
     for data in (bomb, torch_bomb):
         (model / "model.safetensors").write_bytes(data)
-        error = here(tmp_path, "embed", f"model={model}", "data=nowhere", "-o", "out", code=3).error
+        error = here(tmp_path, "embed", f"model={model}", "data=empty", "-o", "out", code=3).error
         assert error.startswith("error[E_MODEL_HASH]: ")
         update_manifest(model)
-        error = here(tmp_path, "embed", f"model={model}", "data=nowhere", "-o", "out", code=3).error
+        error = here(tmp_path, "embed", f"model={model}", "data=empty", "-o", "out", code=3).error
         assert error.startswith("error[E_UNSAFE]: ") and "model.safetensors" in error
     assert not canary.exists()
 
@@ -152,7 +155,7 @@ def test_model_config_that_names_plugins_is_refused(
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "plugins": [str(tmp_path / "evil.py")]}))
     update_manifest(model)
-    error = here(tmp_path, "embed", f"model={model}", "data=nowhere", "-o", "out", code=3).error
+    error = here(tmp_path, "embed", f"model={model}", "data=empty", "-o", "out", code=3).error
     assert error.startswith("error[E_MANIFEST]: ") and "it names plugins" in error and not canary.exists()
 
 
