@@ -39,7 +39,7 @@ OWN = {
     "report": ["report.html", "report.json", "view.html"],
     "run": ["config.yaml", "tokenizer/bpe.txt"],
     "model": [],
-    "embedding": ["config.yaml", "origin.json", "part-00000.npy", "part-00000.parquet", ".part-00001.npy.partial"],
+    "embedding": [".embed/identity.json", ".embed/part-00000.json", ".part-00001.npy.partial"],
     "index": ["config.yaml", "current", "versions/000001/manifest.json"],
     "evaluation report": ["config.yaml", "report.json"],
 }
@@ -111,7 +111,8 @@ def test_finished_dataset_is_recognized_by_its_manifest(tmp_path: Path) -> None:
     write_manifest(fill(tmp_path, ["data-000000.tar"]), "dataset", "f" * 64, {"identity": IDENTITY, "shards": []})
     found = output.check(tmp_path, DATASET)
     assert found is not None and found.identity == IDENTITY and found.manifest is not None
-    assert refused(lambda: output.check(tmp_path, EMBEDDING)) and refused(lambda: output.check(tmp_path, RUN))
+    assert "'embedding'" in refused(lambda: output.check(tmp_path, EMBEDDING), "E_MANIFEST")
+    assert refused(lambda: output.check(tmp_path, RUN))
     assert "clipwright prep" in refused(lambda: output.check(tmp_path, FOREIGN))
 
 
