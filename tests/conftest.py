@@ -20,6 +20,8 @@ import pytest
 from fork_server import ForkServer
 from shape_checks import install_shape_checks
 
+# The tests are those of a CPU, also on a machine with a GPU. Set before torch is imported, here and in commands.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 install_shape_checks()
 sys.modules.setdefault("conftest_root", sys.modules[__name__])
 # A shell starts background jobs with SIGINT ignored, and commands that a test interrupts would inherit that.
@@ -73,7 +75,12 @@ class Cli:
         self.folder = folder
 
     def __call__(
-        self, *arguments: object, code: int = 0, ranks: int = 0, env: dict[str, str] | None = None, timeout: float = 240
+        self,
+        *arguments: object,
+        code: int = 0,
+        ranks: int = 0,
+        env: dict[str, str] | None = None,
+        timeout: float = 1200,
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command and checks its exit code.
 

@@ -141,7 +141,7 @@ def _write_shard(
 def _cli(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """Runs `clipwright ARGUMENTS` in a process of its own, or in several ranks."""
     server = sys.modules["conftest_root"].fork_server()
-    return server.run(list(map(str, arguments)), Path.cwd(), dict(os.environ), 120, ranks if ranks > 1 else 0)
+    return server.run(list(map(str, arguments)), Path.cwd(), dict(os.environ), 1200, ranks if ranks > 1 else 0)
 
 
 def _refused(done: subprocess.CompletedProcess[str], code: str, exit_code: int, *named: object) -> None:

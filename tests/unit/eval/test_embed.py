@@ -49,7 +49,7 @@ def srun(*arguments: object) -> subprocess.CompletedProcess[str]:
         )
         for rank in range(2)
     ]
-    printed = [task.communicate(timeout=120) for task in tasks]
+    printed = [task.communicate(timeout=1200) for task in tasks]
     out, errors = ("".join(texts) for texts in zip(*printed, strict=True))
     return subprocess.CompletedProcess([], max(task.returncode for task in tasks), out, errors)
 
@@ -57,7 +57,7 @@ def srun(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_one_process_ignores_a_local_rank_that_a_shell_left_set(model, small, tmp_path):
     arguments = [sys.executable, "-m", "clipwright", "embed", f"model={model}", f"data={small}", "-o", "out", "--json"]
     env = os.environ | {"LOCAL_RANK": "3"}
-    done = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"] == 7
 

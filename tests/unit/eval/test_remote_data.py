@@ -10,7 +10,6 @@ import json
 import re
 import ssl
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from waiting import wait_until
 
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkContext, EvalRuntime
 from clipwright.eval.encode import dataset_images, encode_images
@@ -122,10 +122,7 @@ def test_remote_dataset_gives_the_results_of_a_local_dataset(
     folders = list((tmp_path / "cache").glob("*/tars-*"))
     cached = [sum(tar.stat().st_size for tar in folder.glob("*.tar")) for folder in folders]
     assert cached and all(0 < size <= round(bound * GB) for size in cached)
-    end = time.monotonic() + 10
-    while any(thread.name.startswith("fetch-") for thread in threading.enumerate()):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_until(lambda: not any(thread.name.startswith("fetch-") for thread in threading.enumerate()))
 
     def refused() -> ClipwrightError:
         cache = CacheConfig(folder=str(tmp_path / "other"))

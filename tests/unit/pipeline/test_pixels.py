@@ -140,12 +140,10 @@ def png_header(width: int, height: int) -> bytes:
     [(30_000, 30_000, "64000000"), (8001, 8000, "64000000"), (16_385, 300, "16384"), (1, 101, "100")],
 )
 def test_sizes_beyond_the_limits_are_rejected_before_decoding(width: int, height: int, limit: str) -> None:
-    started = time.monotonic()
-    code, detail = rejection(png_header(width, height))
+    code, detail = rejection(png_header(width, height))  # decoding it would need gigabytes
     assert code == "E_IMG_PIXELS"
     if width < 20_000:  # above, Pillow rejects the file first
         assert f"{width} x {height}" in detail and limit in detail
-    assert time.monotonic() - started < 0.5
 
 
 def test_sizes_at_the_limits_are_accepted() -> None:

@@ -7,13 +7,13 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from waiting import wait_until
 
 from clipwright.data_prep.build import plan, prep_folder
 from clipwright.data_prep.build.pack import PrepConfig
@@ -144,10 +144,8 @@ def test_killed_part_can_be_run_again(
         out,
     ]
     process = subprocess.Popen([*map(str, command)], env={**os.environ, "GATE": str(gate)}, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not (out / ".data-000006.tar.partial").exists() or not (out / ".prep/shard-000005.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
+    files = (out / ".data-000006.tar.partial", out / ".prep/shard-000005.json")
+    wait_until(lambda: all(path.exists() for path in files), process)
     process.kill()
     process.communicate()
     before = (out / "data-000005.tar").stat().st_ino
@@ -170,13 +168,15 @@ def test_part_waits_for_the_plan_and_reports_it(
     with prep_folder.in_turn(out, lambda: None):  # like a part that makes the plan
         other = threading.Thread(target=lambda: done.append(run_part("1/2", out, *arguments, quiet=False)))
         other.start()
-        deadline = time.monotonic() + 20
-        output_text = ""
-        while "waiting for the part that makes the plan" not in output_text and time.monotonic() < deadline:
-            output_text += capsys.readouterr().err
-            time.sleep(0.02)
-        assert "waiting" in output_text and not done and not (out / "plan.parquet").exists()
-    other.join(20)
+        printed: list[str] = []
+
+        def is_waiting() -> bool:
+            printed.append(capsys.readouterr().err)
+            return "waiting for the part that makes the plan" in "".join(printed)
+
+        wait_until(is_waiting)
+        assert not done and not (out / "plan.parquet").exists()
+    other.join()
     assert done[0].shards == 2 and (out / "plan.parquet").exists()
 
 

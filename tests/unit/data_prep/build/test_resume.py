@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until, wait_until_delivered
 
 from clipwright.pipeline.core.errors import ClipwrightError
 
@@ -71,10 +71,7 @@ def start_run(folder: Path, arguments: list[str], *extra: str) -> subprocess.Pop
     command = [sys.executable, "-m", "clipwright", *arguments, "-o", "out", *extra]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
-    deadline = time.monotonic() + 90
-    while len(list((folder / "out" / ".prep").glob("shard-*.json"))) < 6:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
+    wait_until(lambda: len(list((folder / "out" / ".prep").glob("shard-*.json"))) >= 6, process)
     return process
 
 
@@ -85,7 +82,7 @@ def test_killed_run_resumes_without_rewriting_finished_shards(
     process = start_run(tmp_path, slow, f"runtime.workers={workers}")
     process.kill()
     # The pipes close when the last worker has exited: a worker that outlived its run would fail the test here.
-    process.communicate(timeout=30)
+    process.communicate()
     out = tmp_path / "out"
     # A shard is finished when its receipt exists. A tar alone may have been published just before the kill.
     receipts = [json.loads(path.read_text()) for path in (out / ".prep").glob("shard-*.json")]
@@ -105,9 +102,9 @@ def test_killed_run_resumes_without_rewriting_finished_shards(
 def test_signal_lets_running_shards_finish(tmp_path: Path, cli: Any, slow: list[str], number: int, code: int) -> None:
     process = start_run(tmp_path, slow, "runtime.workers=2")
     os.killpg(process.pid, number)  # like a terminal or a launcher: workers receive it too
-    time.sleep(0.5)
+    wait_until_delivered(process.pid, number)
     (tmp_path / "gate").unlink()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == code and "run the same command again" in errors and "Traceback" not in errors
     out = tmp_path / "out"
     # The shard that waited at the gate is complete, and the run did not continue to the end.

@@ -55,7 +55,7 @@ class Terminal:
 
     def read(self, until: str | None = None) -> str:
         """Returns everything that the child prints, or everything until `until` appears."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while until is None or until not in self.text:
             assert time.monotonic() < deadline, self.text
             try:
@@ -67,7 +67,7 @@ class Terminal:
             self.text += data.decode()
         if until is None:
             os.close(self.master)
-            self.process.wait(timeout=60)
+            self.process.wait(timeout=600)
         return self.text
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from doctor_checks import DATA, call, context, run
 
 from clipwright.pipeline.core.files import file_sha256
@@ -91,9 +90,6 @@ def test_shared_memory_is_checked_with_a_gpu(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_warns_of_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, world: World) -> None:
-    if torch.cuda.is_available():
-        assert "bf16" in device.device(context(world)).found
-        return
     monkeypatch.setattr(device, "NVIDIA_DEVICE", tmp_path / "nvidia0")
     assert device.device(context(world)).status == "ok"
     (tmp_path / "nvidia0").touch()

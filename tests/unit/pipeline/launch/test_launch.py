@@ -11,13 +11,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from waiting import wait_until
 
 TRAIN = ["train", "photos", "data.train=photos", "runtime.zero=2"]
 
@@ -162,13 +162,11 @@ def test_error_of_the_first_failing_rank_is_the_last_line(
         "case $* in\n"
         "*node_rank=1*) echo loading >&2; echo 'error[E_BATCH]: a — b — c — d' >&2\n"
         "  echo 'error[E_NONFINITE]: e — f — g — h' >&2; echo Traceback >&2; exit 1;;\n"
-        "*) sleep 60 & trap 'echo gone >> out; kill $!; exit 1' TERM; wait;;\nesac"
+        "*) sleep 3600 & trap 'echo gone >> out; kill $!; exit 1' TERM; wait;;\nesac"
     )
     program("ssh", 'shift 3; exec sh -c "$1"')
     file = hostfile(tmp_path, "node1 slots=1\nnode2 slots=1\n")
-    started = time.monotonic()
     done = here(tmp_path, "launch", "hostfile", file, *TRAIN, "-o", "run", code=2)  # E_BATCH's own
-    assert time.monotonic() - started < 20
     assert done.err == "loading\nerror[E_BATCH]: a — b — c — d\n"
     assert (tmp_path / "out").read_text() == "gone\n"
     assert not (tmp_path / "run").exists()
@@ -222,11 +220,9 @@ def test_a_signal_reaches_the_ranks_of_every_machine(
     file = hostfile(tmp_path, "node1 slots=1\nnode2 slots=1\n")
     command = [sys.executable, "start.py", "launch", "hostfile", file, *TRAIN, "-o", "run"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("up*"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: len(list(tmp_path.glob("up*"))) == 2, process)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate()
     assert process.returncode == 85, stderr
     assert stderr == "stopped by a signal: run the same command again to resume\n"
     assert len(list(tmp_path.glob("saved*"))) == 2
@@ -258,12 +254,10 @@ def test_slurm_script_runs_and_requeues(tmp_path: Path, here: Any, program: Any)
             (tmp_path / f"{name}.log").unlink(missing_ok=True)
         program("srun", f'echo "$MASTER_ADDR:$MASTER_PORT" > master\n{body}')
         job = subprocess.Popen(["bash", "job"], cwd=tmp_path, env={**os.environ, "SLURM_JOB_ID": "12001"})
-        deadline = time.monotonic() + 30
-        while warned and not (tmp_path / "up").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
         if warned:
+            wait_until((tmp_path / "up").exists, job)
             job.send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=30) == code, number
+        assert job.wait() == code, number
         requeued = "requeue\n12001\n" in (tmp_path / "scontrol.log").read_text()
         assert requeued == warned, number
         assert (tmp_path / "master").read_text() == "host1:20001\n"

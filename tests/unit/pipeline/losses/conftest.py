@@ -160,7 +160,7 @@ class Hub:
 
     def __init__(self, ranks: int) -> None:
         self.slots: list[Any] = [None] * ranks
-        self.barrier = threading.Barrier(ranks, timeout=60)
+        self.barrier = threading.Barrier(ranks, timeout=600)
 
     def share(self, rank: int, value: Any) -> list[Any]:
         self.barrier.wait()

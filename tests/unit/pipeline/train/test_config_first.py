@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +56,10 @@ def test_refused_config_ends_a_rank_before_the_rendezvous(
 
     monkeypatch.setattr(group, "TCPStore", start_rendezvous)
     set_launcher_variables(monkeypatch, rank, "192.0.2.1", 9)  # an address that does not answer
-    started = time.monotonic()
     error = here(tmp_path, *VERBS[verb], override, code=2).error
     assert error.startswith(f"error[{code}]: "), error
     assert [piece for piece in pieces if piece not in error] == [], error
-    assert time.monotonic() - started < 10 and list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -15,7 +15,6 @@ from typing import Any
 
 import deepspeed_facts
 import pytest
-import torch
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -25,10 +24,8 @@ SAME = pytest.approx(0, abs=1e-6)
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory, script: Any) -> dict[str, Any]:
     """What rank 0 of two measured for each fact."""
-    if torch.cuda.is_available():
-        pytest.skip("facts of DeepSpeed on a CPU")
     out = tmp_path_factory.mktemp("deepspeed") / "facts.json"
-    script(deepspeed_facts, out, timeout=600)
+    script(deepspeed_facts, out, timeout=3600)
     return json.loads(out.read_text())
 
 
@@ -126,5 +123,5 @@ def test_deepspeed_launcher_inserts_a_local_rank_unless_disabled(tmp_path: Path)
         subprocess.Popen([*line, *more, "arguments.py", "train"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
         for more in ([], ["--no_local_rank"])
     ]
-    received = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
+    received = [json.loads(process.communicate(timeout=1200)[0].splitlines()[-1]) for process in started]
     assert received == [["--local_rank=0", "train"], ["train"]]

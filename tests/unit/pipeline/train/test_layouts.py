@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 def seen(tmp_path_factory: pytest.TempPathFactory, script: Any) -> dict[str, dict[str, Any]]:
     """What rank 0 saw, by the name of the layout, mutation or comparison."""
     out = tmp_path_factory.mktemp("layouts")
-    script(layout_ranks, out, 1, 2, 3, 4, timeout=600)
+    script(layout_ranks, out, 1, 2, 3, 4, timeout=3600)
     results: dict[str, dict[str, Any]] = {}
     for path in sorted(out.glob("*.pt")):
         results.update(torch.load(path))

@@ -23,6 +23,8 @@ from clipwright.pipeline.train.supervision.heartbeat import Connection, Heartbea
 pytestmark = pytest.mark.xdist_group("ranks")
 ROUNDS = int(os.environ.get("CLIPWRIGHT_SOAK", "0"))  # see tests/soak.py
 TIMEOUT_SECONDS = 8.0
+# In `make test` the machine may be busy: there the limits of exit times only tell a slow exit from a hang.
+SLACK = 1 if ROUNDS else 20
 SHORT_TIMEOUT = [f"runtime.timeout_minutes={TIMEOUT_SECONDS / 60}"]
 
 
@@ -163,7 +165,7 @@ def test_failed_rank_is_named_and_all_ranks_exit(name: str, failed: int, results
     # A rank sends its step once per second: one that is killed soon after its first step may not have sent it.
     starting = name == "rank 0 killed" and "before step 1" in line
     assert starting or f"step {4 if name == 'rank hangs' else ''}" in line
-    assert result["seconds_to_error"] <= (3 if name == "rank 0 killed" else TIMEOUT_SECONDS + 10), result
+    assert result["seconds_to_error"] <= SLACK * (3 if name == "rank 0 killed" else TIMEOUT_SECONDS + 10), result
     assert {code for rank, code in enumerate(result["codes"]) if rank != failed} == {1}, result
     assert [rank for rank in result["killed"] if rank != failed] == []
     assert result["status"]["exit_code"] == 1 and result["status"]["error"]["message"] == line
@@ -175,7 +177,7 @@ def test_failed_rank_is_named_and_all_ranks_exit(name: str, failed: int, results
 def test_error_of_one_rank_is_reported_once_with_its_exit_code(results: Any) -> None:
     result = results("cases")["rank fails"]
     assert [(rank, line[:20]) for rank, line in result["errors"]] == [(1, "error[E_DATA_HASH]: ")]
-    assert result["codes"] == [3, 3] and result["status"]["exit_code"] == 3 and result["seconds_to_exit"] < 10
+    assert result["codes"] == [3, 3] and result["status"]["exit_code"] == 3 and result["seconds_to_exit"] < SLACK * 10
     assert not any("Traceback" in line for line in result["stderr"])
 
 
@@ -183,19 +185,19 @@ def test_signal_to_one_rank_saves_while_another_waits_for_data(results: Any) -> 
     result = results("cases")["signal without data"]
     assert result["codes"] == [85, 85] and result["errors"] == [] and result["status"]["exit_code"] == 85
     assert result["checkpoints"] == [f"step-{result['steps']:08d}"] and result["steps"] >= 3  # no step is lost
-    assert result["seconds_to_exit"] < 25
+    assert result["seconds_to_exit"] < SLACK * 25
 
 
 def test_signal_before_the_first_step_exits_at_once(results: Any) -> None:
     result = results("cases")["signal while building"]
-    assert result["codes"] == [85, 85] and result["errors"] == [] and result["seconds_to_exit"] < 10
+    assert result["codes"] == [85, 85] and result["errors"] == [] and result["seconds_to_exit"] < SLACK * 10
 
 
 def test_save_is_abandoned_if_the_ranks_do_not_agree_to_stop(results: Any) -> None:
     result = results("cases")["signal while a rank hangs"]
     [[_, line]] = result["errors"]
     assert line.startswith("error[E_UNSAVED]: ") and "did not agree" in line and "run the same command" in line
-    assert result["codes"] == [1, 1] and result["seconds_to_exit"] < 25 and result["status"]["exit_code"] == 1
+    assert result["codes"] == [1, 1] and result["seconds_to_exit"] < SLACK * 25 and result["status"]["exit_code"] == 1
 
 
 def test_rank_signs_off_although_rank0_has_left_before() -> None:
@@ -218,7 +220,7 @@ def pair(results: dict[str, Any], seed: int) -> list[dict[str, Any]]:
 def test_preemption_in_any_phase_loses_no_step(seed: int, results: Any) -> None:
     stopped, again = pair(results("preempt"), seed)
     assert set(stopped["codes"]) == {85} and stopped["errors"] == [] and stopped["killed"] == [], stopped
-    assert stopped["seconds_to_exit"] <= 25
+    assert stopped["seconds_to_exit"] <= SLACK * 25
     assert stopped["status"] is None or stopped["status"]["exit_code"] == 85
     assert stopped["checkpoints"][-1:] == ([f"step-{stopped['steps']:08d}"] if stopped["steps"] else [])
     assert set(again["codes"]) == {0} and again["steps"] == 36
@@ -232,7 +234,7 @@ def test_any_failed_rank_is_named_and_the_same_command_resumes(seed: int, result
     rank = random.Random(seed).randrange(ranks)
     [[_, line]] = failed["errors"]
     assert re.match(rf"error\[E_(RANK|HANG)\]: rank {rank} on ", line), line
-    assert failed["seconds_to_error"] <= TIMEOUT_SECONDS + 10
+    assert failed["seconds_to_error"] <= SLACK * (TIMEOUT_SECONDS + 10)
     assert [killed for killed in failed["killed"] if killed != rank] == []
     assert set(again["codes"]) == {0} and again["steps"] == 36 and not again["errors"]
 
