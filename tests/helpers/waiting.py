@@ -22,6 +22,11 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[Any] |
         time.sleep(POLL_SECONDS)
 
 
+def wait_for_lines(path: Path, count: int, process: subprocess.Popen[Any]) -> None:
+    """Returns when a file that `process` writes has `count` lines."""
+    wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= count, process)
+
+
 def wait_until_delivered(pid: int, number: int) -> None:
     """Returns when a signal sent to a process is no longer pending: its handler has been called."""
 

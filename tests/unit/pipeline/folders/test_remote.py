@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from waiting import wait_until
+from waiting import wait_for_lines, wait_until
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import staged_path
@@ -280,9 +280,8 @@ def test_killed_run_with_failing_requests_writes_the_same_ledger_as_a_local_run(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        ledger = run / "ledger.jsonl"
         try:
-            wait_until(lambda n=lines: ledger.exists() and ledger.read_bytes().count(b"\n") >= n, process)
+            wait_for_lines(run / "ledger.jsonl", lines, process)
         finally:
             process.kill()
             printed, _ = process.communicate()

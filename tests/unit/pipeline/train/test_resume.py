@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from waiting import wait_until
+from waiting import wait_for_lines, wait_until
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -44,8 +44,7 @@ def start(folder: Path, args: list[str], stdout: Any = subprocess.PIPE) -> subpr
 
 def stop_after(process: subprocess.Popen[str], run: Path, steps: int, number: int) -> tuple[int, str]:
     """Sends a signal once the log has `steps` steps; returns exit code and stderr."""
-    log = run / "log.jsonl"
-    wait_until(lambda: log.exists() and log.read_text().count("\n") >= steps, process)
+    wait_for_lines(run / "log.jsonl", steps, process)
     process.send_signal(number)
     _, errors = process.communicate()
     return process.returncode, errors
