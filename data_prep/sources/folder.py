@@ -124,8 +124,8 @@ class FolderSource(Source):
             captions, metadata = self._read_captions(row)
             columns = {field.name: _column_value(metadata.get(field.name), field.type) for field in self.columns}
             batch = pa.RecordBatch.from_pylist([columns], schema=self.columns)
-            source_key = valid_utf8(PurePosixPath(name).stem)
-            yield Record(row, image, captions, batch, valid_utf8(name), source_key, reject)
+            source = valid_utf8(name)
+            yield Record(row, image, captions, batch, source, source, reject)
 
     def _stamp(self) -> str:
         """Returns a cheap hash of what a scan depends on: settings, and name, size and mtime of every file."""

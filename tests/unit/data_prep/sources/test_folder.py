@@ -51,10 +51,10 @@ def test_folder_reads_pairs_captions_and_columns(images: Path) -> None:
     source.scan(quiet=True)
     rows = list(source.read(range(source.count)))
     assert [(row.source, row.source_key) for row in rows] == [
-        ("a.jpg", "a"),
-        ("b/c.PNG", "c"),
-        ("b/deep/d.e.jpeg", "d.e"),
-        ("b/f.jpg", "f"),
+        ("a.jpg", "a.jpg"),
+        ("b/c.PNG", "b/c.PNG"),
+        ("b/deep/d.e.jpeg", "b/deep/d.e.jpeg"),
+        ("b/f.jpg", "b/f.jpg"),
     ]
     assert [row.captions for row in rows] == [["first", KOREAN], ["one", "two"], ["dots"], ["under captions"]]
     assert dict(zip(source.columns.names, source.columns.types, strict=True)) == {
