@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from clipwright.data_prep.sources.base import Caption
+from clipwright.data_prep.sources.encodings import likely_encoding
 from clipwright.pipeline.core.captions import CaptionError, normalize
 
 
@@ -38,4 +39,6 @@ def _decode(caption: Caption) -> str:
     try:
         return caption.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CaptionError("E_CAP_ENCODING", f"not valid UTF-8 at byte {error.start}") from None
+        likely = likely_encoding(caption)
+        detail = f"not valid UTF-8 at byte {error.start}; if the file is {likely}, set source.encoding={likely}"
+        raise CaptionError("E_CAP_ENCODING", detail) from None

@@ -13,8 +13,8 @@ import pyarrow as pa
 from clipwright.data_prep.build.captions import select_captions
 from clipwright.data_prep.build.images import DHASH_MIN_SIDE
 from clipwright.data_prep.build.shards import receipt_path, rejects_path
-from clipwright.data_prep.foreign import json_columns
 from clipwright.data_prep.foreign.tars import HashingReader, Member, TarError, members
+from clipwright.data_prep.sources import json_columns
 from clipwright.data_prep.sources.base import Caption
 from clipwright.data_prep.sources.caption_files import CaptionFileError, CaptionRules, without_language
 from clipwright.data_prep.sources.folder_files import DECODED_SUFFIXES, OTHER_IMAGE_SUFFIXES

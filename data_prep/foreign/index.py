@@ -17,8 +17,8 @@ from clipwright.data_prep.build.engines import WorkerPool, WorkerRuntime, worker
 from clipwright.data_prep.build.finish import Contents, count_reasons, finish, no_samples
 from clipwright.data_prep.build.plan import DuplicatePolicy, resolve_duplicates
 from clipwright.data_prep.build.shards import receipt_path, rejects_path
-from clipwright.data_prep.foreign import json_columns
 from clipwright.data_prep.foreign.groups import TarJob, scan_tar, tar_rows_path, tar_stat
+from clipwright.data_prep.sources import json_columns
 from clipwright.data_prep.sources.caption_files import CaptionFilesConfig, CaptionRules
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, canonical_json, digest

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipwright.pipeline.core.registry import Registry, configclass
+from clipwright.pipeline.core.text import shown
 
 # A caption as the source holds it: text, bytes that may not be valid UTF-8, nothing, or (E_CAP code, detail) if it
 # cannot be read.
@@ -110,17 +111,17 @@ def open_inside(root: Path, name: str, *, walked: bool = False) -> io.FileIO:
         if not walked or os.path.islink(path):  # noqa: PTH114  a Path costs as much as the call
             target = (root / name).resolve(strict=True)
             if not target.is_relative_to(root):
-                raise PathError(f"{name!r} leaves the root")
+                raise PathError(f"'{shown(name)}' leaves the root")
             path = str(target)
         # O_NONBLOCK: opening a pipe must not block.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
-            raise PathError(f"{name!r} is not a regular file")
+            raise PathError(f"'{shown(name)}' is not a regular file")
     except PathError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise PathError(f"{name!r}: {getattr(error, 'strerror', None) or error}") from None
+        raise PathError(f"'{shown(name)}': {getattr(error, 'strerror', None) or error}") from None
     return io.FileIO(handle)
 
 
@@ -130,7 +131,7 @@ def read_inside(root: Path, name: str, *, walked: bool = False) -> bytes:
         try:
             return file.readall()
         except OSError as error:
-            raise PathError(f"{name!r}: {error.strerror}") from None
+            raise PathError(f"'{shown(name)}': {error.strerror}") from None
 
 
 def read_image(root: Path, name: str, *, walked: bool = False) -> tuple[bytes | None, tuple[str, str] | None]:

@@ -1,8 +1,7 @@
-"""Source `table`: csv, tsv, jsonl or parquet files with captions, and images as bytes or paths."""
+"""Source `table`: csv, tsv, JSON or parquet files with captions, and images as bytes, base64 or paths."""
 
 from __future__ import annotations
 
-import string
 from collections.abc import Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -12,270 +11,209 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipwright.data_prep.sources.base import SOURCES, Record, Source, SourceConfig, read_image
-from clipwright.data_prep.sources.table_files import TableFile, find_files, open_file
+from clipwright.data_prep.sources.base import NO_CAPTIONS, SOURCES, Record, Source, SourceConfig
+from clipwright.data_prep.sources.tables.base import Batch, TableFile, find_column, type_at
+from clipwright.data_prep.sources.tables.captions import CaptionReader
+from clipwright.data_prep.sources.tables.files import TextOptions, find_files, open_files
+from clipwright.data_prep.sources.tables.images import check_image_type, is_url, read_cell
+from clipwright.data_prep.sources.tables.types import common_type
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.files import file_sha256
+from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.messages import format_count
-from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.core.text import listed, shown
 
-BATCH_ROWS = 64  # read at a time: two batches of photos fit in memory
+_SAMPLE_ROWS = 64  # of which the kind of the images is judged
 
 
 @configclass
 class TableConfig(SourceConfig):
-    """A table of pairs. All columns besides image and caption are kept with their types."""
+    """A table of pairs. All columns besides image and caption are kept with their types.
+
+    Formats: csv, tsv, jsonl, parquet, and JSON files that hold an array of objects or COCO annotations; the text
+    formats also as .gz. Text stays as it is written; a csv column is stored as a number only if nothing is lost.
+    """
 
     path: str | list[str]
-    """Table file, glob, or list of both; csv, tsv, jsonl and parquet are read."""
+    """Table file, glob, or list of both: csv, tsv, jsonl, json, parquet."""
     image: str = "image"
-    """Column with the images: bytes, structs {bytes, path}, or paths."""
+    """Column with the images: bytes, base64, structs {bytes, path}, or paths."""
     caption: str = "caption"
-    """Column with a text or a list of texts, or a template over columns such as `a photo of a {class_name}`."""
+    """Column of texts or lists of texts, a field of objects (`sentences.raw`), or a template; `none`: no captions."""
     root: str | None = None
     """Folder that image paths are relative to and may not leave; null uses the table's folder."""
     where: dict[str, Any] = field(default_factory=dict)
     """Row filter: column → required value, or list of allowed values."""
+    delimiter: str | None = None
+    """Character between the fields of a csv or tsv file, or `tab`; null: a comma in csv, a tab in tsv."""
+    quote: str | None = None
+    """Character around quoted fields of a csv or tsv file, or `none`; null: `"` in csv, none in tsv."""
+    encoding: str = "utf-8"
+    """Encoding of text files; a byte order mark in a file takes precedence."""
 
 
 class TableSource(Source):
-    """Rows of one or more tables, read by row group. See TableConfig."""
+    """Rows of one or more tables. See TableConfig."""
 
     def __init__(self, config: TableConfig) -> None:
         self.image = config.image
         self.caption = config.caption
+        self.captioned = config.caption != NO_CAPTIONS
         self.where = dict(config.where)
         self.root = None if config.root is None else Path(config.root).resolve()
-        self.template = _parse_template(config.caption) if "{" in config.caption else None
-        self.files = _open_all(config)
+        self.options = TextOptions.read(config.delimiter, config.quote, config.encoding)
+        self._captions = CaptionReader(config.caption) if self.captioned else None
+        needed = [self.image, *(self._captions.names if self._captions else []), *self.where]
+        self.files = open_files(find_files(config.path), self.options, needed)
+        self._check_columns()
         first = self.files[0]
-        caption_columns = [name for _, name in self.template if name] if self.template else [self.caption]
-        for column in (self.image, *caption_columns, *self.where):
-            _check_column(column, first)
-        _check_image_type(first.schema.field(self.image), first)
-        dropped = {self.image} if self.template else {self.image, self.caption}
-        self._kept = [column for column in first.schema if column.name not in dropped]
-        self.columns = pa.schema(self._kept)
-        self._selected = [_select_rows(file, self.where) for file in self.files]
+        dropped = {self.image}
+        if self._captions is not None and not self._captions.is_template:
+            dropped.add(self.caption)
+        names = list({name: None for file in self.files for name in file.types if name not in dropped})
+        self.columns = pa.schema([(name, common_type(name, self.files)) for name in names])
+        for file in self.files:
+            file.leave_out(dropped)
+        self.notes = [note for file in self.files for note in file.notes]
+        self._selected = [self._select_rows(file) for file in self.files]
         self._starts = np.cumsum([0, *(len(rows) for rows in self._selected)])
         self.count = int(self._starts[-1])
+        if self.where and not self.count and any(file.rows for file in self.files):
+            raise self._nothing_selected(first)
+        self._refuse_urls()
+        self._hashes: list[str] = []
+        self._stamp: list[list[int]] = []
+
+    def scan(self, *, quiet: bool = False) -> None:
+        """Hashes the files, for the identity."""
+        self._stamp = self._file_stamps()
+        self._hashes = []
+        with Progress("hash", len(self.files), "files", quiet=quiet) as progress:
+            for file in self.files:
+                self._hashes.append(file_sha256(file.path))
+                progress.add(1)
+
+    def scan_result(self) -> dict[str, Any]:
+        return {"sha256": self._hashes, "stamp": self._stamp}
+
+    def load_scan(self, result: dict[str, Any]) -> bool:
+        if result["stamp"] != self._file_stamps():
+            return False
+        self._hashes, self._stamp = result["sha256"], result["stamp"]
+        return True
 
     def identity(self) -> dict[str, Any]:
+        if not self._hashes:
+            self.scan(quiet=True)
         return {
             "name": "table",
             "image": self.image,
             "caption": self.caption,
             "where": self.where,
             "root": None if self.root is None else self.root.name,
-            "files": [{"name": file.name, "sha256": file.sha256} for file in self.files],
+            "delimiter": self.options.delimiter,
+            "quote": self.options.quote,
+            "encoding": self.options.encoding,
+            "files": [
+                {"name": file.name, "sha256": digest} for file, digest in zip(self.files, self._hashes, strict=True)
+            ],
         }
 
     def read(self, rows: Sequence[int]) -> Iterator[Record]:
         plan_rows = np.asarray(rows, dtype=np.int64)
         file_numbers = np.searchsorted(self._starts, plan_rows, side="right") - 1
         for number in np.unique(file_numbers):
-            rows_in_file = plan_rows[file_numbers == number]
-            file_rows = self._selected[number][rows_in_file - self._starts[number]]
-            yield from self._read_file(self.files[number], rows_in_file, file_rows)
-
-    def _read_file(self, file: TableFile, rows: np.ndarray, file_rows: np.ndarray) -> Iterator[Record]:
-        """Yields plan rows `rows`, which are the rows `file_rows` of a file."""
-        with file.open() as table:
-            sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
-            starts = np.cumsum([0, *sizes])
-            for group in np.unique(np.searchsorted(starts, file_rows, side="right") - 1):
-                in_group = (file_rows >= starts[group]) & (file_rows < starts[group + 1])
-                group_rows = rows[in_group]
-                group_file_rows = file_rows[in_group]
-                positions = group_file_rows - starts[group]
-                batch_start = 0
-                for batch in table.iter_batches(BATCH_ROWS, row_groups=[int(group)]):
-                    in_batch = (positions >= batch_start) & (positions < batch_start + batch.num_rows)
-                    if in_batch.any():
-                        taken = batch.take(pa.array(positions[in_batch] - batch_start))
-                        yield from self._records(file, taken, group_rows[in_batch], group_file_rows[in_batch])
-                    batch_start += batch.num_rows
-                    if batch_start > positions[-1]:
-                        break
+            file, start = self.files[number], self._starts[number]
+            rows_in_file = plan_rows[file_numbers == number] - start
+            file_rows = self._selected[number][rows_in_file]
+            plan_row = dict(zip(file_rows.tolist(), (rows_in_file + start).tolist(), strict=True))
+            for batch_rows, batch in file.batches(file_rows):
+                yield from self._records(file, batch, batch_rows.tolist(), plan_row)
 
     def _records(
-        self, file: TableFile, batch: pa.RecordBatch, rows: np.ndarray, file_rows: np.ndarray
+        self, file: TableFile, batch: Batch, file_rows: list[int], plan_row: dict[int, int]
     ) -> Iterator[Record]:
-        columns = batch.select([column.name for column in self._kept])
-        columns = pa.RecordBatch.from_arrays(columns.columns, schema=self.columns)
-        images = batch.column(self.image)
-        captions = self._captions(batch)
+        arrays = [batch.column(column.name, column.type) for column in self.columns]
+        columns = pa.RecordBatch.from_arrays(arrays, schema=self.columns)
+        images = batch.values(find_column(self.image, file, "source.image"))
+        captions = [[] for _ in file_rows]
+        if self._captions is not None:
+            captions = self._captions.read(batch, self._captions.paths(file))
         root = self.root or file.folder
-        for i, (row, file_row) in enumerate(zip(rows.tolist(), file_rows.tolist(), strict=True)):
-            value = images[i].as_py()
-            path = value
-            if isinstance(value, dict):
-                path = value.get("path")
-                data = value.get("bytes")
-                value = path if data is None else data
-            image, reject = _read_image(value, root)
-            source_key = path if isinstance(path, str) else None
-            yield Record(row, image, captions[i], columns.slice(i, 1), f"{file.name}#{file_row}", source_key, reject)
+        for i, file_row in enumerate(file_rows):
+            image, source_key, reject = read_cell(images[i], root, is_text_file=file.is_text)
+            images[i] = None  # only one decoded image in memory
+            source = f"{file.name}#{file_row}"
+            yield Record(plan_row[file_row], image, captions[i], columns.slice(i, 1), source, source_key, reject)
 
-    def _captions(self, batch: pa.RecordBatch) -> list[list[str | bytes | None]]:
-        if self.template is None:
-            return [_texts(value) for value in _values(batch.column(self.caption))]
-        names = {name for _, name in self.template if name}
-        values = {name: _values(batch.column(name)) for name in names}
-        captions: list[list[str | bytes | None]] = []
-        for i in range(batch.num_rows):
-            row = {name: values[name][i] for name in names}
-            captions.append([_fill(self.template, row)])
-        return captions
+    def _check_columns(self) -> None:
+        """Raises E_COLUMN unless every file has the columns that are needed, with types that can be used."""
+        for file in self.files:
+            path = find_column(self.image, file, "source.image")
+            kind = type_at(file, path, "source.image")
+            if not file.is_text or pa.types.is_nested(kind):
+                check_image_type(kind, file, self.image)
+            if self._captions is not None:
+                self._captions.check(file)
+            for name in self.where:
+                if name not in file.types:
+                    find_column(name, file, "source.where")
 
+    def _select_rows(self, file: TableFile) -> np.ndarray:
+        """Returns the numbers of the file's rows that match `where`."""
+        keep = np.ones(file.rows, dtype=bool)
+        for name, wanted in self.where.items():
+            kind = common_type(name, self.files)
+            values = wanted if isinstance(wanted, list) else [wanted]
+            try:
+                allowed = pa.array(values).cast(kind)
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+                raise ClipwrightError(
+                    "E_CONFIG_VALUE",
+                    "the value does not fit the column's type",
+                    where=f"source.where.{name}",
+                    found=f"{shown(wanted)} for a column of type {kind}: {error}",
+                    fix="give a value, or a list of values, of that type",
+                ) from None
+            keep &= pc.is_in(file.column(name, kind), value_set=allowed).to_numpy()
+        return np.flatnonzero(keep)
 
-def _open_all(config: TableConfig) -> list[TableFile]:
-    # CSV text is read as bytes: a caption that is not UTF-8 rejects its row, not the file.
-    as_bytes = () if "{" in config.caption else (config.caption,)
-    files = [open_file(path, as_text=(config.image,), as_bytes=as_bytes) for path in find_files(config.path)]
-    first = files[0]
-    for file in files[1:]:
-        if file.schema.equals(first.schema):
-            continue
-        columns = {(column.name, str(column.type)) for column in file.schema}
-        first_columns = {(column.name, str(column.type)) for column in first.schema}
-        names = sorted({name for name, _ in columns ^ first_columns}) or ["the order of columns"]
-        raise ClipwrightError(
-            "E_TABLE",
-            "the tables have different columns",
-            where=file.path,
-            found=f"it differs from {first.name} in {', '.join(names)}",
-            fix="give tables with equal column names and types, or prepare them separately",
-        )
-    return files
-
-
-def _check_column(name: str, file: TableFile) -> None:
-    occurrences = file.schema.names.count(name)
-    if occurrences == 1:
-        return
-    raise ClipwrightError(
-        "E_COLUMN",
-        f"the table has {format_count(occurrences, 'column')} of this name"
-        if occurrences
-        else "the table has no such column",
-        where=f"{file.path}: {name}",
-        found=f"its columns are {', '.join(file.schema.names)}",
-        fix=nearest(name, file.schema.names)
-        or "set source.image, source.caption and source.where to columns of the table",
-    )
-
-
-def _check_image_type(column: pa.Field, file: TableFile) -> None:
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_struct(kind):
-        names = {kind.field(i).name for i in range(kind.num_fields)}
-        readable = bool(names & {"bytes", "path"})
-    else:
-        readable = _is_text(kind) or _is_bytes(kind) or pa.types.is_null(kind)
-    if not readable:
-        raise ClipwrightError(
-            "E_COLUMN",
-            "the column does not hold images",
-            where=f"{file.path}: {column.name}",
-            found=f"its type is {kind} (allowed: bytes, a path, or a struct of bytes and path)",
-            fix="set source.image to the column with the images",
+    def _nothing_selected(self, file: TableFile) -> ClipwrightError:
+        found: list[str] = []
+        for name in self.where:
+            values = pc.unique(file.column(name, common_type(name, self.files))).slice(0, 21).to_pylist()
+            found.append(f"{name} is {listed([str(value) for value in values], 10)}")
+        wanted = ", ".join(f"{name}={shown(value)}" for name, value in self.where.items())
+        return ClipwrightError(
+            "E_PREP_EMPTY",
+            "no row of the table matches the filter",
+            where=f"source.where: {wanted}",
+            found=f"in {format_count(file.rows, 'row')} of {shown(file.name)}, {'; '.join(found)}",
+            fix="set source.where to values that occur; text of digits needs quotes: source.where.COLUMN='\"007\"'",
         )
 
+    def _refuse_urls(self) -> None:
+        """Raises E_COLUMN if the images are URLs, before all rows are read in vain."""
+        for file, rows in zip(self.files, self._selected, strict=True):
+            if not len(rows):
+                continue
+            _, batch = next(file.batches(rows[:_SAMPLE_ROWS]))
+            cells = batch.values(find_column(self.image, file, "source.image"))
+            values = [value for value in cells if value is not None]
+            if values and all(map(is_url, values)):
+                raise ClipwrightError(
+                    "E_COLUMN",
+                    "the image column holds URLs, which are not downloaded yet",
+                    where=f"{file.path}: {self.image}",
+                    found=shown(values[0]),
+                    fix="download the images first, for example with img2dataset, whose tars `clipwright data index` "
+                    "reads; or set source.image to a column with paths of files",
+                )
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _select_rows(file: TableFile, where: dict[str, Any]) -> np.ndarray:
-    """Returns the numbers of the file's rows that match `where`."""
-    if not where:
-        return np.arange(file.rows, dtype=np.int64)
-    with file.open() as opened:
-        table = opened.read(columns=list(where))
-    keep = np.ones(table.num_rows, dtype=bool)
-    for column, wanted in where.items():
-        values = wanted if isinstance(wanted, list) else [wanted]
-        try:
-            allowed = pa.array(values).cast(table.schema.field(column).type)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
-            raise ClipwrightError(
-                "E_CONFIG_VALUE",
-                "the value does not fit the column's type",
-                where=f"source.where.{column}",
-                found=f"{wanted!r} for a column of type {table.schema.field(column).type}: {error}",
-                fix="give a value, or a list of values, of that type",
-            ) from None
-        keep &= pc.is_in(table[column], value_set=allowed).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
-    return np.flatnonzero(keep)
-
-
-def _read_image(value: object, root: Path) -> tuple[bytes | None, tuple[str, str] | None]:
-    """Returns `image` and `reject` of a Record for a cell of the image column."""
-    if value is None:
-        return None, ("E_IMG_EMPTY", "no image in this row")
-    if isinstance(value, bytes):
-        return (value, None) if value else (None, ("E_IMG_EMPTY", "0 bytes"))
-    return read_image(root, str(value))
-
-
-def _values(column: pa.Array) -> list[Any]:
-    """Returns the Python values of a column; text that is not valid UTF-8 as bytes."""
-    kind = column.type
-    if not (_is_text(kind) or _is_bytes(kind) or pa.types.is_nested(kind)):
-        column = column.cast(pa.string())  # numbers and dates as Arrow formats them
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return column.cast(pa.binary() if _is_text(kind) else pa.list_(pa.binary())).to_pylist()
-
-
-def _texts(value: object) -> list[str | bytes | None]:
-    if value is None or isinstance(value, (str, bytes)):
-        return [value]
-    if isinstance(value, list):
-        return [item if item is None or isinstance(item, (str, bytes)) else str(item) for item in value]
-    return [str(value)]
-
-
-def _parse_template(template: str) -> list[tuple[str, str | None]]:
-    """Splits a template into (text, column after it) pairs. Only `{column}` is allowed, no formats or attributes."""
-    reason = ""
-    fields = []
-    try:
-        fields = list(string.Formatter().parse(template))
-    except ValueError as error:
-        reason = str(error)
-    for _, name, spec, conversion in fields:
-        if not reason and (name == "" or spec or conversion):
-            reason = f"{name!r} is not a plain column"
-    if reason:
-        raise ClipwrightError(
-            "E_CONFIG_VALUE",
-            "the caption template is malformed",
-            where=f"source.caption: {template}",
-            found=reason,
-            fix="write {column} for a column, and {{ or }} for a literal brace",
-        )
-    return [(text, name) for text, name, _, _ in fields]
-
-
-def _fill(template: list[tuple[str, str | None]], row: dict[str, Any]) -> str | bytes | None:
-    """Fills the template with a row's values. Returns None if a value is missing, bytes if one is not UTF-8."""
-    pieces: list[Any] = []
-    for text, name in template:
-        pieces.append(text)
-        if name:
-            pieces.append(row[name])
-    if any(piece is None for piece in pieces):
-        return None
-    if any(isinstance(piece, bytes) for piece in pieces):
-        return b"".join(piece if isinstance(piece, bytes) else str(piece).encode() for piece in pieces)
-    return "".join(map(str, pieces))
+    def _file_stamps(self) -> list[list[int]]:
+        stats = [file.path.stat() for file in self.files]
+        return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
 
 
 SOURCES.add(TableConfig, TableSource, {"table": {}})

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -42,9 +43,9 @@ def bomb() -> bytes:
         (["source.path=nothing-*.csv"], "E_INPUT", 3, "nothing-*.csv", "check the path"),
         (["source.path=notes.txt"], "E_TABLE", 3, "notes.txt", "csv, tsv, jsonl or parquet"),
         (["source.path=broken.parquet"], "E_TABLE", 3, "broken.parquet", "check the file"),
-        (["source.path=broken.jsonl"], "E_TABLE", 3, "broken.jsonl", "check the file"),
-        (["source.path=ragged.csv"], "E_TABLE", 3, "ragged.csv", "check the file"),
-        (["source.path=[pairs.parquet, other.parquet]"], "E_TABLE", 3, "other.parquet", "equal column names"),
+        (["source.path=broken.jsonl"], "E_TABLE", 3, "broken.jsonl, line 2", "correct the line"),
+        (["source.path=ragged.csv"], "E_TABLE", 3, "ragged.csv, line 3", "in quotes"),
+        (["source.path=[pairs.parquet, other.parquet]"], "E_COLUMN", 3, "other.parquet: captions", "'caption'"),
         (["source.rooot=x"], "E_CONFIG_KEY", 2, "source.rooot", "did you mean 'source.root'?"),
         (["images.sise=3"], "E_CONFIG_KEY", 2, "images.sise", "did you mean 'images.size'?"),
         (["images.quality=101"], "E_CONFIG_VALUE", 2, "images.quality", "change the value"),
@@ -57,7 +58,6 @@ def test_prep_refuses_invalid_config_and_tables(
     tmp_path: Path,
     cli: Any,
     good: Path,
-    write_table: Write,
     arguments: list[str],
     code: str,
     exit_code: int,
@@ -69,7 +69,7 @@ def test_prep_refuses_invalid_config_and_tables(
     (tmp_path / "broken.jsonl").write_text('{"image": "a", "captions": "b"}\n{"image": \n')
     (tmp_path / "ragged.csv").write_text("image,captions\na,b\nc,d,e\n")
     (tmp_path / "empty.csv").write_text("image,captions\n")
-    write_table([b""], [["x"]], "other.parquet", extra=[1])
+    pq.write_table(pa.table({"image": [b""], "caption": ["x"]}), tmp_path / "other.parquet")
     error = cli.error(
         "prep", "table", "source.path=pairs.parquet", "source.caption=captions", *arguments, "-o", "out", code=exit_code
     )

@@ -31,7 +31,7 @@ def kinds_of(texts: Iterable[str]) -> Kinds:
     kinds: dict[str, str] = {}
     for text in texts:
         for name, value in _object(text).items():
-            kinds[name] = _common(kinds.get(name, ""), _kind(value))
+            kinds[name] = common_kind(kinds.get(name, ""), kind_of(value))
             if len(kinds) > MAX_COLUMNS:
                 return None
     return kinds
@@ -44,7 +44,7 @@ def combine(all_kinds: Iterable[Kinds]) -> Kinds:
         if kinds is None:
             return None
         for name, kind in kinds.items():
-            combined[name] = _common(combined.get(name, ""), kind)
+            combined[name] = common_kind(combined.get(name, ""), kind)
         if len(combined) > MAX_COLUMNS:
             return None
     return combined
@@ -57,7 +57,7 @@ def schema_of(kinds: Kinds) -> pa.Schema:
     """
     if kinds is None:
         return pa.schema([(OBJECT_COLUMN, pa.string())])
-    return pa.schema([(name, _type(kinds[name])) for name in sorted(kinds)])
+    return pa.schema([(name, type_of(kinds[name])) for name in sorted(kinds)])
 
 
 def row_of(text: str, kinds: Kinds) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _object(text: str) -> dict[str, Any]:
     return json.loads(text) if text else {}
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -85,26 +85,26 @@ def _kind(value: Any) -> str:
     if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
         item_kind = ""
         for item in value:
-            item_kind = _common(item_kind, _kind(item))
+            item_kind = common_kind(item_kind, kind_of(item))
         return f"{_LIST}{item_kind}"
     return "text"
 
 
-def _common(first: str, second: str) -> str:
+def common_kind(first: str, second: str) -> str:
     """Returns the kind that holds values of both kinds."""
     if first == second or not first or not second:
         return first or second
     if first.startswith(_LIST) and second.startswith(_LIST):
-        return _LIST + _common(first.removeprefix(_LIST), second.removeprefix(_LIST))
+        return _LIST + common_kind(first.removeprefix(_LIST), second.removeprefix(_LIST))
     pair = {first, second}
     if pair == {"int", "float"}:
         return "float"
     return "big" if pair == {"int", "big"} else "text"
 
 
-def _type(kind: str) -> pa.DataType:
+def type_of(kind: str) -> pa.DataType:
     if kind.startswith(_LIST):
-        return pa.list_(_type(kind.removeprefix(_LIST)))
+        return pa.list_(type_of(kind.removeprefix(_LIST)))
     return _TYPES.get(kind, pa.string())
 
 

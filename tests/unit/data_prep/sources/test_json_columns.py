@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from clipwright.data_prep.foreign import json_columns
+from clipwright.data_prep.sources import json_columns
 from clipwright.data_prep.sources.caption_files import parse_json
 
 EDGES = [0, 1, -1, 2**53, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 0.5, 1e300, -0.0, 3.0]
