@@ -70,9 +70,10 @@ def test_prep_refuses_invalid_config_and_tables(
     (tmp_path / "ragged.csv").write_text("image,captions\na,b\nc,d,e\n")
     (tmp_path / "empty.csv").write_text("image,captions\n")
     pq.write_table(pa.table({"image": [b""], "caption": ["x"]}), tmp_path / "other.parquet")
-    error = cli.error(
-        "prep", "table", "source.path=pairs.parquet", "source.caption=captions", *arguments, "-o", "out", code=exit_code
-    )
+    values = {"source.path": "pairs.parquet", "source.caption": "captions"}
+    values.update(dict(argument.split("=", 1) for argument in arguments))
+    overrides = [f"{key}={value}" for key, value in values.items()]
+    error = cli.error("prep", "table", *overrides, "-o", "out", code=exit_code)
     assert error.startswith(f"error[{code}]") and culprit in error and remedy in error
     assert not (tmp_path / "out").exists()
 

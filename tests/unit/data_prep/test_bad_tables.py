@@ -66,7 +66,7 @@ REFUSED = [
     ("twice.csv", [], "E_COLUMN", "several columns of this name — twice.csv: caption", "its own name"),
     ("urls.csv", [], "E_COLUMN", "https://example.com/a.jpg", "clipwright data index"),
     ("nested.jsonl", ["source.caption=s"], "E_COLUMN", "its texts are under s.raw", "set source.caption=s.raw"),
-    ("nested.jsonl", ["source.caption=s.rwa"], "E_COLUMN", "the fields of s are raw, tokens", "'raw'"),
+    ("nested.jsonl", ["source.caption=s.Tokenz"], "E_COLUMN", "the fields of s are raw, tokens", "'tokens'"),
     ("nested.jsonl", ["source.caption=s.tokens"], "E_COLUMN", "list<item: list<item: string>>", "lists of texts"),
     ("nested.jsonl", ["source.caption=a {s}"], "E_COLUMN", "does not hold one text", "write {s.raw}"),
     ("nested.jsonl", ["source.image=s", "source.caption=none"], "E_COLUMN", "not hold images", "source.image"),
