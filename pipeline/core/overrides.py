@@ -11,7 +11,10 @@ from clipwright.pipeline.core.written_yaml import Raw
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """Returns `section.key=value` arguments as a nested tree; its leaves are parsed when the field's type is known."""
+    """Returns `section.key=value` arguments as a nested tree; its leaves are parsed when the field's type is known.
+
+    Of several overrides of one key the last wins, so that a script can append the user's to its own.
+    """
     tree: dict[str, Any] = {}
     for override in overrides:
         name, sign, text = override.partition("=")
@@ -29,13 +32,5 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
                     found=f"{section} has a value of its own",
                     fix="remove one of them",
                 )
-        if key in node:
-            raise ClipwrightError(
-                "E_USAGE",
-                "an override is given twice",
-                where=override,
-                found=f"{name} is already set on this command line",
-                fix="remove one of them",
-            )
         node[key] = Raw(text)
     return tree
