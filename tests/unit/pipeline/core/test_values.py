@@ -171,6 +171,11 @@ def test_a_value_of_another_type_is_refused(key: str, written: str, reason: str)
     assert line.startswith("error[E_CONFIG_VALUE]") and f"{key} (command line)" in line and reason in line, line
 
 
+def test_the_last_of_several_overrides_of_a_key_wins() -> None:
+    """A script can append its caller's overrides to its own."""
+    assert resolve(Values, overrides=["count=1", "text=a", "count=2"]).value.count == 2
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
