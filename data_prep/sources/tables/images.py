@@ -68,7 +68,7 @@ def read_cell(value: object, root: Path, *, is_text_file: bool) -> Cell:
         image, reject = _from_bytes(value)
         return image, key, reject
     if value is None or value == "":
-        return None, key, ("E_IMG_EMPTY", "no image in this row")
+        return None, key, ("E_IMG_PATH" if is_text_file or value == "" else "E_IMG_EMPTY", "no image in this row")
     text = str(value)
     embedded = _embedded(text)
     if embedded is not None:

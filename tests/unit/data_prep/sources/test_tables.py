@@ -287,7 +287,7 @@ def test_images_in_text_and_paths(tmp_path: Path, write: Callable[..., Path], ma
         "data:image/png;base64,!!!": ("E_IMG_FORMAT", "not base64"),
         packed[:101]: ("E_IMG_TRUNCATED", "base64"),
         "x" * 20_000: ("E_IMG_PATH", "a text of 20,000 characters"),
-        "": ("E_IMG_EMPTY", "no image"),
+        "": ("E_IMG_PATH", "no image"),
     }
     lines = [json.dumps({"image": text, "caption": "x"}) for text in (*good, *bad)]
     records = read(open_table(write("a.jsonl", "\n".join(lines))))
