@@ -82,16 +82,25 @@ class DemoConfig:
 )
 def demo(call: Call) -> Outcome:
     """Run every stage on rendered images, on a CPU, in minutes; ends with a report and a search."""
-    import time
-
     from clipwright.pipeline.core.config_files import read_yaml
-    from clipwright.pipeline.core.files import atomic_write, write_json
     from clipwright.pipeline.folders import output
 
     out = call.output()
     resolved = call.load(base=read_yaml(Path(__file__).parent / "configs" / "demo.yaml"))
-    config: DemoConfig = resolved.value
-    output.check(out, output.DEMO)
+    if call.dry_run:
+        output.check(out, output.DEMO)
+        return _run_demo(call, resolved)
+    with output.claim(out, output.DEMO):
+        return _run_demo(call, resolved)
+
+
+def _run_demo(call: Call, resolved: Any) -> Outcome:
+    """Runs the steps one after another and writes their results; with --dry-run, prints them."""
+    import time
+
+    from clipwright.pipeline.core.files import atomic_write, write_json
+
+    out, config = call.output(), resolved.value
     report: dict[str, Any] = {}
     for number, (name, line) in enumerate(config.steps.items(), 1):
         arguments = [argument.format(demo=out, seed=config.seed) for argument in shlex.split(line)]

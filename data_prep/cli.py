@@ -10,6 +10,7 @@ from clipwright.pipeline.core.command import Call, Command, Outcome
 from clipwright.pipeline.core.messages import format_count
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from clipwright.data_prep.build.pack import Prepared
@@ -129,8 +130,9 @@ def data_verify(call: Call) -> Outcome:
 
     from clipwright.data_prep.inspect.verify import failure, verify
 
-    result = verify(Path(call.load().value.data), quiet=call.quiet)
-    _write_report(call, result)
+    with _report_folder(call):
+        result = verify(Path(call.load().value.data), quiet=call.quiet)
+        _write_report(call, result)
     lines = [f"bad {fault['text']}" for fault in result["faults"]]
     lines.append(
         f"verify: {format_count(result['shards_ok'], 'shard')} ok, {result['shards_bad']} bad, "
@@ -157,8 +159,9 @@ def data_stats(call: Call) -> Outcome:
 
     from clipwright.data_prep.inspect.stats import stats, table
 
-    result = stats(Path(call.load().value.data), quiet=call.quiet)
-    _write_report(call, result)
+    with _report_folder(call):
+        result = stats(Path(call.load().value.data), quiet=call.quiet)
+        _write_report(call, result)
     return Outcome(result, table(result), next=f"clipwright data view {result['data']} -o PAGES")
 
 
@@ -211,6 +214,7 @@ def data_index(call: Call) -> Outcome:
 def data_view(call: Call) -> Outcome:
     """Write a static page of written pairs, and of rejected pairs with their reasons."""
     from clipwright.data_prep.inspect.view import view
+    from clipwright.pipeline.folders.output import INSPECTION, claim
 
     config, out = call.load().value, call.output()
     if call.dry_run:
@@ -220,11 +224,19 @@ def data_view(call: Call) -> Outcome:
     return Outcome(result, f"view: {shown} in {result['page']}, {result['bytes'] / 1e6:.1f} MB")
 
 
+def _report_folder(call: Call) -> AbstractContextManager[object]:
+    """Claims the folder of the report for as long as the command runs, if -o is given."""
+    from contextlib import nullcontext
+
+    from clipwright.pipeline.folders.output import INSPECTION, claim
+
+    return nullcontext() if call.out is None else claim(call.out, INSPECTION)
+
+
 def _write_report(call: Call, result: dict[str, Any]) -> None:
     """Writes the result as report.json if -o is given."""
     from clipwright.pipeline.core.files import write_json
-    from clipwright.pipeline.folders.output import INSPECTION, REPORT, claim
+    from clipwright.pipeline.folders.output import REPORT
 
     if call.out is not None:
-        with claim(call.out, INSPECTION):
-            write_json(call.out / REPORT, result)
+        write_json(call.out / REPORT, result)

@@ -26,7 +26,7 @@ from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.cache import CachedRuntime
 from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.folders.embeddings import fingerprint, part_name
-from clipwright.pipeline.folders.output import CONFIG, EMBEDDING, LOCK, Lock
+from clipwright.pipeline.folders.output import CONFIG, EMBEDDING
 from clipwright.pipeline.folders.records import MANIFEST, check_files, read_manifest, write_manifest, write_origin
 from clipwright.pipeline.model.folder import Model, load_model
 
@@ -205,14 +205,8 @@ def _claimed(world: World, writer: PartWriter, part: Part, fresh: bool) -> Itera
 
         def claim() -> None:
             out = writer.out
-            if fresh:
-                output.clear(out, EMBEDDING)
-            if part.step == "share":
-                work, name = EMBEDDING.work, f"{part.number}-of-{part.of}"
-                claims.enter_context(Lock(out, f"{work}/{LOCK}", "a command without parts is writing it", shared=True))
-                claims.enter_context(Lock(out, f"{work}/{LOCK}-{name}", f"part {part} is being written by another"))
-            else:
-                claims.enter_context(output.claim(out, EMBEDDING))
+            name = f"share-{part.number}-of-{part.of}" if part.step == "share" else ""
+            claims.enter_context(output.claim(out, EMBEDDING, fresh=fresh, part=name))
             found = output.recorded(out, EMBEDDING)
             if found is None:
                 output.record_identity(out, EMBEDDING, writer.identity)

@@ -88,17 +88,19 @@ def prepare(resolved: Resolved[PrepConfig], folder: Path, *, fresh: bool = False
 
     Shards, sidecars and manifest depend on input and config only, not on the number of workers. With
     `runtime.part=finish` the parts must have written all shards. Raises E_PREP_EMPTY if no sample could be written,
-    E_UNFINISHED, E_RESUME, E_OUTPUT, E_WORKER, and the source's errors.
+    E_UNFINISHED, E_RESUME, E_OUTPUT, E_LOCKED, E_WORKER, and the source's errors.
     """
     config = resolved.value
+    output.refuse_locked(folder, DATASET)
     source = open_source(config, folder=None if fresh else folder, quiet=quiet)
     identity = run_identity(resolved, source)
-    if fresh:
-        output.clear(folder, DATASET)
-    manifest = prep_folder.finished(folder, identity)
+    manifest = None if fresh else prep_folder.finished(folder, identity)
     if manifest is not None:
         return Prepared(manifest, True, list(source.notes))
-    with output.claim(folder, DATASET):
+    with output.claim(folder, DATASET, fresh=fresh):
+        manifest = prep_folder.finished(folder, identity)  # by another process since
+        if manifest is not None:
+            return Prepared(manifest, True, list(source.notes))
         start_run(resolved, folder, source, identity)
         job = make_job(config, source, folder)
         receipts = _write_all_shards(job, config, plugin_hashes(resolved), quiet)

@@ -46,11 +46,12 @@ def prepare_part(resolved: Resolved[PrepConfig], folder: Path, *, fresh: bool = 
     config = resolved.value
     part = Part.read(config.runtime.part, planned=True)
     part.check(fresh=fresh)
+    output.refuse_locked(folder, output.DATASET)
     source = open_source(config, folder=folder, quiet=quiet)
     identity = run_identity(resolved, source)
     prep_folder.finished(folder, identity)  # refuses the folder of another config before anything is written to it
     job = make_job(config, source, folder)
-    with prep_folder.claim_part(folder, f"{part.step}-{part.number}-of-{part.of}"):
+    with output.claim(folder, output.DATASET, part=f"{part.step}-{part.number}-of-{part.of}"):
         with prep_folder.in_turn(folder, lambda: _report_waiting(quiet)):
             if prep_folder.finished(folder, identity) is not None:
                 output.release(folder, output.DATASET)
@@ -71,8 +72,7 @@ def _run_part(job: Job, config: PrepConfig, part: Part, plugins: list[tuple[str,
         shards = plan.shard_count(config.shards.samples)
         if part.step == "plan":
             return PartDone(shards)
-        with prep_folder.claim_shards(job.folder, part.of):
-            receipts = write_shards(job, config, pool, plan, part.share(shards), quiet)
+        receipts = write_shards(job, config, pool, plan, part.share(shards), quiet)
     samples = sum(receipt["samples"] for receipt in receipts)
     rejected = sum(sum(receipt["rejects"].values()) for receipt in receipts)
     return PartDone(len(receipts), samples, rejected)

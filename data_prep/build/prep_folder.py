@@ -1,11 +1,11 @@
-"""The output folder of a preparation: its state, its locks for job arrays, and starting it.
+"""The output folder of a preparation: its state, the order of its parts, and starting it.
 
 `pipeline.folders.output` decides what the folder may hold; here is what only a preparation has.
 """
 
 from __future__ import annotations
 
-import fcntl
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,42 +13,31 @@ from typing import Any
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write
+from clipwright.pipeline.core.lock import LOCK, Lock
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.folders import output
-from clipwright.pipeline.folders.output import CONFIG, DATASET, PLAN, WORK, Kind, Lock
+from clipwright.pipeline.folders.output import CONFIG, DATASET, PLAN, WORK, Kind
 
 SCAN = "scan.json"
-
-
-@contextmanager
-def claim_part(folder: Path, name: str) -> Iterator[None]:
-    """Claims one part of a run while other processes write other parts. Raises E_OUTPUT."""
-    lock = Lock(folder, f"{WORK}/{output.LOCK}", "a run without parts is writing it now", shared=True)
-    with lock, Lock(folder, f"{WORK}/lock-{name}", f"part {name} is being written by another process"):
-        yield
-
-
-@contextmanager
-def claim_shards(folder: Path, parts: int) -> Iterator[None]:
-    """Claims the folder for a division of its shards into `parts` parts; E_OUTPUT while another division is used."""
-    with Lock(folder, f"{WORK}/parts-{parts}", "its shards are being divided into other parts", shared=True):
-        for path in (folder / WORK).glob("parts-*"):
-            if path.name != f"parts-{parts}":
-                count = path.name.removeprefix("parts-")
-                holder = f"parts of {count} are being written, this process was started for parts of {parts}"
-                Lock(folder, f"{WORK}/{path.name}", holder).release()
-        yield
+TURN = "plan"  # of the lock that the parts hold in turn
+WAIT_SECONDS = 0.2
 
 
 @contextmanager
 def in_turn(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Lets one part at a time through; calls `on_wait` if this process has to wait."""
-    with (folder / WORK / "lock-plan").open("a") as file:
+    path = folder / f"{LOCK}-{TURN}"
+    waited = False
+    while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock = Lock(path, folder)
+            break
+        except ClipwrightError:
+            if not waited:
+                on_wait()
+            waited = True
+            time.sleep(WAIT_SECONDS)
+    with lock:
         yield
 
 

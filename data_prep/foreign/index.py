@@ -90,13 +90,11 @@ def index(config: ForeignIndexConfig, *, fresh: bool = False, quiet: bool = Fals
     if class_names is not None:
         identity["class_names"] = digest(class_names)
     output.check(folder, FOREIGN)
-    if fresh:
-        output.clear(folder, FOREIGN)
-    if (folder / MANIFEST).exists():
+    if not fresh and (folder / MANIFEST).exists():
         manifest = prep_folder.finished(folder, identity, FOREIGN)
         assert manifest is not None
         return Indexed(manifest, True, 0, [])
-    with output.claim(folder, FOREIGN):
+    with output.claim(folder, FOREIGN, fresh=fresh):
         output.record_identity(folder, FOREIGN, identity)
         receipts = _scan_all(job, names, config, quiet)
         numbers = [number for receipt in receipts for number in receipt["labels"]]

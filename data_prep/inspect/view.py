@@ -28,7 +28,6 @@ from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.status import STATUS
-from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.dataset import read_dataset_manifest, read_sidecar, read_table
 from clipwright.pipeline.folders.output import CONFIG, PAGE, REJECTS
 from clipwright.pipeline.page.render import render
@@ -74,10 +73,12 @@ class _RejectedRows:
 
 
 def view(config: ViewConfig, out: Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Writes `view.html` into `out`. Dataset and source are only read. Raises E_INPUT, E_MANIFEST, E_OUTPUT."""
+    """Writes `view.html` into the claimed folder `out`. Dataset and source are only read.
+
+    Raises E_INPUT, E_MANIFEST.
+    """
     folder = Path(config.data)
     manifest = read_dataset_manifest(folder, totals=True)
-    output.check(out, output.INSPECTION)
     rejects = read_table(folder / REJECTS, ["row", "reason", "detail", "source", "key"])
     chosen = _choose_rejects(rejects, config.rejected, config.seed)
     if manifest.get("foreign"):
@@ -97,8 +98,7 @@ def view(config: ViewConfig, out: Path, *, quiet: bool = False) -> dict[str, Any
         rejected=rejected,
         problem=rejected_rows.problem,
     )
-    with output.claim(out, output.INSPECTION):
-        atomic_write(out / PAGE, page)
+    atomic_write(out / PAGE, page)
     return {
         "data": str(folder),
         "page": str(out / PAGE),

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
+from clipwright.pipeline.core import lock
 from clipwright.pipeline.core.command_help import VerbCommand
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.status import DONE, FAILED, INTERRUPTED, PREEMPTED, STOPPED, StatusFile
@@ -268,6 +269,7 @@ def _run(call: Call, body: Body) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, _preempt)
     signal.signal(signal.SIGUSR1, _preempt)
+    lock.report_lost = lambda lost: conclude(call, lost.exit_code, lost)
     try:
         call.check()
         is_rank0 = not call.command.rank or load_name(call.command.rank)() == 0
@@ -278,6 +280,7 @@ def _run(call: Call, body: Body) -> int:
         finally:
             # The work is done: a signal from now on, such as a launcher's second one, has nothing left to stop.
             ignore_stop_signals()
+            lock.release_held()
         if is_rank0:
             call.show(outcome)
         if outcome.error is not None:

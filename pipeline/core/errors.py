@@ -22,6 +22,7 @@ CODES: dict[str, tuple[int, str]] = {
     "E_EXTRA": (2, "a package of an optional extra is not installed"),
     "E_CACHE": (2, "the shard cache is too small for the shards in use"),
     "E_OUTPUT": (2, "the output folder holds something else"),
+    "E_LOCKED": (1, "another process is writing the folder"),
     "E_RESUME": (2, "the unfinished output was made with another config"),
     "E_SYSTEM": (1, "the operating system refused: disk full, no permission, a file where a folder should be"),
     "E_INPUT": (3, "an input file or folder is missing or unreadable"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import write_json
+from clipwright.pipeline.core.lock import LOCK, held_by_other
 
 STATUS = "status.json"
 DONE, FAILED, INTERRUPTED, PREEMPTED = 0, 1, 130, 85
@@ -33,12 +34,13 @@ class StatusFile:
         self.verb = verb
         self.enabled = enabled
         self._owned = self._is_own()
+        self._claimed = False
         self._started = datetime.datetime.now(datetime.UTC)
 
     def claim(self, folder: Path) -> None:
         """Makes `folder` this command's: its status file is written however the command ends."""
         self.folder = folder
-        self._owned = True
+        self._owned = self._claimed = True
 
     def disable(self) -> None:
         """Leaves the status file to the command or process that does the complete work."""
@@ -46,13 +48,15 @@ class StatusFile:
 
     def enable(self) -> None:
         """Makes this process write the status file although it is not rank 0, which has died."""
-        self.enabled = True
+        self.enabled = self._claimed = True
 
     def write(self, code: int, error: ClipwrightError | None) -> None:
         """Writes the file, unless it is not this process's to write."""
         folder = self.folder
         if folder is None or not self.enabled or not folder.is_dir():
             return
+        if (error is not None and error.code == "E_LOCKED") or (not self._claimed and held_by_other(folder / LOCK)):
+            return  # another process is writing the folder
         stopped_first = code in STOPPED and not (folder / STATUS).exists()
         if not (self._owned or code == DONE or stopped_first):
             return
@@ -74,7 +78,7 @@ class StatusFile:
             return True
         if not self.folder.is_dir():
             return False
-        if not any(self.folder.iterdir()):
+        if all(path.name == LOCK for path in self.folder.iterdir()):
             return True
         return status_verb(self.folder) == self.verb
 

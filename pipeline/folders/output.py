@@ -1,18 +1,18 @@
 """The life of every folder that clipwright writes: check, claim, stage, publish, release.
 
-A folder may be written if it is new, empty, or holds only what its own kind of command wrote; any other is refused
-and left untouched. Which names belong to which kind is listed here and nowhere else. A file or folder is staged as
+One process at a time writes a folder: it holds the folder's lock (`core.lock`) from `claim` to the end. A folder may
+be written if it is new, empty, or holds only what its own kind of command wrote; any other is refused and left
+untouched. Which names belong to which kind is listed here and nowhere else. A file or folder is staged as
 `.NAME.partial` beside its place, synced to disk and renamed: under its own name it is complete or absent.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from clipwright.pipeline.core.config_files import read_yaml
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import PARTIAL, fsync_path, is_staged, staged_path, write_json
+from clipwright.pipeline.core.lock import LOCK, Lock, refuse_if_held, verify_held
 from clipwright.pipeline.core.status import STATUS, status_verb
 from clipwright.pipeline.folders.records import MANIFEST, ORIGIN, differences, read_manifest
 
@@ -30,7 +31,7 @@ EMBED_WORK = ".embed"
 PAGE, REPORT_PAGE = "view.html", "report.html"
 CURRENT, VERSIONS = "current", "versions"
 TOKENIZER = "tokenizer"
-LOCK = "lock"
+LOCK_NAME = re.compile(r"\.(.+\.)?lock(-.+)?")  # of a folder, of a part of it, of a folder beside it
 NEW_FOLDER = "name a new folder or an empty folder with -o"
 ONLY_TARS = "give a folder that holds tars and nothing that this command would write"
 SHOWN = 6  # changed keys that an error lists
@@ -41,7 +42,7 @@ class Kind:
     """One kind of output folder, and which names in it are its own.
 
     name: what messages call it.
-    names, pattern: its own files and folders, by name and by regular expression; staged ones and `status.json` too.
+    names, pattern: its own files and folders, by name and by regular expression, beside staged ones, locks and status.json.
     early: those of `names` that an attempt may leave which ended before it recorded an identity; None for all of them.
     resumes: it records its identity when it is started, so that the same command continues it and another is refused.
     work: the folder in it for what only resuming needs, removed by `release`.
@@ -64,13 +65,13 @@ class Kind:
 
     def owns(self, name: str) -> bool:
         """Whether a name in such a folder is this kind's."""
-        return name in (STATUS, *self.names) or is_staged(name) or re.fullmatch(self.pattern, name) is not None
+        return _is_common(name) or name in self.names or re.fullmatch(self.pattern, name) is not None
 
     def leaves(self, name: str) -> bool:
         """Whether an attempt may have left a name in a folder without a recorded identity."""
         if self.early is None:
             return self.owns(name)
-        return name in (STATUS, *self.early) or is_staged(name)
+        return _is_common(name) or name in self.early
 
 
 DATASET = Kind(
@@ -117,42 +118,18 @@ class Recorded:
     manifest: dict[str, Any] | None = None
 
 
-class Lock:
-    """A lock file of a folder, held by this process until `release` or the end of a `with` block.
-
-    Raises E_OUTPUT with `holder` if another process holds it. shared: several processes may hold it as shared.
-    """
-
-    def __init__(self, folder: Path, name: str, holder: str, *, shared: bool = False) -> None:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Over NFS a shared lock needs a file that is open for reading, an exclusive lock one that is open for writing.
-        self._file = path.open("a+")
-        try:
-            fcntl.flock(self._file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise refused(folder, holder, fix="wait until it ends, or name another folder") from None
-
-    def release(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> Lock:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
-
-
 class Claim:
-    """An output folder that this process may write, until `release` or the end of a `with` block."""
+    """An output folder that this process alone may write, until `release` or the end of a `with` block."""
 
-    def __init__(self, folder: Path, lock: Lock | None) -> None:
-        self.folder, self._lock = folder, lock
+    def __init__(self, folder: Path, lock: Lock, *, made: bool) -> None:
+        self.folder, self.lock, self._made = folder, lock, made
 
     def release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
+        """Releases the lock; removes the folder if `claim` has made it and nothing was written."""
+        self.lock.release()
+        if self._made:
+            with suppress(OSError):
+                self.folder.rmdir()
 
     def __enter__(self) -> Claim:
         return self
@@ -194,18 +171,59 @@ def check(folder: Path, kind: Kind, also: Collection[str] = ()) -> Recorded | No
     return None
 
 
-def claim(folder: Path, kind: Kind, also: Collection[str] = ()) -> Claim:
-    """Makes the folder and claims it for this process. Raises E_OUTPUT as `check` does, or if another process has it.
+def claim(folder: Path, kind: Kind, also: Collection[str] = (), *, fresh: bool = False, part: str = "") -> Claim:
+    """Makes the folder and claims it for this process; with `fresh`, clears it.
 
-    Only kinds with a `work` folder are locked so far.
+    part: a part of the work, such as `share-3-of-8`: other processes may claim other parts at the same time, of the
+    same division. Raises E_OUTPUT as `check` or `clear` do, and E_LOCKED if another process writes the folder.
     """
-    check(folder, kind, also)
-    folder.mkdir(parents=True, exist_ok=True)
-    return Claim(folder, _lock(folder, kind) if kind.work else None)
+    if not fresh:
+        check(folder, kind, also)
+    else:
+        _clearable(folder, kind)
+    made = not kind.replaced and not folder.exists()
+    path = _lock_path(folder, kind, part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    claimed = Claim(folder, Lock(path, folder), made=made)
+    try:
+        # Only now: of two processes that start at once, each sees the lock of the other.
+        stale = refuse_if_held(_conflicting_locks(folder, part), folder)
+        if not part:
+            for path in stale:
+                path.unlink(missing_ok=True)
+        if not fresh:
+            check(folder, kind, also)  # another process may have finished since
+        elif not kind.replaced:
+            clear(folder, kind)
+    except BaseException:
+        claimed.release()
+        raise
+    return claimed
 
 
-def _lock(folder: Path, kind: Kind) -> Lock:
-    return Lock(folder, f"{kind.work}/{LOCK}", "another run is writing it now")
+def refuse_locked(folder: Path, kind: Kind) -> None:
+    """Raises E_LOCKED if another process writes the folder: at the start of long work before `claim`."""
+    refuse_if_held([_lock_path(folder, kind)], folder)
+
+
+def _lock_path(folder: Path, kind: Kind, part: str = "") -> Path:
+    if kind.replaced:  # the folder itself is replaced as a whole
+        return folder.absolute().parent / f".{folder.absolute().name}{LOCK}"
+    return folder / (f"{LOCK}-{part}" if part else LOCK)
+
+
+def _conflicting_locks(folder: Path, part: str) -> list[Path]:
+    """The locks that exclude the claim of a part: of the complete folder, and of another division of its shards.
+
+    Without a part, the locks of all parts.
+    """
+    if not part:
+        return list(folder.glob(f"{LOCK}-*"))
+    others: list[Path] = []
+    if part.startswith("share-"):
+        division = part.rpartition("-of-")[2]
+        others = [path for path in folder.glob(f"{LOCK}-share-*") if path.name.rpartition("-of-")[2] != division]
+    return [folder / LOCK, *others]
 
 
 def recorded(folder: Path, kind: Kind) -> Recorded | None:
@@ -273,26 +291,12 @@ def require_same(
 
 
 def clear(folder: Path, kind: Kind) -> None:
-    """Removes what earlier commands of `kind` wrote and nothing else.
+    """Removes what earlier commands of `kind` wrote and nothing else; the folder is claimed.
 
-    Raises E_OUTPUT if the folder holds more than that, or if another process is writing it. The manifest is removed
-    first, so that no reader takes the rest for complete, and the identity last: what a kill leaves is still known as
-    this kind's.
+    Raises E_OUTPUT if it holds more than that. The manifest is removed first, so that no reader takes the rest for
+    complete, and the identity last: what a kill leaves is still known as this kind's.
     """
-    if not folder.is_dir():
-        return
-    try:
-        found = recorded(folder, kind)
-    except ClipwrightError:
-        found = Recorded({}) if started(folder, kind) else None
-    names = sorted(path.name for path in folder.iterdir())
-    own = [name for name in names if (kind.leaves(name) if kind.resumes and found is None else kind.owns(name))]
-    if kind.guest_verb:
-        own = [name for name in own if name != STATUS and not is_staged(name)]
-    elif others := sorted(set(names) - set(own)):
-        raise refused(folder, f"it holds {', '.join(others[:3])}", fix="remove it yourself, or name another folder")
-    if kind.work and kind.work in names:
-        _lock(folder, kind).release()
+    found, own = _clearable(folder, kind)
     if found is not None and found.manifest is not None:
         record_identity(folder, kind, found.identity)
     identity = kind.work or IDENTITY
@@ -300,6 +304,23 @@ def clear(folder: Path, kind: Kind) -> None:
     last = [identity] if found is not None or identity in own else []
     for name in [*first, *(name for name in own if name not in (MANIFEST, identity)), *last]:
         _remove(folder / name)
+
+
+def _clearable(folder: Path, kind: Kind) -> tuple[Recorded | None, list[str]]:
+    """Returns what a folder records, and the names in it that `clear` removes. Raises E_OUTPUT if there are others."""
+    if folder.exists() and not folder.is_dir():
+        raise refused(folder, "it is a file")
+    try:
+        found = recorded(folder, kind)
+    except ClipwrightError:
+        found = Recorded({}) if started(folder, kind) else None
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    own = [name for name in names if (kind.leaves(name) if kind.resumes and found is None else kind.owns(name))]
+    if kind.guest_verb:
+        own = [name for name in own if name != STATUS and not is_staged(name)]
+    elif others := sorted(set(names) - set(own)):
+        raise refused(folder, f"it holds {', '.join(others[:3])}", fix="remove it yourself, or name another folder")
+    return found, [name for name in own if not LOCK_NAME.fullmatch(name)]
 
 
 def release(folder: Path, kind: Kind) -> None:
@@ -345,11 +366,13 @@ def staging(final: Path) -> Iterator[Path]:
 def publish(*renames: tuple[Path, Path], synced: bool = False) -> None:
     """Gives staged files or folders their final names, each in place of what has it: on disk first, then renamed.
 
-    renames: pairs of staged and final path. synced: the staged contents are on disk already.
+    renames: pairs of staged and final path. synced: the staged contents are on disk already. Ends the process with
+    E_LOCKED if another one has taken over a folder that it claimed.
     """
     if not synced:
         for staged, _ in renames:
             _sync(staged)
+    verify_held()
     old = [_rename(staged, final) for staged, final in renames]
     for folder in {final.parent for _, final in renames}:
         fsync_path(folder)
@@ -391,6 +414,11 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _is_common(name: str) -> bool:
+    """Whether a name is in use in folders of every kind."""
+    return name == STATUS or is_staged(name) or LOCK_NAME.fullmatch(name) is not None
 
 
 def _in_the_way(folder: Path, kind: Kind, name: str) -> bool:

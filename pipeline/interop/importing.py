@@ -44,7 +44,7 @@ def import_model(call: Call) -> Outcome:
         return Outcome(
             result, f"would import the {foreign.kind} in {foreign.folder} ({format_count(tensors, 'tensor')}) to {out}"
         )
-    with output.staging(out) as staged:
+    with output.claim(out, output.MODEL), output.staging(out) as staged:
         with Progress("import", 2, "pass", plural="passes", quiet=call.quiet) as progress:
             manifest, loss = _write(staged, foreign, tree, model_config, tokenizer)
             progress.add(1)

@@ -69,7 +69,11 @@ def export(call: Call) -> Outcome:
         "run": digest(found.manifest["identity"]),
         "samples": found.step * run_config.schedule.global_batch,
     }
-    with output.staging(out) as staged, Progress("export", 2, "pass", plural="passes", quiet=call.quiet) as progress:
+    with (
+        output.claim(out, output.MODEL),
+        output.staging(out) as staged,
+        Progress("export", 2, "pass", plural="passes", quiet=call.quiet) as progress,
+    ):
         manifest = save_model(
             staged,
             config=model_tree(tree),

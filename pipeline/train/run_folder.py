@@ -41,16 +41,14 @@ def claim(
     fresh: bool,
     accept: Collection[str] = (),
     trained_tokenizer: Tokenizer | None = None,
-) -> None:
+) -> output.Claim:
     """Makes `run` the folder of this config: new, or an unfinished run whose identity differs only in keys of `accept`.
 
-    `trained_tokenizer` is stored in it. Raises E_OUTPUT if the folder holds something else, E_RESUME with
-    the changed keys if it holds another run.
+    `trained_tokenizer` is stored in it. Returns the claim, which the caller holds while it trains. Raises E_OUTPUT if
+    the folder holds something else, E_RESUME with the changed keys if it holds another run, E_LOCKED if another process
+    writes it.
     """
-    if fresh:
-        output.clear(run, RUN)
-    else:
-        output.check(run, RUN)
+    claimed = output.claim(run, RUN, fresh=fresh)
     stored = stored_identity(run)
     if stored is not None:
         output.require_same(
@@ -62,13 +60,13 @@ def claim(
             accept=accept,
             acceptable=ACCEPTABLE,
         )
-    output.claim(run, RUN)
     if trained_tokenizer is not None:
         (run / TOKENIZER).mkdir(exist_ok=True)
         trained_tokenizer.save(run / TOKENIZER)
     atomic_write(run / CONFIG, yaml)
     # Written last: from now on the run counts as started.
     output.record_identity(run, RUN, identity)
+    return claimed
 
 
 class StepFile:

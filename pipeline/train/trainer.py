@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from clipwright.pipeline.core.command import Call, Outcome, Preempted, StopFlag
+from clipwright.pipeline.core.lock import verify_held
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.distributed.group import World, any_rank_flags, process_group, run_on_rank0
@@ -65,7 +66,7 @@ class Trainer:
         self.stop = supervisor.begin_training(StopFlag())
 
     def _claim(self, setup: Setup) -> None:
-        run_folder.claim(
+        claimed = run_folder.claim(
             self.run,
             yaml=setup.resolved.yaml(),
             identity=setup.identity,
@@ -73,6 +74,7 @@ class Trainer:
             accept=self.config.accept,
             trained_tokenizer=self.components.tokenizer if self.config.tokenizer.trained_file else None,
         )
+        claimed.lock.on_lost = self.supervisor.end_group
 
     @property
     def samples(self) -> int:
@@ -117,6 +119,7 @@ class Trainer:
     def after_step(self, batch: Batch, result: StepResult, save_now: bool) -> None:
         """Records, validates and saves."""
         enter_phase("record")
+        verify_held(max_age_seconds=1.0)
         self.ledger.add(self.step, self.samples - self.schedule.global_batch, batch.batch_samples)
         self.skips.add(result)
         self.progress.add(self.schedule.global_batch)

@@ -16,13 +16,14 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from clipwright.pipeline.core import lock
 from clipwright.pipeline.core.command import Call, Preempted, StopFlag, conclude, ignore_stop_signals
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.status import FAILED, INTERRUPTED, PREEMPTED, STOPPED
 from clipwright.pipeline.distributed.group import World, barrier, broadcast_object
 from clipwright.pipeline.distributed.launcher_env import read_launcher_env
 from clipwright.pipeline.train.supervision.failures import RESUME
-from clipwright.pipeline.train.supervision.heartbeat import GroupExit, Heartbeat
+from clipwright.pipeline.train.supervision.heartbeat import LEAVE_SECONDS, GroupExit, Heartbeat
 from clipwright.pipeline.train.supervision.progress import PROGRESS, enter_phase, location
 
 CAUSE_SECONDS = 8.0  # until the rank that caused a failed collective is known
@@ -94,6 +95,15 @@ class Supervisor:
         self._agreed_to_stop = True
         self._deadline = time.monotonic() + SAVE_SECONDS
 
+    def end_group(self, error: ClipwrightError) -> None:
+        """Ends all ranks with an error of this one, which another thread has found."""
+        if self._heartbeat is None or not self._heartbeat.peers:
+            lock.end_process(error)
+        self._heartbeat.request_exit(GroupExit.with_error(self.rank, error))
+        # The caller must not go on: the heartbeat thread ends this process.
+        self._heartbeat.finished.wait()
+        time.sleep(LEAVE_SECONDS)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -155,6 +165,7 @@ class Supervisor:
             conclude(self.call, group_exit.code, group_exit.to_error(), STOPPED.get(group_exit.code, ""))
         sys.stdout.flush()
         sys.stderr.flush()
+        lock.release_held()
         os._exit(group_exit.code)
 
 
