@@ -214,7 +214,6 @@ def data_index(call: Call) -> Outcome:
 def data_view(call: Call) -> Outcome:
     """Write a static page of written pairs, and of rejected pairs with their reasons."""
     from clipwright.data_prep.inspect.view import view
-    from clipwright.pipeline.folders.output import INSPECTION, claim
 
     config, out = call.load().value, call.output()
     if call.dry_run:

@@ -17,7 +17,7 @@ app.add_typer(index_app, name="index")
     "embed",
     kind="clipwright.eval.embed:EmbedConfig",
     flags=("-o", "--dry-run", "--fresh"),
-    rank="clipwright.pipeline.distributed.launcher_env:current_rank",
+    rank="clipwright.pipeline.distributed.rank_process:rank_process",
     examples=(
         "clipwright embed model=model data=shards -o embeddings",
         "torchrun --nproc-per-node 8 -m clipwright embed model=model data=shards -o embeddings",

@@ -10,7 +10,7 @@ app = typer.Typer()
 data_app = typer.Typer()  # joined with the group of the same name in data_prep.cli
 app.add_typer(data_app, name="data")
 
-RANK = "clipwright.pipeline.distributed.launcher_env:current_rank"
+RANK = "clipwright.pipeline.distributed.rank_process:rank_process"
 # MODULE:FUNCTION that scores a model on held-out data during training. Set by clipwright/cli.py, since the pipeline
 # does not import eval.
 SCORE: list[str] = []

@@ -28,6 +28,7 @@ R = TypeVar("R")
 
 # Loaded once by the fork server, so that a worker starts in milliseconds. webdataset imports torch.
 PRELOAD = ["clipwright.data_prep.build.shards", "webdataset.writer"]
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # reach all processes of a terminal or launcher
 TASKS_PER_WORKER = 2  # queued at a time: no worker waits for work, and an interrupt leaves little to finish
 
 # State of a worker process.
@@ -115,24 +116,25 @@ def worker_count(requested: int, tasks: int) -> int:
 
 
 def _start_fork_server() -> None:
-    """Starts the fork server with SIGTERM ignored: a SIGTERM to the process group must not kill the workers."""
-    if threading.current_thread() is not threading.main_thread():
-        forkserver.ensure_running()
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    """Starts the fork server with blocked signals: one to the process group must not end it, or the workers.
+
+    Blocked, not ignored: a signal that arrives meanwhile reaches this process afterwards. A child process inherits the
+    blocked signals.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
     try:
-        forkserver.ensure_running()  # a child process inherits ignored signals
+        forkserver.ensure_running()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(state: bytes, plugins: list[tuple[str, str]]) -> None:
     """Sets up a worker: it ignores Ctrl-C, exits with its parent and uses one core."""
     global _state
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in GROUP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # drops one that has arrived
     signal.signal(signal.SIGTERM, _on_sigterm)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), daemon=True).start()

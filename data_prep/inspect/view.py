@@ -28,6 +28,7 @@ from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.status import STATUS
+from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.dataset import read_dataset_manifest, read_sidecar, read_table
 from clipwright.pipeline.folders.output import CONFIG, PAGE, REJECTS
 from clipwright.pipeline.page.render import render
@@ -73,10 +74,15 @@ class _RejectedRows:
 
 
 def view(config: ViewConfig, out: Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Writes `view.html` into the claimed folder `out`. Dataset and source are only read.
+    """Writes `view.html` into `out`. Dataset and source are only read.
 
-    Raises E_INPUT, E_MANIFEST.
+    Raises E_INPUT, E_MANIFEST, E_OUTPUT, E_LOCKED.
     """
+    with output.claim(out, output.INSPECTION):
+        return _write_page(config, out, quiet=quiet)
+
+
+def _write_page(config: ViewConfig, out: Path, *, quiet: bool) -> dict[str, Any]:
     folder = Path(config.data)
     manifest = read_dataset_manifest(folder, totals=True)
     rejects = read_table(folder / REJECTS, ["row", "reason", "detail", "source", "key"])

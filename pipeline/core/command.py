@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -204,8 +205,8 @@ class Command:
     other_overrides: tuple[str, ...] = ()  # names of overrides that are no config keys
     wraps_command: bool = False  # its arguments hold the command line of another verb
     default_out: str | None = None  # the output folder without -o
-    # MODULE:FUNCTION that returns this process's rank, for verbs that run under launchers; only rank 0 prints the
-    # outcome and writes the status file.
+    # MODULE:FUNCTION that returns the context of a rank and yields its number, for verbs that run under launchers; only
+    # rank 0 prints the outcome and writes the status file.
     rank: str = ""
     writes_status: bool = True  # whether it writes status.json into its output folder
 
@@ -272,15 +273,16 @@ def _run(call: Call, body: Body) -> int:
     lock.report_lost = lambda lost: conclude(call, lost.exit_code, lost)
     try:
         call.check()
-        is_rank0 = not call.command.rank or load_name(call.command.rank)() == 0
-        if not is_rank0:
-            call.status.disable()
-        try:
-            outcome = body(call) or Outcome()
-        finally:
-            # The work is done: a signal from now on, such as a launcher's second one, has nothing left to stop.
-            ignore_stop_signals()
-            lock.release_held()
+        with load_name(call.command.rank)() if call.command.rank else nullcontext(0) as rank:
+            is_rank0 = rank == 0
+            if not is_rank0:
+                call.status.disable()
+            try:
+                outcome = body(call) or Outcome()
+            finally:
+                # The work is done: a signal from now on, such as a launcher's second one, has nothing left to stop.
+                ignore_stop_signals()
+                lock.release_held()
         if is_rank0:
             call.show(outcome)
         if outcome.error is not None:

@@ -278,7 +278,7 @@ def _read(path: Path) -> LockState | None:
         # Opened, not only stat'ed: NFS then asks the server.
         with path.open("rb") as file:
             changed, text = os.fstat(file.fileno()).st_mtime_ns, file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         return LockState(Holder(**json.loads(text)), changed)

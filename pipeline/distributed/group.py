@@ -16,13 +16,13 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
+from torch._C._distributed_c10d import HashStore
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.distributed.launcher_env import SINGLE_PROCESS, VARIABLES, LauncherEnv, read_launcher_env
+from clipwright.pipeline.distributed.rendezvous import deferred_signals, meet
 
 T = TypeVar("T")
-MAX_LISTED_RANKS = 8  # missing ranks that an error lists by number
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def process_group(timeout_seconds: float = 1800.0, rendezvous_seconds: float | N
     """Joins (or makes) the process group, and destroys it on exit, also after an exception.
 
     timeout_seconds: limit of a collective that some rank does not join. rendezvous_seconds: limit of the rendezvous,
-    `timeout_seconds` by default. Raises E_RANK if the rendezvous fails.
+    `timeout_seconds` by default. Raises E_RANK if the rendezvous or a later collective fails, and Preempted on all
+    ranks if one of them is stopped before all have joined.
 
     A process that does not destroy its group can end in SIGABRT. There is no barrier before that: after an exception
     another rank may be gone.
@@ -77,7 +78,7 @@ def process_group(timeout_seconds: float = 1800.0, rendezvous_seconds: float | N
         if launcher is SINGLE_PROCESS:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
-            _rendezvous(launcher, backend, timeout_seconds, rendezvous_seconds or timeout_seconds)
+            _join(launcher, backend, timeout_seconds, rendezvous_seconds or timeout_seconds)
         try:
             yield World(
                 rank=launcher.rank,
@@ -87,6 +88,17 @@ def process_group(timeout_seconds: float = 1800.0, rendezvous_seconds: float | N
                 device=device,
                 launcher=launcher,
             )
+        except (RuntimeError, dist.DistError) as error:
+            if not is_failed_collective(error):
+                raise
+            raise ClipwrightError(
+                "E_RANK",
+                "another rank has exited or cannot be reached",
+                where=f"rank {launcher.rank} of {launcher.world_size} (from {launcher.source})",
+                found=str(error).partition("\n")[0][:200],
+                fix="look for the error of that rank, check the network between the nodes, and run the same command "
+                "again",
+            ) from None
         finally:
             dist.destroy_process_group()
     finally:
@@ -98,34 +110,18 @@ def process_group(timeout_seconds: float = 1800.0, rendezvous_seconds: float | N
                 os.environ[name] = value
 
 
-def _rendezvous(launcher: LauncherEnv, backend: str, timeout_seconds: float, rendezvous_seconds: float) -> None:
-    """Initializes the group once every rank has registered in the store. E_RANK names the ranks that have not."""
-    limit = timedelta(seconds=rendezvous_seconds)
-    # Under torchrun, its agent hosts the store; under other launchers, rank 0 does.
-    hosts_store = launcher.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    keys = [f"rank {rank}" for rank in range(launcher.world_size)]
-    problem = "rank 0 did not join"
-    try:
-        store = TCPStore(
-            launcher.master_addr,
-            launcher.master_port,
-            launcher.world_size,
-            hosts_store,
-            timeout=limit,
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-        store = PrefixStore(f"clipwright/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        problem = "rank 0 exited before all ranks had joined"
-        store.set(keys[launcher.rank], "joined")
-        try:
-            store.wait(keys, limit)
-        except dist.DistStoreError:
-            missing = [key for key in keys if not store.check([key])]
-            unlisted = len(missing) - MAX_LISTED_RANKS
-            more = f" and {unlisted} more" if unlisted > 0 else ""
-            problem = f"{', '.join(missing[:MAX_LISTED_RANKS])}{more} did not join"
-            raise
+def is_failed_collective(error: BaseException) -> bool:
+    """Whether an error means that another rank could not be reached.
+
+    NCCL's errors have a class of their own; gloo's are RuntimeErrors that name its source files.
+    """
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _join(launcher: LauncherEnv, backend: str, timeout_seconds: float, rendezvous_seconds: float) -> None:
+    """Initializes the group once every rank has come to the rendezvous."""
+    with deferred_signals() as deferred:
+        store = meet(launcher, deferred, rendezvous_seconds)
         dist.init_process_group(
             backend,
             store=store,
@@ -133,17 +129,6 @@ def _rendezvous(launcher: LauncherEnv, backend: str, timeout_seconds: float, ren
             world_size=launcher.world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-    except dist.DistError as error:
-        reason = str(error).partition("\n")[0].partition(", keys: ")[0]
-        master = f"{launcher.master_addr}:{launcher.master_port}"
-        raise ClipwrightError(
-            "E_RANK",
-            f"the rendezvous failed: {problem}",
-            where=f"rank {launcher.rank} of {launcher.world_size} (from {launcher.source}) at {master}",
-            found=f"{reason} (limit {rendezvous_seconds:g} s)",
-            fix="start all ranks with the same MASTER_ADDR and MASTER_PORT, reachable from every node, and check "
-            "whether one of them exited early",
-        ) from None
 
 
 def all_gather(tensor: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -76,11 +75,6 @@ def read_launcher_env(env: Mapping[str, str]) -> LauncherEnv:
             )
         master_addr = "127.0.0.1"
     return replace(launcher, master_addr=master_addr, master_port=master_port)
-
-
-def current_rank() -> int:
-    """Returns this process's rank."""
-    return read_launcher_env(os.environ).rank
 
 
 _RANK_VARIABLES = {

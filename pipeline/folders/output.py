@@ -42,7 +42,8 @@ class Kind:
     """One kind of output folder, and which names in it are its own.
 
     name: what messages call it.
-    names, pattern: its own files and folders, by name and by regular expression, beside staged ones, locks and status.json.
+    names, pattern: its own files and folders, by name and by regular expression; all kinds own staged ones, locks and
+        status.json.
     early: those of `names` that an attempt may leave which ended before it recorded an identity; None for all of them.
     resumes: it records its identity when it is started, so that the same command continues it and another is refused.
     work: the folder in it for what only resuming needs, removed by `release`.

@@ -15,7 +15,7 @@ from clipwright.pipeline.core.lock import verify_held
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.distributed.group import World, any_rank_flags, process_group, run_on_rank0
-from clipwright.pipeline.folders import remote
+from clipwright.pipeline.folders import output, remote
 from clipwright.pipeline.train import run_folder
 from clipwright.pipeline.train.checkpoints import checkpoint
 from clipwright.pipeline.train.checkpoints.saver import Saver
@@ -191,6 +191,8 @@ def train(call: Call, score: Callable[[], Score]) -> Outcome:
     timeout_seconds = resolved.value.runtime.timeout_minutes * 60
     supervisor = Supervisor(call, timeout_seconds)
     with supervisor.handle_signals(), process_group(2 * timeout_seconds + 1800) as world, supervisor.start(world):
+        if not call.dry_run:
+            run_on_rank0(lambda: output.refuse_locked(run, output.RUN))
         resolved = resolve_text(resolve_precision(resolved, run, world, fresh=call.fresh), run, fresh=call.fresh)
         setup = set_up(resolved, world, run, fresh=call.fresh, score=score)
         if world.is_rank0:

@@ -6,6 +6,7 @@ which stops the other ranks once one has failed, and writes the result of each s
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -17,6 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+from clipwright.pipeline.distributed import rank_process
 
 SOAK = "CLIPWRIGHT_SOAK" in os.environ  # see tests/soak.py
 # From the launcher's SIGTERM to its SIGKILL. In `make test` the machine may be busy.
@@ -34,10 +39,12 @@ from clipwright.pipeline.data.loader import Loader
 from clipwright.pipeline.train.checkpoints.saver import Saver
 from clipwright.pipeline.train.engine import Engine
 from clipwright.pipeline.train.supervision.progress import PROGRESS
+from clipwright.pipeline.train.trainer import Trainer
 
 FOREVER = 1000
 rank, rule = int(os.environ.get("RANK", "0")), Path("fault").read_text()
 init, batches, embed, save = Loader.__init__, Loader.batches, Engine._embed, Saver.save
+should_stop = Trainer.should_stop
 
 def fault(step, *kinds):
     kind = eval(rule, {"rank": rank, "step": step})
@@ -85,7 +92,11 @@ def faulty_save(self, engine, step, **named):
         time.sleep(2 if kind == "save" else FOREVER)
     save(self, engine, step, **named)
 
+def deaf_should_stop(self):
+    return not fault(PROGRESS.step, "deaf") and should_stop(self)
+
 Loader.__init__, Loader.batches, Engine._embed, Saver.save = faulty_init, faulty_batches, faulty_embed, faulty_save
+Trainer.should_stop = deaf_should_stop
 if fault(-2, "load"):
     time.sleep(FOREVER)
 """
@@ -95,7 +106,8 @@ if fault(-2, "load"):
 class Scenario:
     """`ranks` ranks of a command in `folder`; once `when` holds, the ranks in `to` (all if empty) get a signal.
 
-    fault: see FAULT_PLUGIN. when: `steps N`, or `at R`: rank R has reached its fault. send: the signal's name.
+    fault: see FAULT_PLUGIN. when: `steps N`, or `at R`: rank R has reached its fault. send: the signal's name. If the
+    launcher is to be killed, it is killed then, and no rank gets a signal.
     """
 
     folder: str
@@ -107,6 +119,7 @@ class Scenario:
     to: list[int] = field(default_factory=list)
     pause: float = 0.0  # seconds from `when` to the signal
     env: dict[str, str] = field(default_factory=dict)
+    launcher: str = "stops"  # what it does once a rank has ended: `stops` the others, or `none`; or it is `killed`
 
     @property
     def path(self) -> Path:
@@ -126,8 +139,26 @@ class Group:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.pids = {rank: self._start(rank, port) for rank in range(scenario.ranks)}
         self.codes: dict[int, int] = {}
+        self.launcher = 0
+        if scenario.launcher == "killed":
+            self.pids = self._start_launcher(port)
+        else:
+            self.pids = {rank: self._start(rank, port) for rank in range(scenario.ranks)}
+
+    def _start_launcher(self, port: int) -> dict[int, int]:
+        """Forks a process that starts the ranks; once it is killed, they are children of this process."""
+        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+        reader, writer = os.pipe()
+        self.launcher = os.fork()
+        if self.launcher == 0:
+            pids = {rank: self._start(rank, port) for rank in range(self.scenario.ranks)}
+            os.write(writer, json.dumps(pids).encode())
+            while True:
+                signal.pause()
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            return {int(rank): pid for rank, pid in json.loads(os.read(pipe.fileno(), 4096)).items()}
 
     def _start(self, rank: int, port: int) -> int:
         pid = os.fork()
@@ -149,6 +180,9 @@ class Group:
             for number, name in ((1, "out"), (2, "err")):
                 os.dup2(os.open(f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
             sys.argv = ["clipwright", *scenario.arguments, "plugins=fault.py"]
+            if scenario.launcher == "killed":
+                parent = psutil.Process(os.getppid())
+                rank_process.find_launchers = lambda: [parent]
             from clipwright.cli import main
 
             main()
@@ -164,9 +198,16 @@ class Group:
 
     def poll(self) -> None:
         for rank in self.pids.keys() - self.codes.keys():
-            pid, status = os.waitpid(self.pids[rank], os.WNOHANG)
+            try:
+                pid, status = os.waitpid(self.pids[rank], os.WNOHANG)
+            except ChildProcessError:  # still a child of the launcher
+                continue
             if pid:
                 self.codes[rank] = os.waitstatus_to_exitcode(status)
+
+    def kill_launcher(self) -> None:
+        os.kill(self.launcher, signal.SIGKILL)
+        os.waitpid(self.launcher, 0)
 
     def kill(self, number: int, ranks: list[int]) -> list[int]:
         """Sends a signal to those of `ranks` (all if empty) that still run, and returns them."""
@@ -209,13 +250,16 @@ def run_scenario(scenario: Scenario) -> dict[str, Any]:
             ready_at = now
         if ready_at and not signal_at and now >= ready_at + scenario.pause:
             signal_at = now
-            if scenario.send:
+            if group.launcher:
+                group.kill_launcher()
+            elif scenario.send:
                 group.kill(signal.Signals[scenario.send], scenario.to)
         if signal_at and not error_at and group.errors():
             error_at = now
         if any(group.codes.values()) and not first_exit_at:
             first_exit_at = now
-            group.kill(signal.SIGTERM, [])
+            if scenario.launcher == "stops":
+                group.kill(signal.SIGTERM, [])
         only_suspended = scenario.send == "SIGSTOP" and group.pids.keys() - group.codes.keys() <= set(scenario.to)
         grace_over = first_exit_at and (now > first_exit_at + GRACE_SECONDS or only_suspended)
         if grace_over or now > started + SCENARIO_SECONDS:
@@ -229,6 +273,7 @@ def run_scenario(scenario: Scenario) -> dict[str, Any]:
         "killed": killed,
         "seconds_to_error": (error_at or first_exit_at) - signal_at,
         "seconds_to_exit": first_exit_at - signal_at,
+        "seconds_to_last_exit": time.monotonic() - signal_at,
         "steps": group.steps(),
         "errors": group.errors(),
         "stderr": [line for _, line in group.stderr_lines()],

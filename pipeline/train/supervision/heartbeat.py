@@ -114,6 +114,8 @@ class Heartbeat(threading.Thread):
         self._sign_off_requested = False  # by the main thread
         self._signed_off = False  # the other ranks have been informed
         self._is_stopping = False
+        self._own_signal: int | None = None  # that this rank has received
+        self.is_connected = False  # all ranks are
         self._token = ""
         self._connections: dict[int, Connection] = {}
         self._connected_ranks: list[int] = []  # as of rank 0's newest heartbeat
@@ -146,6 +148,11 @@ class Heartbeat(threading.Thread):
     def start(self) -> None:
         signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
         super().start()
+
+    def set_connected(self) -> None:
+        """All ranks are connected: a signal that has arrived before is handled now."""
+        self.is_connected = True
+        self._wakeup_writer.send(b"\0")
 
     def request_exit(self, group_exit: GroupExit) -> None:
         """Asks for the group to exit; of all ranks' requests the first is granted."""
@@ -188,7 +195,9 @@ class Heartbeat(threading.Thread):
         signals = self._wakeup_reader.recv(4096)
         for number in STOP_SIGNALS:
             if number in signals:
-                self._stop(number, from_main_thread=True)
+                self._own_signal = self._own_signal or number
+        if self._own_signal is not None:
+            self._stop(self._own_signal, from_main_thread=True)
         if self._exit_request is not None:
             self._propose_exit(self._exit_request)
         if self._sign_off_requested:
@@ -251,10 +260,13 @@ class Heartbeat(threading.Thread):
                 self._connections[rank].send(sign_off=True)
 
     def _stop(self, number: int, *, from_main_thread: bool) -> None:
-        """A rank has received a stop signal: forwards it to all ranks, and to this rank's main thread."""
+        """A rank has received a stop signal: forwards it to all ranks, and to this rank's main thread.
+
+        Before the ranks are connected it stays with this rank, and is forwarded once they are.
+        """
         if self._is_stopping:
             return
-        self._is_stopping = True
+        self._is_stopping = self.is_connected or not from_main_thread
         self._on_signal(number)
         if from_main_thread or self.rank == 0:
             for connection in self._connections.values():
@@ -271,9 +283,12 @@ class Heartbeat(threading.Thread):
         connection.send(exit={"reporter": group_exit.reporter, "code": group_exit.code, "error": group_exit.error})
 
     def _send_heartbeat(self) -> None:
-        report = PROGRESS.report()
+        own_failure = self.find_own_failure()
+        if own_failure is not None:
+            self._propose_exit(own_failure)
         if not self.peers:  # the ranks are not connected yet
             return
+        report = PROGRESS.report()
         if self.rank == 0:
             self.peers[0].last_heard = time.monotonic()
             self.peers[0].update(report)
@@ -283,9 +298,6 @@ class Heartbeat(threading.Thread):
         elif 0 in self._connections:
             self._connections[0].send(report=report)
         self._check_peers()
-        own_failure = self.find_own_failure()
-        if own_failure is not None:
-            self._propose_exit(own_failure)
 
     def _check_peers(self) -> None:
         if self.group_exit is not None:

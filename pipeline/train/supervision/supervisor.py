@@ -14,19 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-import torch.distributed as dist
-
 from clipwright.pipeline.core import lock
 from clipwright.pipeline.core.command import Call, Preempted, StopFlag, conclude, ignore_stop_signals
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.status import FAILED, INTERRUPTED, PREEMPTED, STOPPED
-from clipwright.pipeline.distributed.group import World, barrier, broadcast_object
+from clipwright.pipeline.distributed.group import World, barrier, broadcast_object, is_failed_collective
 from clipwright.pipeline.distributed.launcher_env import read_launcher_env
 from clipwright.pipeline.train.supervision.failures import RESUME
 from clipwright.pipeline.train.supervision.heartbeat import LEAVE_SECONDS, GroupExit, Heartbeat
 from clipwright.pipeline.train.supervision.progress import PROGRESS, enter_phase, location
 
 CAUSE_SECONDS = 8.0  # until the rank that caused a failed collective is known
+LOAD_SECONDS = 20.0  # from a signal during loading to the exit
 AGREE_SECONDS = 10.0  # plus one step, until all ranks agree to stop
 SAVE_SECONDS = 45.0  # to save the checkpoint after that
 
@@ -61,6 +60,9 @@ class Supervisor:
             yield
             return
         self._heartbeat.start()
+        # Only the heartbeat thread handles them; a handler is needed for its wakeup file descriptor.
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda number, frame: None)
         try:
             yield
         finally:
@@ -79,6 +81,7 @@ class Supervisor:
             if not self.world.is_rank0:
                 self._heartbeat.connect(self.world.launcher.master_addr, *server)
             barrier()  # from now on, a rank that is not heard has failed
+            self._heartbeat.set_connected()
         return self
 
     def begin_training(self, stop_flag: StopFlag) -> StopFlag:
@@ -114,7 +117,7 @@ class Supervisor:
             self._heartbeat.sign_off(CAUSE_SECONDS)
             return
         ignore_stop_signals()
-        if _is_failed_collective(error):
+        if is_failed_collective(error):
             # If a rank knows the cause, the heartbeat thread exits this process meanwhile.
             self._heartbeat.finished.wait(CAUSE_SECONDS)
             error = _unexplained(error)
@@ -129,11 +132,16 @@ class Supervisor:
     # Called by the heartbeat thread
 
     def _on_signal(self, number: int) -> None:
-        """A rank has received a stop signal. Before the training loop there is nothing to save: all ranks exit."""
+        """A rank has received a stop signal. Before the training loop there is nothing to save: all ranks exit.
+
+        Before the ranks are connected, the rendezvous stops them all; this rank exits alone if that takes too long.
+        """
+        assert self._heartbeat is not None
         if self.stop_flag is None:
-            assert self._heartbeat is not None
             if number != signal.SIGINT:
-                self._heartbeat.request_exit(GroupExit(self.rank, PREEMPTED))
+                if self._heartbeat.is_connected:
+                    self._heartbeat.request_exit(GroupExit(self.rank, PREEMPTED))
+                self._deadline = self._deadline or time.monotonic() + LOAD_SECONDS
             return
         if self.stop_flag.cause is None:
             self.stop_flag.cause = KeyboardInterrupt if number == signal.SIGINT else Preempted
@@ -175,11 +183,6 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, Preempted):
         return PREEMPTED
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
-
-
-def _is_failed_collective(error: BaseException) -> bool:
-    """NCCL's errors have a class of their own; gloo's are RuntimeErrors that name its source files."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _unexplained(error: BaseException) -> ClipwrightError:

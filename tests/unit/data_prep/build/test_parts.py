@@ -229,13 +229,15 @@ def test_invalid_and_conflicting_parts_are_refused(
     assert not out.exists()
     run_part("1/2", out, *arguments)
     refused("E_RESUME", "images.quality", lambda: run_part("2/2", out, *arguments, "images.quality=50"))
-    with prep_folder.claim_part(out, "share-2-of-2"), prep_folder.claim_shards(out, 2):
-        refused("E_OUTPUT", "part share-2-of-2 is being written", lambda: run_part("2/2", out, *arguments))
-        refused("E_OUTPUT", "parts of 2 are being written", lambda: run_part("1/3", out, *arguments))
-        refused("E_OUTPUT", "another run", lambda: run_prep(out, *arguments))
+    holder = f"process {os.getpid()} on {os.uname().nodename}"
+    with output.claim(out, output.DATASET, part="share-2-of-2"):
+        refused("E_LOCKED", holder, lambda: run_part("2/2", out, *arguments))
+        refused("E_LOCKED", holder, lambda: run_part("1/3", out, *arguments))  # of another division of the shards
+        refused("E_LOCKED", holder, lambda: run_prep(out, *arguments))
         assert run_part("1/2", out, *arguments).shards == 2
     with output.claim(out, output.DATASET):
-        refused("E_OUTPUT", "a run without parts", lambda: run_part("2/2", out, *arguments))
+        refused("E_LOCKED", holder, lambda: run_part("2/2", out, *arguments))
+    assert not list(out.glob(".lock*"))
     run_part("3/3", out, *arguments)  # another number of parts resumes the same run
     run_prep(out, *arguments)  # and so does a run without parts
 

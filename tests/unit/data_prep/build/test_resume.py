@@ -144,8 +144,11 @@ def test_changed_config_is_refused_and_fresh_starts_over(tmp_path: Path, cli: An
 
 def test_unfinished_run_of_another_config_is_refused(tmp_path: Path, slow: list[str], cli: Any) -> None:
     process = start_run(tmp_path, slow, "runtime.workers=1")
-    second = cli.error(*slow, "-o", "out", code=2)
-    assert second.startswith("error[E_OUTPUT]") and "another run" in second
+    before = content(tmp_path / "out")
+    for more in ([], ["--fresh"]):
+        second = cli.error(*slow, "-o", "out", *more, code=1)
+        assert second.startswith("error[E_LOCKED]") and f"process {process.pid} on {os.uname().nodename}" in second
+    assert content(tmp_path / "out") == before  # --fresh removed nothing, and no status was written
     process.kill()
     process.communicate()
     error = cli.error(*slow, "source.seed=7", "-o", "out", code=2)

@@ -27,7 +27,6 @@ from clipwright.pipeline.folders.output import (
     MODEL,
     RUN,
     Kind,
-    Lock,
 )
 from clipwright.pipeline.folders.records import write_manifest
 
@@ -68,7 +67,7 @@ def test_claim_accepts_new_empty_and_own_folders(kind: Kind, tmp_path: Path) -> 
     output.check(tmp_path / "new", kind)
     assert not (tmp_path / "new").exists()
     with output.claim(tmp_path / "new" / "deep", kind) as claim:
-        assert claim.folder.is_dir()
+        assert claim.folder.is_dir() != kind.replaced
     (tmp_path / "empty").mkdir()
     output.claim(tmp_path / "empty", kind).release()
     own = fill(tmp_path / "own", [STATUS, *OWN[kind.name]])
@@ -174,16 +173,11 @@ def test_second_process_is_refused_while_the_first_holds_the_claim(tmp_path: Pat
     command = [sys.executable, "-c", script, str(tmp_path / "out")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None and first.stdout.readline() == "claimed\n"
-        assert "another run" in refused(lambda: output.claim(tmp_path / "out", DATASET))
-        assert "another run" in refused(lambda: output.clear(tmp_path / "out", DATASET))
+        for fresh in (False, True):
+            line = refused(lambda fresh=fresh: output.claim(tmp_path / "out", DATASET, fresh=fresh), "E_LOCKED")
+            assert f"process {first.pid} on {os.uname().nodename}, started 20" in line and f"kill {first.pid}" in line
         first.kill()
     output.claim(tmp_path / "out", DATASET).release()
-
-
-def test_shared_locks_exclude_an_exclusive_lock(tmp_path: Path) -> None:
-    with Lock(tmp_path, "lock", "x", shared=True), Lock(tmp_path, "lock", "x", shared=True):
-        assert "a writer" in refused(lambda: Lock(tmp_path, "lock", "a writer"))
-    Lock(tmp_path, "lock", "x").release()
 
 
 def test_clear_removes_what_the_command_wrote_and_nothing_else(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from clipwright.pipeline.distributed import group
+from clipwright.pipeline.distributed import rendezvous
 from clipwright.pipeline.doctor import run
 
 VERBS = {
@@ -54,7 +54,7 @@ def test_refused_config_ends_a_rank_before_the_rendezvous(
     def start_rendezvous(*args: object, **kwargs: object) -> None:
         raise AssertionError("the rendezvous was started")
 
-    monkeypatch.setattr(group, "TCPStore", start_rendezvous)
+    monkeypatch.setattr(rendezvous, "TCPStore", start_rendezvous)
     set_launcher_variables(monkeypatch, rank, "192.0.2.1", 9)  # an address that does not answer
     error = here(tmp_path, *VERBS[verb], override, code=2).error
     assert error.startswith(f"error[{code}]: "), error
@@ -87,7 +87,7 @@ def test_valid_config_starts_the_rendezvous(
     def start_rendezvous(*args: object, **kwargs: object) -> None:
         raise RendezvousStarted
 
-    monkeypatch.setattr(group, "TCPStore", start_rendezvous)
+    monkeypatch.setattr(rendezvous, "TCPStore", start_rendezvous)
     set_launcher_variables(monkeypatch, 0, "192.0.2.1", 9)
     with pytest.raises(RendezvousStarted):
         here(tmp_path, *VERBS[verb])

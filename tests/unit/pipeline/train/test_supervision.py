@@ -59,7 +59,37 @@ CASES: dict[str, dict[str, Any]] = {
         "when": "at 0",
         "send": "SIGTERM",
         "to": [1],
+        "launcher": "none",
     },
+    "signal to rank 0 while it loads": {
+        "fault": "'load' if rank == 0 and step == -2 else None",
+        "when": "at 0",
+        "send": "SIGTERM",
+        "to": [0],
+        "launcher": "none",
+    },
+    "signal to rank 1 while it loads": {
+        "fault": "'load' if rank == 1 and step == -2 else None",
+        "when": "at 1",
+        "send": "SIGTERM",
+        "to": [1],
+        "launcher": "none",
+    },
+    "launcher killed": {"when": "steps 3", "launcher": "killed"},
+    "launcher killed early": {
+        "fault": "'load' if rank == 1 and step == -2 else None",
+        "when": "at 1",
+        "launcher": "killed",
+    },
+    # Rank 0 learns of the signal from rank 1 alone, when they agree on the next step.
+    "signal known to one rank": {
+        "fault": "'deaf' if rank == 0 else None",
+        "when": "steps 3",
+        "send": "SIGUSR1",
+        "to": [1],
+        "launcher": "none",
+    },
+    "one rank": {"ranks": 1, "when": "steps 3", "send": "SIGUSR1"},
     "signal while a rank hangs": {
         "fault": "'hang' if rank == 0 and step == 3 else None",
         "when": "at 0",
@@ -188,9 +218,30 @@ def test_signal_to_one_rank_saves_while_another_waits_for_data(results: Any) -> 
     assert result["seconds_to_exit"] < SLACK * 25
 
 
-def test_signal_before_the_first_step_exits_at_once(results: Any) -> None:
-    result = results("cases")["signal while building"]
-    assert result["codes"] == [85, 85] and result["errors"] == [] and result["seconds_to_exit"] < SLACK * 10
+@pytest.mark.parametrize(
+    "name", ["signal while building", "signal to rank 0 while it loads", "signal to rank 1 while it loads"]
+)
+def test_signal_to_one_rank_before_the_first_step_ends_all_without_a_launcher(name: str, results: Any) -> None:
+    result = results("cases")[name]
+    assert result["codes"] == [85, 85] and result["errors"] == [] and result["killed"] == [], result
+    assert result["seconds_to_last_exit"] < SLACK * 25 and not any("Traceback" in line for line in result["stderr"])
+    assert result["stderr"][-1].startswith("stopped by a signal: ")
+
+
+def test_ranks_whose_launcher_was_killed_save_and_leave(results: Any) -> None:
+    for name in ("launcher killed", "launcher killed early"):
+        result = results("cases")[name]
+        assert result["codes"] == [85, 85] and result["errors"] == [] and result["killed"] == [], result
+        assert result["seconds_to_last_exit"] < SLACK * 30
+        assert result["checkpoints"] == ([f"step-{result['steps']:08d}"] if name == "launcher killed" else [])
+        assert any(line.startswith("the launcher of this rank (process ") for line in result["stderr"])
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("signal known to one rank", 2), ("one rank", 1)])
+def test_ranks_decide_together_to_stop_and_save(name: str, ranks: int, results: Any) -> None:
+    result = results("cases")[name]
+    assert result["codes"] == [85] * ranks and result["errors"] == [] and result["killed"] == [], result
+    assert result["checkpoints"] == [f"step-{result['steps']:08d}"] and result["steps"] >= 3
 
 
 def test_save_is_abandoned_if_the_ranks_do_not_agree_to_stop(results: Any) -> None:

@@ -1,0 +1,160 @@
+"""Locks: who holds one, when it is taken over, and what happens to a holder that lost it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clipwright.pipeline.core import lock
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.lock import Holder, Lock
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(lock, "STALE_SECONDS", 0.2)
+
+
+def write(path: Path, **changed: Any) -> Holder:
+    """Writes a lock file of this process with changed fields."""
+    holder = dataclasses.replace(Holder.this_process(), **changed)
+    path.write_text(json.dumps(dataclasses.asdict(holder)))
+    return holder
+
+
+def refusal(action: Callable[[], object]) -> ClipwrightError:
+    with pytest.raises(ClipwrightError) as caught:
+        action()
+    assert caught.value.code == "E_LOCKED"
+    return caught.value
+
+
+def test_second_holder_is_refused_with_the_first_ones_name(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    with Lock(path, tmp_path) as first:
+        stored = json.loads(path.read_text())
+        assert stored == dataclasses.asdict(first.holder) and stored["pid"] == os.getpid()
+        assert list(tmp_path.iterdir()) == [path]
+        error = refusal(lambda: Lock(path, tmp_path))
+        assert error.where == str(tmp_path) and error.found == str(first.holder)
+        assert error.found.startswith(f"process {os.getpid()} on {os.uname().nodename}, started {stored['started']}: ")
+        assert error.fix.startswith(f"wait until it ends, or stop it with `kill {os.getpid()}` on ")
+    assert not list(tmp_path.iterdir())
+    Lock(path, tmp_path).release()
+
+
+def test_lock_of_a_dead_process_is_taken_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / ".lock"
+    monkeypatch.setattr(lock, "STALE_SECONDS", 600.0)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        running = write(path, pid=child.pid, process_start=lock.process_start(child.pid))
+        assert running.is_alive() and str(child.pid) in refusal(lambda: Lock(path, tmp_path)).found
+        write(path, pid=child.pid, process_start="1")  # another process had this id
+        Lock(path, tmp_path).release()
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended; its exit code is not read
+        path.write_text(json.dumps(dataclasses.asdict(running)))
+        assert running.is_alive() is False
+        Lock(path, tmp_path).release()
+
+
+def test_lock_of_another_machine_is_taken_over_without_heartbeats(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / ".lock"
+    write(path, machine="another", host="node7", pid=1)
+    os.utime(path, (4e9, 4e9))  # the clock of that machine is wrong
+    Lock(path, tmp_path).release()
+    assert "waiting up to 0 s for a heartbeat of process 1 on node7" in capsys.readouterr().err
+    path.write_text("{")  # a crash left it incomplete
+    Lock(path, tmp_path).release()
+
+
+def test_lock_of_another_machine_is_kept_by_its_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, times = tmp_path / ".lock", iter(range(100))
+    write(path, machine="another", host="node7", pid=1)
+    monkeypatch.setattr(lock, "STALE_SECONDS", 600.0)
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: os.utime(path, (next(times), 5)))
+    assert "process 1 on node7" in refusal(lambda: Lock(path, tmp_path)).found
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: path.unlink())  # released
+    Lock(path, tmp_path).release()
+
+
+def test_heartbeats_change_the_time_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.01)
+    path, beaten = tmp_path / ".lock", threading.Event()
+    with Lock(path, tmp_path):
+        os.utime(path, (0, 0))
+        monkeypatch.setattr(lock.os, "utime", lambda changed: beaten.set() if changed == path else None)
+        assert beaten.wait(60)
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+@pytest.mark.parametrize("stale", [True, False])
+def test_of_several_starts_at_once_one_holds_the_lock(
+    tmp_path: Path, stale: bool, hard_links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hard_links:
+
+        def refuse_link(source: Path, target: Path) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(lock.os, "link", refuse_link)
+    path, barrier, held, refused = tmp_path / ".lock", threading.Barrier(8), [], []
+    if stale:
+        write(path, process_start="1")
+
+    def start() -> None:
+        barrier.wait()
+        try:
+            held.append(Lock(path, tmp_path))
+        except ClipwrightError:
+            refused.append(1)
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(held), len(refused)) == (1, 7)
+    assert json.loads(path.read_text())["token"] == held[0].holder.token
+    held[0].release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_holder_whose_lock_was_taken_over_ends_before_it_writes(tmp_path: Path) -> None:
+    """As after a long pause: it publishes nothing, and leaves the lock and the other process's files alone."""
+    (tmp_path / "other").mkdir()
+    other = write(tmp_path / "other" / ".lock", pid=1, host="node7")
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom clipwright.pipeline.folders import output\n"
+        "out = Path('out')\n"
+        "with output.claim(out, output.EMBEDDING), output.staging(out / 'part-0.npy') as staged:\n"
+        "    os.replace('other/.lock', out / '.lock')\n"
+        "print('published')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 1 and done.stdout == "", done
+    assert (
+        done.stderr.startswith("error[E_LOCKED]: another process has taken over this folder") and "node7" in done.stderr
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", ".part-0.npy.partial"]
+    assert json.loads((tmp_path / "out" / ".lock").read_text())["token"] == other.token
+
+
+def test_removed_lock_file_is_written_again(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    with Lock(path, tmp_path) as held:
+        path.unlink()
+        held.verify()
+        assert json.loads(path.read_text())["token"] == held.holder.token
