@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import os
 import shlex
+import signal
 import sys
 import threading
 from contextlib import suppress
@@ -415,8 +416,10 @@ def main() -> None:
         code = line.exit_code
     except typer.Abort:
         code = INTERRUPTED
-    if any(thread.daemon for thread in threading.enumerate()):
-        # A daemon thread inside torch, such as a checkpoint writer, would abort the process when the interpreter ends.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on Ctrl-C ends the process without a traceback
+    if code == INTERRUPTED or any(thread.daemon for thread in threading.enumerate()):
+        # After a Ctrl-C that interrupted an import, Python may end itself by SIGINT instead of with this exit code. A
+        # daemon thread inside torch, such as a checkpoint writer, would abort the process when the interpreter ends.
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):  # the reader has gone
                 stream.flush()

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -121,6 +121,7 @@ def _start_fork_server() -> None:
     Blocked, not ignored: a signal that arrives meanwhile reaches this process afterwards. A child process inherits the
     blocked signals.
     """
+    resource_tracker.ensure_running()  # unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
     try:
         forkserver.ensure_running()
