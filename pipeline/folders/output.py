@@ -126,7 +126,7 @@ class Claim:
         self.folder, self.lock, self._made = folder, lock, made
 
     def release(self) -> None:
-        """Releases the lock; removes the folder if `claim` has made it and nothing was written."""
+        """Releases the lock; removes the folder of a report that was not written, if `claim` has made it."""
         self.lock.release()
         if self._made:
             with suppress(OSError):
@@ -182,7 +182,7 @@ def claim(folder: Path, kind: Kind, also: Collection[str] = (), *, fresh: bool =
         check(folder, kind, also)
     else:
         _clearable(folder, kind)
-    made = not kind.replaced and not folder.exists()
+    made = kind is INSPECTION and not folder.exists()
     path = _lock_path(folder, kind, part)
     path.parent.mkdir(parents=True, exist_ok=True)
     claimed = Claim(folder, Lock(path, folder), made=made)
