@@ -18,7 +18,7 @@ _EXACT_IN_FLOAT64 = 2**53
 # float, text, or list: followed by one of these. None instead of a dictionary: there are too many names.
 Kinds = dict[str, str] | None
 _TYPES = {"bool": pa.bool_(), "int": pa.int64(), "big": pa.int64(), "float": pa.float64()}
-_LIST = "list:"
+LIST = "list:"
 
 
 def metadata_text(metadata: dict[str, Any]) -> str:
@@ -86,7 +86,7 @@ def kind_of(value: Any) -> str:
         item_kind = ""
         for item in value:
             item_kind = common_kind(item_kind, kind_of(item))
-        return f"{_LIST}{item_kind}"
+        return f"{LIST}{item_kind}"
     return "text"
 
 
@@ -94,8 +94,8 @@ def common_kind(first: str, second: str) -> str:
     """Returns the kind that holds values of both kinds."""
     if first == second or not first or not second:
         return first or second
-    if first.startswith(_LIST) and second.startswith(_LIST):
-        return _LIST + common_kind(first.removeprefix(_LIST), second.removeprefix(_LIST))
+    if first.startswith(LIST) and second.startswith(LIST):
+        return LIST + common_kind(first.removeprefix(LIST), second.removeprefix(LIST))
     pair = {first, second}
     if pair == {"int", "float"}:
         return "float"
@@ -103,16 +103,16 @@ def common_kind(first: str, second: str) -> str:
 
 
 def type_of(kind: str) -> pa.DataType:
-    if kind.startswith(_LIST):
-        return pa.list_(type_of(kind.removeprefix(_LIST)))
+    if kind.startswith(LIST):
+        return pa.list_(type_of(kind.removeprefix(LIST)))
     return _TYPES.get(kind, pa.string())
 
 
 def _cast(value: Any, kind: str) -> Any:
     if value is None:
         return None
-    if kind.startswith(_LIST):
-        return [_cast(item, kind.removeprefix(_LIST)) for item in value]
+    if kind.startswith(LIST):
+        return [_cast(item, kind.removeprefix(LIST)) for item in value]
     if kind == "float":
         return float(value)
     if kind == "text" and not isinstance(value, str):

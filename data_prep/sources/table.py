@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from clipwright.data_prep.sources.base import NO_CAPTIONS, SOURCES, Record, Source, SourceConfig
-from clipwright.data_prep.sources.tables.base import Batch, TableFile, find_column, type_at
+from clipwright.data_prep.sources.tables.base import Batch, TableFile, compute, find_column, type_at
 from clipwright.data_prep.sources.tables.captions import CaptionReader
 from clipwright.data_prep.sources.tables.files import TextOptions, find_files, open_files
 from clipwright.data_prep.sources.tables.images import check_image_type, is_url, read_cell
@@ -77,7 +76,10 @@ class TableSource(Source):
             file.leave_out(dropped)
         self.notes = [note for file in self.files for note in file.notes]
         self._selected = [self._select_rows(file) for file in self.files]
-        self._starts = np.cumsum([0, *(len(rows) for rows in self._selected)])
+        counts = [
+            file.rows if rows is None else len(rows) for file, rows in zip(self.files, self._selected, strict=True)
+        ]
+        self._starts = np.cumsum([0, *counts])
         self.count = int(self._starts[-1])
         if self.where and not self.count and any(file.rows for file in self.files):
             raise self._nothing_selected(first)
@@ -126,7 +128,8 @@ class TableSource(Source):
         for number in np.unique(file_numbers):
             file, start = self.files[number], self._starts[number]
             rows_in_file = plan_rows[file_numbers == number] - start
-            file_rows = self._selected[number][rows_in_file]
+            selected = self._selected[number]
+            file_rows = rows_in_file if selected is None else selected[rows_in_file]
             plan_row = dict(zip(file_rows.tolist(), (rows_in_file + start).tolist(), strict=True))
             for batch_rows, batch in file.batches(file_rows):
                 yield from self._records(file, batch, batch_rows.tolist(), plan_row)
@@ -160,8 +163,10 @@ class TableSource(Source):
                 if name not in file.types:
                     find_column(name, file, "source.where")
 
-    def _select_rows(self, file: TableFile) -> np.ndarray:
-        """Returns the numbers of the file's rows that match `where`."""
+    def _select_rows(self, file: TableFile) -> np.ndarray | None:
+        """Returns the numbers of the file's rows that match `where`; None for all rows."""
+        if not self.where:
+            return None
         keep = np.ones(file.rows, dtype=bool)
         for name, wanted in self.where.items():
             kind = common_type(name, self.files)
@@ -176,13 +181,13 @@ class TableSource(Source):
                     found=f"{shown(wanted)} for a column of type {kind}: {error}",
                     fix="give a value, or a list of values, of that type",
                 ) from None
-            keep &= pc.is_in(file.column(name, kind), value_set=allowed).to_numpy()
+            keep &= compute.is_in(file.column(name, kind), value_set=allowed).to_numpy()
         return np.flatnonzero(keep)
 
     def _nothing_selected(self, file: TableFile) -> ClipwrightError:
         found: list[str] = []
         for name in self.where:
-            values = pc.unique(file.column(name, common_type(name, self.files))).slice(0, 21).to_pylist()
+            values = compute.unique(file.column(name, common_type(name, self.files))).slice(0, 21).to_pylist()
             found.append(f"{name} is {listed([str(value) for value in values], 10)}")
         wanted = ", ".join(f"{name}={shown(value)}" for name, value in self.where.items())
         return ClipwrightError(
@@ -190,15 +195,16 @@ class TableSource(Source):
             "no row of the table matches the filter",
             where=f"source.where: {wanted}",
             found=f"in {format_count(file.rows, 'row')} of {shown(file.name)}, {'; '.join(found)}",
-            fix="set source.where to values that occur; text of digits needs quotes: source.where.COLUMN='\"007\"'",
+            fix="set source.where to values that occur",
         )
 
     def _refuse_urls(self) -> None:
         """Raises E_COLUMN if the images are URLs, before all rows are read in vain."""
-        for file, rows in zip(self.files, self._selected, strict=True):
+        for file, selected in zip(self.files, self._selected, strict=True):
+            rows = np.arange(min(file.rows, _SAMPLE_ROWS)) if selected is None else selected[:_SAMPLE_ROWS]
             if not len(rows):
                 continue
-            _, batch = next(file.batches(rows[:_SAMPLE_ROWS]))
+            _, batch = next(file.batches(rows))
             cells = batch.values(find_column(self.image, file, "source.image"))
             values = [value for value in cells if value is not None]
             if values and all(map(is_url, values)):

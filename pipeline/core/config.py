@@ -23,6 +23,7 @@ from clipwright.pipeline.core.hints import UnknownKey, value_at
 from clipwright.pipeline.core.overrides import parse_overrides
 from clipwright.pipeline.core.plugins import load_plugins
 from clipwright.pipeline.core.registry import Registry
+from clipwright.pipeline.core.text import shown
 from clipwright.pipeline.core.type_text import type_text
 from clipwright.pipeline.core.values import ValueMismatch, bare_type, parse_flow, plain, read_value
 from clipwright.pipeline.core.written_yaml import Raw, inline_yaml
@@ -291,7 +292,7 @@ def _value_error(errors: list[ErrorDetails], tree: dict[str, Any], origins: dict
         "E_CONFIG_VALUE",
         "the config value is not allowed",
         where=f"{key} ({origins.get(key, 'config')})",
-        found=f"{value!r}: {deepest['msg']}",
+        found=f"{shown(repr(value))}: {deepest['msg']}",
         fix="change the value",
     )
 

@@ -6,15 +6,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import canonical_json
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.text import listed, shown
+
+# Made at run time, so that type checkers do not see the functions.
+compute = cast(Any, pyarrow.compute)
 
 ColumnPath = tuple[str, ...]  # a column, then names of fields inside its objects
 

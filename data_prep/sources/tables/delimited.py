@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyarrow import csv
 
 from clipwright.data_prep.sources.tables.base import (
     Batch,
     ColumnPath,
     TableFile,
+    compute,
     repeated_names,
     unique_names,
     unreadable,
@@ -224,8 +224,8 @@ class DelimitedTable(TableFile):
             return []
         quoted = 0
         for cells in self._parse(self._blocks.read(0)).columns:
-            matches = pc.match_substring_regex(cells, '^".*"$')
-            quoted += pc.sum(matches).as_py() or 0
+            matches = compute.match_substring_regex(cells, '^".*"$')
+            quoted += compute.sum(matches).as_py() or 0
         if not quoted:
             return []
         found = f"quotes around {format_count(quoted, 'field')} of the first rows are kept as text"
@@ -265,8 +265,8 @@ class DelimitedBatch(Batch):
         if isinstance(cells, pa.ChunkedArray):
             cells = pa.concat_arrays(cells.chunks) if cells.num_chunks else pa.array([], pa.binary())
         missing = ["", *MISSING_NUMBERS] if name in self._numbers and not pa.types.is_string(kind) else [""]
-        is_missing = pc.is_in(cells, value_set=pa.array(missing).cast(pa.binary()))
-        cells = pc.if_else(is_missing, pa.scalar(None, pa.binary()), cells)
+        is_missing = compute.is_in(cells, value_set=pa.array(missing).cast(pa.binary()))
+        cells = compute.if_else(is_missing, pa.scalar(None, pa.binary()), cells)
         try:
             text = cells.cast(pa.string())
         except pa.ArrowInvalid:

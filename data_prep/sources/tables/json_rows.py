@@ -23,6 +23,7 @@ from clipwright.data_prep.sources.tables.base import (
     unreadable,
 )
 from clipwright.data_prep.sources.tables.documents import document_rows
+from clipwright.data_prep.sources.tables.json_kinds import kinds_of_lines
 from clipwright.data_prep.sources.tables.text import (
     BLOCK_BYTES,
     MAX_ROW_BYTES,
@@ -84,15 +85,24 @@ class JsonTable(TableFile):
     def batches(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
         for block, positions in self._blocks.split(rows):
             lines = _rows_of(self._blocks.read(block))
-            objects = [_parse(lines[position]) for position in positions.tolist()]
+            objects = [self._row(lines[position], block) for position in positions.tolist()]
             yield self._blocks.start(block) + positions, JsonBatch(objects, self._left_out)
 
     def column(self, name: str, kind: pa.DataType) -> pa.ChunkedArray:
         chunks: list[pa.Array] = []
         for block in range(len(self._blocks)):
-            objects = [_parse(line) for line in _rows_of(self._blocks.read(block))]
+            objects = [self._row(line, block) for line in _rows_of(self._blocks.read(block))]
             chunks.append(JsonBatch(objects, self._left_out).column(name, kind))
         return pa.chunked_array(chunks, kind)
+
+    def _row(self, text: bytes, block: int) -> dict[str, Any]:
+        try:
+            value = _parse(text)
+            assert isinstance(value, dict)
+        except (ValueError, RecursionError, AssertionError) as error:
+            where = f"{self.path}, after line {self._blocks.first_line(block)}"
+            raise unreadable(where, f"{error}: {_start(text)}", "correct the line", "a line is not JSON") from None
+        return value
 
     def _read_lines(self, reader: TextReader, buffer: bytes) -> None:
         offset, line = reader.offset, 1
@@ -112,6 +122,12 @@ class JsonTable(TableFile):
 
     def _add_block(self, data: bytes, offset: int, line: int) -> None:
         self._check.update(data, line)
+        lines = len(_rows_of(data))
+        kinds = kinds_of_lines(data, lines) if len(self._sample) >= _SAMPLE_ROWS else None
+        if kinds is not None:
+            self._add_kinds(kinds)
+            self._blocks.add(data, lines, offset, line)
+            return
         rows = 0
         for number, text in enumerate(data.split(b"\n"), line):
             if not text.strip():
@@ -123,12 +139,12 @@ class JsonTable(TableFile):
                 fix = "correct the line; a file that is one JSON value must end in .json"
                 raise unreadable(
                     f"{self.path}, line {number}",
-                    f"{error}: {shown(text.decode('utf-8', 'replace'), 80)}",
+                    f"{error}: {_start(text)}",
                     fix,
                     "a line is not JSON",
                 ) from None
             if not isinstance(value, dict):
-                found = f"a {type(value).__name__}: {shown(text.decode('utf-8', 'replace'), 80)}"
+                found = f"a {type(value).__name__}: {_start(text)}"
                 fix = 'write one object per line, such as {"image": "a.jpg", "caption": "a cat"}'
                 raise unreadable(f"{self.path}, line {number}", found, fix, "a line is not a JSON object")
             self._add_object(value)
@@ -137,14 +153,15 @@ class JsonTable(TableFile):
     def _add_object(self, value: dict[str, Any]) -> None:
         if len(self._sample) < _SAMPLE_ROWS:
             self._sample.append(value)
-        kinds = self._kinds
-        if len(kinds) > json_columns.MAX_COLUMNS:
-            return
-        for name, item in value.items():
-            known = kinds.get(name)
-            kind = json_columns.kind_of(item)
+        self._add_kinds({name: json_columns.kind_of(item) for name, item in value.items()})
+
+    def _add_kinds(self, kinds: dict[str, str]) -> None:
+        for name, kind in kinds.items():
+            known = self._kinds.get(name)
+            if known is None and len(self._kinds) > json_columns.MAX_COLUMNS:
+                return
             if kind != known:
-                kinds[name] = json_columns.common_kind(known or "", kind)
+                self._kinds[name] = json_columns.common_kind(known or "", kind)
 
     def _read_document(self, reader: TextReader, head: bytes) -> None:
         parts, size = [head], len(head)
@@ -203,6 +220,10 @@ def _cast(value: Any, kind: pa.DataType) -> Any:
     if pa.types.is_floating(kind):
         return float(value)
     return value
+
+
+def _start(text: bytes) -> str:
+    return shown(text.decode("utf-8", "replace"), 80)
 
 
 def _rows_of(block: bytes) -> list[bytes]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipwright.data_prep.sources.tables.base import (
@@ -17,6 +16,7 @@ from clipwright.data_prep.sources.tables.base import (
     TableFile,
     as_text,
     as_written,
+    compute,
     follow,
     is_bytes,
     is_list,
@@ -76,7 +76,7 @@ class ParquetTable(TableFile):
         return pa.chunked_array(chunks, kind)
 
     def fits_float(self, name: str) -> bool:
-        limits = pc.min_max(self.column(name, self.types[name]))
+        limits = compute.min_max(self.column(name, self.types[name]))
         largest = max(abs(limits[side].as_py() or 0) for side in ("min", "max"))
         return largest <= EXACT_IN_FLOAT64
 
@@ -100,7 +100,7 @@ class ParquetBatch(Batch):
         if pa.types.is_nested(kind):
             return [as_written(follow(value, path[1:])) for value in _python_values(column)]
         if pa.types.is_floating(kind):
-            column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
+            column = compute.if_else(compute.is_nan(column), pa.scalar(None, kind), column)
         return column.cast(pa.string()).to_pylist()
 
     def column(self, name: str, kind: pa.DataType) -> pa.Array:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from clipwright.data_prep.sources.tables.base import TableFile, is_bytes, is_list, is_text
+from clipwright.data_prep.sources.tables.base import TableFile, compute, is_bytes, is_list, is_text
 
 _BOOLEANS = {"lower": ("true", "false"), "title": ("True", "False")}
 MISSING_NUMBERS = ("nan", "NaN")  # in a column of numbers
@@ -81,7 +80,7 @@ class TypeGuess:
             self._seen = True
             self._candidates = []
             return
-        unmissing = pc.invert(pc.is_in(text, value_set=pa.array(["", *MISSING_NUMBERS])))
+        unmissing = compute.invert(compute.is_in(text, value_set=pa.array(["", *MISSING_NUMBERS])))
         text = text.filter(unmissing)
         if len(text) == 0:
             return
@@ -102,15 +101,15 @@ class TypeGuess:
 
     def _fits(self, kind: str, text: pa.Array) -> bool:
         if kind in _BOOLEANS:
-            return pc.all(pc.is_in(text, value_set=pa.array(_BOOLEANS[kind]))).as_py()
+            return compute.all(compute.is_in(text, value_set=pa.array(_BOOLEANS[kind]))).as_py()
         try:
             numbers = text.cast(pa.int64() if kind == "int" else pa.float64())
         except pa.ArrowInvalid:
             return False
-        same = pc.equal(numbers.cast(pa.string()), text)
+        same = compute.equal(numbers.cast(pa.string()), text)
         if kind == "int":
-            limits = pc.min_max(numbers)
+            limits = compute.min_max(numbers)
             self._large |= max(limits["max"].as_py(), -limits["min"].as_py()) > EXACT_IN_FLOAT64
-            return pc.all(same).as_py()
+            return compute.all(same).as_py()
         # Arrow writes 1.0 as 1, and 1e-05 as 0.00001.
-        return all(repr(float(value)) == value for value in text.filter(pc.invert(same)).to_pylist())
+        return all(repr(float(value)) == value for value in text.filter(compute.invert(same)).to_pylist())

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from clipwright.data_prep.sources import json_columns
 from clipwright.data_prep.sources.caption_files import parse_json
+from clipwright.data_prep.sources.tables.json_kinds import kinds_of_lines
 
 EDGES = [0, 1, -1, 2**53, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 0.5, 1e300, -0.0, 3.0]
 TEXTS = ["", "x", "é", "\0", "1", "null", "[1]"]
@@ -61,3 +62,41 @@ def test_non_finite_numbers_become_null() -> None:
     metadata = parse_json('{"a": NaN, "b": -Infinity, "c": 1e999, "d": [1.5, Infinity]}')
     assert json_columns.metadata_text(metadata) == '{"a":null,"b":null,"c":null,"d":[1.5,null]}'
     assert json_columns.metadata_text({}) == ""
+
+
+def test_kinds_of_many_lines_equal_those_of_parsed_objects() -> None:
+    told = 0
+    for seed in range(300):
+        draw = random.Random(seed)
+        names = draw.sample(NAMES, 2)
+        pool = [draw.choice(POOLS) for _ in names]  # of one type mostly, or no kind could be told
+        rows = [
+            {name: draw.choice(values) for name, values in zip(names, pool, strict=True)}
+            for _ in range(draw.randrange(1, 6))
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        kinds = kinds_of_lines(lines, len(rows))
+        if kinds is not None:
+            told += 1
+            assert kinds == json_columns.kinds_of(map(json_columns.metadata_text, rows)), rows
+    assert 150 < told < 300
+    assert kinds_of_lines(b'{"a": 1}\n{"a": "x"}\n', 2) is None and kinds_of_lines(b'{"a": \n', 1) is None
+
+
+POOLS: list[list[Any]] = [
+    [None],
+    [True, False, None],
+    [0, 1, -(2**53), 2**53, None],
+    [2**53 + 1, 1],
+    [0.5, 1e300, 3.0, None],
+    [0.5, 2, None],
+    ["", "x", "2024-01-01", "2024-01-01 00:00:00", "1"],
+    ["x", None],
+    [[], [1, 2], None],
+    [["a"], []],
+    [[1], [0.5]],
+    [[[1]], [[]]],
+    [{"a": 1}, {"a": 2, "b": None}, None],
+    [[{"a": 1}], []],
+    [1, "x"],
+]

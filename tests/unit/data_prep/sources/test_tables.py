@@ -216,6 +216,13 @@ def test_jsonl_values(write: Callable[..., Path]) -> None:
         ["1.10 for 1"],
         ["2 for x2"],
     ]
+    lines = [json.dumps({"image": f"{i}.jpg", "caption": "x", "late": i - 1500}) for i in range(3000)]
+    lines[2900] = '{"image": "a", "caption": "é", "late": "word"}'
+    long = open_table(write("d.jsonl", "\n".join(lines)))
+    assert long.columns.field("late").type == pa.string() and long.count == 3000
+    rows = [0, 1700, 2900, 2999]
+    assert [record.columns.to_pylist()[0]["late"] for record in long.read(rows)] == ["-1500", "200", "word", "1499"]
+    assert open_table(write("e.jsonl", "\n".join(lines[:2900]))).columns.field("late").type == pa.int64()
     many = [json.dumps({"image": "a", "caption": "x", f"key{i}": i}) for i in range(300)]
     wide = open_table(write("c.jsonl", "\n".join(many)))
     assert wide.columns.names == ["json"] and columns(wide)[7] == {"json": '{"key7":7}'}
