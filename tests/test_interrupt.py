@@ -1,8 +1,12 @@
-"""Ctrl-C during every long command: exit 130, no traceback, no incomplete output; the next run completes it."""
+"""Signals during every long command, and second starts.
+
+Ctrl-C exits with 130, SIGTERM and SIGUSR1 with 85: no traceback, no incomplete output; the next run completes it.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +15,8 @@ from typing import Any
 
 import pytest
 from waiting import wait_until
+
+from clipwright.pipeline.folders import output
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -78,6 +84,10 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Commands that get another signal than Ctrl-C, and what they exit with.
+SIGNALS = {"prep": (signal.SIGUSR1, 85), "eval": (signal.SIGUSR1, 85), "index": (signal.SIGTERM, 85)}
+
+
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_interrupted_command_leaves_no_incomplete_output_and_can_be_run_again(
     verb: str, stages: Path, tmp_path: Path, cli: Any
@@ -86,7 +96,7 @@ def test_interrupted_command_leaves_no_incomplete_output_and_can_be_run_again(
     for stage in stages.iterdir():
         (tmp_path / stage.name).symlink_to(stage)
     (tmp_path / "gate.py").write_text(GATE.format(module=module, holder=holder, name=name))
-    arguments = [*arguments, "plugins=gate.py", "-o", "out"]
+    second, arguments = [*arguments, "-o", "out"], [*arguments, "plugins=gate.py", "-o", "out"]
     process = subprocess.Popen(
         [sys.executable, "-m", "clipwright", *arguments],
         cwd=tmp_path,
@@ -96,17 +106,58 @@ def test_interrupted_command_leaves_no_incomplete_output_and_can_be_run_again(
         text=True,
     )
     wait_until((tmp_path / "here").exists, process)
-    process.send_signal(signal.SIGINT)
+    if verb != "doctor":
+        before = content(tmp_path / "out")
+        error = cli.error(*second, code=1)
+        assert error.startswith("error[E_LOCKED]: ") and f"process {process.pid} on " in error, error
+        assert content(tmp_path / "out") == before  # no status either
+    number, code = SIGNALS.get(verb, (signal.SIGINT, 130))
+    process.send_signal(number)
     if verb == "train":
         (tmp_path / "go").touch()  # it completes the current step and saves
     _, errors = process.communicate()
-    assert process.returncode == 130, errors
+    assert process.returncode == code, errors
     assert "Traceback" not in errors and errors.strip().endswith("run the same command again to resume")
-    assert not list((tmp_path / "out").glob("**/*.partial"))
+    assert not list((tmp_path / "out").glob("**/*.partial")) and not list(tmp_path.glob("out/.lock*"))
     assert [path for pattern in final for path in (tmp_path / "out").glob(pattern) if path.name != "status.json"] == []
     (tmp_path / "go").touch()
     cli(*arguments)
     assert verb == "doctor" or (tmp_path / "out" / "status.json").exists()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [
+        (output.MODEL, ["export", "run", "-o", "out"]),
+        (output.INSPECTION, ["data", "view", "data", "-o", "out"]),
+        (output.INSPECTION, ["data", "verify", "data", "-o", "out"]),
+        (output.INSPECTION, ["data", "stats", "data", "-o", "out"]),
+        (output.FOREIGN, ["data", "index", "out", "--fresh"]),
+        (output.DEMO, ["demo", "-o", "out"]),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_folder_that_another_process_writes_is_refused(
+    kind: output.Kind, command: list[str], stages: Path, tmp_path: Path, cli: Any
+) -> None:
+    for stage in stages.iterdir():
+        (tmp_path / stage.name).symlink_to(stage)
+    if kind is output.FOREIGN:
+        shutil.copytree(stages / "data", tmp_path / "out", ignore=shutil.ignore_patterns("*.json", "*.parquet"))
+        (tmp_path / "out" / "config.yaml").unlink()
+    with output.claim(tmp_path / "out", kind):
+        before = content(tmp_path)
+        error = cli.error(*command, code=1)
+        assert error.startswith("error[E_LOCKED]: another process is writing this folder — "), error
+        assert f"process {os.getpid()} on {os.uname().nodename}, started 20" in error and f"kill {os.getpid()}" in error
+        assert content(tmp_path) == before
+    if kind is not output.DEMO:  # it takes minutes
+        cli(*command)
+    assert not list(tmp_path.rglob("*.lock"))
 
 
 def test_busy_daemon_thread_does_not_turn_an_error_into_an_abort(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.plugins import import_plugin
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.core.signals import deferred_signals
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -93,7 +94,9 @@ class WorkerPool:
                     task = next(pending, None)
                     if task is None:
                         break
-                    running.add(self._executor.submit(_run_task, function, task))
+                    # It may start a worker. One that is not registered yet could not be ended with the others.
+                    with deferred_signals(*GROUP_SIGNALS):
+                        running.add(self._executor.submit(_run_task, function, task))
                 if not running:
                     return
                 done, running = wait(running, return_when=FIRST_COMPLETED)

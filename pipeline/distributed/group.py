@@ -7,6 +7,7 @@ group of one, so that all code after it has a single path.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.signals import deferred_signals
 from clipwright.pipeline.distributed.launcher_env import SINGLE_PROCESS, VARIABLES, LauncherEnv, read_launcher_env
-from clipwright.pipeline.distributed.rendezvous import deferred_signals, meet
+from clipwright.pipeline.distributed.rendezvous import meet
 
 T = TypeVar("T")
 
@@ -120,7 +122,7 @@ def is_failed_collective(error: BaseException) -> bool:
 
 def _join(launcher: LauncherEnv, backend: str, timeout_seconds: float, rendezvous_seconds: float) -> None:
     """Initializes the group once every rank has come to the rendezvous."""
-    with deferred_signals() as deferred:
+    with deferred_signals(signal.SIGTERM, signal.SIGUSR1) as deferred:
         store = meet(launcher, deferred, rendezvous_seconds)
         dist.init_process_group(
             backend,

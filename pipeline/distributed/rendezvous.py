@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -16,6 +14,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from clipwright.pipeline.core.command import Preempted
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.signals import DeferredSignal
 from clipwright.pipeline.distributed.launcher_env import LauncherEnv
 
 MAX_LISTED_RANKS = 8  # missing ranks that an error lists by number
@@ -25,32 +24,6 @@ RESULT, COUNT, LEFT = "result", "joined ranks", "ranks that left"
 JOINED, STOPPED = "joined", "stopped"
 
 _finished = False  # this process has met the other ranks
-
-
-class DeferredSignal:
-    """The number of a stop signal that arrived meanwhile, or None."""
-
-    number: int | None = None
-
-    def handle(self, number: int, frame: object) -> None:
-        self.number = number
-
-
-@contextmanager
-def deferred_signals() -> Iterator[DeferredSignal]:
-    """Notes SIGTERM and SIGUSR1 instead of handling them; afterwards they are handled as before."""
-    deferred = DeferredSignal()
-    if threading.current_thread() is not threading.main_thread():
-        yield deferred
-        return
-    before = {number: signal.signal(number, deferred.handle) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield deferred
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if deferred.number is not None:
-        signal.raise_signal(deferred.number)
 
 
 def meet(launcher: LauncherEnv, deferred: DeferredSignal, limit_seconds: float) -> Store:
