@@ -190,7 +190,7 @@ class Loader:
                     "a data worker is stuck on a sample",
                     where=f"{self.data.datasets[dataset].tar_path(shard)}, row {row}",
                     found=f"no result for {seconds:.0f} s (limit {SAMPLE_TIMEOUT_SECONDS:.0f} s)",
-                    fix="check the disk it is stored on and run the same command again to resume",
+                    fix="check the disk it is stored on and run the same command again",
                 )
         return pending.future.result()
 
@@ -221,7 +221,7 @@ class Loader:
             "a data worker failed on a sample",
             where=f"{tar}, row {pending.row[index]}",
             found=f"{type(error).__name__}: {str(error)[:200]}",
-            fix="run the same command again to resume; --debug shows the traceback",
+            fix="run the same command again; --debug shows the traceback",
         )
         failure.__cause__ = error
         return failure

@@ -88,7 +88,7 @@ def _exit_with_launcher(launchers: list[psutil.Process]) -> None:
             "the launcher of this rank has ended, and the rank did not stop in time",
             where=f"process {gone}",
             found=f"limit {LEAVE_SECONDS:.0f} s",
-            fix="run the same command again to resume from the newest checkpoint",
+            fix="run the same command again: it resumes from the newest checkpoint if there is one",
         )
     )
 

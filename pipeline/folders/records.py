@@ -43,7 +43,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
             f"the {kind} folder has no manifest",
             where=folder,
             found=f"no {MANIFEST}: it is not a {kind} folder, or the command that writes it did not finish",
-            fix="check the path, or run that command again to resume",
+            fix="check the path, or run that command again",
         ) from None
     except (OSError, ValueError) as error:
         raise ClipwrightError(

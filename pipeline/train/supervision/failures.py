@@ -10,7 +10,7 @@ from typing import Any, Literal
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.train.supervision.progress import location
 
-RESUME = "run the same command again to resume from the newest checkpoint"
+RESUME = "run the same command again: it resumes from the newest checkpoint if there is one"
 MAX_LISTED_RANKS = 4  # ranks that a message names
 
 

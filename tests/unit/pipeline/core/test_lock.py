@@ -17,6 +17,7 @@ import pytest
 from clipwright.pipeline.core import lock
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.lock import Holder, Lock
+from clipwright.pipeline.core.status import StatusFile
 
 
 @pytest.fixture(autouse=True)
@@ -158,3 +159,20 @@ def test_removed_lock_file_is_written_again(tmp_path: Path) -> None:
         path.unlink()
         held.verify()
         assert json.loads(path.read_text())["token"] == held.holder.token
+
+
+def test_status_of_a_folder_is_its_writers(tmp_path: Path) -> None:
+    """A second command that fails for another reason leaves the status alone, too."""
+    (tmp_path / "status.json").write_text('{"verb": "train"}')
+    write(tmp_path / ".lock")  # of this process, which runs, but not of a lock that it holds
+    failed = StatusFile(tmp_path, "train")
+    failed.write(2, None)
+    assert (tmp_path / "status.json").read_text() == '{"verb": "train"}'
+    failed.claim(tmp_path)
+    failed.write(1, ClipwrightError("E_LOCKED", "lost", fix="wait"))
+    assert (tmp_path / "status.json").read_text() == '{"verb": "train"}'
+    failed.write(2, None)
+    assert json.loads((tmp_path / "status.json").read_text())["exit_code"] == 2
+    write(tmp_path / ".lock", process_start="1")  # its process has ended
+    StatusFile(tmp_path, "train").write(3, None)
+    assert json.loads((tmp_path / "status.json").read_text())["exit_code"] == 3

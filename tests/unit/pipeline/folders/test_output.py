@@ -14,6 +14,7 @@ import pytest
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import write_json
+from clipwright.pipeline.core.lock import Holder
 from clipwright.pipeline.core.status import STATUS
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.output import (
@@ -178,6 +179,20 @@ def test_second_process_is_refused_while_the_first_holds_the_claim(tmp_path: Pat
             assert f"process {first.pid} on {os.uname().nodename}, started 20" in line and f"kill {first.pid}" in line
         first.kill()
     output.claim(tmp_path / "out", DATASET).release()
+
+
+def test_parts_of_one_division_are_written_at_once_and_exclude_the_complete_folder(tmp_path: Path) -> None:
+    with output.claim(tmp_path, DATASET, part="share-1-of-2"), output.claim(tmp_path, DATASET, part="share-2-of-2"):
+        for part in ("share-1-of-2", "share-1-of-3", ""):
+            refused(lambda part=part: output.claim(tmp_path, DATASET, part=part), "E_LOCKED")
+        output.claim(tmp_path, DATASET, part="plan-1-of-1").release()
+    dead = json.loads('{"token": "x", "host": "n", "machine": "m", "pid": 1, "started": "s", "command": "c"}')
+    dead |= {"process_start": "1", "machine": Holder.this_process().machine}
+    (tmp_path / ".lock-share-1-of-9").write_text(json.dumps(dead))
+    with output.claim(tmp_path, DATASET):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        refused(lambda: output.claim(tmp_path, DATASET, part="share-1-of-2"), "E_LOCKED")
+    assert not list(tmp_path.iterdir())
 
 
 def test_clear_removes_what_the_command_wrote_and_nothing_else(tmp_path: Path) -> None:
