@@ -155,11 +155,6 @@ def without_language(stem: str) -> str | None:
     return start if dot and start and _LANGUAGE.fullmatch(language) else None
 
 
-def valid_utf8(text: str) -> str:
-    """Escapes lone surrogates, which JSON may contain and which represent invalid bytes in file names."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _caption(item: Any, key: str, name: str) -> Caption:
     """Returns a caption from a JSON file; an object or a list in its place is an error."""
     if isinstance(item, str):

@@ -28,13 +28,12 @@ from clipwright.data_prep.sources.caption_files import (
     CaptionFileError,
     CaptionFilesConfig,
     CaptionRules,
-    valid_utf8,
 )
 from clipwright.data_prep.sources.folder_files import check_folder, find_files
 from clipwright.pipeline.core.files import canonical_json
 from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.core.text import printable
+from clipwright.pipeline.core.text import printable, valid_utf8
 
 _COLUMN_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
 _HASH_THREADS = 4

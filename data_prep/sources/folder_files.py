@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipwright.data_prep.sources.caption_files import JSON_SUFFIX, CaptionRules, valid_utf8, without_language
+from clipwright.data_prep.sources.caption_files import JSON_SUFFIX, CaptionRules, without_language
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.messages import format_count
-from clipwright.pipeline.core.text import printable
+from clipwright.pipeline.core.text import printable, valid_utf8
 
 # Formats that pixels.py decodes, and others: a file of these is a row too, so that it appears among the rejects.
 DECODED_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff")

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipwright.data_prep.sources.base import NO_CAPTIONS, SOURCES, Record, Source, SourceConfig
-from clipwright.data_prep.sources.tables.base import Batch, TableFile, compute, find_column, type_at
+from clipwright.data_prep.sources.tables.base import Batch, TableFile, compute, find_column, is_text, type_at
 from clipwright.data_prep.sources.tables.captions import CaptionReader
 from clipwright.data_prep.sources.tables.files import TextOptions, find_files, open_files
 from clipwright.data_prep.sources.tables.images import check_image_type, is_url, read_cell
@@ -201,12 +201,14 @@ class TableSource(Source):
     def _refuse_urls(self) -> None:
         """Raises E_COLUMN if the images are URLs, before all rows are read in vain."""
         for file, selected in zip(self.files, self._selected, strict=True):
+            path = find_column(self.image, file, "source.image")
+            if not file.is_text and not is_text(type_at(file, path, "source.image")):
+                continue
             rows = np.arange(min(file.rows, _SAMPLE_ROWS)) if selected is None else selected[:_SAMPLE_ROWS]
             if not len(rows):
                 continue
             _, batch = next(file.batches(rows))
-            cells = batch.values(find_column(self.image, file, "source.image"))
-            values = [value for value in cells if value is not None]
+            values = [value for value in batch.values(path) if value is not None]
             if values and all(map(is_url, values)):
                 raise ClipwrightError(
                     "E_COLUMN",

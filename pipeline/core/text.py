@@ -6,6 +6,11 @@ MAX_SHOWN = 200  # characters of one echoed value
 MAX_LISTED = 20  # names of one echoed list
 
 
+def valid_utf8(text: str) -> str:
+    """Escapes lone surrogates, which JSON may contain and which represent invalid bytes in file names."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def printable(text: str) -> str:
     """Escapes control characters and lone surrogates, so that a terminal shows them and does not obey them."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

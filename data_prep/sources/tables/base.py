@@ -15,7 +15,7 @@ import pyarrow.compute
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import canonical_json
 from clipwright.pipeline.core.nearest import nearest
-from clipwright.pipeline.core.text import listed, shown
+from clipwright.pipeline.core.text import listed, shown, valid_utf8
 
 # Made at run time, so that type checkers do not see the functions.
 compute = cast(Any, pyarrow.compute)
@@ -231,11 +231,6 @@ def as_text(value: Any) -> str | None:
         except (TypeError, ValueError):
             return valid_utf8(str(value))
     return None if written is None else valid_utf8(written)
-
-
-def valid_utf8(text: str) -> str:
-    """Escapes lone surrogates, which JSON may contain and which represent invalid bytes in file names."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def is_text(kind: pa.DataType) -> bool:

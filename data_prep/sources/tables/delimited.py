@@ -128,6 +128,10 @@ class DelimitedTable(TableFile):
         if not missing:
             return
         ours = self._dialect.describe()
+        if line.lower().startswith("sep="):
+            what = "the first line is a note of Excel, not a header"
+            fix = f"delete that line, and set {_override(line[4:5])}"
+            raise unreadable(f"{self.path}, line 1", f"it holds {shown(line)}", fix, what)
         for delimiter, described in DELIMITERS.items():
             other = Dialect(delimiter.encode(), b'"', 0)
             names = [name.decode("utf-8", "replace").strip() for name in split_fields(line.encode(), other)]
@@ -147,14 +151,11 @@ class DelimitedTable(TableFile):
             )
 
     def _wrong_delimiter(self, delimiter: str, described: str, header: list[str], ours: str) -> ClipwrightError:
-        value = "source.delimiter=tab" if delimiter == "\t" else f"'source.delimiter={delimiter}'"
-        if delimiter == ",":
-            value = "source.delimiter=,"
         columns = "1 column" if len(header) == 1 else f"{len(header)} columns"
         return unreadable(
             f"{self.path}, line 1",
             f"with {ours} between fields the header has {columns}: {listed(header)}; it looks like {described}",
-            f"set {value}",
+            f"set {_override(delimiter)}",
             "the fields are separated by another character",
         )
 
@@ -273,6 +274,13 @@ class DelimitedBatch(Batch):
             values = [None if cell is None else _decoded(cell) for cell in cells.to_pylist()]
             text = pa.array([value if isinstance(value, str) else None for value in values], pa.string())
         return text.cast(kind)
+
+
+def _override(delimiter: str) -> str:
+    """Returns the override that sets a delimiter, as it is typed in a shell."""
+    if delimiter == "\t":
+        return "source.delimiter=tab"
+    return "source.delimiter=," if delimiter == "," else f"'source.delimiter={delimiter}'"
 
 
 def _decoded(cell: bytes) -> str | bytes:

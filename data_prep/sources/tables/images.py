@@ -12,10 +12,10 @@ from urllib.parse import unquote, unquote_to_bytes
 import pyarrow as pa
 
 from clipwright.data_prep.sources.base import read_image
-from clipwright.data_prep.sources.tables.base import TableFile, is_bytes, is_text, valid_utf8
+from clipwright.data_prep.sources.tables.base import TableFile, is_bytes, is_text
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.messages import format_count
-from clipwright.pipeline.core.text import shown
+from clipwright.pipeline.core.text import shown, valid_utf8
 
 MAX_IMAGE_BYTES = 64 << 20  # of an image in text
 _MAX_PATH = 4096  # characters

@@ -33,6 +33,7 @@ FILES: dict[str, str | bytes] = {
     "unclosed.csv": 'caption,image\nx,y\n"never closed,0.jpg\nx,y\n',
     "endless.csv": 'caption,image\n"never closed,0.jpg\n' + "x,y\n" * 300,
     "ragged.tsv": 'caption\timage\n"two\nlines"\ta.jpg\n',
+    "excel.csv": "sep=;\r\nimage;caption\r\na.jpg;x\r\n",
     "bare.csv": "photos/1.jpg,a cat\nphotos/2.jpg,a dog\n",
     "empty.csv": b"",
     "twice.csv": "image,caption,caption\na,b,c\n",
@@ -61,6 +62,7 @@ REFUSED = [
     ("unclosed.csv", [], "E_TABLE", "line 3 — the file ends inside it", "source.quote=none"),
     ("endless.csv", [], "E_TABLE", "line 2 — it is still open 100 lines later", "source.quote=none"),
     ("ragged.tsv", [], "E_TABLE", "ragged.tsv, line 2 — 1 field separated by tab, 2 in", "'source.quote=\"'"),
+    ("excel.csv", [], "E_TABLE", "a note of Excel", "delete that line, and set 'source.delimiter=;'"),
     ("bare.csv", [], "E_TABLE", "the file has no header", "for example image,caption"),
     ("empty.csv", [], "E_TABLE", "empty.csv — the file is empty", "check the file"),
     ("twice.csv", [], "E_COLUMN", "several columns of this name — twice.csv: caption", "its own name"),
@@ -88,8 +90,9 @@ REFUSED = [
     ("tabs.csv", ["source.delimiter=tab", "source.where.caption=x"], "E_PREP_EMPTY", "a cat, sitting", "occur"),
     (".", [], "E_INPUT", "it is a folder", "clipwright prep folder"),
 ]
-# Through a command: each code, and each kind of remedy that is typed.
-COMMANDS = [REFUSED[i] for i in (0, 5, 9, 17, 30, 37, 38)]
+# Through a command: one of each code, and one of each key.
+_FIRST = list({row[2]: row for row in reversed(REFUSED)}.values())
+COMMANDS = [*_FIRST, *(row for row in REFUSED if row[0] in ("semicolon.csv", "open.csv"))]
 
 
 def write_table(folder: Path, name: str) -> None:
