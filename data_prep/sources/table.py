@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from clipwright.data_prep.sources.base import NO_CAPTIONS, SOURCES, Record, Source, SourceConfig
 from clipwright.data_prep.sources.tables.base import Batch, TableFile, compute, find_column, is_text, type_at
-from clipwright.data_prep.sources.tables.captions import CaptionReader
+from clipwright.data_prep.sources.tables.captions import CaptionReader, list_notes
 from clipwright.data_prep.sources.tables.files import TextOptions, find_files, open_files
 from clipwright.data_prep.sources.tables.images import check_image_type, is_url, read_cell
 from clipwright.data_prep.sources.tables.types import common_type
@@ -63,7 +63,9 @@ class TableSource(Source):
         self.root = None if config.root is None else Path(config.root).resolve()
         self.options = TextOptions.read(config.delimiter, config.quote, config.encoding)
         self._captions = CaptionReader(config.caption) if self.captioned else None
-        needed = [self.image, *(self._captions.names if self._captions else []), *self.where]
+        needed = {self.image: "source.image", **dict.fromkeys(self.where, "source.where")}
+        if self._captions is not None:
+            needed.update(dict.fromkeys(self._captions.names, "source.caption"))
         self.files = open_files(find_files(config.path), self.options, needed)
         self._check_columns()
         first = self.files[0]
@@ -74,7 +76,7 @@ class TableSource(Source):
         self.columns = pa.schema([(name, common_type(name, self.files)) for name in names])
         for file in self.files:
             file.leave_out(dropped)
-        self.notes = [note for file in self.files for note in file.notes]
+        notes = [note for file in self.files for note in file.notes]
         self._selected = [self._select_rows(file) for file in self.files]
         counts = [
             file.rows if rows is None else len(rows) for file, rows in zip(self.files, self._selected, strict=True)
@@ -83,7 +85,7 @@ class TableSource(Source):
         self.count = int(self._starts[-1])
         if self.where and not self.count and any(file.rows for file in self.files):
             raise self._nothing_selected(first)
-        self._refuse_urls()
+        self.notes = [*notes, *self._check_sample()]
         self._hashes: list[str] = []
         self._stamp: list[list[int]] = []
 
@@ -198,14 +200,13 @@ class TableSource(Source):
             fix="set source.where to values that occur",
         )
 
-    def _refuse_urls(self) -> None:
-        """Raises E_COLUMN if the images are URLs, before all rows are read in vain."""
+    def _check_sample(self) -> list[str]:
+        """Returns notes about the first rows. Raises E_COLUMN if the images are URLs, before all rows are read."""
+        notes: list[str] = []
         for file, selected in zip(self.files, self._selected, strict=True):
             path = find_column(self.image, file, "source.image")
-            if not file.is_text and not is_text(type_at(file, path, "source.image")):
-                continue
             rows = np.arange(min(file.rows, _SAMPLE_ROWS)) if selected is None else selected[:_SAMPLE_ROWS]
-            if not len(rows):
+            if not len(rows) or not (file.is_text or is_text(type_at(file, path, "source.image"))):
                 continue
             _, batch = next(file.batches(rows))
             values = [value for value in batch.values(path) if value is not None]
@@ -218,6 +219,10 @@ class TableSource(Source):
                     fix="download the images first, for example with img2dataset, whose tars `clipwright data index` "
                     "reads; or set source.image to a column with paths of files",
                 )
+            if self._captions is not None and not notes:
+                captions = self._captions.read(batch, self._captions.paths(file))
+                notes += list_notes(file, [text for texts in captions for text in texts if isinstance(text, str)])
+        return notes
 
     def _file_stamps(self) -> list[list[int]]:
         stats = [file.path.stat() for file in self.files]

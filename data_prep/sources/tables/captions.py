@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from typing import Any
 
@@ -23,6 +24,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.text import listed, shown
 
 _KEY = "source.caption"
+_LIST_AS_TEXT = re.compile(r"""\[\s*["'].*["']\s*\]""", re.DOTALL)
 
 
 class CaptionReader:
@@ -112,6 +114,15 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
             fix="write {column} for a column, and {{ or }} for a literal brace",
         )
     return [(text, name) for text, name, _, _ in fields]
+
+
+def list_notes(file: TableFile, texts: list[str]) -> list[str]:
+    """Returns a note if captions are lists that were written as text, as pandas writes them to csv."""
+    if not texts or not all(_LIST_AS_TEXT.fullmatch(text) for text in texts):
+        return []
+    example = shown(texts[0], 60)
+    advice = "each is kept as one caption; for several captions per image, write the table as jsonl or parquet"
+    return [f"{shown(file.name)}: the captions look like lists written as text ({example}); {advice}"]
 
 
 def _captions(value: Any) -> list[Caption]:

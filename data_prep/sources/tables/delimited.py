@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from clipwright.data_prep.sources.tables.base import (
     ColumnPath,
     TableFile,
     compute,
+    find_column,
     repeated_names,
     unique_names,
     unreadable,
@@ -41,9 +42,9 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".t
 
 
 class DelimitedTable(TableFile):
-    """A csv or tsv file. `needed` are columns that the file must have, by which a wrong delimiter is noticed."""
+    """A csv or tsv file. `needed` are columns that the file must have, and the config key that names each."""
 
-    def __init__(self, path: Path, *, delimiter: str, quote: str, encoding: str, needed: Sequence[str]) -> None:
+    def __init__(self, path: Path, *, delimiter: str, quote: str, encoding: str, needed: Mapping[str, str]) -> None:
         self.path = path
         self._dialect = Dialect(delimiter.encode(), quote.encode(), 0)
         self._check = EncodingCheck(path, encoding)
@@ -75,7 +76,7 @@ class DelimitedTable(TableFile):
         ]
         return pa.chunked_array(chunks, kind)
 
-    def _read(self, reader: TextReader, needed: Sequence[str]) -> None:
+    def _read(self, reader: TextReader, needed: Mapping[str, str]) -> None:
         """Reads the file once: header, blocks of rows, types of columns."""
         buffer = reader.read(BLOCK_BYTES)
         while buffer and not last_line_end(buffer) and len(buffer) <= MAX_ROW_BYTES and (more := reader.read(1 << 20)):
@@ -101,7 +102,7 @@ class DelimitedTable(TableFile):
                 raise line_too_long(self.path, line)
         self._lines = line - 1
 
-    def _read_header(self, data: bytes, needed: Sequence[str]) -> int:
+    def _read_header(self, data: bytes, needed: Mapping[str, str]) -> int:
         """Sets the column names; returns where the header ends."""
         if not data.strip():
             raise unreadable(self.path, "the file is empty", "check the file")
@@ -113,16 +114,18 @@ class DelimitedTable(TableFile):
             sample = data[: last_line_end(data)] or data
             raise wrong_encoding(self.path, self._check.encoding, sample, "in its first line")
         header = [name.decode().strip() for name in split_fields(text, self._dialect)]
-        self._require_columns(header, needed, text.decode())
+        self._check_delimiter(header, needed, text.decode())
         self.names = unique_names(header)
         self.repeated = repeated_names(header)
+        for name, key in needed.items():
+            find_column(name, self, key)  # before the rows are read
         self._dialect = Dialect(self._dialect.delimiter, self._dialect.quote, len(header))
         self._guesses = [TypeGuess() for _ in self.names]
         self._lines = count_lines(data[: row.stop])
         self._header_lines = self._lines
         return row.stop
 
-    def _require_columns(self, header: list[str], needed: Sequence[str], line: str) -> None:
+    def _check_delimiter(self, header: list[str], needed: Mapping[str, str], line: str) -> None:
         """Raises E_TABLE if a column is missing because of the delimiter or for want of a header."""
         missing = [name for name in needed if name not in header and name.split(".")[0] not in header]
         if not missing:

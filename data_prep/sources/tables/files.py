@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,8 +75,8 @@ def find_files(path: str | list[str]) -> list[Path]:
     return list(files)
 
 
-def open_files(paths: Sequence[Path], options: TextOptions, needed: Sequence[str]) -> list[TableFile]:
-    """Opens table files. `needed` are columns that each must have.
+def open_files(paths: Sequence[Path], options: TextOptions, needed: Mapping[str, str]) -> list[TableFile]:
+    """Opens table files. `needed` maps the columns that each must have to the config keys that name them.
 
     Raises E_TABLE for an unknown format or a file that cannot be read, E_CONFIG_VALUE for an option of another format.
     """
@@ -101,7 +101,7 @@ def _format(path: Path) -> str:
     return extension
 
 
-def _open(path: Path, options: TextOptions, needed: Sequence[str]) -> TableFile:
+def _open(path: Path, options: TextOptions, needed: Mapping[str, str]) -> TableFile:
     extension = _format(path)
     try:
         if extension == _PARQUET:

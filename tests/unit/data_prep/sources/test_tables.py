@@ -266,6 +266,14 @@ def test_coco_annotations(write: Callable[..., Path]) -> None:
     assert source.notes == ["captions.json: annotations of 1 image that the file does not list"]
 
 
+def test_lists_written_as_text_are_noted(write: Callable[..., Path]) -> None:
+    path = write("a.csv", """image,caption,n\na.jpg,"['one', 'two']",1\nb.jpg,"[""three""]",2\n""")
+    source = open_table(path)
+    assert captions(source) == [["['one', 'two']"], ['["three"]']]
+    assert "look like lists written as text (['one', 'two'])" in source.notes[0] and "jsonl" in source.notes[0]
+    assert not open_table(path, caption="n").notes
+
+
 def test_column_names(write: Callable[..., Path]) -> None:
     source = open_table(write("a.csv", ",image path, caption ,x,x\n0,a.jpg,text,1,2\n"), image="image path")
     assert captions(source) == [["text"]] and columns(source) == [{"column_1": 0, "x": 1, "x_2": 2}]
