@@ -26,6 +26,7 @@ from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders import output
+from clipwright.pipeline.folders.describe import describe
 from clipwright.pipeline.folders.output import FOREIGN, FOREIGN_SIDECAR, WORK
 from clipwright.pipeline.folders.records import MANIFEST
 from clipwright.pipeline.folders.schema import REJECTS_SCHEMA, parquet_bytes, sidecar_schema, user_columns
@@ -63,14 +64,19 @@ class Indexed:
 def find_tars(folder: Path) -> list[str]:
     """Returns the names of the tars in a folder, sorted. Raises E_INPUT, E_PREP_EMPTY."""
     if not folder.is_dir():
-        found = "it is a file" if folder.exists() else "no such folder"
-        raise ClipwrightError(
-            "E_INPUT", "the folder of tars does not exist", where=folder, found=found, fix="check the path"
-        )
+        found, fix = "no such folder", "check the path"
+        if folder.exists():
+            found, fix = f"it is {describe(folder).text}", describe(folder).advice or "name a folder of tars"
+        raise ClipwrightError("E_INPUT", "the folder of tars does not exist", where=folder, found=found, fix=fix)
     names = sorted(path.name for path in folder.glob("*.tar") if path.is_file())
     if not names:
+        found = describe(folder)
         raise ClipwrightError(
-            "E_PREP_EMPTY", "the folder has no tars", where=folder, found="no *.tar in it", fix="check the path"
+            "E_PREP_EMPTY",
+            "the folder has no tars",
+            where=folder,
+            found=f"it is {found.text}",
+            fix=found.advice or "check the path",
         )
     return names
 

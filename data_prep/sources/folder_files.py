@@ -13,6 +13,7 @@ from clipwright.data_prep.sources.caption_files import JSON_SUFFIX, CaptionRules
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.text import printable, valid_utf8
+from clipwright.pipeline.folders.describe import describe
 
 # Formats that pixels.py decodes, and others: a file of these is a row too, so that it appears among the rejects.
 DECODED_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff")
@@ -37,13 +38,11 @@ def check_folder(path: str) -> Path:
     """Returns the resolved path of the input folder. Raises E_INPUT if there is no such folder."""
     root = Path(path)
     if not root.is_dir():
-        is_file = root.exists()
+        found, fix = f"no such folder in {Path.cwd()}", "check the path"
+        if root.exists():
+            found, fix = f"it is {describe(root).text}", describe(root).advice or "name a folder"
         raise ClipwrightError(
-            "E_INPUT",
-            "the input folder does not exist",
-            where=f"source.path: {path}",
-            found="it is a file" if is_file else f"no such folder in {Path.cwd()}",
-            fix="for a table, run `clipwright prep table`" if is_file else "check the path",
+            "E_INPUT", "the input folder does not exist", where=f"source.path: {path}", found=found, fix=fix
         )
     return root.resolve()
 

@@ -24,6 +24,7 @@ from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.text import shown
 from clipwright.pipeline.core.unsafe import refuse_code
 from clipwright.pipeline.folders import output
+from clipwright.pipeline.folders.describe import INDEX_FILES, wrong_kind
 from clipwright.pipeline.folders.embeddings import Embeddings, rows_error
 from clipwright.pipeline.folders.output import CONFIG, CURRENT, INDEX, VERSIONS
 from clipwright.pipeline.folders.records import (
@@ -258,10 +259,8 @@ def _describe(row: Mapping[str, Any]) -> str:
 
 def _current_version(folder: Path) -> tuple[str, dict[str, Any]]:
     """Returns the name and the manifest of the version that the file `current` names."""
-    if not folder.is_dir():
-        raise ClipwrightError(
-            "E_INPUT", "the index folder does not exist", where=folder, found="no such folder", fix="check the path"
-        )
+    if not any((folder / name).exists() for name in INDEX_FILES):
+        raise wrong_kind(folder, "index")
     try:
         name = (folder / CURRENT).read_text(encoding="utf-8").strip()
     except OSError:

@@ -13,6 +13,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import digest, file_sha256, write_json
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.text import shorten
+from clipwright.pipeline.folders.describe import wrong_kind
 from clipwright.pipeline.folders.remote import is_remote
 
 VERSION = 1
@@ -28,35 +29,25 @@ def write_manifest(folder: Path, kind: str, fingerprint: str, body: Mapping[str,
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
-    """Returns the manifest of a folder of format `kind`. Raises E_INPUT, E_MANIFEST."""
-    if not folder.is_dir():
-        found = "it is a file" if folder.exists() else "no such folder"
-        raise ClipwrightError(
-            "E_INPUT", f"the {kind} folder does not exist", where=folder, found=found, fix="check the path"
-        )
+    """Returns the manifest of a folder of format `kind`. Raises E_INPUT, E_MANIFEST, which name what `folder` is."""
     path = folder / MANIFEST
+    if not path.is_file():
+        raise wrong_kind(folder, kind)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ClipwrightError(
-            "E_MANIFEST",
-            f"the {kind} folder has no manifest",
-            where=folder,
-            found=f"no {MANIFEST}: it is not a {kind} folder, or the command that writes it did not finish",
-            fix="check the path, or run that command again",
-        ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ClipwrightError(
             "E_MANIFEST", "the manifest cannot be read", where=path, found=str(error), fix="make the folder again"
         ) from None
-    found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
-    if found != (kind, VERSION):
+    if not isinstance(manifest, dict) or manifest.get("format") != kind:
+        raise wrong_kind(folder, kind)
+    if manifest.get("version") != VERSION:
         raise ClipwrightError(
             "E_MANIFEST",
-            "the folder has another format",
+            "the folder has another version of its format",
             where=path,
-            found=f"format {found[0]!r} version {found[1]!r} (expected {kind!r} version {VERSION})",
-            fix=f"name a {kind} folder",
+            found=f"version {manifest.get('version')!r} (expected {VERSION})",
+            fix="read it with the clipwright that wrote it, or make the folder again",
         )
     return manifest
 

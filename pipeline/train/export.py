@@ -13,6 +13,7 @@ from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders import output
+from clipwright.pipeline.folders.describe import describe, wrong_kind
 from clipwright.pipeline.model.folder import load_model, save_model
 from clipwright.pipeline.train import run_folder
 from clipwright.pipeline.train.checkpoints import checkpoint
@@ -37,14 +38,8 @@ def export(call: Call) -> Outcome:
     config: ExportConfig = call.load().value
     run, out = Path(config.run), call.output().absolute()
     tree = run_folder.stored_tree(run)
-    if tree is None:
-        raise ClipwrightError(
-            "E_INPUT",
-            "this is not a run folder",
-            where=run,
-            found="no config.yaml",
-            fix="give the -o folder of `train`",
-        )
+    if tree is None or describe(run).kind != "run":
+        raise wrong_kind(run, "run")
     found = checkpoint.newest(run, config.step)
     if found is None:
         raise ClipwrightError(

@@ -34,6 +34,7 @@ from clipwright.pipeline.data.batch_samples import (
 )
 from clipwright.pipeline.data.datasets import DatasetEntry, Datasets
 from clipwright.pipeline.distributed.group import World, all_gather_object, all_reduce_sum, broadcast_object
+from clipwright.pipeline.folders.describe import describe, wrong_kind
 from clipwright.pipeline.train import run_folder
 from clipwright.pipeline.train.config import RunConfig
 from clipwright.pipeline.train.run_folder import LEDGER, StepFile
@@ -151,6 +152,8 @@ def show(call: Call) -> Outcome:
     """Runs `clipwright data ledger RUN step=NUMBER`."""
     config: LedgerConfig = call.load().value
     run = Path(config.run)
+    if not run.is_dir() or describe(run).kind != "run":
+        raise wrong_kind(run, "run")
     if not (run / LEDGER).is_file():
         raise ClipwrightError(
             "E_INPUT",

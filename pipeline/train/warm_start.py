@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.folders.describe import describe
 from clipwright.pipeline.folders.output import IDENTITY
 from clipwright.pipeline.folders.records import MANIFEST
 from clipwright.pipeline.losses.base import LossTerm
@@ -63,7 +64,7 @@ def read(folder: Path) -> InitWeights:
             "E_INPUT",
             "init_from is neither a run nor a model folder",
             where=f"init_from: {folder}",
-            found=f"no {IDENTITY} and no {MANIFEST}",
+            found=f"it is {describe(folder).text}" if folder.exists() else "no such folder",
             fix="give the -o folder of `train`, `export` or `import`",
         )
     model = load_model(folder, device="cpu")

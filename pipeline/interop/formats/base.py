@@ -18,6 +18,7 @@ from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import Registry, configclass
+from clipwright.pipeline.folders.describe import TRANSFORMERS, describe, wrong_kind
 from clipwright.pipeline.interop.weights import NameTable
 from clipwright.pipeline.model.two_tower import ModelConfig
 from clipwright.pipeline.tokenizers.base import Tokenizer
@@ -117,8 +118,16 @@ FORMATS: Registry[Format] = Registry("format", "clipwright.pipeline.interop.form
 def open_foreign_model(folder: Path) -> ForeignModel:
     """Opens a folder with the first format that matches. Raises E_INPUT, or E_IMPORT if there is none."""
     if not folder.is_dir():
-        found = "it is a file" if folder.exists() else "there is no such folder"
-        raise ClipwrightError("E_INPUT", "the model folder is missing", where=folder, found=found, fix="check the path")
+        raise wrong_kind(folder, "model")
+    found = describe(folder)
+    if found.kind not in ("", TRANSFORMERS):
+        raise ClipwrightError(
+            "E_IMPORT",
+            "this is not a model folder of transformers",
+            where=folder,
+            found=f"it is {found.text}",
+            fix=found.advice,
+        )
     mismatches: dict[str, ClipwrightError] = {}
     for name in FORMATS.entries:
         model_format = FORMATS.build(FORMATS.preset(name))
