@@ -20,7 +20,7 @@ from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.folders.remote import is_remote
 from clipwright.pipeline.pixels import bytes_key
 
-IMAGE_COLUMN = "image"  # holds the image files of a parquet table, as bytes or as a struct with bytes
+IMAGE_COLUMN = "image"  # by default, the column of a parquet table with image files: bytes, or structs with bytes
 
 READ_ROWS = 64  # rows of images that are read at a time
 
@@ -42,13 +42,22 @@ class LabeledSet(Protocol):
         ...
 
 
-def open_labeled(place: str | Path, cache: CacheConfig | None = None) -> LabeledSet:
+def open_labeled(place: str | Path, cache: CacheConfig | None = None, image_column: str = IMAGE_COLUMN) -> LabeledSet:
     """Opens a dataset folder, local or remote, or the parquet files that a path or glob names.
 
-    Raises E_INPUT, E_TABLE, E_COLUMN, E_DATA_SMALL, and E_REMOTE for a remote dataset.
+    image_column: column of the parquet files with the images. Raises E_CONFIG_VALUE if it is set for a dataset folder,
+    E_INPUT, E_TABLE, E_COLUMN, E_DATA_SMALL, and E_REMOTE for a remote dataset.
     """
     is_dataset = is_remote(str(place)) or Path(place).is_dir()
-    data = LabeledDataset(place, cache) if is_dataset else LabeledTable(_find_files(str(place)))
+    if is_dataset and image_column != IMAGE_COLUMN:
+        raise ClipwrightError(
+            "E_CONFIG_VALUE",
+            "the image column applies to parquet files only",
+            where=f"benchmark.image: {image_column}",
+            found=f"{place} is a dataset folder, which has its images in tars",
+            fix="leave out benchmark.image",
+        )
+    data = LabeledDataset(place, cache) if is_dataset else LabeledTable(_find_files(str(place)), image_column)
     if data.samples == 0:
         raise ClipwrightError(
             "E_DATA_SMALL",
@@ -80,16 +89,18 @@ class LabeledDataset:
 class LabeledTable:
     """The rows of parquet files in order. The key of an image is computed from its bytes."""
 
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
+    def __init__(self, files: list[Path], image_column: str) -> None:
+        self.files, self.image_column = files, image_column
         self.schemas = [_read_schema(path) for path in files]
         self.name = files[0].name
-        self.columns = [name for name in self.schemas[0].names if name != IMAGE_COLUMN]
+        self.columns = [name for name in self.schemas[0].names if name != image_column]
         for path, schema in zip(files, self.schemas, strict=True):
-            for name in (IMAGE_COLUMN, *self.columns):
+            if image_column not in schema.names:
+                raise _missing_images(image_column, path, schema)
+            for name in self.columns:
                 if name not in schema.names:
                     raise _missing_column(name, path, schema)
-            _check_image_column(path, schema.field(IMAGE_COLUMN))
+            _check_image_column(path, schema.field(image_column))
         self.sizes = [pq.read_metadata(path).num_rows for path in files]
         self.samples = sum(self.sizes)
         self.fingerprint = digest([file_sha256(path) for path in files])
@@ -114,13 +125,13 @@ class LabeledTable:
         for path, size in zip(self.files, self.sizes, strict=True):
             file_rows = rows[(rows >= file_start) & (rows < file_start + size)] - file_start
             try:
-                yield from _table_images(path, file_rows)
+                yield from _table_images(path, file_rows, self.image_column)
             except (OSError, pa.ArrowException) as error:
                 raise _unreadable_table(path, str(error)) from None
             file_start += size
 
 
-def _table_images(path: Path, rows: np.ndarray) -> Iterator[ImageSource]:
+def _table_images(path: Path, rows: np.ndarray, column: str) -> Iterator[ImageSource]:
     # With a buffer, a row group of photos is read page by page, not at once.
     with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
         group_start = 0
@@ -130,7 +141,7 @@ def _table_images(path: Path, rows: np.ndarray) -> Iterator[ImageSource]:
             if len(group_rows):
                 wanted = set(group_rows.tolist())
                 row = group_start
-                for batch in file.iter_batches(READ_ROWS, row_groups=[group], columns=[IMAGE_COLUMN]):
+                for batch in file.iter_batches(READ_ROWS, row_groups=[group], columns=[column]):
                     for value in batch.column(0):
                         if row in wanted:
                             yield _table_image(path, row, value.as_py())
@@ -171,18 +182,33 @@ def _read_schema(path: Path) -> pa.Schema:
         raise _unreadable_table(path, str(error)) from None
 
 
-def _check_image_column(path: Path, column: pa.Field) -> None:
+def _holds_bytes(column: pa.Field) -> bool:
     kind = column.type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _check_image_column(path: Path, column: pa.Field) -> None:
+    if not _holds_bytes(column):
         raise ClipwrightError(
             "E_COLUMN",
             "the column does not hold images",
-            where=f"{path}: {IMAGE_COLUMN}",
+            where=f"{path}: {column.name}",
             found=f"its type is {column.type} (allowed: bytes, or a struct with bytes)",
             fix="store the image files in it, or make a dataset folder with `clipwright prep`",
         )
+
+
+def _missing_images(name: str, path: Path, schema: pa.Schema) -> ClipwrightError:
+    candidates = [column.name for column in schema if _holds_bytes(column)]
+    return ClipwrightError(
+        "E_COLUMN",
+        "the table has no column with images of this name",
+        where=f"{path}: {name}",
+        found=f"the table has the columns {', '.join(schema.names)}",
+        fix=f"set benchmark.image={candidates[0]}" if candidates else "set benchmark.image to the column with images",
+    )
 
 
 def _missing_column(name: str, path: Path, schema: pa.Schema) -> ClipwrightError:
@@ -191,7 +217,7 @@ def _missing_column(name: str, path: Path, schema: pa.Schema) -> ClipwrightError
         "the column does not exist",
         where=f"{path}: {name}",
         found=f"the table has the columns {', '.join(schema.names)}",
-        fix=nearest(name, schema.names) or "give a table with the column `image` and a column with the label",
+        fix=nearest(name, schema.names) or "give files that all have the same columns",
     )
 
 

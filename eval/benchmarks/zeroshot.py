@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, BenchmarkContext, BenchmarkResult, Score
-from clipwright.eval.labeled import open_labeled
+from clipwright.eval.labeled import IMAGE_COLUMN, open_labeled
 from clipwright.eval.prompting import load_classes, load_templates
 from clipwright.eval.zeroshot import classify, make_task
 from clipwright.pipeline.core.files import digest
@@ -29,6 +29,8 @@ class ZeroshotConfig(BenchmarkConfig):
     """Shipped set (`clipwright list prompts`), .json or .txt file, or list; null: the distinct labels, sorted."""
     templates: str | list[str] = field(default_factory=lambda: ["a photo of a {}"])
     """Prompt templates with one `{}` for the class name: shipped set, .json or .txt file, or list."""
+    image: str = IMAGE_COLUMN
+    """Column of parquet files with the images: bytes, or structs with bytes."""
     label: str | None = None
     """Column of class names or numbers, or a format such as `{colour} {shape}`; null: `class_name`, else `label`."""
     where: dict[str, Any] = field(default_factory=dict)
@@ -48,7 +50,7 @@ class Zeroshot:
         config, runtime = self.config, context.runtime
         templates = load_templates(config.templates)
         classes = None if config.classes is None else load_classes(config.classes)
-        data = open_labeled(context.data, runtime.cache)
+        data = open_labeled(context.data, runtime.cache, config.image)
         task = make_task(data, classes, config.label, config.where)
         model = context.model
         result = classify(

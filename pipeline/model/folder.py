@@ -112,7 +112,7 @@ def load_model(folder: str | Path, device: str = "auto") -> Model:
     tree = _read_config(folder)
     # The file also states the loss and the tokenizer's fingerprint, which the towers do not need.
     model_fields = {key: value for key, value in tree.items() if key not in ("loss", "tokenizer_fingerprint")}
-    config = resolve_model_config(model_fields, folder / CONFIG)
+    config = resolve_model_config(model_fields, folder / CONFIG, plugins=_plugin_names(manifest))
     tokenizer = TOKENIZERS.build(config.tokenizer, folder=folder)
     recorded = str(tree.get("tokenizer_fingerprint"))
     if tokenizer.fingerprint != recorded:
@@ -134,13 +134,26 @@ def load_model(folder: str | Path, device: str = "auto") -> Model:
     return Model(config, towers.to(device), tokenizer, manifest["fingerprint"])
 
 
-def resolve_model_config(tree: dict[str, Any], where: Path) -> ModelConfig:
-    """Validates the fields of a ModelConfig; an error names `where`, the file or folder that they come from."""
+def resolve_model_config(tree: dict[str, Any], where: Path, plugins: Sequence[str] = ()) -> ModelConfig:
+    """Validates the fields of a ModelConfig; an error names `where`, the file or folder that they come from.
+
+    plugins: file names of the plugins that the model was made with, for the error about a name that none registered.
+    """
     try:
         return resolve(ModelConfig, base=tree).value
     except ClipwrightError as error:
-        place = f"{where}: {error.where}"
-        raise ClipwrightError(error.code, error.what, where=place, found=error.found, fix=error.fix) from None
+        place, fix = f"{where}: {error.where}", error.fix
+        if error.code == "E_CONFIG_CHOICE":
+            files = f"[{','.join(plugins)}]" if len(plugins) > 1 else "".join(plugins) or "FILE.py"
+            fix = f"add plugins={files} with the path of the plugin that registers it"
+        raise ClipwrightError(error.code, error.what, where=place, found=error.found, fix=fix) from None
+
+
+def _plugin_names(manifest: dict[str, Any]) -> list[str]:
+    """Returns the file names of the plugins that a manifest states; they are shown, never loaded."""
+    made_from: Any = manifest.get("made_from")
+    plugins = made_from.get("plugins") if isinstance(made_from, dict) else None
+    return [str(plugin.get("name")) for plugin in plugins or [] if isinstance(plugin, dict)]
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

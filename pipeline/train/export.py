@@ -59,11 +59,14 @@ def export(call: Call) -> Outcome:
     weights = techniques.export(found.weights())
     for name, tensor in found.loss().items():
         weights[f"loss.{name}"] = tensor
-    made_from = {
+    made_from: dict[str, Any] = {
         "dataset": found.manifest["identity"]["data"]["train"],
         "run": digest(found.manifest["identity"]),
         "samples": found.step * run_config.schedule.global_batch,
     }
+    plugins = found.manifest["identity"].get("plugins", [])
+    if plugins:
+        made_from["plugins"] = plugins
     with (
         output.claim(out, output.MODEL),
         output.staging(out) as staged,
@@ -94,6 +97,11 @@ def _card(tree: dict[str, Any], made_from: dict[str, Any], accepted: list[dict[s
     changes = "".join(
         f"- config changed after step {change['step']:,}: {'; '.join(change['changed'])}\n" for change in accepted
     )
+    plugins = "".join(
+        f"- plugin {plugin['name']}, SHA-256 {plugin['sha256']}: commands that read this model need plugins="
+        f"{plugin['name']} with its path; in Python, import the file before `load_model`\n"
+        for plugin in made_from.get("plugins", [])
+    )
     return (
         "# A two-tower image-text model\n\n"
         f"- image tower: {image['name']} at {image['image_size']} px\n"
@@ -101,7 +109,7 @@ def _card(tree: dict[str, Any], made_from: dict[str, Any], accepted: list[dict[s
         f"- embedding: {format_count(tree['embed_dim'], 'number')}, unit length\n"
         f"- trained on {format_count(made_from['samples'], 'sample')} of the dataset with fingerprint "
         f"{made_from['dataset']}\n"
-        f"{changes}\n"
+        f"{plugins}{changes}\n"
         "Made by clipwright. Open it with `clipwright.load_model(folder)`. The model knows only what its training data "
         "showed, including its biases; test it on your own data before you rely on it.\n"
     )

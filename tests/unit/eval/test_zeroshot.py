@@ -292,6 +292,16 @@ def test_zeroshot_through_the_command(cli, model, small, labeled: Path, tmp_path
     z = report["zeroshot"]
     assert (z["n"], z["classes"], [c["n"] for c in z["per_class"]]) == (3, 2, [1, 2])
     assert {"model", "data", "classes", "templates"} == report["fingerprints"].keys()
+    # A column of another name, as in Hugging Face's cifar10.
+    names = ["img", "class_name", "label", "split"]
+    pq.write_table(pq.read_table(labeled / "set-1.parquet").rename_columns(names), tmp_path / "hf.parquet")
+    renamed = ("eval", "zeroshot", f"model={model}", f"data={tmp_path / 'hf.parquet'}", "--json")
+    done = cli(*renamed)
+    assert done.returncode == 3 and "E_COLUMN" in done.stderr
+    assert "hf.parquet: image — the table has the columns img, class_name, label, split" in done.stderr
+    assert done.stderr.rstrip().endswith("— set benchmark.image=img")
+    done = cli(*renamed, "benchmark.image=img")
+    assert json.loads(done.stdout)["zeroshot"]["per_class"] == z["per_class"], done.stderr
     table = pq.read_table(out / "predictions.parquet")
     kinds = {
         "key": pa.string(),

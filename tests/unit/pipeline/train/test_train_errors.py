@@ -45,7 +45,7 @@ def test_missing_output_config_or_verb_is_a_usage_error(scenes: Path, tmp_path: 
     cli = small.cli(tmp_path)
     assert "error[E_USAGE]" in (line := cli.error("train", f"data.train={scenes}", code=2)) and "add -o DIR" in line
     line = cli.error("trian", "photos", code=2)
-    assert line.startswith("error[E_USAGE]") and "trian" in line and "Did you mean 'train'?" in line
+    assert line.startswith("error[E_USAGE]") and "trian" in line and "did you mean 'train'?" in line
     line = cli.error("train", "--foo", code=2)
     assert line.startswith("error[E_USAGE]") and "--foo" in line and "clipwright train --help" in line
     assert "clipwright" in cli().stdout  # no arguments: help, not an error
@@ -177,6 +177,15 @@ IMAGE_TOWERS.add(MeanColorConfig, MeanColor, {"mean_color": {"image_size": 32}})
     assert "mean_color.py" in identity and str(tmp_path) not in identity
     line = cli.error("train", *args, f"data.train={scenes}", "image.width=wide", "-o", "other", code=2)
     assert line.startswith("error[E_CONFIG_VALUE]") and "image.width" in line
+    # The model folder names the plugin, and never loads it.
+    cli("export", "run", "-o", "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "plugins=mean_color.py" in card and str(tmp_path) not in card
+    evaluate = ["eval", "retrieval", "model=model", f"data={scenes}"]
+    line = cli.error(*evaluate, code=2)
+    assert line.startswith("error[E_CONFIG_CHOICE]") and "model/config.json: name: mean_color" in line
+    assert "add plugins=mean_color.py with the path of the plugin" in line
+    cli(*evaluate, "plugins=mean_color.py")
     with (tmp_path / "mean_color.py").open("a") as file:
         file.write("\n# changed\n")
     resumed = ["train", *args, f"data.train={scenes}", "schedule.samples=32", "image.width=4", "-o", "run"]
