@@ -135,6 +135,15 @@ class Call:
         chosen, config = list(overrides), self.config
         if self.command.subject is not None:
             if config is not None:
+                given = next((word for word in chosen if word.startswith(f"{self.command.subject}=")), None)
+                if given is not None:
+                    raise ClipwrightError(
+                        "E_USAGE",
+                        f"{self.command.subject} is given twice",
+                        where=f"clipwright {self.command.verb}",
+                        found=f"{config} and {given}",
+                        fix="remove one of them",
+                    )
                 chosen.insert(0, f"{self.command.subject}={config}")
             config = None
         return config, chosen

@@ -83,10 +83,8 @@ def test_config_show_reads_a_command_line_as_its_verb_does(cli: Any) -> None:
 
 @pytest.mark.parametrize(("verb", "words"), [
     ("train", ["train", "--help"]),
-    ("prep", ["prep", "-h"]),
     ("index build", ["help", "index", "build"]),
-    ("data verify", ["data", "verify", "-h"]),
-    ("report", ["help", "report"]),
+    ("report", ["report", "-h"]),
 ])  # fmt: skip
 def test_help_shows_flags_examples_configs_and_keys(verb: str, words: list[str], cli: Any) -> None:
     spec = COMMANDS[verb]
@@ -96,7 +94,7 @@ def test_help_shows_flags_examples_configs_and_keys(verb: str, words: list[str],
     assert "--yes" not in text
     for example in spec.examples:
         assert f"\n  {example}\n" in text
-    configs = {"train": "cifar10, photos", "prep": "folder, scenes, table", "index build": "flat"}
+    configs = {"train": "cifar10, photos", "index build": "flat"}
     assert (f"Shipped configs: {configs.get(verb)}" in text) == (verb in configs)
     if spec.kind is not None:
         assert f"clipwright config show {verb}" in text

@@ -11,10 +11,22 @@ import pytest
 from clipwright.cli import REGISTRIES
 from clipwright.pipeline.core import outline
 from clipwright.pipeline.core.command import COMMANDS, load_name
+from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.other_tools import MODELS, SYNONYMS, TOOLS, equal_model, page
+from clipwright.pipeline.core.usage import check_verb, flag_error, verb_of
 
 DOCS = Path(__file__).resolve().parents[4] / "docs" / "coming-from.md"
-TRAIN_KEYS = outline.keys("clipwright.pipeline.train.config:RunConfig")
+
+
+def refused(line: str) -> str:
+    """Returns the error that a command line ends with before anything is imported for its verb."""
+    words = line.split(" ")
+    with pytest.raises(ClipwrightError) as caught:
+        check_verb(words, COMMANDS)
+        verb = verb_of(words, COMMANDS)
+        COMMANDS[verb].call(words[len(verb.split()) :]).check()
+    assert caught.value.exit_code == 2
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -43,10 +55,13 @@ TRAIN_KEYS = outline.keys("clipwright.pipeline.train.config:RunConfig")
         ("eval zeroshot custom_template_file=x", "custom_template_file", "use benchmark.templates"),
     ],
 )
-def test_an_unknown_key_is_answered_with_ours(line: str, culprit: str, remedy: str, cli: Any, tmp_path: Path) -> None:
+def test_an_unknown_key_is_answered_with_ours(
+    line: str, culprit: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "ds").mkdir()
     (tmp_path / "ds" / "manifest.json").write_text(json.dumps({"written": 200}))
-    error = cli.error(*line.split(), code=2)
+    monkeypatch.chdir(tmp_path)
+    error = refused(line)
     assert error.startswith("error[E_CONFIG_KEY]") and culprit in error
     assert error.rpartition(" — ")[2].startswith(remedy) or remedy in error.rpartition(" — ")[2], error
 
@@ -57,15 +72,23 @@ def test_an_unknown_key_is_answered_with_ours(line: str, culprit: str, remedy: s
         ("train --batch-size 32", "use schedule.global_batch"),
         ("train photos --optim.lr=1", "write optim.lr=VALUE, without dashes"),
         ("train photos --epochs 3", "set schedule.samples"),
-        ("train photos --keep 3", "use runtime.keep" if "keep" in SYNONYMS else "write runtime.keep=VALUE"),
+        ("train photos --keep 3", "write runtime.keep=VALUE"),
         ("prep --number_sample_per_shard 3", "use shards.samples"),
         ("train photos --nonsense", "clipwright train --help lists flags and keys"),
         ("--nonsense", "clipwright --help lists flags and keys"),
     ],
 )
-def test_an_unknown_flag_is_answered_with_a_key(line: str, remedy: str, cli: Any) -> None:
-    error = cli.error(*line.split(), code=2)
+def test_an_unknown_flag_is_answered_with_a_key(line: str, remedy: str) -> None:
+    words = line.split()
+    flag = next(word for word in words if word.startswith("--")).partition("=")[0]
+    error = str(flag_error(flag, words, COMMANDS))
     assert error.startswith("error[E_USAGE]: the flag does not exist") and remedy in error.rpartition(" — ")[2], error
+
+
+def test_a_command_with_an_unknown_flag_ends_with_this_error(cli: Any) -> None:
+    for line in ("train photos --batch-size 32", "train photos --batch-size=32"):
+        error = cli.error(*line.split(), code=2)
+        assert error.startswith("error[E_USAGE]") and "--batch-size" in error and "use schedule.global_batch" in error
 
 
 @pytest.mark.parametrize(
@@ -137,7 +160,7 @@ def test_the_page_is_current() -> None:
         ("train optim.lr", "E_USAGE", "optim.lr is a key", "write optim.lr=VALUE"),
         ("train optim", "E_USAGE", "optim is a key", "write optim.KEY=VALUE"),
         ("train photos optim.lr 0.1", "E_USAGE", "'optim.lr'", "write optim.lr=0.1"),
-        ("train photos optim.lr=1 optim.lr=2", "E_USAGE", "optim.lr=2", "remove one of them"),
+        ("data verify shards data=other", "E_USAGE", "data=other", "remove one of them"),
         ("train photos optim.lr=", "E_CONFIG_VALUE", "optim.lr", "write optim.lr=VALUE, or leave it out"),
         ("embed model= data=x", "E_CONFIG_VALUE", "model", "write model=VALUE, or leave it out"),
         ("search index text=", "E_CONFIG_VALUE", "text", "write text=VALUE, or null, or leave it out"),
@@ -146,13 +169,25 @@ def test_the_page_is_current() -> None:
         ("index bild", "E_USAGE", "clipwright index bild", "did you mean 'index build'?"),
         ("evaluate x", "E_USAGE", "clipwright evaluate", "use clipwright eval"),
         ("qwertz", "E_USAGE", "clipwright qwertz", "clipwright --help describes them"),
-        ("help qwertz", "E_USAGE", "clipwright qwertz", "clipwright --help describes them"),
     ],
 )
 def test_nonsense_is_refused_with_what_to_write(
-    line: str, code: str, culprit: str, remedy: str, cli: Any, tmp_path: Path
+    line: str, code: str, culprit: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "e.yaml").write_text("benchmark: {name: zeroshot}\n")
-    error = cli.error(*line.split(" "), code=2)
+    monkeypatch.chdir(tmp_path)
+    error = refused(line)
     assert error.startswith(f"error[{code}]") and culprit in error and remedy in error.rpartition(" — ")[2], error
+
+
+def test_commands_end_with_these_errors(cli: Any) -> None:
+    """The checks above, through the command line."""
+    for line, code, remedy in (
+        ("train photos lr=1e-3", "E_CONFIG_KEY", "use optim.lr"),
+        ("help qwertz", "E_USAGE", "clipwright --help describes them"),
+        ("train retrieval", "E_CONFIG_FILE", "use clipwright eval retrieval"),
+        ("embed model= data=x", "E_CONFIG_VALUE", "write model=VALUE, or leave it out"),
+    ):
+        error = cli.error(*line.split(), code=2)
+        assert error.startswith(f"error[{code}]") and error.endswith(remedy), error
