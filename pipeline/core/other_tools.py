@@ -91,6 +91,7 @@ OPEN_CLIP = (
     Flag("--dataset-resampled", "train", "", "nothing to set: no sample repeats within an epoch"),
     Flag("--csv-img-key", "prep", "source.image", "`clipwright prep table`"),
     Flag("--csv-caption-key", "prep", "source.caption", "`clipwright prep table`"),
+    Flag("--csv-separator", "prep", "source.delimiter", "`tab` for open_clip's default"),
     Flag("--imagenet-val", "eval", "data", "`clipwright eval zeroshot model=MODEL data=DATASET`"),
 )
 

@@ -14,6 +14,7 @@ from clipwright.data_prep.sources.tables.json_rows import JsonTable
 from clipwright.data_prep.sources.tables.parquet import ParquetTable
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.text import shown
+from clipwright.pipeline.folders.describe import describe
 
 _DELIMITED = {".csv": ",", ".tsv": "\t"}
 _JSON = (".jsonl", ".ndjson", ".json")
@@ -53,15 +54,13 @@ def find_files(path: str | list[str]) -> list[Path]:
         names = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
         matches = [Path(name) for name in names if Path(name).is_file()]
         if not matches:
-            is_folder = Path(pattern).is_dir()
+            found = f"no file matches in {Path.cwd()}"
+            fix = "check the path; quote a glob so that the shell does not expand it"
+            if Path(pattern).is_dir():
+                folder = describe(Path(pattern))
+                found, fix = f"it is {folder.text}", folder.advice or "name a table file"
             raise ClipwrightError(
-                "E_INPUT",
-                "the input file does not exist",
-                where=f"source.path: {shown(pattern)}",
-                found="it is a folder" if is_folder else f"no file matches in {Path.cwd()}",
-                fix="for a folder of images, run `clipwright prep folder`; for its tables, give a glob"
-                if is_folder
-                else "check the path; quote a glob so that the shell does not expand it",
+                "E_INPUT", "the input file does not exist", where=f"source.path: {shown(pattern)}", found=found, fix=fix
             )
         files.update(dict.fromkeys(matches))
     if not files:
