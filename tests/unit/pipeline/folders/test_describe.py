@@ -14,7 +14,7 @@ from clipwright.pipeline.folders.records import read_manifest
 CLIP = json.dumps({"model_type": "clip"})
 # Name of an input → its files.
 INPUTS: dict[str, dict[str, str]] = {
-    "dataset": {"manifest.json": json.dumps({"format": "dataset", "version": 1}), "d-000000.tar": ""},
+    "dataset": {"manifest.json": json.dumps({"format": "dataset", "version": 1, "fingerprint": "", "shards": []})},
     "model": {"manifest.json": json.dumps({"format": "model", "version": 1}), "config.json": "{}"},
     "embedding": {"manifest.json": json.dumps({"format": "embedding", "version": 1}), "config.yaml": ""},
     "index": {"current": "000001", "versions/000001/manifest.json": json.dumps({"format": "index", "version": 1})},
@@ -112,4 +112,3 @@ def test_a_path_of_the_wrong_kind_is_named(
     assert error.startswith(f"error[{code}]"), error
     stated, *_, fix = error.split(" — ")
     assert what in stated and found in error and remedy in fix, error
-    assert not (inputs / "x").exists()
