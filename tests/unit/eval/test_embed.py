@@ -175,19 +175,39 @@ def test_stop_before_the_first_part_says_that_nothing_is_kept(cli, model, small,
     assert [path.name for path in Path("out").iterdir()] == ["status.json"]
 
 
+# Rank 0 waits with its first part until rank 1 has failed.
+WAIT = """
+import os, time
+from clipwright.eval.embed_parts import PartWriter
+write = PartWriter.write
+def waiting(self, number, progress):
+    end = time.monotonic() + 100
+    while os.environ["RANK"] == "0" and not list(self.out.glob(".embed/failed*")) and time.monotonic() < end:
+        time.sleep(0.02)
+    return write(self, number, progress)
+PartWriter.write = waiting
+"""
+
+
 @pytest.mark.xdist_group("ranks")
-def test_failing_rank_fails_all_ranks_and_leaves_no_files(cli, make_dataset, model, tmp_path):
+def test_failing_rank_stops_all_ranks_after_their_current_part(cli, make_dataset, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("wait.py").write_text(WAIT)
     data = make_dataset(tmp_path / "data", 7, shard=3, broken=5)
     key = Dataset(data).sidecar(1)["key"][2].as_py()
-    for ranks, exit_code in ((1, 3), (2, 1)):  # torchrun turns every failure into 1
+    for ranks, exit_code, more in ((1, 3, ()), (2, 1, ("plugins=wait.py", "part_samples=1"))):  # torchrun exits with 1
         out = tmp_path / f"out-{ranks}"
-        done = cli("embed", f"model={model}", f"data={data}", "-o", out, ranks=ranks)
-        assert done.returncode == exit_code, done.stderr
-        [line] = [line for line in done.stderr.splitlines() if line.startswith("error[")]
-        assert line.startswith("error[E_IMG_FORMAT]") and key in line and "set-000001.tar" in line and "prep" in line
-        status = json.loads((out / "status.json").read_text())
-        assert (status["exit_code"], status["error"]["code"]) == (3, "E_IMG_FORMAT")
-        assert [path.name for path in out.iterdir()] == ["status.json"]
+        for _ in range(ranks):  # the second start of two ranks is not stopped by the mark of the first
+            done = cli("embed", f"model={model}", f"data={data}", *more, "-o", out, ranks=ranks)
+            assert done.returncode == exit_code, done.stderr
+            [line] = [line for line in done.stderr.splitlines() if line.startswith("error[")]
+            assert line.startswith("error[E_IMG_FORMAT]") and key in line and "set-000001.tar" in line
+            assert "prep" in line
+            status = json.loads((out / "status.json").read_text())
+            assert (status["exit_code"], status["error"]["code"]) == (3, "E_IMG_FORMAT")
+    assert [path.name for path in (tmp_path / "out-1").iterdir()] == ["status.json"]
+    sealed = sorted(int(path.stem[-5:]) for path in (tmp_path / "out-2").glob("part-*.npy"))
+    assert sealed == [0, 1, 3, 4]  # rank 0 has made one part in each start, rank 1 two in the first
 
 
 def test_corrupt_inputs_are_refused(cli, refused, make_model, model, small, tmp_path):
