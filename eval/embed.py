@@ -219,7 +219,7 @@ def _claimed(world: World, writer: PartWriter, part: Part, fresh: bool) -> Itera
         try:
             yield
         finally:
-            if world.is_rank0 and part.step == "all" and not kept_parts(writer.out):
+            if world.is_rank0 and part.step != "share" and not kept_parts(writer.out):
                 output.release(writer.out, EMBEDDING)
 
 

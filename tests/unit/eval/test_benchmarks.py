@@ -10,6 +10,7 @@ import torch
 
 from clipwright.eval.benchmarks import retrieval
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkContext, EvalRuntime, Score, score_table
+from clipwright.eval.metrics import wilson_interval
 from clipwright.eval.search.query import Searcher
 from clipwright.eval.search.versions import open_version
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -81,6 +82,11 @@ def test_search_counts_hits_with_equal_columns(indexed):
     assert (numbers["n"], numbers["k"], numbers["chance"]) == (2, 3, pytest.approx(2.5 / 7))
     shown = [BENCHMARKS.build(replace(config, seed=seed)).run(context).numbers["query"] for seed in (*range(9), 0)]
     assert set(shown) == {"a green one", "a red one"} and shown[0] == shown[-1]
+
+
+def test_score_of_a_proportion_has_the_interval_of_its_count() -> None:
+    score = Score.of_proportion("top1", 29 / 100, 100)  # 29 / 100 * 100 is 28.999999999999996
+    assert (score.low, score.high) == wilson_interval(29, 100) == pytest.approx((0.2101, 0.3853), abs=1e-4)
 
 
 def test_score_table_leaves_out_empty_columns() -> None:

@@ -13,8 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from clipwright.eval.embed import _default_part_samples
+from clipwright.eval.embed_parts import PartWriter
 from clipwright.pipeline.core.files import file_sha256
 from clipwright.pipeline.folders.dataset import Dataset
+from clipwright.pipeline.folders.embeddings import canary_samples
+from clipwright.pipeline.model.folder import load_model
 
 
 def read(folder: Path) -> tuple[np.ndarray, list[dict]]:
@@ -85,6 +89,34 @@ def test_one_and_two_processes_write_the_same_bytes(cli, make_dataset, samples, 
     assert embed_folder(tmp_path / "ranks-1") == embed_folder(tmp_path / "ranks-2")
     images = [row["canary"] for row in rows if row["canary"] is not None]
     assert len(images) == min(samples, 8) and all(part["samples"] for part in manifest(out)["parts"])
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"), [(0, 256), (16_384, 256), (16_385, 257), (524_288, 8192), (10**9, 8192)]
+)
+def test_default_part_is_a_64th_of_the_dataset(samples, expected):
+    assert _default_part_samples(samples) == expected
+
+
+def test_kept_images_are_spread_evenly_with_one_in_each_part():
+    assert list(canary_samples(1000, 10)) == [50, 150, 250, 350, 450, 550, 650, 750, 850, 950]
+    assert list(canary_samples(100, 2)) == [6, 18, 31, 43, 56, 68, 81, 93]
+    assert list(canary_samples(3, 1)) == [0, 1, 2] and list(canary_samples(0, 0)) == []
+
+
+def test_progress_counts_samples_of_images_and_of_captions(make_dataset, model, tmp_path):
+    data = Dataset(make_dataset(tmp_path / "data", 7, shard=3, captions=lambda i: [f"text {j}" for j in range(i % 3)]))
+    (tmp_path / "out/.embed").mkdir(parents=True)
+    for what, rows in (("image", 5), ("text", 4)):
+        identity = {"model": "m", "data": "d", "what": what, "part_samples": 5}
+        writer = PartWriter(tmp_path / "out", identity, load_model(model), data, what, batch=2, workers=1)
+        assert writer.ranges == [range(5), range(5, 7)]
+        done: list[int] = []
+        receipt = writer.write(0, done.append)
+        assert sum(done) == 5 == receipt["samples"] and receipt["rows"] == rows and len(done) > 1
+        assert writer.sealed(0) == receipt and writer.sealed(1) is None
+        other = PartWriter(tmp_path / "out", {**identity, "model": "n"}, load_model(model), data, what, 2, 1)
+        assert other.sealed(0) is None
 
 
 def test_rows_describe_their_sample(embedded, small):

@@ -81,6 +81,13 @@ def test_top5_agrees_with_the_rank():
         assert results.relevant[q].int().argmax() == first if first < 5 else not results.relevant[q].any()
 
 
+@pytest.mark.parametrize(("distance", "rank"), [(5e-7, 1), (5e-6, 0)])
+def test_scores_within_a_millionth_are_a_tie(distance, rank):
+    candidates = torch.tensor([[0.5], [0.5 + distance], [0.1]])
+    results = metrics.rank_candidates(torch.ones(1, 1), candidates, [np.array([1])])
+    assert results.rank.tolist() == [rank] and results.relevant[0].tolist() == [rank == 0, rank == 1, False]
+
+
 def test_fewer_than_five_candidates_give_short_lists():
     results = metrics.rank_candidates(torch.eye(3), torch.eye(3), [np.array([0]), np.array([0]), np.array([0, 1, 2])])
     assert results.top.shape == (3, 3) and results.rank.tolist() == [0, 2, 0]

@@ -61,6 +61,8 @@ def test_page_without_the_dataset_keeps_captions(quick_cli, refused, searched, m
     # The recorded place now has another dataset; then it has the dataset, with an image that changed.
     (index / "versions/000001/origin.json").write_text(json.dumps({"data": str(other)}))
     assert "is no longer the dataset of the index" in quick_cli(*arguments).stdout
+    (index / "versions/000001/origin.json").write_text(json.dumps({"data": "https://example.invalid/data"}))
+    assert "The dataset is remote. To fetch its images: data=https://" in quick_cli(*arguments).stdout
     data = shutil.copytree(searched / "data", tmp_path / "data")
     tar = data / "set-000000.tar"
     tar.write_bytes(tar.read_bytes().replace(b"\xff\xd8\xff", b"\xff\xd8\xfe", 1))

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_maker import make_embeddings, rehash, seal
 
+from clipwright.eval.search.query import Searcher
 from clipwright.eval.search.versions import IndexBuildConfig, build, open_version
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -61,6 +62,21 @@ def test_versions_are_numbered_and_ids_are_never_reused(tmp_path):
     assert open_version(out).ids.tolist() == [14, 15, 16, 17]
     assert make_index(tmp_path / "f", out, fresh=True)["name"] == "000003"
     assert open_version(out).ids.tolist() == [18, 19, 20, 21]
+
+
+def test_equal_embeddings_are_found_in_the_order_of_their_ids(tmp_path):
+    make_embeddings(tmp_path / "e", [6, 6])
+    vectors = np.load(tmp_path / "e/part-00000.npy")
+    vectors[:] = vectors[0]
+    for number in range(2):
+        np.save(tmp_path / f"e/part-0000{number}.npy", vectors)
+    seal(tmp_path / "e")
+    make_index(tmp_path / "e", tmp_path / "index")
+    index = open_version(tmp_path / "index")
+    assert index.canaries["top1"].to_pylist() == [0] * 8
+    [hits] = Searcher(index, None).nearest(index.faiss.reconstruct(3)[None], 20)
+    assert [hit["id"] for hit in hits] == list(range(12)) and [hit["rank"] for hit in hits] == list(range(1, 13))
+    assert [hit["score"] for hit in hits] == pytest.approx([1] * 12, abs=1e-6)
 
 
 def test_corrupt_version_is_built_again(tmp_path):
@@ -125,7 +141,15 @@ def test_swapped_rows_and_embeddings_are_refused(tmp_path):
     names = ("rows-00000.parquet", "canaries.parquet", "manifest.json")
     content = {name: (version / name).read_bytes() for name in names}
     rows = pq.read_table(version / "rows-00000.parquet")
-    canary = pq.read_table(version / "canaries.parquet").to_pylist()[3]
+    canaries = pq.read_table(version / "canaries.parquet").to_pylist()
+    canary = canaries[3]
+    assert (
+        [entry["id"] for entry in canaries] == [entry["top1"] for entry in canaries] == [0, 6, 11, 17, 22, 28, 33, 39]
+    )
+    assert [np.linalg.norm(entry["embedding"]) for entry in canaries] == pytest.approx([1] * 8, abs=1e-6)
+    manifest = json.loads((version / "manifest.json").read_text())
+    stated = {"what": "image", "metric": "inner_product", "rows": 40, "next_id": 40, "dimension": 24, "recipe": "flat"}
+    assert manifest.items() >= stated.items() and manifest["model"] == "1" * 64
 
     def reason() -> str:
         with pytest.raises(ClipwrightError) as error:
@@ -290,6 +314,36 @@ def test_search_refuses_embeddings_that_the_model_does_not_make(quick_cli, refus
     done = quick_cli("search", tmp_path / "index", "text=a", f"model={parted['model']}")
     named = "image" if what == "image" else "caption"
     refused(done, "E_INDEX_ROWS", 3, f"what the model makes of its {named}", "id ", "key ", "another model", "--fresh")
+
+
+@pytest.mark.parametrize(("distance", "accepted"), [(0.01, True), (0.03, False)])
+def test_search_tolerates_rounding_of_embeddings_only(quick_cli, refused, parted, distance, accepted, tmp_path):
+    folder = shutil.copytree(parted["image"], tmp_path / "embeddings")
+    vectors = np.load(folder / "part-00002.npy").astype(np.float32)
+    aside = np.roll(vectors, 1, 1)
+    aside -= (aside * vectors).sum(1, keepdims=True) * vectors
+    vectors += distance * aside / np.linalg.norm(aside, axis=1, keepdims=True)
+    np.save(folder / "part-00002.npy", vectors.astype(np.float16))
+    seal(folder)
+    assert quick_cli("index", "build", "flat", f"embeddings={folder}", "-o", tmp_path / "index").returncode == 0
+    done = quick_cli("search", tmp_path / "index", "text=a", f"model={parted['model']}")
+    if accepted:
+        assert done.returncode == 0, done.stderr
+    else:
+        refused(done, "E_INDEX_ROWS", 3, "id 4", "distance 0.030 (at most 0.02)")
+
+
+def test_build_refuses_a_manifest_that_names_another_model(quick_cli, refused, parted, tmp_path):
+    folder = shutil.copytree(parted["image"], tmp_path / "embeddings")
+    identity = json.loads((folder / "manifest.json").read_text())["identity"]
+    rehash(folder, identity={**identity, "model": "m" * 64})
+    done = quick_cli("index", "build", "flat", f"embeddings={folder}", "-o", tmp_path / "index")
+    refused(done, "E_INDEX_ROWS", 3, folder / "part-00000.npy", "samples 0 to 1")
+    for name, value in (("parts", None), ("parts", [{}]), ("identity", {}), ("rows", "8")):
+        manifest = json.loads((parted["image"] / "manifest.json").read_text()) | {name: value}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        done = quick_cli("index", "build", "flat", f"embeddings={folder}", "-o", tmp_path / "index")
+        refused(done, "E_MANIFEST", 3, folder / "manifest.json", name, "--fresh")
 
 
 def test_commands_name_the_corrupt_file(quick_cli, refused, embedded, indexed, tmp_path):
