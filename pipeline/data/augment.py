@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 from pydantic import Field
 from torch import Tensor
 
+from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.data.order import SampleRng
 from clipwright.pipeline.pixels import EncodedImage
@@ -43,6 +44,19 @@ class AugmentConfig:
     """Probability that a sample becomes grayscale."""
     views: Annotated[int, Field(ge=1)] | None = None
     """Number of different views per image, which its epochs cycle through; null: a new view in each epoch."""
+
+    def __post_init__(self) -> None:
+        for key, limit in (("scale", 1.0), ("ratio", math.inf)):
+            low, high = getattr(self, key)
+            if not 0 < low <= high <= limit or math.isinf(high):
+                allowed = "0 < smallest ≤ largest" + (" ≤ 1" if limit == 1 else "")
+                raise ClipwrightError(
+                    "E_CONFIG_VALUE",
+                    "the range is not allowed",
+                    where=f"data.augment.{key}",
+                    found=f"[{low}, {high}]; allowed: {allowed}",
+                    fix="change the values",
+                )
 
     @property
     def changes_color(self) -> bool:

@@ -38,6 +38,8 @@ class BatchSamples:
     replaced: list[ReplacedSample] = field(default_factory=list)
     sum: int = 0
     """`key_sum` of the keys."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Shards that were given up while the batch was read, and why."""
 
 
 def key_sum(keys: Iterable[str]) -> int:

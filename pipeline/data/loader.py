@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from contextlib import suppress
 
 import numpy as np
@@ -28,6 +27,8 @@ from clipwright.pipeline.data.batch_samples import (
 )
 from clipwright.pipeline.data.datasets import DataConfig, Datasets
 from clipwright.pipeline.data.order import SampleLocation, SampleRng, caption_index, negative_index
+from clipwright.pipeline.data.pending import SAMPLES_PER_JOB, DatasetRow, PendingBatch
+from clipwright.pipeline.data.unreadable import UnreadableShards
 from clipwright.pipeline.data.workers import Workers
 from clipwright.pipeline.folders.cache import CacheConfig
 from clipwright.pipeline.folders.dataset import Dataset, Rows
@@ -37,45 +38,11 @@ from clipwright.pipeline.towers.base import TextTowerConfig
 
 PREFETCH_BATCHES = 2  # batches decoded while another one is in use
 SHARD_PREFETCH_BATCHES = 32  # batches whose shards a remote dataset fetches ahead
-SAMPLES_PER_JOB = 8
 RETRY_DELAYS_SECONDS = (0.1, 1.0)  # before each new attempt to read a sample after an I/O error
 LOCATE_POSITIONS = 1024  # positions located at once
 CANDIDATE_POSITIONS = 256  # positions located at once when a replacement is searched for
 MAX_KNOWN_BAD = 100_000  # bad samples remembered
 SAMPLE_TIMEOUT_SECONDS = 25.0  # to read and decode one sample
-
-DatasetRow = tuple[int, int, int]  # dataset, shard, row
-
-
-class PendingBatch:
-    """A batch in progress, filled by several jobs; the job that finishes last collates it."""
-
-    def __init__(self, positions: np.ndarray, location: SampleLocation, image_size: int) -> None:
-        count = len(positions)
-        self.positions: list[int] = positions.tolist()
-        self.dataset: list[int] = location.dataset.tolist()
-        self.shard: list[int] = location.shard.tolist()
-        self.row: list[int] = location.row.tolist()
-        self.epoch: list[int] = location.epoch.tolist()
-        self.replaced: list[ReplacedSample] = []
-        # Page-locked memory is copied to a GPU while it computes.
-        self.views = torch.empty(
-            (count, image_size, image_size, 3), dtype=torch.uint8, pin_memory=torch.cuda.is_available()
-        )
-        self.pixels = self.views.numpy()
-        self.color_jitter = np.empty((count, 4), np.float32)
-        self.future: Future[Batch] = Future()
-        self._jobs_left = -(-count // SAMPLES_PER_JOB)
-        self._lock = threading.Lock()
-
-    def dataset_row(self, index: int) -> DatasetRow:
-        return self.dataset[index], self.shard[index], self.row[index]
-
-    def finish_job(self) -> bool:
-        """Counts a job as done and returns whether it was the last one."""
-        with self._lock:
-            self._jobs_left -= 1
-            return self._jobs_left == 0
 
 
 class Loader:
@@ -103,6 +70,7 @@ class Loader:
             dataset.keep_rows(shards)
             dataset.open_cache(shards)
         self._known_bad: dict[DatasetRow, str] = {}  # bad sample → E_ code
+        self._unreadable = UnreadableShards(self.data, rank_batch.rank)
 
     def batches(self, position: int, should_stop: Callable[[], bool] = lambda: False) -> Generator[Batch, None, None]:
         """Yields batches from global position `position` without end; PREFETCH_BATCHES more are decoded ahead.
@@ -233,14 +201,16 @@ class Loader:
         workers.stop_clock()
         with self.data.datasets[dataset].pinned(shard):
             workers.start_item(sample)
-            if sample in self._known_bad:
+            if sample in self._known_bad or self._unreadable.code(dataset, shard):
                 return None
             try:
                 if not self.data.datasets[dataset].rows(shard).captions.count(row):
                     return None
-                return self._view(pending, index, self.data.datasets[dataset].image(shard, row))
+                view = self._view(pending, index, self.data.datasets[dataset].image(shard, row))
             except (OSError, ClipwrightError, PixelError):
                 return None
+            self._unreadable.read(dataset, shard)
+            return view
 
     def _try_decode(self, workers: Workers, pending: PendingBatch, index: int, view: View) -> bool:
         """Decodes a view into the batch and returns whether that succeeded."""
@@ -265,14 +235,14 @@ class Loader:
             workers.stop_clock()
             with self.data.datasets[dataset].pinned(shard):
                 workers.start_item(sample)
-                reason = self._known_bad.get(sample) or self._read_and_decode(pending, index, retry=not failed)
+                reason = self._known_bad.get(sample) or self._unreadable.code(dataset, shard)
+                reason = reason or self._read_and_decode(pending, index, retry=not failed)
             if reason is None:
                 if failed:
                     pending.replaced.append(dataclasses.replace(failed[0], by=by))
                 return
-            key = self.data.datasets[dataset].rows(shard).key[row].decode()
             name = self.data.shard_name(dataset, shard)
-            failed.append(ReplacedSample(pending.positions[index], by, key, name, reason))
+            failed.append(ReplacedSample(pending.positions[index], by, self._key(sample), name, reason))
         raise too_many_bad_samples(
             failed,
             f"{format_count(len(failed), 'consecutive sample')} of the stream of position {pending.positions[index]:,}",
@@ -303,18 +273,40 @@ class Loader:
         sample = pending.dataset_row(index)
         dataset, shard, row = sample
         try:
-            if not self.data.datasets[dataset].rows(shard).captions.count(row):
-                return "E_CAP_EMPTY"
+            captions = self.data.datasets[dataset].rows(shard).captions
+        except (OSError, ClipwrightError) as error:
+            if isinstance(error, ClipwrightError) and self.data.datasets[dataset].has_sidecar(shard):
+                raise  # it is there, and wrong
+            return self._failed(pending, dataset, shard, error)
+        if not captions.count(row):
+            return "E_CAP_EMPTY"
+        try:
             data = _read(self.data.datasets[dataset], shard, row, RETRY_DELAYS_SECONDS if retry else ())
+            self._unreadable.read(dataset, shard)
             self._view(pending, index, data).write(pending.pixels[index])
-        except OSError:
-            return "E_SYSTEM"  # possibly temporary, so not remembered
+        except OSError as error:
+            return self._failed(pending, dataset, shard, error)  # possibly temporary: the sample is not remembered
         except (ClipwrightError, PixelError) as error:
             code = str(error.args[0])
             if len(self._known_bad) < MAX_KNOWN_BAD:
                 self._known_bad[sample] = code
             return code
         return None
+
+    def _failed(self, pending: PendingBatch, dataset: int, shard: int, error: OSError | ClipwrightError) -> str:
+        """Counts a failed read of a shard, which may be given up for it; returns the sample's E_ code."""
+        reason = self._unreadable.failed(dataset, shard, error)
+        if reason is not None:
+            pending.unreadable[self.data.shard_name(dataset, shard)] = reason
+        return error.code if isinstance(error, ClipwrightError) else "E_SYSTEM"
+
+    def _key(self, sample: DatasetRow) -> str:
+        """Returns the key of a sample; empty if the sidecar of its shard is unreadable."""
+        dataset, shard, row = sample
+        try:
+            return self.data.datasets[dataset].rows(shard).key[row].decode()
+        except (ClipwrightError, OSError):
+            return ""
 
     def _view(self, pending: PendingBatch, index: int, data: bytes) -> View:
         """Returns a sample's view and writes its color jitter into the batch."""
@@ -353,7 +345,10 @@ class Loader:
             negative_id=torch.tensor([0 if text is None else id_of[text] for text in negatives], dtype=torch.int64),
             lengths=torch.from_numpy(lengths[by_length]) if self.text.pad == "longest" else None,
             batch_samples=BatchSamples(
-                sample_keys, sorted(pending.replaced, key=lambda sample: sample.at), key_sum(sample_keys)
+                sample_keys,
+                sorted(pending.replaced, key=lambda sample: sample.at),
+                key_sum(sample_keys),
+                pending.unreadable,
             ),
         )
 

@@ -241,6 +241,11 @@ class Dataset:
     def tar_path(self, shard: int) -> Path:
         return self.folder / self.tar_name(shard)
 
+    def has_sidecar(self, shard: int) -> bool:
+        """Whether a shard's sidecar exists, as far as this machine shows; remote ones are taken to."""
+        name = self._shards[shard]["sidecar"]
+        return is_remote(self._address(name)) or (self.folder / name).is_file()
+
     def captions(self, shard: int) -> pa.Array:
         """Returns all captions of a shard, in order; unlike `sidecar` it keeps nothing in memory."""
         return self._read_sidecar(shard, ("captions",))["captions"].combine_chunks().flatten()

@@ -269,25 +269,28 @@ def require_same(
     code: str = "E_OUTPUT",
     accept: Collection[str] = (),
     acceptable: re.Pattern[str] | None = None,
+    remedies: Mapping[str, str] | None = None,
 ) -> None:
     """Raises `code` if a folder's identity differs from a config's, and lists the changed keys.
 
-    what: the error's first clause. accept: keys that may differ. acceptable: keys that a user may accept.
+    what: the error's first clause. accept: keys that may differ. acceptable: keys that a user may accept. remedies:
+    what else to do about a change of a key.
     """
     changed = {line.partition(": ")[0]: line for line in differences(old, new)}
     found = [line for key, line in changed.items() if key not in accept]
     if not found:
         return
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    remedies = ["use the old values", "choose another folder", "start over with --fresh"]
+    choices = ["use the old values", "choose another folder", "start over with --fresh"]
     if acceptable is not None and all(acceptable.fullmatch(key) for key in changed):
-        remedies.insert(1, f"continue with the new ones by accept=[{','.join(changed)}]")
+        choices.insert(1, f"continue with the new ones by accept=[{','.join(changed)}]")
+    choices[1:1] = [remedy for key, remedy in (remedies or {}).items() if key in changed]
     raise ClipwrightError(
         code,
         what,
         where=folder,
         found="; ".join(found[:SHOWN]) + more,
-        fix=", ".join(remedies[:-1]) + f", or {remedies[-1]}",
+        fix=", ".join(choices[:-1]) + f", or {choices[-1]}",
     )
 
 

@@ -21,6 +21,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import digest, write_json
 from clipwright.pipeline.core.unsafe import refuse_code
 from clipwright.pipeline.folders.records import MANIFEST, check_files, file_entries, read_manifest, write_manifest
+from clipwright.pipeline.model.tensor_checks import invalid_numbers, module_shapes, shape_difference, shapes
 from clipwright.pipeline.model.two_tower import ModelConfig, TwoTower, build_model
 from clipwright.pipeline.pixels import evaluation_view
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, Tokenizer, trim
@@ -129,6 +130,7 @@ def load_model(folder: str | Path, device: str = "auto") -> Model:
     except SafetensorError as error:
         raise _malformed(folder / WEIGHTS, str(error)) from None
     load_weights(towers, {name: tensor for name, tensor in weights.items() if not name.startswith("loss.")}, folder)
+    _check_numbers({name: tensor for name, tensor in weights.items() if name.startswith("loss.")}, folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return Model(config, towers.to(device), tokenizer, manifest["fingerprint"])
@@ -186,23 +188,21 @@ def _malformed(path: Path, found: str) -> ClipwrightError:
     return ClipwrightError("E_MANIFEST", "the model folder is malformed", where=path, found=found, fix=RECREATE)
 
 
-def load_weights(towers: nn.Module, weights: dict[str, Tensor], where: Path) -> None:
-    """Loads `weights`. Raises E_MODEL_SHAPE if a name, shape or dtype differs or a number is not finite."""
-    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in towers.state_dict().items()}
-    actual = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
-    for name in sorted(expected.keys() | actual.keys()):
-        if expected.get(name) != actual.get(name):
-            found = (
-                f"{name} is {actual.get(name, 'missing')}, but the config needs {expected.get(name, 'no such tensor')}"
-            )
-            raise _weights_mismatch(where, found)
-    for name, tensor in weights.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise _weights_mismatch(where, f"{name} contains numbers that are not finite")
-    towers.load_state_dict(weights)
+def load_weights(module: nn.Module, weights: dict[str, Tensor], where: Path, fix: str = RECREATE) -> None:
+    """Loads `weights`. Raises E_MODEL_SHAPE if a name, shape, type or number is not that of such a model's weights."""
+    found = shape_difference(module_shapes(module), shapes(weights))
+    if found is not None:
+        raise _invalid_weights("the weights do not match the config", where, found, fix)
+    _check_numbers(weights, where, fix)
+    module.load_state_dict(weights)
 
 
-def _weights_mismatch(where: Path, found: str) -> ClipwrightError:
-    return ClipwrightError(
-        "E_MODEL_SHAPE", "the weights do not match the config", where=where, found=found, fix=RECREATE
-    )
+def _check_numbers(tensors: dict[str, Tensor], where: Path, fix: str = RECREATE) -> None:
+    for name, tensor in tensors.items():
+        found = invalid_numbers(name, tensor)
+        if found is not None:
+            raise _invalid_weights("the weights hold invalid numbers", where, found, fix)
+
+
+def _invalid_weights(what: str, where: Path, found: str, fix: str) -> ClipwrightError:
+    return ClipwrightError("E_MODEL_SHAPE", what, where=where, found=found, fix=fix)

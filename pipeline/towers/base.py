@@ -6,9 +6,10 @@ torch.distributed or DeepSpeed.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
 from clipwright.pipeline.core.registry import Registry, configclass
@@ -61,7 +62,7 @@ class TextTowerConfig:
 
     name: str
     """Preset name."""
-    context: int = 77
+    context: Annotated[int, Field(ge=8)] = 77
     """Maximum sequence length in tokens, SOT and EOT included."""
     pad: Literal["longest", "fixed"] = "longest"
     """Padding of a batch: to its longest caption or always to `context`."""

@@ -86,15 +86,15 @@ class RuntimeConfig(CachedRuntime):
     keep_every: NotNegativeInt = 0
     """Checkpoints at multiples of this many steps are kept for good. 0: none."""
     keep_best: str = ""
-    """Name of a logged number; the checkpoint with its best value is kept: the highest, of a loss the lowest."""
+    """Name of a logged number; the checkpoint of its best step is kept: of the highest value, of a loss the lowest."""
     copy_to: str = ""
     """Bucket address, s3://… or gs://…, to which each checkpoint is copied."""
     timeout_minutes: Minutes = 10.0
     """Minutes without progress of a rank after which the run ends with an error."""
-    validation: str = ""
-    """Held-out dataset folder that is scored during training."""
+    validation: str | None = None
+    """Held-out dataset folder that is scored during training; null: none."""
     validate_every: PositiveInt = 1000
-    """Steps between two validations; the last step is always validated."""
+    """Steps between two validations; the last step is always validated. Each of these steps is saved first."""
     stop_at: PositiveInt | None = None
     """Step at which to stop, as if the run were interrupted there."""
 
@@ -135,7 +135,7 @@ class RunConfig(ModelConfig):
     """List of techniques that change training, such as `{name: freeze, image: all}`."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute precision. `auto`: bf16 where it is faster; a run keeps the choice of its first start."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of weights, sample order, augmentation and dropout."""
     accept: tuple[Annotated[str, AfterValidator(acceptable)], ...] = ()
     """Config keys in which a resumed run may differ from its start; changes are recorded in log and manifests."""
@@ -159,7 +159,7 @@ class Components:
 def resolve_text(resolved: Resolved[RunConfig], run: Path, *, fresh: bool) -> Resolved[RunConfig]:
     """Adds the fields that the text tower's folder decides, read by rank 0, so that the run's config is complete."""
     text = resolved.value.text
-    stored = (None if fresh else run_folder.stored_tree(run)) or {}
+    stored = (None if fresh else run_folder.stored_identity(run)) or {}
     from_rank0: dict[str, Any] = {}
     run_on_rank0(lambda: from_rank0.update(text.resolved_fields(stored.get("text", {}))))
     fields: Any = broadcast_object(from_rank0)

@@ -258,6 +258,14 @@ class Engine:
                 gathered[name] = tensor.detach().to("cpu", copy=True)
         return gathered
 
+    def nonfinite_weight(self) -> str | None:
+        """Returns the name of a parameter that is not finite in what this rank holds of the towers and the loss."""
+        for name, parameter in (*self.towers.named_parameters(), *self.loss.named_parameters(prefix="loss")):
+            held: Tensor = getattr(parameter, "ds_tensor", parameter)  # under ZeRO 3, this rank's partition
+            if not bool(torch.isfinite(held).all()):
+                return name
+        return None
+
     def _average_running_statistics(self) -> None:
         """Averages batch-norm statistics over ranks; DeepSpeed synchronizes no buffers."""
         for buffer in RunningStatistics(self.towers).buffers:

@@ -43,9 +43,9 @@ def matmul_seconds(dtype: torch.dtype) -> float:
 def resolve_precision(resolved: Resolved[RunConfig], run: Path, world: World, *, fresh: bool) -> Resolved[RunConfig]:
     """Replaces `precision: auto` by the choice of rank 0; a run keeps the choice of its first start."""
     wanted = resolved.value.precision
-    stored = None if fresh else run_folder.stored_tree(run)
+    stored = None if fresh else run_folder.stored_identity(run)
     if wanted == "auto" and stored is not None:
-        wanted = stored.get("precision", wanted)  # a foreign config.yaml is refused later, by name
+        wanted = stored.get("precision", wanted)  # a foreign identity is refused later, by name
     chosen: Any = broadcast_object(choose_precision(wanted, world.device) if world.is_rank0 else None)
     value = dataclasses.replace(resolved.value, precision=chosen)
     return dataclasses.replace(resolved, value=value, tree={**resolved.tree, "precision": chosen})

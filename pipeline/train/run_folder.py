@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from clipwright.pipeline.core.config_files import read_yaml
+from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.folders import output
-from clipwright.pipeline.folders.output import CONFIG, RUN, TOKENIZER
+from clipwright.pipeline.folders.output import CONFIG, IDENTITY, RUN, TOKENIZER
+from clipwright.pipeline.folders.records import differences
 from clipwright.pipeline.tokenizers.base import Tokenizer
 
 LOG, LEDGER = "log.jsonl", "ledger.jsonl"
@@ -22,9 +25,42 @@ ACCEPTABLE = re.compile(r"(optim|loss|data\.augment)\.(?!name$)[\w.]+|schedule\.
 
 
 def stored_tree(run: Path) -> dict[str, Any] | None:
-    """Returns the resolved config of the run in `run`, or None where no run was started."""
+    """Returns the resolved config of the run in `run`, or None where no run was started; E_RESUME if it was edited."""
     path = run / CONFIG
-    return read_yaml(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    edits = config_edits(run)
+    if edits:
+        raise ClipwrightError(
+            "E_RESUME",
+            "the config of this run was changed by hand",
+            where=path,
+            found="; ".join(edits[: output.SHOWN]),
+            fix=f"undo the changes ({IDENTITY} has the run's values), or run the train command again, which writes the "
+            "file anew; to change a run, give it other values and name their keys in accept",
+        )
+    return read_yaml(path)
+
+
+def config_edits(run: Path) -> list[str]:
+    """Returns `key: recorded → found` for each value in config.yaml that is not the one in the run's identity.
+
+    The identity has no `runtime`; it has fingerprints in place of some values, which are not compared.
+    """
+    identity = stored_identity(run)
+    if identity is None or not (run / CONFIG).is_file():
+        return []
+    recorded = {key: value for key, value in identity.items() if key not in ("plugins", "init_from")}
+    for section, key in (("data", "train"), ("tokenizer", "fingerprint")):
+        recorded[section] = {name: value for name, value in recorded.get(section, {}).items() if name != key}
+    return differences(recorded, _restricted(read_yaml(run / CONFIG), recorded))
+
+
+def _restricted(tree: Any, like: Any) -> Any:
+    """Returns `tree` with only the keys that `like` has."""
+    if not isinstance(tree, dict) or not isinstance(like, dict):
+        return tree
+    return {key: _restricted(value, like[key]) for key, value in tree.items() if key in like}
 
 
 def stored_identity(run: Path) -> dict[str, Any] | None:
@@ -59,6 +95,14 @@ def claim(
             code="E_RESUME",
             accept=accept,
             acceptable=ACCEPTABLE,
+            remedies={"schedule.samples": f"train on in a new run by init_from={run} and another -o"},
+        )
+    for edit in config_edits(run):
+        print(
+            f"warning: {run / CONFIG} was changed by hand ({edit}): it is not used, and is written anew from the "
+            "command line",
+            file=sys.stderr,
+            flush=True,
         )
     if trained_tokenizer is not None:
         (run / TOKENIZER).mkdir(exist_ok=True)
@@ -79,16 +123,28 @@ class StepFile:
         self._file = path.open("ab+")
         self._file.seek(0)
         kept_bytes = 0
+        self._last = b""
         for line in self._file:
             if not 0 < _step_of(line) <= step:
                 break
             kept_bytes += len(line)
+            self._last = line
         self._file.truncate(kept_bytes)
 
     def write(self, record: dict[str, Any]) -> None:
         text = json.dumps(record, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-        self._file.write(text.encode() + b"\n")
+        self._last = text.encode() + b"\n"
+        self._file.write(self._last)
         self._file.flush()
+
+    def last_record(self) -> dict[str, Any]:
+        """Returns the last object of the file, which is empty if there is none."""
+        return json.loads(self._last) if self._last else {}
+
+    def replace_last(self, record: dict[str, Any]) -> None:
+        """Writes `record` in place of the last line."""
+        self._file.truncate(self._file.seek(0, os.SEEK_END) - len(self._last))
+        self.write(record)
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())
@@ -107,9 +163,21 @@ def _step_of(line: bytes) -> int:
 
 
 def read_steps(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a `StepFile`."""
+    """Yields the objects of a `StepFile`, up to a partial line that a kill may leave. Raises E_INPUT for any other."""
     with path.open("rb") as file:
-        yield from (json.loads(line) for line in file)
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ClipwrightError(
+                    "E_INPUT",
+                    "a line of the run's records is not JSON",
+                    where=f"{path} line {number}",
+                    found=str(error),
+                    fix="restore the file, or remove this line and those after it",
+                ) from None
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

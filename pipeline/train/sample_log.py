@@ -12,6 +12,7 @@ import json
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ from clipwright.pipeline.distributed.group import World, all_gather_object, all_
 from clipwright.pipeline.folders.describe import describe, wrong_kind
 from clipwright.pipeline.train import run_folder
 from clipwright.pipeline.train.config import RunConfig
+from clipwright.pipeline.train.rank_failure import RankFailure
 from clipwright.pipeline.train.run_folder import LEDGER, StepFile
 
 LIMBS = 4  # a 128-bit sum as numbers of 32 bits, whose sums over 2^31 ranks fit 64 bits
@@ -45,11 +47,13 @@ LIMBS = 4  # a 128-bit sum as numbers of 32 bits, whose sums over 2^31 ranks fit
 class Ledger:
     """Records each step's samples. Every rank has one and passes its part of each batch; rank 0 writes the file."""
 
-    def __init__(self, run: Path, step: int, world: World, mode: Literal["sums", "keys"]) -> None:
-        self.world, self.mode = world, mode
+    def __init__(self, run: Path, step: int, world: World, mode: Literal["sums", "keys"], failure: RankFailure) -> None:
+        """failure: keeps an error of the operating system, until the run can save."""
+        self.world, self.mode, self._failure = world, mode, failure
         self._file = StepFile(run / LEDGER, step) if world.is_rank0 else None
         earlier: Any = broadcast_object(_earlier_replacements(run / LEDGER, step) if world.is_rank0 else None)
         self.replaced, recent = earlier  # samples so far
+        self._warned: set[str] = set()
         self._limit = BadSampleLimit()
         self._limit.add(recent)
 
@@ -61,17 +65,33 @@ class Ledger:
         batch_samples = gather(own, self.world, keys=self.mode == "keys")
         count = len(own.keys) * self.world.size
         if self._file is not None:
-            self._file.write(line(step, position, count, batch_samples, keys=self.mode == "keys"))
+            with self._failure.deferred():
+                self._file.write(line(step, position, count, batch_samples, keys=self.mode == "keys"))
         self.replaced += len(batch_samples.replaced)
+        self._warn(step, batch_samples.unreadable)
         self._limit.add(batch_samples.replaced)
+
+    def _warn(self, step: int, unreadable: dict[str, str]) -> None:
+        """Warns once per shard that cannot be read."""
+        for shard, reason in unreadable.items():
+            if self.world.is_rank0 and shard not in self._warned:
+                print(
+                    f"warning: {shard} cannot be read since step {step}: {reason}; its samples are replaced by others "
+                    "and counted; restore it, and it is used again from the next start on",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                self._warned.add(shard)
 
     def sync(self) -> None:
         if self._file is not None:
-            self._file.sync()
+            with self._failure.deferred():
+                self._file.sync()
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a run that ends with an error must end with that one
+                self._file.close()
 
 
 def line(step: int, position: int, count: int, batch_samples: BatchSamples, *, keys: bool) -> dict[str, Any]:
@@ -99,6 +119,7 @@ def merge(parts: list[BatchSamples]) -> BatchSamples:
         keys=[key for row in zip(*(part.keys for part in parts), strict=True) for key in row],
         replaced=sorted((sample for part in parts for sample in part.replaced), key=lambda sample: sample.at),
         sum=sum(part.sum for part in parts) % KEY_SUM_MODULUS,
+        unreadable={shard: reason for part in reversed(parts) for shard, reason in part.unreadable.items()},
     )
 
 

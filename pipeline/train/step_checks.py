@@ -14,7 +14,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.distributed.group import World, all_gather, all_gather_object
-from clipwright.pipeline.train.engine import StepResult
+from clipwright.pipeline.train.engine import Engine, StepResult
 from clipwright.pipeline.train.sample_log import merge
 from clipwright.pipeline.train.supervision.progress import PROGRESS
 
@@ -41,19 +41,29 @@ class NonFiniteSteps:
         """Whether the run ends, on all ranks alike."""
         return self._in_a_row >= MAX_SKIPPED_IN_A_ROW
 
-    def error(self, result: StepResult, step: int, batch: Batch) -> ClipwrightError:
+    def error(self, result: StepResult, step: int, batch: Batch, engine: Engine) -> ClipwrightError:
         """Returns E_NONFINITE after step `step`; batch: this rank's part. Every rank must call it."""
         keys = merge(all_gather_object(batch.batch_samples)).keys
+        # Usually the weights are finite, and what the steps computed is not; else an earlier update made them so.
+        broken = next((name for name in all_gather_object(engine.nonfinite_weight()) if name is not None), None)
         latest = self.run / "latest"
         newest = latest.read_text(encoding="utf-8").strip() if latest.exists() else "none"
+        if broken is None:
+            state = "the weights are finite"
+            causes = "samples, precision and learning rate are possible causes"
+        else:
+            state = f"an earlier update made {broken} not finite"
+            causes = "the learning rate, momentum or precision of that update are possible causes"
+        change = "accept=[optim.lr] resumes from the newest checkpoint with another optim.lr"
+        if not latest.exists():
+            change = "start over with another optim.lr or precision=fp32 and --fresh"
         return ClipwrightError(
             "E_NONFINITE",
             f"loss or gradient was not finite in {format_count(MAX_SKIPPED_IN_A_ROW, 'step')} in a row",
             where=f"{self.run} step {step}: samples {', '.join(keys[:SHOWN_KEYS])}, …",
-            found=f"loss {result.loss}, gradient norm {result.grad_norm}, no update was made; "
+            found=f"loss {result.loss}, gradient norm {result.grad_norm}; these steps changed nothing; {state}; "
             f"newest checkpoint: {newest}",
-            fix=f"list the step's samples: clipwright data ledger {self.run} step={step}; "
-            "lower optim.lr or use precision=fp32, with --fresh or another -o",
+            fix=f"{causes}: list the samples (clipwright data ledger {self.run} step={step}), or {change}",
         )
 
 

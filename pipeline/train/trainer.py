@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from clipwright.pipeline.core.command import Call, Outcome, Preempted, StopFlag
 from clipwright.pipeline.core.lock import verify_held
-from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.data.batch import Batch
-from clipwright.pipeline.distributed.group import World, any_rank_flags, process_group, run_on_rank0
+from clipwright.pipeline.distributed.group import World, any_rank, any_rank_flags, process_group, run_on_rank0
 from clipwright.pipeline.folders import output, remote
 from clipwright.pipeline.train import run_folder
-from clipwright.pipeline.train.checkpoints import checkpoint
+from clipwright.pipeline.train.checkpoints.restore import load_start
 from clipwright.pipeline.train.checkpoints.saver import Saver
 from clipwright.pipeline.train.config import resolve_text
 from clipwright.pipeline.train.engine import Engine, StepResult
-from clipwright.pipeline.train.logging import Meter, RunLog, header, step_line, summary
+from clipwright.pipeline.train.logging import Records, header, summary
 from clipwright.pipeline.train.precision import resolve_precision
+from clipwright.pipeline.train.rank_failure import RankFailure
 from clipwright.pipeline.train.sample_log import Ledger
 from clipwright.pipeline.train.setup import Setup, set_up
 from clipwright.pipeline.train.step_checks import NonFiniteSteps, StepPace
@@ -40,29 +38,19 @@ class Trainer:
         self.runtime, self.schedule = self.config.runtime, self.config.schedule
         towers, loss, self.techniques = self.components.towers, self.components.loss, self.components.techniques
         run_on_rank0(lambda: self._claim(setup))
-        found = checkpoint.newest(run, world=world)
-        self.step = 0 if found is None else found.step
-        self.resumed_at = self.step  # until the first record, which states it
-        self.changed = [] if found is None else found.changes(setup.identity)
-        if found is not None:  # before DeepSpeed partitions the parameters
-            found.restore_weights(towers, loss)
-            found.restore_techniques(self.techniques)
-        else:
-            self.techniques.initialize(towers, loss)
+        # Before DeepSpeed partitions the parameters.
+        start = load_start(run, world, setup.identity, self.config, self.components)
+        self.step, self.hook_pending, self.changed = start.step, start.hook_pending, start.changed
         self.engine = Engine(towers, loss, self.config, world)
-        if found is not None:
-            found.restore_optimizers(self.engine)
-        metadata = {"identity": setup.identity, "accepted": [] if found is None else found.accepted(self.changed)}
-        self.saver = Saver(run, world, self.runtime, metadata, self.step, self.techniques)
+        start.restore_optimizers(self.engine)
+        metadata = {"identity": setup.identity, "accepted": start.accepted}
         self.end = min(self.schedule.steps, self.runtime.stop_at or self.schedule.steps)
-        self.skips = NonFiniteSteps(run, 0 if found is None else found.manifest["skipped"])
+        self.records = Records(call, run, self.step, self.end, world, self.config, start.changed)
+        self.saver = Saver(run, world, self.runtime, metadata, self.step, self.techniques, self.records.say)
+        self.failure = RankFailure(world, self.save)
+        self.skips = NonFiniteSteps(run, start.skipped)
         self.pace = StepPace(world)
-        self.meter = Meter(world.device)
-        self.ledger = Ledger(run, self.step, world, self.runtime.ledger)
-        self.log = RunLog(run, self.step, world)
-        # On a terminal; elsewhere the step lines are the progress.
-        quiet, total = call.quiet or not world.is_rank0, self.end * self.schedule.global_batch
-        self.progress = Progress("train", total, "sample", quiet=quiet, interval=math.inf, already_done=self.samples)
+        self.ledger = Ledger(run, self.step, world, self.runtime.ledger, self.failure)
         self.stop = supervisor.begin_training(StopFlag())
 
     def _claim(self, setup: Setup) -> None:
@@ -85,63 +73,78 @@ class Trainer:
         """Trains until the schedule's end, `stop_at` or a signal to any rank; saves a checkpoint in each case."""
         self.components.towers.train()
         loader = self.components.loader.batches(self.samples, self.should_stop)
-        with closing(loader) as batches, closing(self.ledger), closing(self.log), self.progress:
-            self.meter.restart(self.step)
+        with closing(loader) as batches, closing(self.ledger), closing(self.records), self.records.progress:
+            self.complete_step()
+            self.records.meter.restart(self.step)
             while self.step < self.end:
-                batch, save_now = self.fetch(batches)
-                result = self.train_step(batch)
-                self.after_step(batch, result, save_now)
+                batch, late = self.fetch(batches)
+                saving = self.saver.due(self.step + 1, late)
+                measure = saving or self.is_logged(self.step + 1)
+                result = self.engine.step(batch, self.step, self.schedule.factor(self.samples), measure=measure)
+                self.step += 1
+                self.after_step(batch, result, saving=saving)
             self.save(wait=True)
+            self.failure.end_if(any_rank(self.failure.pending, self.world.device))
+
+    def complete_step(self) -> None:
+        """Makes up for what failed after the step that the run resumes from: a technique's hook, a validation."""
+        if self.hook_pending:
+            self.update_techniques()
+        if self.step and self.validates(self.step) and self.records.lacks_scores(self.step):
+            self.validate()
 
     def fetch(self, batches: Iterator[Batch]) -> tuple[Batch, bool]:
         """Returns the next batch, and whether it is time to save; saves and raises if any rank should stop."""
         enter_phase("data", self.step)
-        batch = next(batches, None)  # None if a signal arrived while it waited
+        batch = None  # stays None if a signal arrived while it waited
+        with self.failure.deferred():
+            batch = next(batches, None)
         enter_phase("agree")
-        flags = (self.should_stop(), self.saver.late, self.saver.pending, self.saver.failed)
-        stopping, late, pending, failed = any_rank_flags(flags, self.world.device)
-        self.saver.commit_if_written(pending, failed)
+        flags = (self.should_stop(), self.saver.late, self.saver.pending, self.saver.failed, self.failure.pending)
+        stopping, late, pending, unwritten, failed = any_rank_flags(flags, self.world.device)
+        self.saver.commit_if_written(pending, unwritten)
+        self.failure.end_if(failed)
         if stopping or batch is None:
             self.supervisor.agree_to_stop()
             self.save(wait=True)
             raise (self.stop.cause or Preempted)()
-        self.meter.waited += batch.wait_seconds
+        self.records.meter.waited += batch.wait_seconds
         return batch, late
 
-    def train_step(self, batch: Batch) -> StepResult:
-        lr_factor = self.schedule.factor(self.samples)
-        result = self.engine.step(batch, self.step, lr_factor, measure=self.is_logged(self.step + 1))
-        self.step += 1
-        if not result.skipped:
+    def update_techniques(self) -> None:
+        """Runs the techniques' hook. If it fails, the step is saved without it, and resuming runs it again."""
+        if not self.techniques.has_after_update:
+            return
+        with self.failure.deferred():
             self.techniques.after_update(self.engine, self.step)
-        return result
+        self.hook_pending = any_rank(self.failure.pending, self.world.device)
+        self.failure.end_if(self.hook_pending)
 
-    def after_step(self, batch: Batch, result: StepResult, save_now: bool) -> None:
-        """Records, validates and saves."""
+    def after_step(self, batch: Batch, result: StepResult, *, saving: bool) -> None:
+        """Records the step and saves it, then validates: what fails after a save costs no step."""
         enter_phase("record")
         verify_held(max_age_seconds=1.0)
-        self.ledger.add(self.step, self.samples - self.schedule.global_batch, batch.batch_samples)
+        validates = self.validates(self.step)
+        with self.saver.committed_on_error():
+            self.ledger.add(self.step, self.samples - self.schedule.global_batch, batch.batch_samples)
         self.skips.add(result)
-        self.progress.add(self.schedule.global_batch)
+        self.records.progress.add(self.schedule.global_batch)
         self.supervisor.step_done()
-        lines = self.pace.add(self.step)
-        if self.is_logged(self.step):
-            record = self.record(result)
-            if self.validates(self.step):
-                record.update(self.validate())
-            remaining = self.schedule.steps * self.schedule.global_batch - self.samples
-            lines.append(step_line(record, self.schedule.steps, remaining / record["samples_per_s"]))
-            self.saver.note(record)
-            self.log.write(record)
-        with self.progress.above():
-            for line in lines if self.world.is_rank0 else []:
-                self.call.say(line)
+        self.records.say(*self.pace.add(self.step))
+        if saving or self.is_logged(self.step):
+            counts = {"replaced": self.ledger.replaced, "skipped": self.skips.count, "saved": self.saver.committed}
+            with self.failure.deferred():
+                self.saver.note(self.records.write(self.step, result, self.engine.loss, counts, self.pace.slow))
         if self.skips.too_many:
             enter_phase("save")
             self.saver.commit()  # the checkpoint being written is from before these steps
-            raise self.skips.error(result, self.step, batch)
-        if self.saver.due(self.step, save_now):
-            self.save()
+            raise self.skips.error(result, self.step, batch, self.engine)
+        if not result.skipped:
+            self.update_techniques()
+        if saving or validates:
+            self.save(wait=validates)
+        if validates:
+            self.validate()
 
     def should_stop(self) -> bool:
         """Whether a signal arrived at any rank, as far as this rank knows."""
@@ -153,33 +156,19 @@ class Trainer:
     def validates(self, step: int) -> bool:
         return self.validation is not None and self.validation.due(step, self.end)
 
-    def record(self, result: StepResult) -> dict[str, Any]:
-        """Returns the log record of the step that was just made."""
-        further: dict[str, Any] = self.engine.loss.report()
-        further["lr"] = self.config.optim.lr * self.schedule.factor(self.samples - self.schedule.global_batch)
-        further["replaced"], further["skipped"] = self.ledger.replaced, self.skips.count
-        further["saved"] = self.saver.committed
-        # In the first record only.
-        if self.resumed_at:
-            further["resumed"], self.resumed_at = self.resumed_at, 0
-        if self.changed:
-            further["accepted"], self.changed = self.changed, []
-        record = self.meter.record(self.step, self.samples, result, **further)
-        if self.pace.slow:
-            record["slow"] = self.pace.slow
-        return record
-
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> None:
+        """Scores the saved step and adds the scores to its record."""
         enter_phase("validate")
         assert self.validation is not None
-        scores = self.validation.run(self.engine, self.techniques, self.should_stop)
-        self.meter.restart(self.step)
-        return scores
+        scores = self.validation.run(self.engine, self.techniques, self.should_stop, self.step)
+        with self.failure.deferred():
+            self.saver.note(self.records.add_scores(self.step, scores))
+        self.records.meter.restart(self.step)
 
     def save(self, *, wait: bool = False) -> None:
         enter_phase("save")
         self.ledger.sync()
-        self.saver.save(self.engine, self.step, wait=wait)
+        self.saver.save(self.engine, self.step, wait=wait, hook_pending=self.hook_pending)
 
 
 def train(call: Call, score: Callable[[], Score]) -> Outcome:

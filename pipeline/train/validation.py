@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.system_errors import system_error
 from clipwright.pipeline.distributed.group import World, broadcast_object, run_on_rank0
 from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.model.folder import Model
@@ -39,17 +41,32 @@ class Validation:
 
     def _open(self) -> None:
         runtime = self.config.runtime
+        assert runtime.validation is not None
         self._data = Dataset(runtime.validation, cache=runtime.cache)
         self._data.require_captions("validation")
 
     def due(self, step: int, end: int) -> bool:
         return step == end or step % self.config.runtime.validate_every == 0
 
-    def run(self, engine: Engine, techniques: Technique, should_stop: Callable[[], bool]) -> dict[str, float]:
-        """Returns `{val_i2t_r1, …, val_t2i_r10}` in [0, 1], or nothing if it was stopped; every rank must call it."""
+    def run(
+        self, engine: Engine, techniques: Technique, should_stop: Callable[[], bool], step: int
+    ) -> dict[str, float]:
+        """Returns `{val_i2t_r1, …, val_t2i_r10}` in [0, 1], or nothing if it was stopped; every rank must call it.
+
+        step: that of the weights, whose checkpoint is complete. An image that cannot be read is an error.
+        """
         weights = engine.weights()
         scores: dict[str, float] = {}
-        run_on_rank0(lambda: scores.update(self._scores(techniques.export(weights), should_stop)))
+        try:
+            run_on_rank0(lambda: scores.update(self._scores(techniques.export(weights), should_stop)))
+        except ClipwrightError as error:
+            raise ClipwrightError(
+                error.code,
+                f"the validation failed: {error.what}",
+                where=error.where,
+                found=f"{error.found}; step {step} is saved" if error.found else f"step {step} is saved",
+                fix=f"{error.fix}; or run the same command with runtime.validation=null to train on without it",
+            ) from None
         on_all_ranks: Any = broadcast_object(scores)
         return on_all_ranks
 
@@ -57,10 +74,14 @@ class Validation:
         towers = build_model(self.config, self.tokenizer).to(self.world.device)
         towers.load_state_dict(weights)
         model = _StoppableModel(Model(self.config, towers, self.tokenizer, ""), should_stop)
+        assert self._data is not None
         try:
             result = self.score(model, self._data, batch=BATCH_SIZE, workers=self.config.runtime.workers, quiet=True)
         except _Stopped:
             return {}
+        except OSError as error:
+            error.filename = error.filename or self._data.folder
+            raise system_error(error, self.world.rank) from None
         return {
             f"val_{direction}_r{k}": float(result[direction][f"r{k}"])
             for direction in ("i2t", "t2i")

@@ -19,6 +19,8 @@ from clipwright.pipeline.train import run_folder
 from clipwright.pipeline.train.checkpoints import checkpoint
 from clipwright.pipeline.train.techniques.base import Technique
 
+OTHER_TOWERS = "give this run the towers, sizes and embed_dim of those weights, or start without init_from"
+
 
 @dataclass(frozen=True)
 class InitWeights:
@@ -118,9 +120,10 @@ class WarmStart(Technique):
         """
         init = read(Path(self.init_from))
         self._check(init)
-        load_weights(towers, resize(init.weights, init.image_size, towers), init.folder)
+        load_weights(towers, resize(init.weights, init.image_size, towers), init.folder, OTHER_TOWERS)
         if init.loss.keys() == loss.state_dict().keys():
-            load_weights(loss, init.loss, init.folder)
+            load_weights(loss, init.loss, init.folder, OTHER_TOWERS)
+            loss.clamp()  # imported models may have a logit scale above the limit
 
     def _check(self, init: InitWeights) -> None:
         if init.tokenizer != self.tokenizer:

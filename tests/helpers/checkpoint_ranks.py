@@ -66,7 +66,7 @@ def train(run: Path, case: Case, zero: int, world: World, end: int, **runtime: A
         engine.update(1.0)
         (run / "progress").write_text(str(step + 1))
         if run_saver.due(step + 1, late=False):
-            run_saver.note({"score": losses[step]})
+            run_saver.note({"step": step + 1, "score": losses[step]})
             run_saver.save(engine, step + 1)
     run_saver.save(engine, end, wait=True)
     return {"losses": losses, "start": start, "weights": engine.weights()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,25 +29,32 @@ from clipwright.pipeline.losses.base import LossTerm
 from clipwright.pipeline.model.folder import load_weights
 from clipwright.pipeline.model.two_tower import TwoTower
 from clipwright.pipeline.train import run_folder
+from clipwright.pipeline.train.checkpoints.state_checks import (
+    LOSS_OPTIMIZER_PREFIX,
+    check_numbers,
+    invalid_state,
+    loss_misfit,
+    optimizer_misfit,
+    weights_misfit,
+)
 from clipwright.pipeline.train.engine import Engine
 from clipwright.pipeline.train.techniques.base import Technique
 
 FOLDER, LATEST = "checkpoints", "latest"
 WEIGHTS, LOSS, OPTIMIZER = "model.safetensors", "loss.safetensors", "optimizer-{:05d}.safetensors"
 TECHNIQUES = "techniques.safetensors"  # only if a technique has state
-MANIFEST_KEYS = {
-    "step",
-    "samples",
-    "updates",
-    "skipped",
-    "world",
-    "zero",
-    "identity",
-    "accepted",
-    "figures",
-    "files",
+MANIFEST_TYPES = {
+    "step": int,
+    "samples": int,
+    "updates": int,
+    "skipped": int,
+    "world": int,
+    "zero": int,
+    "identity": dict,
+    "accepted": list,
+    "hook_pending": bool,
+    "files": dict,
 }
-LOSS_OPTIMIZER_PREFIX = "optimizer."  # of the state of the loss's own optimizer, in the file of the loss
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,21 @@ class Checkpoint:
         tensors = self._tensors(LOSS)
         return {name: tensor for name, tensor in tensors.items() if not name.startswith(LOSS_OPTIMIZER_PREFIX)}
 
+    def misfit(self, towers: TwoTower, loss: LossTerm, state_size: int) -> ClipwrightError | None:
+        """Returns E_CKPT_STATE if a tensor is missing or has another shape than this run's; reads only headers.
+
+        state_size: tensors that the towers' optimizer keeps per parameter.
+        """
+        updates = self.manifest["updates"]
+        found = weights_misfit(self.folder / WEIGHTS, towers)
+        if found is not None:
+            return invalid_state(self.folder / WEIGHTS, found)
+        found = loss_misfit(self.folder / LOSS, loss, updates)
+        if found is not None:
+            return invalid_state(self.folder / LOSS, found)
+        found = optimizer_misfit(self._optimizer_files(), towers, state_size, updates)
+        return None if found is None else invalid_state(self.folder, found)
+
     def restore_weights(self, towers: TwoTower, loss: LossTerm) -> None:
         """Loads the weights; must be called before DeepSpeed partitions the parameters among the ranks."""
         load_weights(towers, self.weights(), self.folder / WEIGHTS)
@@ -105,10 +128,8 @@ class Checkpoint:
 
     def restore_optimizers(self, engine: Engine) -> None:
         """Loads the optimizer state that this rank needs, from the files of all ranks."""
-        others = (WEIGHTS, LOSS, TECHNIQUES)
-        files = [self.folder / name for name in sorted(self.manifest["files"]) if name not in others]
         try:
-            engine.restore_optimizer(files, self.manifest["updates"])
+            engine.restore_optimizer(self._optimizer_files(), self.manifest["updates"])
         except (SafetensorError, ValueError) as error:
             raise malformed(self.folder, str(error)) from None
         state: dict[int, dict[str, Tensor]] = {}
@@ -117,6 +138,10 @@ class Checkpoint:
                 _, index, key = name.split(".", 2)
                 state.setdefault(int(index), {})[key] = tensor
         engine.loss_optimizer.load_state_dict({**engine.loss_optimizer.state_dict(), "state": state})
+
+    def _optimizer_files(self) -> list[Path]:
+        others = (WEIGHTS, LOSS, TECHNIQUES)
+        return [self.folder / name for name in sorted(self.manifest["files"]) if name not in others]
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         try:
@@ -135,13 +160,19 @@ def malformed(path: Path, found: str) -> ClipwrightError:
     )
 
 
-def newest(run: Path, step: int | None = None, world: World | None = None) -> Checkpoint | None:
+def newest(
+    run: Path,
+    step: int | None = None,
+    world: World | None = None,
+    misfit: Callable[[Checkpoint], ClipwrightError | None] = lambda found: None,
+) -> Checkpoint | None:
     """Returns the newest valid checkpoint of a run, or that of step `step`; None if the run has none yet.
 
     With `world`, all ranks must call it: they divide the files among them and return the same checkpoint. A corrupt
-    checkpoint is named on stderr and the one before it is taken. Raises E_CKPT_HASH if checkpoints exist and none is
-    valid, E_CKPT_NONE if that of `step` or all that were saved are missing, E_UNSAFE for one with a file that could run
-    code.
+    checkpoint, and one for which `misfit` returns an error, is named on stderr, and the one before it is taken. If
+    checkpoints exist and none is valid, the last one's error is raised: E_CKPT_HASH, or E_CKPT_STATE for numbers and
+    tensors that training cannot have made. E_CKPT_NONE if that of `step` or all that were saved are missing, E_UNSAFE
+    for one with a file that could run code.
     """
     names = [path.name for _, path in sorted(saved_steps(run).items(), reverse=True)]
     pointer = _read_pointer(run)
@@ -162,26 +193,31 @@ def newest(run: Path, step: int | None = None, world: World | None = None) -> Ch
         manifest, failure = _verify(run / FOLDER / name, world)
         if failure is None:
             assert manifest is not None
-            return Checkpoint(run / FOLDER / name, manifest)
-        if failure.code == "E_UNSAFE":  # the file was put there on purpose: an older checkpoint is no answer
+            found = Checkpoint(run / FOLDER / name, manifest)
+            failure = _first_failure(lambda: misfit(found), run / FOLDER / name, world)  # noqa: B023  called at once
+            if failure is None:
+                return found
+        if failure.code in ("E_UNSAFE", "E_RESUME"):  # put there on purpose: an older checkpoint is no answer
             raise failure
         _warn(world, f"warning: skipping a corrupt checkpoint: {failure}")
     if failure is not None:
         raise ClipwrightError(
-            "E_CKPT_HASH",
+            failure.code,
             "no checkpoint of this run is valid" if step is None else f"the checkpoint of step {step} is not valid",
             where=run,
-            found=failure.found,
+            found=f"{failure.where}: {failure.found}",
             fix="restore one, or start over with --fresh",
         )
-    last_saved = _last_logged(run) if pointer is None else pointer
-    if last_saved is not None:
+    evidence: Any = _evidence_of_saves(run) if pointer is None else f"{pointer} was saved, as {LATEST} states"
+    if world is not None:
+        evidence = broadcast_object(evidence)
+    if evidence is not None:
         raise ClipwrightError(
             "E_CKPT_NONE",
             "the checkpoints of this run are missing",
             where=run / FOLDER,
-            found=f"none exists, but {last_saved} was saved",
-            fix="restore it, or start over with --fresh",
+            found=f"none exists, but {evidence}",
+            fix="restore them, or start over with --fresh",
         )
     return None
 
@@ -213,32 +249,57 @@ def _read_pointer(run: Path) -> str | None:
         return None
 
 
-def _last_logged(run: Path) -> str | None:
-    """Returns the name of the newest checkpoint that the log mentions."""
-    path = run / run_folder.LOG
-    if not path.exists():
-        return None
-    step = max((record.get("saved", 0) for record in run_folder.read_steps(path)), default=0)
-    return step_name(step) if step else None
+def _evidence_of_saves(run: Path) -> str | None:
+    """Returns what shows that checkpoints were saved which are gone now; None if the run may have saved none yet.
+
+    A run that was killed before its first checkpoint has a ledger and a log too. Its log has the first step, and says
+    that nothing was saved; and it has fewer steps than two intervals of `save_every`.
+    """
+    ledger_path, log_path = run / run_folder.LEDGER, run / run_folder.LOG
+    steps = sum(1 for _ in run_folder.read_steps(ledger_path)) if ledger_path.exists() else 0
+    records = list(run_folder.read_steps(log_path)) if log_path.exists() else []
+    saved = max((record.get("saved", 0) for record in records), default=0)
+    if saved:
+        return f"{step_name(saved)} was saved, as {run_folder.LOG} states"
+    interval = (run_folder.stored_tree(run) or {}).get("runtime", {}).get("save_every")
+    if steps > 1 and not records:
+        return f"{run_folder.LEDGER} has {steps:,} steps, and the log, which names the saved ones, is empty or missing"
+    if isinstance(interval, int) and steps >= 2 * interval:
+        return f"{run_folder.LEDGER} has {steps:,} steps, with a checkpoint every {interval:,}"
+    return None
 
 
 def _verify(folder: Path, world: World | None) -> tuple[dict[str, Any] | None, ClipwrightError | None]:
-    """Returns a checkpoint's manifest and the first failure of any rank; each rank hashes its share of the files."""
-    manifest: dict[str, Any] | None = None
-    failure: ClipwrightError | None = None
-    try:
+    """Returns a checkpoint's manifest and the first failure of any rank; each rank checks its share of the files."""
+    manifests: list[dict[str, Any]] = []
+
+    def check() -> None:
         manifest = _read_valid_manifest(folder)
         names = sorted(manifest["files"])
         own = names if world is None else names[world.rank :: world.size]
         check_files(folder, {name: manifest["files"][name] for name in own}, "E_CKPT_HASH")
+        for name in own:
+            check_numbers(folder / name, manifest["updates"])
+        manifests.append(manifest)
+
+    failure = _first_failure(check, folder, world)
+    return (manifests[0] if manifests else None), failure
+
+
+def _first_failure(
+    check: Callable[[], ClipwrightError | None], folder: Path, world: World | None
+) -> ClipwrightError | None:
+    """Returns the first error that `check` of a checkpoint raises or returns on any rank."""
+    failure: ClipwrightError | None = None
+    try:
+        failure = check()
     except ClipwrightError as error:
         failure = error
-    except OSError as error:
-        failure = malformed(folder, f"it cannot be read: {error.strerror or error}")
+    except (OSError, SafetensorError) as error:
+        failure = malformed(folder, f"it cannot be read: {getattr(error, 'strerror', None) or error}")
     if world is not None:
-        failures = [error for error in all_gather_object(failure) if error is not None]
-        failure = failures[0] if failures else None
-    return manifest, failure
+        failure = next((error for error in all_gather_object(failure) if error is not None), None)
+    return failure
 
 
 def _read_valid_manifest(folder: Path) -> dict[str, Any]:
@@ -249,9 +310,15 @@ def _read_valid_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if digest(body) != manifest.get("fingerprint") or path.read_bytes() != json_text(manifest).encode():
         raise malformed(path, "its fingerprint does not match its content")
-    missing = sorted(MANIFEST_KEYS - body.keys()) or sorted({WEIGHTS, LOSS} - dict(body["files"]).keys())
+    for key, kind in MANIFEST_TYPES.items():
+        if not isinstance(body.get(key), kind):
+            raise malformed(path, f"{key} is missing or not of type {kind.__name__}")
+    missing = sorted({WEIGHTS, LOSS} - body["files"].keys())
     if missing:
         raise malformed(path, f"{missing[0]} is missing")
     if step_name(body["step"]) != folder.name:
         raise malformed(path, f"it is that of step {body['step']}")
+    if min(body["updates"], body["skipped"]) < 0 or body["updates"] + body["skipped"] != body["step"]:
+        found = f"{body['updates']} updates and {body['skipped']} skipped steps are not {body['step']} steps"
+        raise invalid_state(path, found)
     return manifest

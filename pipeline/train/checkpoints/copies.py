@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -46,30 +48,44 @@ class Copies:
         self.start()  # those that failed, and those of an earlier start of the run
         assert self._thread is not None
         self._thread.join()
+        if not saved_steps(self.run).keys() - self._done:
+            with self._warned("the end of the log"):
+                self._upload(self._run_files())  # what was logged since the last checkpoint
 
     def _copy_all(self, steps: list[int]) -> None:
         for step in steps:
-            try:
+            with self._warned(step_name(step)):
                 self._copy(step)
-            except (ClipwrightError, OSError) as error:
-                reason = error.found if isinstance(error, ClipwrightError) else error
-                print(
-                    f"warning: {step_name(step)} was not copied to {remote.redacted(self.address)}: {reason}; "
-                    "it will be tried again with the next checkpoint",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                self._done.add(step)
+            if step not in self._done:
                 break
-            self._done.add(step)
         self.in_progress = set()
+
+    @contextmanager
+    def _warned(self, what: str) -> Iterator[None]:
+        """Turns a failed copy into a warning."""
+        try:
+            yield
+        except (ClipwrightError, OSError) as error:
+            reason = error.found if isinstance(error, ClipwrightError) else error
+            print(
+                f"warning: {what} was not copied to {remote.redacted(self.address)}: {reason}; "
+                "it will be tried again with the next checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _copy(self, step: int) -> None:
         folder = self.run / FOLDER / step_name(step)
         if remote.has_content(f"{self.address}/{FOLDER}/{folder.name}/{MANIFEST}", (folder / MANIFEST).read_bytes()):
             return  # an earlier start of the run copied it
-        run_files = [self.run / name for name in (run_folder.CONFIG, run_folder.LOG, run_folder.LEDGER, IDENTITY)]
-        tokenizer = sorted((self.run / run_folder.TOKENIZER).glob("*"))
         files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
-        for path in [*files, folder / MANIFEST, *tokenizer, *run_files]:
+        tokenizer = sorted((self.run / run_folder.TOKENIZER).glob("*"))
+        self._upload([*files, folder / MANIFEST, *tokenizer, *self._run_files(), self.run / LATEST])
+
+    def _run_files(self) -> list[Path]:
+        return [self.run / name for name in (run_folder.CONFIG, run_folder.LOG, run_folder.LEDGER, IDENTITY)]
+
+    def _upload(self, paths: Sequence[Path]) -> None:
+        for path in paths:
             remote.upload(path, f"{self.address}/{path.relative_to(self.run)}")
-        remote.upload(self.run / LATEST, f"{self.address}/{LATEST}")

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,14 @@ from torch import Tensor
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, digest, fsync_path, staged_path
 from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.system_errors import rank_name, system_error
 from clipwright.pipeline.distributed.group import World, all_gather_object, run_on_rank0
 from clipwright.pipeline.folders.output import discard, publish, remove_staged
-from clipwright.pipeline.folders.records import file_entries, read_manifest, write_manifest
+from clipwright.pipeline.folders.records import file_entries, write_manifest
 from clipwright.pipeline.train.checkpoints.checkpoint import (
     FOLDER,
     LATEST,
     LOSS,
-    LOSS_OPTIMIZER_PREFIX,
     OPTIMIZER,
     TECHNIQUES,
     WEIGHTS,
@@ -42,8 +43,10 @@ from clipwright.pipeline.train.checkpoints.checkpoint import (
     step_name,
 )
 from clipwright.pipeline.train.checkpoints.copies import Copies
+from clipwright.pipeline.train.checkpoints.state_checks import LOSS_OPTIMIZER_PREFIX
 from clipwright.pipeline.train.config import RuntimeConfig
 from clipwright.pipeline.train.engine import Engine
+from clipwright.pipeline.train.run_folder import LOG, read_log
 from clipwright.pipeline.train.techniques.base import Technique
 
 FREE_SPACE_FACTOR = 1.2  # times a checkpoint's bytes must be free before it is started
@@ -68,20 +71,28 @@ class Saver:
         metadata: dict[str, Any],
         step: int,
         techniques: Technique | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """metadata: further entries of all manifests; step: that of the checkpoint the run resumes from, or 0."""
+        """metadata: further entries of all manifests; step: that of the checkpoint the run resumes from, or 0.
+
+        say: prints a line for people.
+        """
         self.run, self.world, self.runtime, self.metadata = run, world, runtime, metadata
         self.techniques = techniques or Technique()
         self.started = self.committed = step  # the newest checkpoint being written, the newest that is complete
         self._resumed_from = step
         self._own_steps = {step}
-        self._figures: dict[str, Any] = {}  # since the last checkpoint
+        self._say = say
+        self._figures: dict[int, float] = {}  # of the name `keep_best`, by step
         self._known_figures: set[str] = set()
         self._last_save = time.monotonic()
         self._writer: _Writer | None = None
         self._copies = Copies(run, runtime.copy_to) if runtime.copy_to else None
-        if world.is_rank0:  # left by a killed run
-            remove_staged(run / FOLDER)
+        if world.is_rank0:
+            remove_staged(run / FOLDER)  # left by a killed run
+            if runtime.keep_best and (run / LOG).exists():
+                for record in read_log(run):
+                    self.note(record)
 
     @property
     def late(self) -> bool:
@@ -102,18 +113,24 @@ class Saver:
         """Whether to save after step `step`; late: whether any rank's `late` is set."""
         return late or step % self.runtime.save_every == 0
 
-    def note(self, figures: Mapping[str, Any]) -> None:
-        """Records figures of the current model; the one that `keep_best` names goes into the next checkpoint."""
-        self._figures.update(figures)
+    def note(self, record: Mapping[str, Any]) -> None:
+        """Takes from the record of a step, or from its scores, the figure by which `keep_best` judges that step."""
+        figures = {name: v for name, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        self._known_figures |= figures.keys()
+        if self.runtime.keep_best in figures:
+            self._figures[record["step"]] = figures[self.runtime.keep_best]
+            if record["step"] == self.committed and self.world.is_rank0:
+                self._remove_old(self.committed)
 
-    def save(self, engine: Engine, step: int, *, wait: bool = False) -> None:
+    def save(self, engine: Engine, step: int, *, wait: bool = False, hook_pending: bool = False) -> None:
         """Copies every rank's state and starts to write it; with `wait`, returns once it is committed.
 
-        Raises the error of an earlier checkpoint that could not be written.
+        hook_pending: the techniques' `after_update` of this step has failed, and must run again on resume. Raises the
+        error of an earlier checkpoint that could not be written.
         """
         if step != self.started:
             self.commit()
-            self._start(engine, step)
+            self._start(engine, step, hook_pending)
         if wait:
             self.commit()
 
@@ -128,7 +145,16 @@ class Saver:
             self._copies.finish()
             self._remove_old(self.committed)
 
-    def _start(self, engine: Engine, step: int) -> None:
+    @contextmanager
+    def committed_on_error(self) -> Iterator[None]:
+        """Commits the checkpoint that is being written before an error leaves the block on all ranks."""
+        try:
+            yield
+        except ClipwrightError:
+            self.commit()
+            raise
+
+    def _start(self, engine: Engine, step: int, hook_pending: bool) -> None:
         self._last_save = time.monotonic()
         weights, optimizer_state = engine.weights(), engine.optimizer_state()
         technique_state = self.techniques.state()
@@ -147,8 +173,8 @@ class Saver:
             "skipped": step - engine.updates,
             "world": self.world.size,
             "zero": engine.zero,
+            "hook_pending": hook_pending,
             **self.metadata,
-            "figures": self._take_best_figure(),
         }
         own_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
         by_rank = all_gather_object((own_bytes, _free_bytes(self.run)))
@@ -156,22 +182,17 @@ class Saver:
         free = min(rank_free for _, rank_free in by_rank)
         run_on_rank0(lambda: self._stage(step, needed, free))
         self.started = step
-        self._writer = _Writer(self.run, files, body, needed)
+        self._writer = _Writer(self.run, self.world, files, body, needed)
 
-    def _take_best_figure(self) -> dict[str, float]:
-        """Returns the figure that `keep_best` names, if it was recorded since the last checkpoint."""
-        name, figures = self.runtime.keep_best, self._figures
-        self._figures = {}
-        self._known_figures |= {key for key, value in figures.items() if isinstance(value, (int, float))}
-        if name and name not in self._known_figures and self.world.is_rank0:
+    def _warn_of_unknown_figure(self) -> None:
+        name = self.runtime.keep_best
+        if name and name not in self._known_figures:
             known = ", ".join(sorted(self._known_figures)) or "none"
             print(
                 f"warning: runtime.keep_best={name} is not a logged figure; figures so far: {known}",
                 file=sys.stderr,
                 flush=True,
             )
-        value = figures.get(name) if name else None
-        return {} if value is None else {name: value}
 
     def _stage(self, step: int, needed: int, free: int) -> None:
         """Makes an empty folder for the files of all ranks. Raises E_DISK if there is not enough free space."""
@@ -180,7 +201,7 @@ class Saver:
         try:
             staged_folder(self.run, step).mkdir(parents=True)
         except OSError as error:
-            raise _write_error(error, self.run, needed) from None
+            raise write_error(error, self.run, self.world, needed) from None
 
     def commit(self) -> None:
         """Waits for all ranks' files and commits the checkpoint, if one is being written; all ranks must call it."""
@@ -198,8 +219,11 @@ class Saver:
         run_on_rank0(lambda: self._publish(writer, {**writer.body, "files": entries}))
         self.committed = self.started
         self._own_steps.add(self.committed)
-        if self._copies is not None and self.world.is_rank0:
-            self._copies.start()
+        if self.world.is_rank0:
+            self._say(f"saved step {self.committed:,} in {self.run / FOLDER / step_name(self.committed)}")
+            self._warn_of_unknown_figure()
+            if self._copies is not None:
+                self._copies.start()
 
     def _publish(self, writer: _Writer, body: dict[str, Any]) -> None:
         name = step_name(body["step"])
@@ -211,7 +235,7 @@ class Saver:
             self._remove_old(body["step"])
         except OSError as error:
             shutil.rmtree(writer.folder, ignore_errors=True)
-            raise _write_error(error, self.run, writer.needed) from None
+            raise write_error(error, self.run, self.world, writer.needed) from None
 
     def _remove_old(self, newest: int) -> None:
         """Removes checkpoints that need not be kept; only called once a newer one is complete."""
@@ -219,7 +243,7 @@ class Saver:
         # Those after the checkpoint that this run resumed from were corrupt.
         corrupt = {step for step in folders if step > self._resumed_from} - self._own_steps - {newest}
         valid = {step: folder for step, folder in folders.items() if step not in corrupt}
-        removable = folders.keys() - steps_to_keep(valid, self.runtime)
+        removable = folders.keys() - steps_to_keep(valid, self.runtime, self._figures)
         if self._copies is not None:
             removable -= self._copies.in_progress
         for step in removable:
@@ -230,10 +254,12 @@ class Saver:
 class _Writer(threading.Thread):
     """Writes, syncs and hashes this rank's files of one checkpoint during training."""
 
-    def __init__(self, run: Path, files: dict[str, dict[str, Tensor]], body: dict[str, Any], needed: int) -> None:
+    def __init__(
+        self, run: Path, world: World, files: dict[str, dict[str, Tensor]], body: dict[str, Any], needed: int
+    ) -> None:
         """body: of the manifest, without the files; needed: bytes of all ranks' files."""
         super().__init__(name="checkpoint", daemon=True)
-        self.run_path, self.files, self.body, self.needed = run, files, body, needed
+        self.run_path, self.world, self.files, self.body, self.needed = run, world, files, body, needed
         self.folder = staged_folder(run, body["step"])
         self.entries: dict[str, dict[str, Any]] = {}
         self.error: ClipwrightError | None = None
@@ -247,7 +273,7 @@ class _Writer(threading.Thread):
         except ClipwrightError as error:
             self.error = error
         except Exception as error:
-            self.error = _write_error(error, self.run_path, self.needed)
+            self.error = write_error(error, self.run_path, self.world, self.needed)
             if not isinstance(error, (OSError, SafetensorError)):
                 raise
         self.files = {}
@@ -281,27 +307,20 @@ def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-def steps_to_keep(folders: Mapping[int, Path], runtime: RuntimeConfig) -> set[int]:
+def steps_to_keep(steps: Collection[int], runtime: RuntimeConfig, figures: Mapping[int, float]) -> set[int]:
     """Returns the steps whose checkpoints are kept: the newest ones, every `keep_every` steps one, and the best.
 
-    The best has the highest figure of the name `keep_best` in its manifest; for losses, the lowest.
+    figures: of the name `keep_best`, by step. The best has the highest one, of a loss the lowest; among equal ones, the
+    earliest step.
     """
-    steps = set(sorted(folders)[-runtime.keep :])
+    kept = set(sorted(steps)[-runtime.keep :])
     if runtime.keep_every:
-        steps |= {step for step in folders if step % runtime.keep_every == 0}
-    if runtime.keep_best:
-        sign = -1 if runtime.keep_best.endswith("loss") else 1
-        figures = {step: _figure(folder, runtime.keep_best) for step, folder in folders.items()}
-        ranked = [(sign * figure, step) for step, figure in figures.items() if figure is not None]
-        if ranked:
-            steps.add(max(ranked)[1])
-    return steps
-
-
-def _figure(folder: Path, name: str) -> float | None:
-    with suppress(ClipwrightError):  # a corrupt checkpoint has none
-        return read_manifest(folder, "checkpoint").get("figures", {}).get(name)
-    return None
+        kept |= {step for step in steps if step % runtime.keep_every == 0}
+    sign = 1 if runtime.keep_best.endswith("loss") else -1
+    ranked = [(sign * figures[step], step) for step in steps if step in figures]
+    if runtime.keep_best and ranked:
+        kept.add(min(ranked)[1])
+    return kept
 
 
 def _free_bytes(folder: Path) -> int:
@@ -325,18 +344,23 @@ def _disk_full(run: Path, needed: int, free: int) -> ClipwrightError:
     )
 
 
-def _write_error(error: Exception, run: Path, needed: int) -> ClipwrightError:
-    """Returns E_DISK or E_SYSTEM for an error of the operating system, which safetensors only passes on as text."""
-    disk_full_errors = (errno.ENOSPC, errno.EDQUOT)
-    is_disk_full = getattr(error, "errno", None) in disk_full_errors or any(
-        f"os error {number}" in str(error) for number in disk_full_errors
-    )
-    if is_disk_full:
-        return _disk_full(run, needed, _free_bytes(run))
+def write_error(error: Exception, run: Path, world: World, needed: int) -> ClipwrightError:
+    """Returns E_DISK or E_SYSTEM for a checkpoint that this rank could not write.
+
+    safetensors passes errors of the operating system on as text only.
+    """
+    number = re.search(r"os error (\d+)", str(error))
+    if number is not None and not isinstance(error, OSError):
+        error = OSError(int(number[1]), os.strerror(int(number[1])))
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _disk_full(run, needed, _free_bytes(run))
+        error.filename = error.filename or run
+        return system_error(error, world.rank, "a checkpoint could not be written")
     return ClipwrightError(
         "E_SYSTEM",
         "a checkpoint could not be written",
-        where=getattr(error, "filename", None) or run,
-        found=getattr(error, "strerror", None) or str(error),
-        fix="fix the path or its permissions, which all ranks must share, and run the same command again",
+        where=run,
+        found=f"{type(error).__name__}: {error} on {rank_name(world.rank)}",
+        fix="run the same command again to resume; --debug shows the traceback",
     )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.train.optimizers.base import OPTIMIZERS, OptimizerConfig, Positive
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 @configclass
 class AdamWConfig(OptimizerConfig):
     """AdamW; the defaults are CLIP's."""
 
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     """Decay rates of the running means of gradient and squared gradient."""
     eps: Positive = 1e-6
     """Added to the denominator for numerical stability."""

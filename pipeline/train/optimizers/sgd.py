@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.train.optimizers.base import OPTIMIZERS, NotNegative, OptimizerConfig
+from clipwright.pipeline.train.optimizers.base import OPTIMIZERS, OptimizerConfig
 
 
 @configclass
@@ -16,7 +17,7 @@ class SGDConfig(OptimizerConfig):
 
     counts_updates: ClassVar[bool] = False
 
-    momentum: NotNegative = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Momentum factor. 0: none."""
 
     @property

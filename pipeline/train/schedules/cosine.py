@@ -15,7 +15,7 @@ from clipwright.pipeline.train.schedules.base import SCHEDULES, ScheduleConfig, 
 class CosineConfig(ScheduleConfig):
     """Half a cosine, from the peak learning rate to `final_lr_ratio` of it."""
 
-    final_lr_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    final_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Learning rate at the end, as a share of the peak."""
 
     def decay(self, progress: float) -> float:

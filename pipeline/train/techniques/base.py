@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from torch import Tensor
@@ -47,7 +48,10 @@ class Technique:
         """Sets the initial weights of a new run, after `prepare`; not called on resume."""
 
     def after_update(self, model: TrainedModel, step: int) -> None:
-        """Called after each update of the weights; `step` steps are complete. Not called for a skipped step."""
+        """Called after each update of the weights; `step` steps are complete. Not called for a skipped step.
+
+        If it raises, the state must be as before: the run saves, ends, and calls it again when it is resumed.
+        """
 
     def state(self) -> dict[str, Tensor]:
         """Returns the tensors to store in a checkpoint; those of rank 0 are written."""
@@ -71,23 +75,32 @@ class Techniques(Technique):
         """Adds a technique whose hooks run before those of the others."""
         self.techniques = {name: technique, **self.techniques}
 
+    @property
+    def has_after_update(self) -> bool:
+        """Whether any of them has the hook `after_update`."""
+        return any(type(technique).after_update is not Technique.after_update for technique in self.techniques.values())
+
     def prepare(self, towers: TwoTower) -> None:
-        for technique in self.techniques.values():
-            technique.prepare(towers)
+        for name, technique in self.techniques.items():
+            with _named(name, "prepare"):
+                technique.prepare(towers)
 
     def loss_terms(self) -> dict[str, LossTerm]:
         terms: dict[str, LossTerm] = {}
-        for technique in self.techniques.values():
-            terms.update(technique.loss_terms())
+        for name, technique in self.techniques.items():
+            with _named(name, "loss_terms"):
+                terms.update(technique.loss_terms())
         return terms
 
     def initialize(self, towers: TwoTower, loss: LossTerm) -> None:
-        for technique in self.techniques.values():
-            technique.initialize(towers, loss)
+        for name, technique in self.techniques.items():
+            with _named(name, "initialize"):
+                technique.initialize(towers, loss)
 
     def after_update(self, model: TrainedModel, step: int) -> None:
-        for technique in self.techniques.values():
-            technique.after_update(model, step)
+        for name, technique in self.techniques.items():
+            with _named(name, f"after_update of step {step}"):
+                technique.after_update(model, step)
 
     def state(self) -> dict[str, Tensor]:
         return {
@@ -102,9 +115,27 @@ class Techniques(Technique):
             technique.load_state({key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)})
 
     def export(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        for technique in self.techniques.values():
-            weights = technique.export(weights)
+        for name, technique in self.techniques.items():
+            with _named(name, "export"):
+                weights = technique.export(weights)
         return weights
+
+
+@contextmanager
+def _named(name: str, hook: str) -> Iterator[None]:
+    """Turns an exception of a technique's hook into E_TECHNIQUE, which names both."""
+    try:
+        yield
+    except (ClipwrightError, OSError):
+        raise
+    except Exception as error:
+        raise ClipwrightError(
+            "E_TECHNIQUE",
+            "a technique failed",
+            where=f"techniques: {name}, {hook}",
+            found=f"{type(error).__name__}: {error}",
+            fix="correct the technique; --debug shows the traceback",
+        ) from error
 
 
 TECHNIQUES: Registry[Technique] = Registry("technique", "clipwright.pipeline.train.techniques")

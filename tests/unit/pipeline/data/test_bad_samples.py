@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import random
@@ -16,7 +17,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data import batch_samples
 from clipwright.pipeline.data import loader as data_loader
 from clipwright.pipeline.data.batch import Batch, RankBatch
-from clipwright.pipeline.data.batch_samples import BadSampleLimit, ReplacedSample, key_sum
+from clipwright.pipeline.data.batch_samples import BadSampleLimit, BatchSamples, ReplacedSample, key_sum
 from clipwright.pipeline.data.datasets import DataConfig
 from clipwright.pipeline.data.loader import Loader
 from clipwright.pipeline.data.order import caption_index
@@ -152,6 +153,62 @@ def test_undecodable_and_unreadable_samples_are_replaced_and_their_reason_logged
     replaced = [sample for batch in take(loader(folder), 0, 2) for sample in batch.batch_samples.replaced]
     assert {(sample.key, sample.reason) for sample in replaced} == {(keys[7], "E_IMG_TRUNCATED"), (keys[8], "E_SYSTEM")}
     assert len(attempts) >= 3  # the third attempt succeeded
+
+
+def test_vanished_shard_is_given_up_once_and_named_once(make_dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tar and another shard's sidecar vanish before they are read: a few retries in all, not some per sample."""
+    folder = make_dataset("d", SIZES)
+    source, waits = loader(folder), []
+    monkeypatch.setattr(data_loader.time, "sleep", waits.append)
+    (folder / "d-000001.tar").unlink()
+    (folder / "d-000003.parquet").unlink()
+    samples = [batch.batch_samples for batch in take(source, 0, 20)]
+    assert len(waits) <= 2 * len(data_loader.RETRY_DELAYS_SECONDS)  # by each of two workers
+    reasons = {name: reason for sample in samples for name, reason in sample.unreadable.items()}
+    assert sum(len(sample.unreadable) for sample in samples) == 2
+    assert reasons.keys() == {"d/d-000001.tar", "d/d-000003.tar"}
+    assert reasons["d/d-000001.tar"].startswith("ENOENT (No such file or directory) on rank 0, host ")
+    assert reasons["d/d-000003.tar"].startswith("E_DATA_HASH (the file is missing")
+    replaced = [sample for batch in samples for sample in batch.replaced]
+    assert {(sample.shard, sample.reason) for sample in replaced} == {
+        ("d/d-000001.tar", "E_SYSTEM"),
+        ("d/d-000003.tar", "E_DATA_HASH"),
+    }
+    assert len(replaced) == 2 * (SIZES[1] + SIZES[3])  # of two epochs
+    assert merge([samples[0], BatchSamples(samples[0].keys, unreadable={"x": "y"})]).unreadable == {
+        **samples[0].unreadable,
+        "x": "y",
+    }
+
+
+def test_failed_mount_is_an_error_of_this_rank(make_dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_dataset("d", SIZES)
+    source = loader(folder, rank=1, world=2)
+    image, failing = Dataset.image, [False]
+
+    def read(self: Dataset, shard: int, row: int) -> bytes:
+        if failing[0]:
+            raise OSError(errno.EIO, "Input/output error")
+        return image(self, shard, row)
+
+    monkeypatch.setattr(Dataset, "image", read)
+    batches = source.batches(0)
+    next(batches)
+    failing[0] = True
+    with pytest.raises(ClipwrightError) as caught:
+        list(itertools.islice(batches, 5))
+    assert caught.value.code == "E_SYSTEM" and caught.value.what == f"the dataset {folder} cannot be read on one rank"
+    assert caught.value.found.startswith("EIO (Input/output error) on rank 1, host ") and "d-0000" in caught.value.where
+    assert "check the disk or mount" in caught.value.fix
+    failing[0] = False
+    source = loader(folder)
+    batches = source.batches(0)
+    (folder / "manifest.json").unlink()  # as if unmounted: the files are gone, and the folder's manifest too
+    for path in folder.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(ClipwrightError) as caught:
+        next(batches)
+    assert caught.value.code == "E_SYSTEM" and "ENOENT" in caught.value.found and "manifest.json" in caught.value.where
 
 
 def test_no_readable_sample_is_an_error_that_names_the_shard(

@@ -12,10 +12,11 @@ import torch
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.data import loader as data_loader
-from clipwright.pipeline.data.augment import AugmentConfig, adjust_colors
+from clipwright.pipeline.data.augment import AugmentConfig, adjust_colors, draw_color_jitter
 from clipwright.pipeline.data.batch import Batch, RankBatch
 from clipwright.pipeline.data.datasets import DataConfig, DatasetEntry, Datasets, WeightChange
 from clipwright.pipeline.data.loader import Loader
+from clipwright.pipeline.data.order import SampleRng
 from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.tokenizers.base import TOKENIZERS
 from clipwright.pipeline.towers.base import TEXT_TOWERS
@@ -97,6 +98,24 @@ def test_an_image_has_the_configured_number_of_views(scenes: Path) -> None:
     assert batch.color_jitter is not None
     assert torch.equal(batch.images(torch.device("cpu")), adjust_colors(batch.views, batch.color_jitter))
     assert not torch.equal(batch.images(torch.device("cpu")), batch.views)
+
+
+def test_views_and_colors_are_drawn_independently(scenes: Path) -> None:
+    """Each purpose has its own stream of random numbers of a sample."""
+    augment = AugmentConfig(jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.1)
+    source = loader(scenes, RankBatch(0, 1, 16), augment=augment)
+    [batch] = take(source, 0, 1)
+    [plain] = take(loader(scenes, RankBatch(0, 1, 16)), 0, 1)
+    assert torch.equal(batch.views, plain.views) and batch.color_jitter is not None
+    assert batch.batch_samples.keys == plain.batch_samples.keys
+    fingerprint = source.data.datasets[0].fingerprint
+    draws = {purpose: [] for purpose in ("colour", "view")}
+    for key in batch.batch_samples.keys:
+        for purpose, drawn in draws.items():
+            rng = SampleRng(source.seed, fingerprint, 0, key, purpose)
+            drawn.append(draw_color_jitter(augment, rng))
+    assert torch.equal(batch.color_jitter, torch.tensor(draws["colour"]))
+    assert not torch.equal(batch.color_jitter, torch.tensor(draws["view"]))
 
 
 def rows_of(batch: Batch) -> list[tuple[int, torch.Tensor, torch.Tensor]]:

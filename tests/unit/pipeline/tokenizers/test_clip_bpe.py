@@ -18,7 +18,7 @@ import regex
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.tokenizers import clip_bpe
-from clipwright.pipeline.tokenizers.base import TOKENIZERS
+from clipwright.pipeline.tokenizers.base import TOKENIZERS, trim
 
 ROOT = Path(__file__).parents[4]
 SHIPPED = ROOT / "pipeline/tokenizers/bpe_simple_vocab_16e6.txt.gz"
@@ -338,3 +338,16 @@ def test_invalid_vocabulary_is_rejected(change, tmp_path):
     with pytest.raises(ClipwrightError) as caught:
         TOKENIZERS.build(TOKENIZERS.preset("clip_bpe"), folder=tmp_path)
     assert caught.value.code == "E_INPUT" and str(path) in caught.value.where and caught.value.fix
+
+
+@pytest.mark.parametrize("longest", range(1, 20))
+def test_trimmed_captions_keep_their_end(longest: int) -> None:
+    """To the longest caption, rounded up to 8: one of 8k + 1 tokens needs the next multiple."""
+    tokens = np.full((3, 20), 0, np.int32)
+    for row, length in enumerate((longest, 1, max(longest - 1, 1))):
+        tokens[row, :length] = 5
+        tokens[row, length - 1 :] = EOT
+    trimmed = trim(tokens, EOT, "longest")
+    assert trimmed.shape == (3, min(-(-longest // 8) * 8, 20))
+    assert (trimmed == EOT).any(axis=1).all() and (trimmed == tokens[:, : trimmed.shape[1]]).all()
+    assert trim(tokens, EOT, "fixed") is tokens

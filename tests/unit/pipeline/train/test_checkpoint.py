@@ -22,8 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.files import digest
-from clipwright.pipeline.folders.records import write_manifest
 from clipwright.pipeline.train.checkpoints.checkpoint import newest, step_name
 from clipwright.pipeline.train.checkpoints.saver import steps_to_keep
 from clipwright.pipeline.train.config import RuntimeConfig
@@ -233,30 +231,22 @@ def test_missing_checkpoints_do_not_start_a_new_run(run: Path, capfd: pytest.Cap
         newest(run)
 
 
-def test_newest_periodic_and_best_checkpoints_are_kept(tmp_path: Path) -> None:
-    figures: dict[int, Any] = {
-        3: {"loss": 0.1},
-        6: {"loss": 0.3},
-        9: {},
-        12: {"loss": 0.2, "score": 1},
-        15: {"score": 2},
-    }
-    folders = {step: tmp_path / step_name(step) for step in figures}
-    for step, folder in folders.items():
-        folder.mkdir()
-        write_manifest(folder, "checkpoint", digest({}), {"figures": figures[step]})
-    assert steps_to_keep(folders, RuntimeConfig(keep=2)) == {12, 15}
-    assert steps_to_keep(folders, RuntimeConfig(keep=1, keep_every=6)) == {6, 12, 15}
-    assert steps_to_keep(folders, RuntimeConfig(keep=1, keep_best="loss")) == {3, 15}
-    assert steps_to_keep(folders, RuntimeConfig(keep=1, keep_best="score")) == {15}
-    (folders[3] / "manifest.json").write_text("{")
-    assert steps_to_keep(folders, RuntimeConfig(keep=1, keep_best="loss")) == {12, 15}
+def test_newest_periodic_and_best_checkpoints_are_kept() -> None:
+    steps, losses = [3, 6, 9, 12, 15], {3: 0.1, 6: 0.3, 7: 0.0, 12: 0.1}  # that of step 7 was not saved
+    assert steps_to_keep(steps, RuntimeConfig(keep=2), {}) == {12, 15}
+    assert steps_to_keep(steps, RuntimeConfig(keep=1, keep_every=6), {}) == {6, 12, 15}
+    assert steps_to_keep(steps, RuntimeConfig(keep=1, keep_best="loss"), losses) == {3, 15}  # the earliest of two
+    assert steps_to_keep(steps, RuntimeConfig(keep=1, keep_best="score"), losses) == {6, 15}
+    assert steps_to_keep(steps, RuntimeConfig(keep=1, keep_best="score"), {3: 1, 6: 2, 9: 2, 15: 1}) == {6, 15}
+    assert steps_to_keep(steps, RuntimeConfig(keep=1, keep_best="score"), {}) == {15}
 
 
 def test_best_checkpoint_is_kept_until_the_end_of_a_run(results: Path) -> None:
     """That of the first save, which has the highest figure, since losses fall."""
     losses = torch.load(results / "kill-uninterrupted.pt")["losses"]
-    best = max(range(SAVE_EVERY, checkpoint_ranks.END, SAVE_EVERY), key=lambda step: losses[step - 1])
+    saved = range(SAVE_EVERY, checkpoint_ranks.END, SAVE_EVERY)
+    best = max(saved, key=lambda step: losses[step - 1])
+    assert best == SAVE_EVERY
     assert complete_steps(results / "kill-uninterrupted") == sorted({best, checkpoint_ranks.END})
 
 

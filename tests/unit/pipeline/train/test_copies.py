@@ -17,7 +17,6 @@ from torch import nn
 
 from clipwright.pipeline.distributed.group import World, process_group
 from clipwright.pipeline.folders import remote
-from clipwright.pipeline.train.checkpoints import checkpoint
 from clipwright.pipeline.train.checkpoints.copies import Copies
 from clipwright.pipeline.train.checkpoints.saver import Saver
 from clipwright.pipeline.train.config import RuntimeConfig
@@ -86,11 +85,39 @@ def save_four_times(run: Path, world: World, address: str) -> None:
     saver.finish()
 
 
-def test_run_is_copied_and_resumes_from_the_copy(
-    tmp_path: Path, bucket: Callable[[str], str], capfd: pytest.CaptureFixture[str]
+def download(address: str, folder: Path) -> None:
+    for name in object_names(address):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(remote.fetch(f"{address}/{name}"))
+
+
+def test_run_that_lost_its_disk_resumes_from_the_copy(
+    scenes: Path, tmp_path: Path, bucket: Callable[[str], str], small: Any, here: Callable[..., Any]
+) -> None:
+    address = bucket("trained")
+    args = ["train", *small.settings, f"data.train={scenes}", "schedule.samples=80", "runtime.save_every=2"]
+    here(tmp_path, *args, f"runtime.copy_to={address}", "runtime.stop_at=3", "-o", "lost")
+    download(address, tmp_path / "back")
+    done = here(tmp_path, *args, "-o", "back")
+    assert "resuming at step 3" in done.out and "warning" not in done.err
+    here(tmp_path, *args, "-o", "straight")
+    curves = [[(line["step"], line["loss"]) for line in small.losses(tmp_path / run)] for run in ("back", "straight")]
+    assert curves[0] == curves[1] and [step for step, _ in curves[0]] == [1, 2, 3, 4, 5]
+    last = "checkpoints/step-00000005/model.safetensors"
+    assert (tmp_path / "back" / last).read_bytes() == (tmp_path / "straight" / last).read_bytes()
+
+
+def test_run_is_copied(
+    tmp_path: Path, bucket: Callable[[str], str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = bucket("kept")
-    run, back = tmp_path / "run", tmp_path / "back"
+    run, uploaded, upload = tmp_path / "run", list[str](), remote.upload
+
+    def record(path: Path, to: str) -> None:
+        uploaded.append(to.removeprefix(f"{address}/"))
+        upload(path, to)
+
+    monkeypatch.setattr(remote, "upload", record)
     with process_group() as world:
         save_four_times(run, world, address)
     assert "warning" not in capfd.readouterr().err
@@ -98,12 +125,11 @@ def test_run_is_copied_and_resumes_from_the_copy(
     own = {"latest", "config.yaml", "identity.json", "log.jsonl", "ledger.jsonl", "tokenizer/vocabulary"}
     last = {f"checkpoints/step-00000004/{path.name}" for path in (run / "checkpoints" / "step-00000004").iterdir()}
     assert len(last) == 4 and last | own <= object_names(address)
-    for name in object_names(address):
-        (back / name).parent.mkdir(parents=True, exist_ok=True)
-        (back / name).write_bytes(remote.fetch(f"{address}/{name}"))
-    found = checkpoint.newest(back)
-    assert found is not None and found.step == 4 and not capfd.readouterr().err
-    assert all((back / name).read_bytes() == (run / name).read_bytes() for name in own)
+    manifest = "checkpoints/step-00000004/manifest.json"
+    at = {name: uploaded.index(name) for name in last}
+    assert all(position < at[manifest] for name, position in at.items() if name != manifest)
+    assert uploaded[at[manifest] :].index("latest") == len({*own, manifest}) - 1  # after all of these
+    assert uploaded[-4:] == ["config.yaml", "log.jsonl", "ledger.jsonl", "identity.json"]  # what was logged since
 
     before = object_names(address)
     copies = Copies(run, address)  # another start of the run: all checkpoints are copied already

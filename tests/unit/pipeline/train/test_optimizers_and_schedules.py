@@ -55,6 +55,42 @@ def test_schedule_warms_up_linearly_and_stays_within_the_peak(name: str) -> None
     assert without_warmup.factor(0) == 1.0
 
 
+def test_factors_of_the_learning_rate() -> None:
+    """At the start, within and at the end of warmup, in the middle of the decay and at its end."""
+    cosine = SCHEDULES.preset("cosine", samples=1100, global_batch=20, warmup=100, final_lr_ratio=0.2)
+    at = {samples: cosine.factor(samples) for samples in (0, 60, 80, 100, 350, 600, 1080, 1100, 1300)}
+    assert at == {
+        0: pytest.approx(20 / 120),
+        60: pytest.approx(80 / 120),
+        80: pytest.approx(100 / 120),
+        100: 1.0,
+        350: pytest.approx(0.2 + 0.8 * (1 + 0.5**0.5) / 2),  # a quarter of the 1000 samples after warmup
+        600: pytest.approx(0.6),
+        1080: pytest.approx(0.2 + 0.8 * 0.00098664, rel=1e-5),
+        1100: pytest.approx(0.2),
+        1300: pytest.approx(0.2),
+    }
+    constant = SCHEDULES.preset("constant", samples=1100, global_batch=20, warmup=100)
+    assert [constant.factor(samples) for samples in (0, 80, 100, 1100)] == [
+        pytest.approx(1 / 6),
+        pytest.approx(5 / 6),
+        1,
+        1,
+    ]
+    # The default warmup: a twentieth, at most 5,000 samples.
+    default = SCHEDULES.preset("constant", samples=2000, global_batch=20)
+    assert [default.factor(samples) for samples in (0, 80, 100)] == [pytest.approx(1 / 6), pytest.approx(5 / 6), 1]
+    long = SCHEDULES.preset("constant", samples=10**6, global_batch=20)
+    assert long.factor(4980) == pytest.approx(5000 / 5020) and long.factor(5000) == 1
+
+
+def test_steps_are_complete_batches() -> None:
+    steps = {
+        samples: SCHEDULES.preset("cosine", samples=samples, global_batch=10).steps for samples in (10, 19, 20, 1009)
+    }
+    assert steps == {10: 1, 19: 1, 20: 2, 1009: 100}
+
+
 def test_cosine_ends_at_its_final_ratio_and_constant_at_the_peak() -> None:
     cosine = SCHEDULES.preset("cosine", samples=1000, global_batch=10, warmup=0, final_lr_ratio=0.1)
     assert cosine.factor(500) == pytest.approx(0.55) and cosine.factor(1000) == cosine.factor(2000) == 0.1

@@ -42,12 +42,12 @@ def start(folder: Path, args: list[str], stdout: Any = subprocess.PIPE) -> subpr
     )
 
 
-def stop_after(process: subprocess.Popen[str], run: Path, steps: int, number: int) -> tuple[int, str]:
-    """Sends a signal once the log has `steps` steps; returns exit code and stderr."""
+def stop_after(process: subprocess.Popen[str], run: Path, steps: int, number: int) -> tuple[int, str, str]:
+    """Sends a signal once the log has `steps` steps; returns exit code, stdout and stderr."""
     wait_for_lines(run / "log.jsonl", steps, process)
     process.send_signal(number)
-    _, errors = process.communicate()
-    return process.returncode, errors
+    output, errors = process.communicate()
+    return process.returncode, output, errors
 
 
 def assert_same_run(run: Path, other: Path, small: Any) -> None:
@@ -61,7 +61,9 @@ def assert_same_run(run: Path, other: Path, small: Any) -> None:
 
 def test_resume_after_sigkill_is_bit_identical_under_zero(scenes: Path, tmp_path: Path, small: Any) -> None:
     args = [f"data.train={scenes}", *STEPS, "runtime.zero=2"]
-    code, _ = stop_after(start(tmp_path, [*small.settings, *args, "-o", "run"]), tmp_path / "run", 14, signal.SIGKILL)
+    code, _, _ = stop_after(
+        start(tmp_path, [*small.settings, *args, "-o", "run"]), tmp_path / "run", 14, signal.SIGKILL
+    )
     assert code == -signal.SIGKILL
     small(tmp_path, *args, "-o", "uninterrupted")
     done = small(tmp_path, *args, "-o", "run")
@@ -130,7 +132,7 @@ def test_signal_saves_and_the_same_command_resumes(
     number: int, code: int, scenes: Path, uninterrupted: Path, tmp_path: Path, small: Any
 ) -> None:
     args = [*small.settings, f"data.train={scenes}", *STEPS, "-o", "run"]
-    exit_code, errors = stop_after(start(tmp_path, args), tmp_path / "run", 3, number)
+    exit_code, output, errors = stop_after(start(tmp_path, args), tmp_path / "run", 3, number)
     assert exit_code == code and "Traceback" not in errors
     done = small(tmp_path, f"data.train={scenes}", *STEPS, "-o", "run")
     first = int(done.stdout.split("resuming at step ")[1].split()[0])
@@ -138,6 +140,7 @@ def test_signal_saves_and_the_same_command_resumes(
     assert [(line["step"], line["resumed"]) for line in small.losses(tmp_path / "run") if "resumed" in line] == [
         (first + 1, first)
     ]
+    assert f"saved step {first} in run/checkpoints/step-{first:08d}" in output.splitlines()[-1]
     assert_same_run(tmp_path / "run", uninterrupted, small)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from clipwright.pipeline.data.batch_samples import BatchSamples, key_sum
 from clipwright.pipeline.folders.dataset import Dataset
+from clipwright.pipeline.train.rank_failure import RankFailure
 from clipwright.pipeline.train.run_folder import StepFile, read_steps
 from clipwright.pipeline.train.sample_log import Ledger, _from_limbs, line
 
@@ -118,7 +119,7 @@ def test_step_file_is_cut_back_on_resume(tmp_path: Path, capsys: pytest.CaptureF
         StepFile(path, 2).close()
         assert [record["step"] for record in read_steps(path)] == [1, 2]
     with process_group() as world:
-        Ledger(tmp_path, 2, world, "sums").close()
+        Ledger(tmp_path, 2, world, "sums", RankFailure(world, print)).close()
         assert capsys.readouterr().err == ""
-        Ledger(tmp_path, 5, world, "sums").close()
+        Ledger(tmp_path, 5, world, "sums", RankFailure(world, print)).close()
         assert "has 2 of 5 steps" in capsys.readouterr().err

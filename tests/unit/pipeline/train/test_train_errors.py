@@ -26,7 +26,12 @@ pytestmark = pytest.mark.xdist_group("ranks")
         (["schedule.global_batch=1000"], 3, "E_DATA_SMALL", ["96 samples", "lower schedule.global_batch"]),
         (["image.projection=none"], 2, "E_CONFIG_VALUE", ["embed_dim", "image.projection=linear"]),
         (["plugins=absent.py"], 2, "E_PLUGIN", ["absent.py", "check the path"]),
-        (["optim.name=sgd", "optim.lr=1e38", "schedule.warmup=0"], 1, "E_NONFINITE", ["step", "lower optim.lr"]),
+        (
+            ["optim.name=sgd", "optim.lr=1e38", "schedule.warmup=0"],
+            1,
+            "E_NONFINITE",
+            ["the weights are finite; newest checkpoint: none", "are possible causes", "data ledger run step="],
+        ),
     ],
 )
 def test_error_names_culprit_and_remedy(
@@ -99,12 +104,55 @@ def test_refused_command_leaves_other_folders_unchanged(scenes: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "word",
-    ["runtime.keep=-1", "runtime.save_every=0", "schedule.global_batch=0", "optim.lr=.nan", "data.captions=0"],
+    ("word", "allowed"),
+    [
+        ("runtime.keep=-1", "greater than or equal to 1"),
+        ("runtime.save_every=0", "greater than or equal to 1"),
+        ("schedule.global_batch=0", "greater than or equal to 1"),
+        ("optim.lr=.nan", "allowed: number > 0"),
+        ("data.captions=0", "greater than or equal to 1"),
+        ("text.context=4", "greater than or equal to 8"),
+        ("schedule.warmup=100001", "100001; allowed: 0 to schedule.samples=100000"),
+        ("schedule.samples=255", "255; allowed: schedule.global_batch=256 or more"),
+        ("schedule.final_lr_ratio=1.5", "less than or equal to 1"),
+        ("optim.betas=[0.9,1.0]", "less than 1"),
+        ("data.augment.scale=[0.9,0.5]", "[0.9, 0.5]; allowed: 0 < smallest ≤ largest ≤ 1"),
+        ("data.augment.ratio=[0,1]", "[0.0, 1.0]; allowed: 0 < smallest ≤ largest"),
+        ("seed=-1", "greater than or equal to 0"),
+    ],
 )
-def test_values_out_of_range_are_refused(word: str, scenes: Path, tmp_path: Path, small: Any) -> None:
-    line = small.cli(tmp_path).error("train", f"data.train={scenes}", word, "-o", "run", code=2)
-    assert line.startswith("error[E_CONFIG_VALUE]") and word.split("=")[0] in line
+def test_values_out_of_range_are_refused(word: str, allowed: str, tmp_path: Path, here: Any) -> None:
+    line = here(tmp_path, "train", "data.train=nowhere", word, "-o", "run", code=2).error
+    assert line.startswith("error[E_CONFIG_VALUE]") and word.split("=")[0] in line and allowed in line, line
+    assert not list(tmp_path.iterdir())
+
+
+def test_config_of_a_run_that_was_edited_by_hand_is_noticed(
+    scenes: Path, tmp_path: Path, small: Any, here: Any
+) -> None:
+    args = ["train", *small.settings, f"data.train={scenes}", "schedule.samples=32", "-o", "run"]
+    here(tmp_path, *args, "runtime.stop_at=1")
+    path = tmp_path / "run" / "config.yaml"
+    original = path.read_text()
+    path.write_text(original.replace("lr: 0.0005", "lr: 0.5").replace("log_every: 1", "log_every: 7"))
+    line = here(tmp_path, "export", "run", "-o", "model", code=2).error
+    assert line.startswith("error[E_RESUME]: the config of this run was changed by hand — run/config.yaml — ")
+    assert "optim.lr: 0.0005 → 0.5 — undo the changes (identity.json has the run's values)" in line
+    assert not (tmp_path / "model").exists()
+    resumed = here(tmp_path, *args)
+    assert (
+        "warning: run/config.yaml was changed by hand (optim.lr: 0.0005 → 0.5): it is not used, and is " in resumed.err
+    )
+    assert path.read_text() == original.replace("stop_at: 1", "stop_at: null") and "resuming at step 1" in resumed.out
+    here(tmp_path, "export", "run", "-o", "model")
+
+
+def test_more_samples_on_resume_name_init_from(scenes: Path, tmp_path: Path, small: Any, here: Any) -> None:
+    args = ["train", *small.settings, f"data.train={scenes}"]
+    here(tmp_path, *args, "schedule.samples=32", "runtime.stop_at=1", "-o", "run")
+    line = here(tmp_path, *args, "schedule.samples=64", "-o", "run", code=2).error
+    assert line.startswith("error[E_RESUME]") and "schedule.samples: 32 → 64" in line
+    assert "train on in a new run by init_from=run and another -o" in line
 
 
 def test_export_and_model_folders(scenes: Path, tmp_path: Path, small: Any) -> None:

@@ -82,10 +82,10 @@ def test_run_that_should_stop_has_no_scores(scenes: Path, small: Any, monkeypatc
 
     with process_group() as world:
         validation = Validation(config, tokenizer, world, score)
-        assert validation.run(engine, Technique(), lambda: False).keys() == {
+        assert validation.run(engine, Technique(), lambda: False, 1).keys() == {
             f"val_{w}_r{k}" for w in ("i2t", "t2i") for k in (1, 5, 10)
         }
-        assert validation.run(engine, Technique(), should_stop) == {} and len(calls) == 3
+        assert validation.run(engine, Technique(), should_stop, 1) == {} and len(calls) == 3
 
 
 @pytest.mark.parametrize("signs", [True, False])
