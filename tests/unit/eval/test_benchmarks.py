@@ -143,6 +143,9 @@ def test_search_benchmark_through_the_command(cli, indexed):
     done = cli("eval", "search", f"index={indexed}", "benchmark.template={colour}", "benchmark.k=5", "--json")
     assert done.returncode == 0, done.stderr
     numbers = json.loads(done.stdout)["search"]
+    done = cli("eval", "search", f"index={indexed}", "benchmark.template={colour}", "benchmark.k=50", "--json")
+    complete = json.loads(done.stdout)["search"]  # the index has seven rows
+    assert complete["k"] == 7 and all(q["hits_right"] == q["relevant"] for q in complete["queries"])
     assert [q["query"] for q in numbers["queries"]] == ["blue", "green", "red"]
     assert numbers["mean_precision_at_5"] == pytest.approx(np.mean([q["hits_right"] for q in numbers["queries"]]) / 5)
 

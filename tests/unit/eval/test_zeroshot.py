@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from clipwright.eval import zeroshot
+from clipwright.eval.benchmarks.zeroshot import scores as score_list
 from clipwright.eval.encode import ImageSource
 from clipwright.eval.labeled import open_labeled
 from clipwright.eval.metrics import TIE, wilson_interval
@@ -119,7 +120,16 @@ def test_numbers_equal_loops_in_float64(batch: int) -> None:
 
     assert (z["n"], z["classes"], z["templates"], z["merged"]) == (len(chosen), 12, 3, 0)
     assert z["top1"] == pytest.approx(hits[1] / len(chosen)) and z["top5"] == pytest.approx(hits[5] / len(chosen))
-    assert 0 < z["top1_low"] < z["top1"] < z["top1_high"] < z["top5"]
+    assert (z["top1_low"], z["top1_high"]) == wilson_interval(hits[1], len(chosen))
+    interval = wilson_interval(hits[5], len(chosen))
+    assert [(score.name, score.low, score.high, score.chance) for score in score_list(z)[:3]] == [
+        ("top1", z["top1_low"], z["top1_high"], 1 / 12),
+        ("top5", *interval, 5 / 12),
+        ("mean_per_class", None, None, 1 / 12),
+    ]
+    assert [(score.name, score.value, score.chance) for score in score_list(z)[3:]] == [
+        (f"{column}_top1", z[f"{column}_top1"], z[f"{column}_chance"]) for column in ("colour", "shape")
+    ]
     assert z["chance"] == 1 / 12
     means = [sum(hits) / len(hits) if hits else None for hits in own.values()]
     present = [mean for mean in means if mean is not None]
@@ -189,6 +199,15 @@ def test_constant_model_has_zero_accuracy(jitter: float) -> None:
     z = result.numbers()
     assert z["top1"] == z["top5"] == z["mean_per_class"] == z["colour_top1"] == z["shape_top1"] == z["top1_low"] == 0.0
     assert all(row["label"] not in row["predicted"] for row in result.table().to_pylist())
+
+
+@pytest.mark.parametrize("classes", [3, 200, 201])
+def test_confusion_matrix_is_left_out_for_many_classes(classes: int) -> None:
+    names = [f"{i:03d}" for i in range(classes)]
+    model = LookupModel(torch.eye(classes), dict(zip(names, torch.eye(classes), strict=True)))
+    numbers = run(model, Rows(label=names[:250]), ["{}"], batch=64, label="label").numbers()
+    assert numbers["top1"] == 1.0 and ("confusion" in numbers) == (classes <= 200)
+    assert score_list(numbers)[1].chance == min(5, classes) / classes
 
 
 def test_chance_level_of_a_column_with_missing_pairs() -> None:
@@ -276,6 +295,13 @@ def test_table_images_are_read_by_row_and_have_the_key_of_their_bytes(labeled: P
     images = list(data.images(np.array([1, 2, 5])))
     assert [image.read() for image in images] == [jpeg(1), jpeg(2), jpeg(5)]
     assert images[2].where.endswith("set-1.parquet, row 2")
+    for part, first in enumerate((6, 7), 2):  # a third and a fourth file, of one row each
+        row = {"image": jpeg(first), "class_name": "heart", "label": 1, "split": "c"}
+        pq.write_table(pa.Table.from_pylist([row]), labeled / f"set-{part}.parquet")
+    more = open_labeled(str(labeled / "set-*.parquet"))
+    assert [image.read() for image in more.images(np.array([5, 6, 7]))] == [jpeg(5), jpeg(6), jpeg(7)]
+    (labeled / "set-2.parquet").rename(labeled / "set-4.parquet")  # the same files in another order
+    assert open_labeled(str(labeled / "set-*.parquet")).fingerprint != more.fingerprint
     structs = pa.array([{"bytes": jpeg(i), "path": None} for i in range(2)])
     pq.write_table(pa.table({"image": structs, "label": [0, 1]}), tmp_path / "structs.parquet")
     again = list(open_labeled(tmp_path / "structs.parquet").images(np.array([1])))
@@ -376,7 +402,7 @@ def test_unusable_inputs_are_errors(quick_cli, refused, model, labeled: Path, tm
     wrong("E_CONFIG_CHOICE", 2, "imagenets", "'imagenet'", arguments=("benchmark.classes=imagenets",))
     names = ("benchmark.label=label", 'benchmark.classes=["a", "b", "c"]')
     wrong("E_CLASSES", 3, "3 classes", "2 classes", "benchmark.classes", arguments=names)
-    wrong("E_CLASSES", 3, "1 classes", "2 different", "별", arguments=('benchmark.classes=["heart"]',))
+    wrong("E_CLASSES", 3, "1 class,", "2 different", "별", arguments=('benchmark.classes=["heart"]',))
     wrong("E_COLUMN", 3, "clas_name", "'class_name'", arguments=("benchmark.label=clas_name",))
     wrong("E_CONFIG_VALUE", 2, "benchmark.where", "'a'", arguments=("benchmark.where.split=test",))
     wrong("E_INPUT", 3, "nowhere.parquet", data=tmp_path / "nowhere.parquet")
