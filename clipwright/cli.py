@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from clipwright.data_prep.cli import app as data_prep_app
 from clipwright.eval.cli import app as eval_app
 from clipwright.pipeline.cli import SCORE
 from clipwright.pipeline.cli import app as pipeline_app
+from clipwright.pipeline.core import command
 from clipwright.pipeline.core.command import COMMANDS, Call, Command, Outcome, Preempted, load_name
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.core.status import INTERRUPTED
+from clipwright.pipeline.core.status import INTERRUPTED, STOPPED
 from clipwright.pipeline.core.usage import check_verb, flag_error, verb_of
 
 app = typer.Typer(
@@ -392,8 +394,12 @@ def _usage_error(error: typer.TyperException) -> ClipwrightError:
     )
 
 
-def main() -> None:
-    """Runs the command line. DeepSpeed's launcher puts `--local_rank=N` before the verb; it is ignored."""
+def main(early_signals: Sequence[int] = ()) -> None:
+    """Runs the command line. DeepSpeed's launcher puts `--local_rank=N` before the verb; it is ignored.
+
+    early_signals: stop signals that arrived before: the command stops as soon as it can.
+    """
+    command.early_signals = early_signals
     if len(sys.argv) > 1 and sys.argv[1].startswith(("--local_rank=", "--local-rank=")):
         del sys.argv[1]
     if sys.argv[1:] == ["--version"]:
@@ -417,9 +423,10 @@ def main() -> None:
     except typer.Abort:
         code = INTERRUPTED
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on Ctrl-C ends the process without a traceback
-    if code == INTERRUPTED or any(thread.daemon for thread in threading.enumerate()):
-        # After a Ctrl-C that interrupted an import, Python may end itself by SIGINT instead of with this exit code. A
-        # daemon thread inside torch, such as a checkpoint writer, would abort the process when the interpreter ends.
+    if code in STOPPED or any(thread.daemon for thread in threading.enumerate()):
+        # After a signal that interrupted an import, Python may end itself by SIGINT instead of with this exit code, or
+        # fail to clean up. A daemon thread inside torch, such as a checkpoint writer, would abort the process when the
+        # interpreter ends.
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):  # the reader has gone
                 stream.flush()

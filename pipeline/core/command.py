@@ -268,6 +268,7 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {}
+early_signals: Sequence[int] = ()  # stop signals that arrived before a command could handle them
 
 
 def _run(call: Call, body: Body) -> int:
@@ -286,6 +287,8 @@ def _run(call: Call, body: Body) -> int:
             is_rank0 = rank == 0
             if not is_rank0:
                 call.status.disable()
+            if early_signals:
+                raise Preempted
             try:
                 outcome = body(call) or Outcome()
             finally:

@@ -17,7 +17,8 @@ import psutil
 from clipwright.pipeline.core import lock
 from clipwright.pipeline.core.command import Preempted
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.distributed.launcher_env import LauncherEnv, read_launcher_env
+from clipwright.pipeline.core.signals import deferred_signals
+from clipwright.pipeline.distributed.launcher_env import read_launcher_env
 
 POLL_SECONDS = 1.0
 LEAVE_SECONDS = 27.0  # from a signal, or the end of the launcher, to the end of this process
@@ -42,10 +43,16 @@ def rank_process() -> Iterator[int]:
     launchers = find_launchers()
     if launchers:
         threading.Thread(target=_exit_with_launcher, args=(launchers,), name="launcher", daemon=True).start()
+    if launcher.world_size == 1:
+        yield launcher.rank
+        return
     try:
+        # The other ranks are told through torch, whose import would not survive an interruption.
+        with deferred_signals(signal.SIGTERM, signal.SIGUSR1):
+            from clipwright.pipeline.distributed import rendezvous  # noqa: PLC0415
         yield launcher.rank
     except Preempted:
-        _tell_other_ranks(launcher)
+        rendezvous.leave(launcher)
         raise
 
 
@@ -91,12 +98,3 @@ def _exit_with_launcher(launchers: list[psutil.Process]) -> None:
             fix="run the same command again: it resumes from the newest checkpoint if there is one",
         )
     )
-
-
-def _tell_other_ranks(launcher: LauncherEnv) -> None:
-    """Tells ranks that wait for this one in the rendezvous that it will not come."""
-    if launcher.world_size == 1:
-        return
-    from clipwright.pipeline.distributed.rendezvous import leave  # noqa: PLC0415  torch
-
-    leave(launcher)
