@@ -74,7 +74,7 @@ def wrong_kind(path: Path, kind: str) -> ClipwrightError:
             "E_INPUT",
             f"the {kind} folder does not exist",
             where=path,
-            found=f"nothing of this name in {path.absolute().parent}",
+            found=f"no such folder in {path.absolute().parent}",
             fix="check the path",
         )
     description = describe(path)

@@ -36,7 +36,13 @@ from clipwright.pipeline.interop.huggingface.folder import (
     refuse_auto_map,
 )
 from clipwright.pipeline.interop.huggingface.preprocessing import preprocessing_fields
-from clipwright.pipeline.interop.huggingface.tokenizer import TokenizerTree, check_length, open_tokenizer
+from clipwright.pipeline.interop.huggingface.tokenizer import (
+    TokenizerTree,
+    check_class,
+    check_length,
+    check_settings,
+    open_tokenizer,
+)
 from clipwright.pipeline.interop.huggingface.towers import CheckedConfig
 from clipwright.pipeline.model.two_tower import ModelConfig
 from clipwright.pipeline.tokenizers.base import Tokenizer
@@ -151,7 +157,9 @@ class TransformersModel(ForeignModel):
         size = self.config.square("vision_config.image_size")
         preprocessing = preprocessing_fields(self.preprocessors, size, crops_by_default=self.format.crops_by_default)
         # The tokenizer last: opening it takes the longest.
+        check_class(self.folder)
         check_length(self.folder, self.their_tokenizer, self.config.get("text_config.max_position_embeddings"))
+        check_settings(self.folder, self.their_tokenizer)
         tokenizer_tree, tokenizer = self.format.convert_tokenizer(self.folder, self.their_tokenizer)
         tree = {
             "image": image_fields,

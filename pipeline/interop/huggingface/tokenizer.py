@@ -12,12 +12,13 @@ from typing import Any
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.log import quiet_transformers
 from clipwright.pipeline.interop.formats.base import incompatible
-from clipwright.pipeline.interop.huggingface.folder import TOKENIZER_FILES
+from clipwright.pipeline.interop.huggingface.folder import TOKENIZER_FILES, read_json
 from clipwright.pipeline.tokenizers import clip_bpe
 from clipwright.pipeline.tokenizers.base import TOKENIZERS, Tokenizer, TokenizerConfig
 from clipwright.pipeline.tokenizers.siglip import MODEL
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+LOWERING_CLASSES = ("Siglip2Tokenizer", "Siglip2TokenizerFast")
 UNLIMITED_LENGTH = 10**9  # transformers sets a larger model_max_length if a tokenizer states none
 
 TokenizerTree = dict[str, Any]  # a tokenizer's config as a plain tree, without fields outside the model
@@ -60,6 +61,35 @@ def check_length(folder: Path, theirs: Any, context: int) -> None:
     if longest < UNLIMITED_LENGTH and longest != context:
         where = f"{folder / 'tokenizer_config.json'}: model_max_length"
         raise incompatible(where, f"{context}, as in text_config.max_position_embeddings", longest)
+
+
+def check_class(folder: Path) -> None:
+    """Raises E_IMPORT for a tokenizer whose class changes the text before its tokenizer.json does."""
+    config = folder / "tokenizer_config.json"
+    name = read_json(config).get("tokenizer_class") if config.is_file() else None
+    if name in LOWERING_CLASSES:
+        found = f"{name}, which lower-cases text in its class"
+        fix = "models with this tokenizer cannot be imported yet"
+        raise incompatible(f"{config}: tokenizer_class", "normalization in tokenizer.json alone", found, fix)
+
+
+def check_settings(folder: Path, theirs: Any) -> None:
+    """Raises E_IMPORT for settings of a tokenizer that ours do not have."""
+    config = folder / "tokenizer_config.json"
+    if theirs.padding_side != "right":
+        fix = "set it to right only if the model was trained so; padding on the left cannot be imported yet"
+        raise incompatible(f"{config}: padding_side", "right", theirs.padding_side, fix)
+    others = {theirs.bos_token, theirs.eos_token, theirs.unk_token}
+    if type(theirs).__name__ == "CLIPTokenizer" and theirs.pad_token not in others and theirs.pad_token in clip_words():
+        fix = f"set pad_token to {theirs.eos_token!r} there and in special_tokens_map.json: no padding is read"
+        found = f"{theirs.pad_token!r}, which is a word of the vocabulary: it would be cut out of captions"
+        raise incompatible(f"{config}: pad_token", "a token that stands for nothing else", found, fix)
+
+
+def clip_words() -> list[str]:
+    """Returns the tokens of CLIP's vocabulary."""
+    path = Path(clip_bpe.__file__).parent / clip_bpe.VOCABULARY
+    return clip_bpe.token_list(clip_bpe.parse_merges(path, clip_bpe.read_vocabulary(path)[1]))
 
 
 def clip_tokenizer(theirs: Any) -> tuple[TokenizerTree, Tokenizer] | None:

@@ -57,7 +57,7 @@ def test_missing_manifest_and_manifest_of_another_format_or_version_are_refused(
         assert caught.value.code == "E_MANIFEST" and found in str(caught.value)
     with pytest.raises(ClipwrightError) as caught:
         records.read_manifest(tmp_path / "absent", "dataset")
-    assert caught.value.code == "E_INPUT" and "nothing of this name" in str(caught.value)
+    assert caught.value.code == "E_INPUT" and "no such folder" in str(caught.value)
     with pytest.raises(ClipwrightError, match="it is a file — name a folder"):
         records.read_manifest(tmp_path / "manifest.json", "dataset")
 

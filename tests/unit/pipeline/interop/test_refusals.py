@@ -249,6 +249,20 @@ SIGLIP: dict[str, tuple[Any, ...]] = {
         "expected 64, as in text_config.max_position_embeddings",
         "got 32",
     ),
+    "padding on the left": (
+        state(TOKENIZER_CONFIG, padding_side="left"),
+        "E_IMPORT",
+        f"{TOKENIZER_CONFIG}: padding_side",
+        "expected right, got left",
+        "set it to right only if the model was trained so",
+    ),
+    "class that lower-cases": (
+        state(TOKENIZER_CONFIG, tokenizer_class="Siglip2Tokenizer"),
+        "E_IMPORT",
+        f"{TOKENIZER_CONFIG}: tokenizer_class",
+        "got Siglip2Tokenizer, which lower-cases",
+        "cannot be imported yet",
+    ),
     "added token": (
         state(
             TOKENIZER_CONFIG,
@@ -302,6 +316,13 @@ CLIP: dict[str, tuple[Any, ...]] = {
         f"{TOKENIZER_CONFIG}: model_max_length",
         "expected 77, as in text_config.max_position_embeddings",
         "got 32",
+    ),
+    "padding with a word": (
+        state(TOKENIZER_CONFIG, pad_token="!"),
+        "E_IMPORT",
+        f"{TOKENIZER_CONFIG}: pad_token",
+        "got '!', which is a word of the vocabulary",
+        "set pad_token to '<|endoftext|>'",
     ),
     "no vocabulary": (remove("tokenizer.json"), "E_INPUT", "none of the files tokenizer.json, vocab.json"),
     "no merges": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -177,7 +178,11 @@ def test_dataset_may_move_between_two_starts(scenes: Path, uninterrupted: Path, 
 
 def test_other_config_or_foreign_folder_is_refused(scenes: Path, tmp_path: Path, small: Any) -> None:
     args = [f"data.train={scenes}", *STEPS, "-o", "run"]
-    small(tmp_path, *args, "runtime.stop_at=2")
+    small(tmp_path, *args, "optim.lr=1e-3", "optim.weight_decay=0", "runtime.stop_at=2")
+    identity = json.loads((tmp_path / "run" / "identity.json").read_text())
+    assert identity["optim"]["lr"] == 0.001 and "lr: 0.001\n" in (tmp_path / "run" / "config.yaml").read_text()
+    # The same values in another notation are the same config.
+    small(tmp_path, *args, "optim.lr=0.001", "optim.weight_decay=.0", "schedule.samples=3e2", "runtime.stop_at=2")
     cli = small.cli(tmp_path)
     line = cli.error("train", *small.settings, *args, "optim.lr=0.7", "seed=3", code=2)
     assert line.startswith("error[E_RESUME]") and "optim.lr" in line and "seed: 0 → 3" in line and "--fresh" in line
