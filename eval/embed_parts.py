@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -158,8 +157,9 @@ def embedding_rows(sidecar: pa.Table, tar: str, what: What, canaries: dict[int, 
     if what == "text":
         sidecar, caption = sidecar.take(captions.value_parent_indices()), captions.flatten()
     else:
-        has_caption = pc.greater(pc.fill_null(captions.value_lengths(), 0), 0)
-        caption = captions.values.take(pc.if_else(has_caption, captions.offsets[:-1], None))
+        counts = captions.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        first = pa.array(captions.offsets.to_numpy()[:-1], mask=counts == 0)
+        caption = captions.values.take(first)
     count = sidecar.num_rows
     derived: dict[str, Any] = {
         "caption": caption,
