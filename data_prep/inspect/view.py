@@ -44,9 +44,9 @@ _NOT_SHOWN = "so rejected images are not shown"
 class ViewConfig(DatasetArgument):
     """What the page shows. The limits keep it small."""
 
-    kept: Annotated[int, Field(ge=0, le=160)] = 48
+    kept: Annotated[int, Field(ge=0, le=2000)] = 144
     """Number of kept pairs on the page."""
-    rejected: Annotated[int, Field(ge=0, le=80)] = 24
+    rejected: Annotated[int, Field(ge=0, le=1000)] = 40
     """Number of rejected pairs on the page."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the random choice of pairs."""
@@ -61,6 +61,9 @@ class PairOnPage:
     captions: list[str]
     more_captions: int  # not shown
     origin: str
+    source: str
+    width: int = 0
+    height: int = 0
     reason: str = ""
     detail: str = ""
 
@@ -98,7 +101,9 @@ def _write_page(config: ViewConfig, out: Path, *, quiet: bool) -> dict[str, Any]
         Path(__file__).parent / PAGE,
         title=f"Dataset {folder.resolve().name}",
         lead="Row counts, and samples of the kept pairs and of the rejected pairs with their reasons.",
+        sections=[("rows", "Rows"), ("kept", "Kept"), ("rejected", "Rejected")],
         manifest=manifest,
+        shown_reasons=sorted({pair.reason for pair in rejected}),
         meanings={reason: _meaning(reason) for reason in manifest["rejects"]},
         kept=kept,
         rejected=rejected,
@@ -145,7 +150,7 @@ def _kept_pairs(folder: Path, shards: list[dict[str, Any]], config: ViewConfig) 
             thumbnail, missing = _stored_thumbnail(folder / shard["tar"], row)
             captions, more = _shorten_captions(row["captions"])
             origin = f"{row['width']} × {row['height']} · {row['source']} · {row['key'][:12]}"
-            yield PairOnPage(thumbnail, missing, captions, more, origin)
+            yield PairOnPage(thumbnail, missing, captions, more, origin, row["source"], row["width"], row["height"])
 
 
 def _stored_thumbnail(path: Path, row: dict[str, Any]) -> tuple[bytes | None, str]:
@@ -228,7 +233,9 @@ def _rejected_pair(row: dict[str, Any], rejected_rows: _RejectedRows) -> PairOnP
         thumbnail, missing = (None, "no image") if record.image is None else _thumbnail(record.image)
     captions, more = _shorten_captions(texts)
     origin = f"{row['source']} · row {row['row']}"
-    return PairOnPage(thumbnail, missing, captions, more, origin, row["reason"], _shorten(row["detail"]))
+    return PairOnPage(
+        thumbnail, missing, captions, more, origin, row["source"], reason=row["reason"], detail=_shorten(row["detail"])
+    )
 
 
 def _text(caption: str | bytes) -> str:

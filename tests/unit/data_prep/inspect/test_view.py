@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import pytest
 from PIL import Image
 
 from clipwright.data_prep.inspect.view import ViewConfig, view
@@ -111,13 +110,51 @@ def test_foreign_output_folder_is_refused_unchanged(dataset: Path, cli: Any) -> 
     assert cli.error("data", "view", "data", code=2).startswith("error[E_USAGE]")
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_page_in_a_browser(dataset: Path, tmp_path: Path, look: Any, width: int) -> None:
+def test_page_in_a_browser(dataset: Path, tmp_path: Path, look: Any) -> None:
     page(dataset, tmp_path / "pages")
-    rendered = look(tmp_path / "pages" / "view.html", width)
-    assert (rendered.errors, rendered.requests, rendered.overflow) == ([], [], 0)
-    assert (
-        "<script>alert(1)</script>" in rendered.text
-        and "빨간 원" in rendered.text
-        and "E_IMG_TRUNCATED" in rendered.text
-    )
+    for width in (1280, 390):
+        rendered = look(tmp_path / "pages" / "view.html", width)
+        assert (rendered.errors, rendered.requests, rendered.overflow) == ([], [], 0)
+        for text in ("<script>alert(1)</script>", "빨간 원", "E_IMG_TRUNCATED"):
+            assert text in rendered.text
+
+
+def test_filters_and_pages_in_a_browser(
+    tmp_path: Path, cli: Any, write_table: Callable[..., Path], make_image: MakeImage, browser: Any
+) -> None:
+    images = [make_image(i, height=24 + i) for i in range(60)] + [b"", b"text"]
+    write_table(images, [[f"caption {i}"] for i in range(62)], n=list(range(62)))
+    cli("prep", "table", "source.path=pairs.parquet", "source.caption=captions", "-o", "many")
+    cli("data", "view", "many", "-o", "pages")
+    tab = browser.new_page(viewport={"width": 390, "height": 900})
+    try:
+        tab.goto((tmp_path / "pages" / "view.html").as_uri())
+        kept = tab.locator("#kept-pairs [data-item]:visible")
+        form, output = tab.locator("form[data-target=kept-pairs]"), tab.locator("form[data-target=kept-pairs] output")
+        assert kept.count() == 48 and output.inner_text() == "page 1 of 2 (60 of 60)"
+        # One column on a phone.
+        assert {round(kept.nth(i).bounding_box()["x"]) for i in range(4)} == {round(kept.first.bounding_box()["x"])}
+        form.locator("button[name=next]").click()
+        assert kept.count() == 12 and "caption 59" in kept.last.inner_text()
+        form.locator("[data-key=text]").fill("CAPTION 1")
+        assert kept.count() == 11 and output.inner_text() == "11 of 60"
+        form.locator("[data-key=text]").fill("")
+        form.locator("[data-key=height]").fill("80")
+        assert kept.count() == 4
+        form.locator("[data-key=source]").fill("#57")
+        assert kept.count() == 1
+        rejected = tab.locator("#rejected-rows [data-item]:visible")
+        assert rejected.count() == 2 and tab.locator("#rejected-rows h3:visible").count() == 2
+        tab.locator("select[data-key=reason]").select_option("E_IMG_EMPTY")
+        assert rejected.count() == 1 and tab.locator("#rejected-rows h3:visible").inner_text() == "E_IMG_EMPTY"
+    finally:
+        tab.close()
+    # Without the script, everything is shown.
+    context = browser.new_context(java_script_enabled=False)
+    try:
+        tab = context.new_page()
+        tab.goto((tmp_path / "pages" / "view.html").as_uri())
+        assert tab.locator("#kept-pairs [data-item]:visible").count() == 60
+        assert tab.locator("form:visible").count() == 0
+    finally:
+        context.close()
