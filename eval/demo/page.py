@@ -30,6 +30,7 @@ SECTIONS = [
     ("search", "Search"),
     ("commands", "How it was made"),
 ]
+NEARLY_ALL = 0.9  # top-1 accuracy from which a verdict says so
 SPLIT_VALUES = 4  # columns with at most this many values split the zero-shot score
 
 
@@ -90,12 +91,8 @@ def _tiles(demo: Demo) -> list[dict[str, str]]:
     ]
     tiles = []
     for name, measure, share, chance, chance_name in scores:
-        if far_above(share, chance):
-            verdict = "✓ far above chance"
-        elif share > chance:
-            verdict = "slightly above chance"
-        else:
-            verdict = "✗ not above chance"
+        # A small difference may be chance, so there is no word for it.
+        verdict = "✓ far above chance" if far_above(share, chance) else "✗ not far above chance"
         tiles.append(
             {
                 "name": name,
@@ -128,15 +125,23 @@ def _verdict(demo: Demo) -> str:
             f"{chance}. If the loss under Training is still falling, train on more samples (schedule.samples); "
             "otherwise run clipwright doctor."
         )
+    share = "most" if z["top1"] >= 0.5 else "some"
+    if z["top1"] >= NEARLY_ALL:
+        share = "nearly all"
     if not demo.unseen_combinations:
         return (
-            f"The model learned: its top-1 accuracy on {format_count(z['n'], 'new image')} is {top1}; "
-            f"chance is {chance}."
+            f"The model recognizes {share} new images: its top-1 accuracy on "
+            f"{format_count(z['n'], 'new image')} is {top1}; chance is {chance}."
         )
-    if far_above(z["shape_top1"], z["shape_chance"]):
-        verdict = "The model learned colors and shapes, and recognizes them in new combinations."
+    colors = far_above(z["colour_top1"], z["colour_chance"])
+    shapes = far_above(z["shape_top1"], z["shape_chance"])
+    if colors and shapes:
+        verdict = f"The model learned colors and shapes, and recognizes {share} images of new combinations."
+    elif colors or shapes:
+        learned, hardly = ("colors", "shapes") if colors else ("shapes", "colors")
+        verdict = f"The model learned {learned}, but hardly learned {hardly}."
     else:
-        verdict = "The model learned colors, but hardly learned shapes."
+        verdict = "The model does better than chance, but neither its colors nor its shapes are far above chance."
     names = sorted({prediction["label"] for prediction in demo.predictions})
     held_out = format_count(len(names), "combination")
     return (

@@ -188,13 +188,13 @@ def test_page_states_the_numbers_of_the_reports(cli: Any, demo: Path) -> None:
     assert "The loss goes from 3.00 to 0.03. Chance is 2.08, the logarithm of the batch size 8." in page
     assert "Training took 18s." in page  # 720 samples at 40 per second
     assert "each image 20.0 times on average" in page
-    assert "The model learned colors and shapes, and recognizes them in new combinations." in page
+    assert "The model learned colors and shapes, and recognizes most images of new combinations." in page
     assert (
         "but not 6 combinations of the two, such as “R&amp;B $heart$”. Its top-1 accuracy on "
         "48 images of held-out combinations is" in page
     )
     # A score that is not better than chance is marked.
-    assert re.search(r"Search.*10 %.*chance: 20 %.*✗ not above", page.split('class="notice"')[0], re.S)
+    assert re.search(r"Search.*10 %.*chance: 20 %.*✗ not far above", page.split('class="notice"')[0], re.S)
     # The worst captions are those of the highest ranks, in this order, without i2t rows.
     worst = page.split("<h3>Worst queries</h3>")[1].split("<details>")[0]
     assert re.findall(r"rank (\d+)", worst) == ["48", "47", "46", "45", "44", "43", "42", "41"]
@@ -218,9 +218,28 @@ def test_page_of_a_model_that_did_not_learn(demo: Path) -> None:
     page = rescore(demo, "zeroshot", top1=0.125, chance=1 / 48, shape_top1=0.22, shape_chance=1 / 6)
     assert "The model did not learn enough" in page and "The model learned" not in page and "doctor" in page
     tiles = page.split('class="tiles"')[1].split('class="notice"')[0]
-    assert tiles.count('class="verdict no">slightly above chance<') == 2
+    assert tiles.count('class="verdict no">✗ not far above chance<') == 3
     page = rescore(demo, "zeroshot", top1=0.5, shape_top1=0.2, shape_chance=1 / 6)
     assert "The model learned colors, but hardly learned shapes." in page
+
+
+@pytest.mark.parametrize(
+    ("scores", "sentence"),
+    [
+        ({"top1": 0.95}, "learned colors and shapes, and recognizes nearly all images of new combinations."),
+        ({"top1": 0.6}, "learned colors and shapes, and recognizes most images of new combinations."),
+        ({"top1": 0.45}, "learned colors and shapes, and recognizes some images of new combinations."),
+        ({"top1": 0.45, "colour_top1": 0.55}, "learned shapes, but hardly learned colors."),
+        ({"top1": 0.45, "colour_top1": 0.55, "shape_top1": 0.4}, "neither its colors nor its shapes are far above"),
+        ({"top1": 0.31}, "did not learn enough"),
+    ],
+)
+def test_sentence_claims_no_more_than_the_scores(demo: Path, scores: dict[str, float], sentence: str) -> None:
+    place = demo / "zeroshot" / "report.json"
+    tree = json.loads(place.read_text())
+    tree["zeroshot"].update(scores)
+    write_json(place, tree)
+    assert sentence in demo_page._verdict(Demo(demo))
 
 
 def test_trained_combinations_are_not_called_unseen(demo: Path) -> None:
