@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from clipwright.eval.report.run_folder import RunFolder
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.losses.base import MAX_LOG_SCALE
 from clipwright.pipeline.page import plots
 from clipwright.pipeline.page.render import percent
@@ -242,7 +243,7 @@ class Curves:
         count = next((value for value in reversed(self.run.series("skipped")) if math.isfinite(value)), 0)
         if not count:
             return ""
-        return f"{int(count):,} step{'s were' if count > 1 else ' was'} skipped: a gradient was not finite."
+        return f"{format_count(int(count), 'step')} skipped: the loss or a gradient was not finite."
 
 
 def _median(values: Sequence[float], form: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from clipwright.pipeline.core.config import inline_yaml, resolve
 from clipwright.pipeline.core.config_files import read_yaml
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.lock import LOCK, held_by_other
 from clipwright.pipeline.core.status import DONE, INTERRUPTED, PREEMPTED, STATUS
 from clipwright.pipeline.folders.output import CONFIG, IDENTITY
 from clipwright.pipeline.folders.records import read_manifest
@@ -27,7 +28,7 @@ LATER_SECONDS = 5
 class State:
     """How far a run is: one word, and a sentence about the steps and the end of its last command."""
 
-    word: str  # finished, stopped, failed or unfinished
+    word: str  # training, finished, stopped, failed or unfinished
     text: str
 
 
@@ -84,11 +85,13 @@ class RunFolder:
         """Returns how far the run is, from its log and its status."""
         steps = f"step {self.last_step:,} of {self.steps:,}"
         complete = self.last_step >= self.steps
+        if held_by_other(self.folder / LOCK):
+            return State("training", f"At {steps}. A process holds the folder's lock.")
         if self.status is None or self._logged_after_status():
             if complete:
-                return State("finished", f"All {self.steps:,} steps are logged; the run has not written its status.")
+                return State("finished", f"All {self.steps:,} steps are logged; the run did not write its status.")
             seen = f"The last log line was written at {self._log_time():%d %B %Y, %H:%M:%S} UTC. " if self.log else ""
-            return State("unfinished", f"At {steps}. {seen}The run is still training, or its processes were killed.")
+            return State("unfinished", f"At {steps}. {seen}Its processes were killed; run the same command again.")
         code, error = self.status.get("exit_code"), self.status.get("error") or {}
         if complete:
             text = f"All {self.steps:,} steps are done."

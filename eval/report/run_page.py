@@ -12,7 +12,7 @@ from typing import Any
 from clipwright.eval.report.curves import Curves, training_seconds
 from clipwright.eval.report.run_folder import RunFolder
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.messages import format_duration
+from clipwright.pipeline.core.messages import format_count, format_duration
 from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.folders.output import CONFIG
 from clipwright.pipeline.folders.remote import is_remote
@@ -66,7 +66,7 @@ def make_page(run: RunFolder) -> str:
         state=state,
         facts=_facts(run),
         tiles=_tiles(run, curves),
-        unreadable_lines=run.unreadable_lines,
+        unreadable=format_count(run.unreadable_lines, "line") if run.unreadable_lines else "",
         figures=curves.training(),
         has_marks={"resumed": bool(curves.resumed), "skipped": bool(curves.skipped)},
         accepted=[change for record in run.log for change in record.get("accepted") or []],

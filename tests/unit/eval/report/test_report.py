@@ -15,6 +15,7 @@ import pytest
 from clipwright.eval.report.run_folder import RunFolder
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.files import write_json
+from clipwright.pipeline.core.lock import LOCK, Lock
 from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.folders.records import write_manifest
 from clipwright.pipeline.train.config import RunConfig
@@ -105,7 +106,7 @@ def test_page_of_a_finished_run_has_its_curves_marks_checkpoints_and_config(cli:
     assert (result["best_step"], result["best_recall_at_1"], result["loss"]) == (40, pytest.approx(0.6), 0.05)
     assert "All 60 steps are done." in text and "The loss goes from 3 to 0.05." in text
     assert "50 % of the images" in text and "25 % of the captions" in text and "Its ceiling is 100." in text
-    assert "1 step was skipped" in text and "Dashed vertical lines: the run was resumed." in text
+    assert "1 step skipped" in text and "Dashed vertical lines: the run was resumed." in text
     assert "Ticks at the bottom: steps were skipped." in text and "optim.lr: 0.001 → 0.0001" in text
     assert "Training time</dt><dd>30s" in text  # 960 samples at 32 per second
     assert (
@@ -140,8 +141,8 @@ def test_page_of_a_finished_run_has_its_curves_marks_checkpoints_and_config(cli:
         (9, (0, ""), "stopped", ["runtime.stop_at"]),
         (9, (1, "error[E_NONFINITE]: no"), "failed", ["exit code 1: error[E_NONFINITE]: no"]),
         (0, (3, "error[E_INPUT]: nothing"), "failed", ["At step 0 of 60"]),
-        (9, None, "unfinished", ["At step 9 of 60", "still training, or its processes were killed"]),
-        (60, None, "finished", ["has not written its status"]),
+        (9, None, "unfinished", ["At step 9 of 60", "Its processes were killed"]),
+        (60, None, "finished", ["did not write its status"]),
     ],
 )
 def test_state_of_a_run(
@@ -166,6 +167,8 @@ def test_log_with_odd_lines_makes_a_correct_page(cli: Any, make_run: MakeRun) ->
     lines: list[dict[str, Any] | str] = [record(1, extra=0.5), "not json\n", record(2, loss=None), "[1]\n"]
     lines += [record(9), record(3, loss=math.nan), record(4, loss=math.inf, scale=None), '{"step": 5, "los']
     run = make_run(lines, data="s3://bucket/shards")
+    with Lock(run / LOCK, run):
+        assert page_of(cli, run, "-o", run.parent / "page")[0]["state"] == "training"
     result, text = page_of(cli, run, "-o", run.parent / "page")
     assert result["page"] == str(run.parent / "page" / "report.html") and not (run / "report.html").exists()
     # Step 9 was logged before the run was resumed at step 2.
