@@ -24,6 +24,7 @@ app.add_typer(data_app, name="data")
     app,
     "prep",
     kind="clipwright.data_prep.build.pack:PrepConfig",
+    inputs="clipwright.data_prep.build.pack:check_inputs",
     flags=("-o", "--dry-run", "--fresh"),
     examples=(
         "clipwright prep table source.path=pairs.parquet source.caption=captions -o shards",

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from pydantic import AfterValidator, Field
 
 from clipwright.eval.embed_parts import RECEIPTS, PartWriter
+from clipwright.pipeline.core.command import Call
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write
@@ -193,6 +194,14 @@ def _finished_manifest(writer: PartWriter, fresh: bool) -> dict[str, Any] | None
     output.require_same(writer.out, what, manifest.get("identity", {}), writer.identity)
     check_files(writer.out, manifest["files"], "E_EMBED_HASH")
     return manifest
+
+
+def check_inputs(call: Call, resolved: Resolved[EmbedConfig]) -> None:
+    """Raises what `embed` would raise for its model, dataset and output folder."""
+    config = resolved.value
+    read_manifest(Path(config.model), "model")
+    Dataset(config.data, cache=config.runtime.cache)
+    output.check(call.output(), EMBEDDING)
 
 
 @contextmanager

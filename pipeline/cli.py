@@ -20,6 +20,7 @@ SCORE: list[str] = []
     app,
     "train",
     kind="clipwright.pipeline.train.config:RunConfig",
+    inputs="clipwright.pipeline.train.setup:check_inputs",
     flags=("-o", "--dry-run", "--fresh"),
     rank=RANK,
     examples=(
@@ -37,7 +38,7 @@ def train(call: Call) -> Outcome:
 @Command(
     app,
     "launch",
-    kind="clipwright.pipeline.launch.plan:LaunchConfig",
+    kind="clipwright.pipeline.launch.config:LaunchConfig",
     metavar="LAUNCHER VERB",
     max_arguments=100,
     flags=("-o", "--dry-run", "--fresh"),
@@ -61,6 +62,7 @@ def launch(call: Call) -> Outcome:
     kind="clipwright.pipeline.train.config:RunConfig",
     configs="train",
     other_overrides=("check",),
+    inputs="clipwright.pipeline.train.setup:check_inputs",
     flags=("-o", "--fresh"),
     rank=RANK,
     writes_status=False,  # -o is the folder of the run that would follow; nothing is written

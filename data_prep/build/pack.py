@@ -18,6 +18,7 @@ from clipwright.data_prep.build.images import ImagesConfig
 from clipwright.data_prep.build.plan import ROWS_PER_TASK, DuplicatePolicy, Job, Plan, make_plan
 from clipwright.data_prep.build.shards import read_receipt, rejects_path, write_shard
 from clipwright.data_prep.sources.base import SOURCES, Source, SourceConfig
+from clipwright.pipeline.core.command import Call
 from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import write_json
@@ -130,6 +131,12 @@ def open_source(config: PrepConfig, *, folder: Path | None = None, quiet: bool =
     if not reused:
         source.scan(quiet=quiet)
     return source
+
+
+def check_inputs(call: Call, resolved: Resolved[PrepConfig]) -> None:
+    """Raises what `prep` would raise for its source and its output folder, without reading all of the source."""
+    SOURCES.build(resolved.value.source)
+    output.check(call.output(), DATASET)
 
 
 def run_identity(resolved: Resolved[PrepConfig], source: Source) -> dict[str, Any]:

@@ -217,6 +217,9 @@ class Command:
     # MODULE:FUNCTION that returns the context of a rank and yields its number, for verbs that run under launchers; only
     # rank 0 prints the outcome and writes the status file.
     rank: str = ""
+    # MODULE:FUNCTION(call, resolved config) that raises the errors of inputs and output folder without doing the work;
+    # `launch` calls it before it starts or prints anything.
+    inputs: str = ""
     writes_status: bool = True  # whether it writes status.json into its output folder
 
     @property

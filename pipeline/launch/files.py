@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import yaml
 
 from clipwright.pipeline.core.status import PREEMPTED
-from clipwright.pipeline.launch.plan import LaunchConfig, required
+from clipwright.pipeline.launch.config import LaunchConfig
+from clipwright.pipeline.launch.plan import required
 
 
 def slurm_script(config: LaunchConfig, inner: list[str]) -> str:
@@ -26,6 +27,7 @@ def slurm_script(config: LaunchConfig, inner: list[str]) -> str:
     lines = [
         *_header(config, name, options),
         "#SBATCH --exclusive",
+        f"# {run_again(config)}",
         "",
         *_setup(config),
         f"export MASTER_ADDR={master_addr}",
@@ -54,7 +56,7 @@ def slurm_array_script(config: LaunchConfig, inner: list[str]) -> str:
         jobs.append(("plan", one_task, f"{command}plan"))
     jobs.append(("parts", array, f'{command}"$SLURM_ARRAY_TASK_ID/{parts}"'))
     jobs.append(("finish", finish, f"{command}finish"))
-    lines = ["#!/bin/bash", "set -eu"]
+    lines = ["#!/bin/bash", f"# {run_again(config)}", "set -eu"]
     previous = ""
     for name, options, line in jobs:
         dependency = ""
@@ -121,7 +123,8 @@ def kubernetes_manifest(config: LaunchConfig, inner: list[str]) -> str:
     job at once.
     """
     nodes, processes = required(config, "nodes", "processes")
-    name = config.kubernetes.name
+    name, namespace = config.kubernetes.name, config.kubernetes.namespace
+    metadata = {"name": name, **({"namespace": namespace} if namespace else {})}
     labels = {"app": name}
     rules = [
         {"action": "Ignore", "onExitCodes": {"containerName": "rank", "operator": "In", "values": [PREEMPTED]}},
@@ -139,10 +142,32 @@ def kubernetes_manifest(config: LaunchConfig, inner: list[str]) -> str:
     # Pods look up each other's address while they start, before they are ready.
     service = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": labels}
     documents = [
-        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": service},
-        {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": job},
+        {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": service},
+        {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": job},
     ]
-    return yaml.safe_dump_all(documents, sort_keys=False, width=1000).rstrip()
+    text = yaml.dump_all(documents, Dumper=_NoAliases, sort_keys=False, width=1000).rstrip()
+    return f"# {run_again(config)}\n{text}"
+
+
+class _NoAliases(yaml.SafeDumper):
+    """Writes an object that occurs twice in full: kubectl reads aliases, other readers of manifests may not."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def run_again(config: LaunchConfig) -> str:
+    """Returns how to start a printed job again, as one line."""
+    if config.by == "kubernetes":
+        kubernetes = config.kubernetes
+        namespace = f" -n {kubernetes.namespace}" if kubernetes.namespace else ""
+        return (
+            f"To run it again: kubectl delete job {kubernetes.name}{namespace} --ignore-not-found, then apply this "
+            "again; a Job that has ended cannot be changed. Or give another kubernetes.name. It resumes."
+        )
+    if config.parts is not None:
+        return "To run it again: run this with bash again. Parts that are finished do no work."
+    return "To run it again: submit this with sbatch again. It resumes."
 
 
 def _pod(config: LaunchConfig, inner: list[str], nodes: int, processes: int) -> dict[str, object]:
@@ -157,22 +182,45 @@ def _pod(config: LaunchConfig, inner: list[str], nodes: int, processes: int) -> 
         launch = ["clipwright", "launch", "torchrun", f"processes={processes}", f"nodes={nodes}"]
         launch += [f"master={master_addr}", f"port={config.port}"]
         command = ["sh", "-c", f"exec {shlex.join(launch)} node_rank=$JOB_COMPLETION_INDEX {shlex.join(inner)}"]
+    requests = {"cpu": kubernetes.cpus, "memory": kubernetes.memory}
+    limits: dict[str, object] = {"memory": kubernetes.memory}
+    if config.gpus:
+        limits[kubernetes.gpu_resource] = processes
+    resources = _filled({"requests": _filled(requests), "limits": _filled(limits)})
+    claims = {kubernetes.claim: kubernetes.mount, **kubernetes.volumes}
+    names = {claim: "work" if number == 0 else f"work-{number}" for number, claim in enumerate(claims)}
+    mounts = [{"name": names[claim], "mountPath": path} for claim, path in claims.items()]
+    volumes: list[dict[str, object]] = [
+        {"name": name, "persistentVolumeClaim": {"claimName": claim}} for claim, name in names.items()
+    ]
     container = {
         "name": "rank",
         "image": kubernetes.image,
+        **_filled({"imagePullPolicy": kubernetes.pull_policy}),
         "command": command,
         "workingDir": kubernetes.mount,
         "env": [{"name": variable, "value": value} for variable, value in env.items()],
-        "resources": {"limits": {"nvidia.com/gpu": processes}} if config.gpus else {},
-        "volumeMounts": [{"name": "work", "mountPath": kubernetes.mount}, {"name": "shm", "mountPath": "/dev/shm"}],
+        **_filled({"envFrom": [{"secretRef": {"name": secret}} for secret in kubernetes.secrets]}),
+        **_filled({"resources": resources}),
+        "volumeMounts": [*mounts, {"name": "shm", "mountPath": "/dev/shm"}],
+    }
+    optional = {
+        "serviceAccountName": kubernetes.service_account,
+        "priorityClassName": kubernetes.priority_class,
+        "nodeSelector": kubernetes.node_selector,
+        "tolerations": list(kubernetes.tolerations),
+        "imagePullSecrets": [{"name": secret} for secret in kubernetes.pull_secrets],
     }
     return {
         "restartPolicy": "Never",
         "subdomain": kubernetes.name,
         "terminationGracePeriodSeconds": kubernetes.grace,
+        **_filled(optional),
         "containers": [container],
-        "volumes": [
-            {"name": "work", "persistentVolumeClaim": {"claimName": kubernetes.claim}},
-            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": kubernetes.shared_memory}},
-        ],
+        "volumes": [*volumes, {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": kubernetes.shared_memory}}],
     }
+
+
+def _filled(values: Mapping[str, object]) -> dict[str, object]:
+    """Returns the entries that are not empty."""
+    return {name: value for name, value in values.items() if value}

@@ -18,8 +18,10 @@ import psutil
 from clipwright.pipeline.core.command import Call, Outcome, Preempted
 from clipwright.pipeline.core.errors import CODES, ClipwrightError
 from clipwright.pipeline.core.status import DONE, INTERRUPTED, PREEMPTED, STATUS
-from clipwright.pipeline.launch.files import kubernetes_manifest, slurm_array_script, slurm_script
-from clipwright.pipeline.launch.plan import LaunchConfig, NodeCommand, check, node_commands, split
+from clipwright.pipeline.launch.command import check_command
+from clipwright.pipeline.launch.config import LaunchConfig
+from clipwright.pipeline.launch.files import kubernetes_manifest, run_again, slurm_array_script, slurm_script
+from clipwright.pipeline.launch.plan import NodeCommand, check, node_commands, split, world_size
 
 GRACE_SECONDS = 60.0  # for the ranks to save and exit; launchers give them 30
 STATUS_SECONDS = 5.0  # until a status file that another node wrote is visible here
@@ -33,12 +35,17 @@ def launch(call: Call) -> Outcome:
     check(config, call, inner)
     if config.by in ("slurm", "kubernetes"):
         text = _job_file(config, inner)
+        check_command(config, call, inner, world_size(config))
+        if not call.quiet:  # stdout may be a pipe to sbatch, bash or kubectl
+            print(run_again(config), file=sys.stderr, flush=True)
         return Outcome({"by": config.by, "file": text}, text)
     description, commands = node_commands(config, inner)
+    check_command(config, call, inner, world_size(config))
     if call.dry_run:
         lines = [str(command) for command in commands]
         return Outcome({"world": description, "lines": lines}, "\n".join([description, *lines]))
     call.say(description)
+    call.say("to run it again: the same command; it resumes" + (" without --fresh" if call.fresh else ""))
     return Outcome(exit_code=NodeGroup(commands, call.out, call.debug).run())
 
 

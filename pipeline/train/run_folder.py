@@ -69,6 +69,28 @@ def stored_identity(run: Path) -> dict[str, Any] | None:
     return None if found is None else found.identity
 
 
+def check(run: Path, identity: dict[str, Any], accept: Collection[str] = ()) -> None:
+    """Raises E_OUTPUT if the folder holds something else than a run, E_RESUME if it holds another run."""
+    output.check(run, RUN)
+    _require_same_run(run, identity, accept)
+
+
+def _require_same_run(run: Path, identity: dict[str, Any], accept: Collection[str]) -> None:
+    """Raises E_RESUME if the identity of the run in `run` differs in other keys than those of `accept`."""
+    stored = stored_identity(run)
+    if stored is not None:
+        output.require_same(
+            run,
+            "the folder holds a run of another config",
+            stored,
+            identity,
+            code="E_RESUME",
+            accept=accept,
+            acceptable=ACCEPTABLE,
+            remedies={"schedule.samples": f"train on in a new run by init_from={run} and another -o"},
+        )
+
+
 def claim(
     run: Path,
     *,
@@ -85,18 +107,7 @@ def claim(
     writes it.
     """
     claimed = output.claim(run, RUN, fresh=fresh)
-    stored = stored_identity(run)
-    if stored is not None:
-        output.require_same(
-            run,
-            "the folder holds a run of another config",
-            stored,
-            identity,
-            code="E_RESUME",
-            accept=accept,
-            acceptable=ACCEPTABLE,
-            remedies={"schedule.samples": f"train on in a new run by init_from={run} and another -o"},
-        )
+    _require_same_run(run, identity, accept)
     for edit in config_edits(run):
         print(
             f"warning: {run / CONFIG} was changed by hand ({edit}): it is not used, and is written anew from the "
