@@ -11,7 +11,15 @@ import numpy as np
 import pyarrow as pa
 
 from clipwright.data_prep.sources.base import NO_CAPTIONS, SOURCES, Record, Source, SourceConfig
-from clipwright.data_prep.sources.tables.base import Batch, TableFile, compute, find_column, is_text, type_at
+from clipwright.data_prep.sources.tables.base import (
+    Batch,
+    TableFile,
+    compute,
+    find_column,
+    is_text,
+    nearest_column,
+    type_at,
+)
 from clipwright.data_prep.sources.tables.captions import CaptionReader, list_notes
 from clipwright.data_prep.sources.tables.files import TextOptions, find_files, open_files
 from clipwright.data_prep.sources.tables.images import check_image_type, is_url, read_cell
@@ -60,7 +68,7 @@ class TableSource(Source):
         self.caption = config.caption
         self.captioned = config.caption != NO_CAPTIONS
         self.where = dict(config.where)
-        self.root = None if config.root is None else Path(config.root).resolve()
+        self.root = None if config.root is None else _folder(config.root)
         self.options = TextOptions.read(config.delimiter, config.quote, config.encoding)
         self._captions = CaptionReader(config.caption) if self.captioned else None
         needed = {self.image: "source.image", **dict.fromkeys(self.where, "source.where")}
@@ -163,7 +171,13 @@ class TableSource(Source):
                 self._captions.check(file)
             for name in self.where:
                 if name not in file.types:
-                    find_column(name, file, "source.where")
+                    raise ClipwrightError(
+                        "E_COLUMN",
+                        "the table has no such column",
+                        where=f"{file.path}: {shown(name)}",
+                        found=f"its columns are {listed(list(file.types))}",
+                        fix=nearest_column(name, list(file.types)) or "set source.where to columns of the table",
+                    )
 
     def _select_rows(self, file: TableFile) -> np.ndarray | None:
         """Returns the numbers of the file's rows that match `where`; None for all rows."""
@@ -227,6 +241,18 @@ class TableSource(Source):
     def _file_stamps(self) -> list[list[int]]:
         stats = [file.path.stat() for file in self.files]
         return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+
+
+def _folder(path: str) -> Path:
+    if not Path(path).is_dir():
+        raise ClipwrightError(
+            "E_INPUT",
+            "the folder of the images does not exist",
+            where=f"source.root: {shown(path)}",
+            found="it is a file" if Path(path).exists() else f"no such folder in {Path.cwd()}",
+            fix="check the path",
+        )
+    return Path(path).resolve()
 
 
 SOURCES.add(TableConfig, TableSource, {"table": {}})

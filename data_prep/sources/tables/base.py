@@ -20,6 +20,22 @@ from clipwright.pipeline.core.text import listed, shown, valid_utf8
 # Made at run time, so that type checkers do not see the functions.
 compute = cast(Any, pyarrow.compute)
 
+_USUAL_NAMES = {
+    "source.image": (
+        "image",
+        "img",
+        "filepath",
+        "file_path",
+        "image_path",
+        "file_name",
+        "filename",
+        "file",
+        "path",
+        "jpg",
+    ),
+    "source.caption": ("caption", "captions", "title", "text", "txt", "sentence", "sentences", "raw", "description"),
+}
+
 ColumnPath = tuple[str, ...]  # a column, then names of fields inside its objects
 
 
@@ -140,8 +156,14 @@ def find_column(text: str, file: TableFile, key: str) -> ColumnPath:
         "the table has no such column",
         where=f"{file.path}: {shown(text)}",
         found=f"its columns are {listed(file.names)}",
-        fix=nearest_column(text, file.names) or f"set {key} to a column of the table",
+        fix=nearest_column(text, file.names) or f"set {key}={usual_column(file.names, key) or 'COLUMN'}",
     )
+
+
+def usual_column(names: Sequence[str], key: str) -> str:
+    """Returns the column that other tools' tables use for `key` (open_clip, img2dataset, COCO), or an empty string."""
+    folded = {name.strip().casefold(): name for name in names}
+    return next((folded[name] for name in _USUAL_NAMES.get(key, ()) if name in folded), "")
 
 
 def nearest_column(name: str, known: Sequence[str]) -> str:

@@ -165,11 +165,10 @@ class DelimitedTable(TableFile):
     def _add_block(self, data: bytes, offset: int, line: int, final: bool) -> int:
         """Adds the rows of complete lines; returns the number of bytes used, which is less if a row is still open."""
         table = self._try_parse(data)
-        quotes = data.count(self._dialect.quote) if self._dialect.quote else 0
         rows = count_lines(data)
         used = len(data)
-        # One row per line, and each quoted field closed: the usual case, for which counting is enough.
-        if table is None or table.num_rows != rows or (quotes and not self._ends_closed(data, quotes)):
+        # One row per line, and no quoted field open at the end: the usual case, for which counting is enough.
+        if table is None or table.num_rows != rows or not self._ends_closed(data):
             found = list(find_rows(data, self._dialect, self.path, line, final=final))
             used = found[-1].stop if found else 0
             if final or not self._dialect.quote:
@@ -188,12 +187,12 @@ class DelimitedTable(TableFile):
         self._blocks.add(data[:used], rows, offset, line)
         return used
 
-    def _ends_closed(self, data: bytes, quotes: int) -> bool:
-        """Whether no quoted field is open at the end, as far as the number of quotes and the last line tell."""
+    def _ends_closed(self, data: bytes) -> bool:
+        """Whether the last line is a complete row."""
+        if not self._dialect.quote:
+            return True
         stripped = data.rstrip(b"\r\n")
         last = stripped[max(stripped.rfind(b"\n"), stripped.rfind(b"\r")) + 1 :]
-        if quotes % 2:
-            return False
         try:
             return len(list(find_rows(last, self._dialect, self.path, 1, final=True))) == 1
         except ClipwrightError:

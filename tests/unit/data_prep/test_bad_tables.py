@@ -39,6 +39,7 @@ FILES: dict[str, str | bytes] = {
     "twice.csv": "image,caption,caption\na,b,c\n",
     "urls.csv": "image,caption\nhttps://example.com/a.jpg,x\n",
     "nested.jsonl": json.dumps(NESTED) + "\n",
+    "texts.jsonl": '{"image": "a.jpg", "caption": ["x"]}\n',
     "number.jsonl": '{"image": "a.jpg", "caption": "x"}\n\n[1, 2]\n',
     "one.json": '{"image": "a.jpg", "caption": "x"}',
     "boxes.json": json.dumps({"images": [{"id": 1}], "annotations": [{"image_id": 1, "bbox": [1]}]}),
@@ -73,6 +74,7 @@ REFUSED = [
     ("nested.jsonl", ["source.caption=a {s}"], "E_COLUMN", "does not hold one text", "write {s.raw}"),
     ("nested.jsonl", ["source.image=s", "source.caption=none"], "E_COLUMN", "not hold images", "source.image"),
     ("nested.parquet", ["source.caption=s"], "E_COLUMN", "its texts are under s.raw", "set source.caption=s.raw"),
+    ("texts.jsonl", ["source.caption=a {caption}"], "E_COLUMN", "does not hold one text", "column of one text"),
     ("number.jsonl", [], "E_TABLE", "number.jsonl, line 3 — a list: [1, 2]", "one object per line"),
     ("one.json", [], "E_TABLE", "an object with the keys image, caption", "an array of objects"),
     ("boxes.json", [], "E_TABLE", "the annotations hold image_id, bbox", "captions_val2017.json"),
@@ -88,6 +90,10 @@ REFUSED = [
     ("latin.csv", ["source.quote=''"], "E_CONFIG_VALUE", "one ASCII character, or none", "source.quote=none"),
     ("latin.csv", ["source.quote=;", "source.delimiter=;"], "E_CONFIG_VALUE", "other than", "source.quote=none"),
     ("tabs.csv", ["source.delimiter=tab", "source.where.caption=x"], "E_PREP_EMPTY", "a cat, sitting", "occur"),
+    ("open_clip.csv", ["source.delimiter=tab"], "E_COLUMN", "columns are filepath, title", "set source.image=filepath"),
+    ("open_clip.csv", ["source.delimiter=tab", "source.image=filepath"], "E_COLUMN", "caption", "source.caption=title"),
+    ("nested.jsonl", ["source.caption=s.raw", "source.where={s.raw: x}"], "E_COLUMN", "nested.jsonl: s.raw", "where"),
+    ("utf8.csv", ["source.root=photos"], "E_INPUT", "source.root: photos — no such folder", "check the path"),
     (".", [], "E_INPUT", "it is a folder", "clipwright prep folder"),
 ]
 # Through a command: one of each code, and one of each key.

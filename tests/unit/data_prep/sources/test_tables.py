@@ -19,6 +19,7 @@ import pytest
 from clipwright.data_prep.sources.base import SOURCES, Record
 from clipwright.data_prep.sources.table import TableSource
 from clipwright.data_prep.sources.tables import text as text_files
+from clipwright.pipeline.core.errors import ClipwrightError
 
 MakeImage = Callable[..., bytes]
 KOREAN = "image,caption,분류\na.jpg,빨간 원,도형\n"
@@ -136,6 +137,7 @@ def test_text_stays_as_written_and_only_exact_numbers_become_numbers(write: Call
         "mixed": (["true", "False", "x"], pa.string()),
         "empty": (["", "nan", ""], pa.null()),
         "word": (["None", "NA", "nan"], pa.string()),
+        "count": (["3", "NaN", "nan"], pa.int64()),
     }
     rows = list(zip(*(cells for cells, _ in table.values()), strict=True))
     text = "\n".join(",".join(["x.jpg", *row]) for row in [tuple(table), *rows]).replace("x.jpg", "image", 1)
@@ -152,6 +154,7 @@ def test_text_stays_as_written_and_only_exact_numbers_become_numbers(write: Call
     assert (first["code"], first["plain"], first["large"], first["whole"]) == ("007", 1, 9007199254740993, 1.0)
     assert (second["plain"], second["score"], second["flag"], second["word"]) == (-2, 2.0, False, "NA")
     assert (third["plain"], third["score"], third["flag"], third["whole"]) == (None, None, None, 1e20)
+    assert (first["count"], second["count"], third["count"]) == (3, None, None)
     assert captions(open_table(path, caption="word")) == [["None"], ["NA"], ["nan"]]
     assert captions(open_table(path, caption="score")) == [["0.5"], ["2"], [None]]
     assert captions(open_table(path, caption="empty")) == [[None], [None], [None]]
@@ -164,6 +167,9 @@ def test_missing_numbers_of_parquet_are_missing_captions(tmp_path: Path) -> None
         pa.table({"image": ["x"] * 4, "score": scores, "half": scores.cast(pa.float16())}), tmp_path / "a.parquet"
     )
     assert captions(open_table(tmp_path / "a.parquet", caption="score")) == [["1.5"], [None], [None], ["3"]]
+    pq.write_table(pa.table({"image": ["x"] * 2, "word": ["", "a"]}), tmp_path / "b.parquet")
+    empty = ("E_CAP_EMPTY", "no value in column word")
+    assert captions(open_table(tmp_path / "b.parquet", caption="is {word}")) == [[empty], ["is a"]]
     missing = ("E_CAP_EMPTY", "no value in column half")
     assert captions(open_table(tmp_path / "a.parquet", caption="is {half}"))[:3] == [["is 1.5"], [missing], [missing]]
 
@@ -193,6 +199,8 @@ def test_types_are_unified_over_files(tmp_path: Path, write: Callable[..., Path]
     ]
     assert [record.source for record in read(source)] == ["a.csv#0", "b.csv#0", "c.jsonl#0", "d.parquet#0"]
     assert captions(open_table(parts, where={"number": [0.5, 2]})) == [["y"], ["w"]]
+    pq.write_table(pa.table({"image": ["e"], "caption": ["v"], "first": pa.array([2**64 - 1], pa.uint64())}), parts[3])
+    assert [row["first"] for row in columns(open_table([parts[0], parts[3]]))] == ["9", str(2**64 - 1)]
     big = 2**53 + 1  # float64 does not hold it
     exact = [write("e.csv", f"image,caption,n\na,x,{big}\n"), write("f.csv", "image,caption,n\nb,y,0.5\n")]
     assert [row["n"] for row in columns(open_table(exact))] == [str(big), "0.5"]
@@ -274,10 +282,14 @@ def test_lists_written_as_text_are_noted(write: Callable[..., Path]) -> None:
     assert not open_table(path, caption="n").notes
 
 
-def test_column_names(write: Callable[..., Path]) -> None:
+def test_column_names(tmp_path: Path, write: Callable[..., Path]) -> None:
     source = open_table(write("a.csv", ",image path, caption ,x,x\n0,a.jpg,text,1,2\n"), image="image path")
     assert captions(source) == [["text"]] and columns(source) == [{"column_1": 0, "x": 1, "x_2": 2}]
     assert [record.source_key for record in read(source)] == ["a.jpg"]
+    arrays = [pa.array(["a.jpg", "b.jpg"]), pa.array(["x", "y"]), pa.array([1, 2]), pa.array([2, 1])]
+    pq.write_table(pa.Table.from_arrays(arrays, names=["image", "caption", "n", "n"]), tmp_path / "b.parquet")
+    twice = open_table(tmp_path / "b.parquet", where={"n_2": 1})
+    assert captions(twice) == [["y"]] and columns(twice) == [{"n": 2, "n_2": 1}]
 
 
 def test_images_in_text_and_paths(tmp_path: Path, write: Callable[..., Path], make_image: MakeImage) -> None:
@@ -324,6 +336,8 @@ def test_scan_is_reused_while_the_files_are_the_same(write: Callable[..., Path])
     again = open_table(path)
     assert again.load_scan(json.loads(json.dumps(source.scan_result()))) and again.identity() == source.identity()
     write("a.csv", "image,caption\na.jpg,xy\n")
+    with pytest.raises(ClipwrightError, match=r"E_INPUT.*changed while it was being read.*a\.csv"):
+        read(source)
     changed = open_table(path)
     assert not changed.load_scan(json.loads(json.dumps(source.scan_result())))
     assert changed.identity() != source.identity()
