@@ -39,6 +39,7 @@ FILES: dict[str, str | bytes] = {
     "twice.csv": "image,caption,caption\na,b,c\n",
     "urls.csv": "image,caption\nhttps://example.com/a.jpg,x\n",
     "nested.jsonl": json.dumps(NESTED) + "\n",
+    "deep.jsonl": '{"image": "a.jpg", "s": [[{"raw": "x"}]]}\n',
     "texts.jsonl": '{"image": "a.jpg", "caption": ["x"]}\n',
     "number.jsonl": '{"image": "a.jpg", "caption": "x"}\n\n[1, 2]\n',
     "one.json": '{"image": "a.jpg", "caption": "x"}',
@@ -74,6 +75,7 @@ REFUSED = [
     ("nested.jsonl", ["source.caption=a {s}"], "E_COLUMN", "does not hold one text", "write {s.raw}"),
     ("nested.jsonl", ["source.image=s", "source.caption=none"], "E_COLUMN", "not hold images", "source.image"),
     ("nested.parquet", ["source.caption=s"], "E_COLUMN", "its texts are under s.raw", "set source.caption=s.raw"),
+    ("deep.jsonl", ["source.caption=s.raw"], "E_COLUMN", "list<item: list<item: string>>", "lists of texts"),
     ("texts.jsonl", ["source.caption=a {caption}"], "E_COLUMN", "does not hold one text", "column of one text"),
     ("number.jsonl", [], "E_TABLE", "number.jsonl, line 3 — a list: [1, 2]", "one object per line"),
     ("one.json", [], "E_TABLE", "an object with the keys image, caption", "an array of objects"),
@@ -94,7 +96,7 @@ REFUSED = [
     ("open_clip.csv", ["source.delimiter=tab", "source.image=filepath"], "E_COLUMN", "caption", "source.caption=title"),
     ("nested.jsonl", ["source.caption=s.raw", "source.where={s.raw: x}"], "E_COLUMN", "nested.jsonl: s.raw", "where"),
     ("utf8.csv", ["source.root=photos"], "E_INPUT", "source.root: photos — no such folder", "check the path"),
-    (".", [], "E_INPUT", "it is a folder", "clipwright prep folder"),
+    (".", [], "E_INPUT", "source.path: . — it is an empty folder", "check the path"),
 ]
 # Through a command: one of each code, and one of each key.
 _FIRST = list({row[2]: row for row in reversed(REFUSED)}.values())

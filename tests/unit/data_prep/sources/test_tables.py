@@ -213,7 +213,7 @@ def test_jsonl_values(write: Callable[..., Path]) -> None:
         '{"image": "a.jpg", "caption": "a", "id": 1, "price": 1.10}',
         "",
         '{"image": "b.jpg", "caption": ["b", null, "c"], "id": "x2", "price": 2}',
-        '{"image": "c.jpg", "caption": NaN, "new": [1, 2], "day": "2024-01-01"}',
+        '{"image": "c.jpg", "caption": NaN, "price": 1e999, "new": [1, 2], "day": "2024-01-01"}',
         '{"image": "d.jpg", "caption": {"en": "d"}, "new": null}',
     ]
     source = open_table(write("a.jsonl", "\n".join(lines)), caption="caption")
@@ -260,6 +260,10 @@ def test_nested_captions_and_documents(tmp_path: Path, write: Callable[..., Path
     pq.write_table(pa.table({"image": ["a"], "meta": struct, "meta.text": ["dotted name"]}), tmp_path / "b.parquet")
     assert captions(open_table(tmp_path / "b.parquet", caption="meta.text")) == [["dotted name"]]
     assert captions(open_table(tmp_path / "b.parquet", caption="{meta.url}!")) == [["u!"]]
+    scores = pa.array([{"score": float("nan")}, {"score": 2.5}])
+    pq.write_table(pa.table({"image": ["a", "b"], "meta": scores}), tmp_path / "c.parquet")
+    missing = ("E_CAP_EMPTY", "no value in column meta.score")
+    assert captions(open_table(tmp_path / "c.parquet", caption="rated {meta.score}")) == [[missing], ["rated 2.5"]]
 
 
 def test_coco_annotations(write: Callable[..., Path]) -> None:
