@@ -18,7 +18,7 @@ import pytest
 
 from clipwright.data_prep.sources.base import SOURCES, Record
 from clipwright.data_prep.sources.table import TableSource
-from clipwright.data_prep.sources.tables import text as text_files
+from clipwright.data_prep.sources.tables import delimited, images, json_rows
 from clipwright.pipeline.core.errors import ClipwrightError
 
 MakeImage = Callable[..., bytes]
@@ -83,8 +83,7 @@ def test_csv_rows_equal_those_of_the_csv_module(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """Random rows, in blocks of a few bytes, so that quoted line ends lie at the ends of blocks."""
-    for module in (text_files, __import__("clipwright.data_prep.sources.tables.delimited", fromlist=["x"])):
-        monkeypatch.setattr(module, "BLOCK_BYTES", 20 + 30 * seed)
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 20 + 30 * seed)
     draw = random.Random(seed)
     pieces = ["a", ",", '"', "\n", "\r\n", "é", "", " ", "가", "word"]
     rows = [["".join(draw.choices(pieces, k=draw.randrange(1, 9))) + "." for _ in range(3)] for _ in range(60)]
@@ -331,6 +330,33 @@ def test_images_in_text_and_paths(tmp_path: Path, write: Callable[..., Path], ma
     assert latin.image == image and latin.source_key == "sub/caf\\udce9.jpg"
     pq.write_table(pa.table({"image": [packed.encode(), image], "caption": ["x", "y"]}), tmp_path / "c.parquet")
     assert [record.image for record in read(open_table(tmp_path / "c.parquet"))] == [image, image]
+
+
+def test_sizes_are_bounded(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, make_image: MakeImage) -> None:
+    for module in (delimited, json_rows):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 100)
+        monkeypatch.setattr(module, "MAX_ROW_BYTES", 2000)
+    monkeypatch.setattr(json_rows, "_HEAD_BYTES", 100)
+    monkeypatch.setattr(json_rows, "MAX_DOCUMENT_BYTES", 3000)
+    row = {"image": "a.jpg", "caption": "x" * 1900}
+    assert open_table(write("a.jsonl", json.dumps(row) + "\n")).count == 1
+    assert open_table(write("a.csv", f"image,caption\na.jpg,{'x' * 1900}\n")).count == 1
+    assert open_table(write("a.json", json.dumps([row]))).count == 1
+    for name, content, found in [
+        ("b.csv", f"image,caption\na,b\n{'x' * 4000}\n", "b.csv, line 3 — more than"),
+        ("b.jsonl", json.dumps(row) + "\n" + "x" * 4000, "b.jsonl, line 2 — more than"),
+        ("b.json", json.dumps([row] * 2), "one JSON value of more than"),
+    ]:
+        with pytest.raises(ClipwrightError) as caught:
+            open_table(write(name, content))
+        assert caught.value.code == "E_TABLE" and found in str(caught.value)
+    image = make_image(2)
+    packed = base64.b64encode(image).decode()
+    path = write("c.jsonl", json.dumps({"image": packed, "caption": "x"}))
+    for limit, reject in ((len(image), None), (len(image) - 1, "E_IMG_FORMAT")):
+        monkeypatch.setattr(images, "MAX_IMAGE_BYTES", limit)
+        (record,) = read(open_table(path))
+        assert (record.reject and record.reject[0]) == reject and (record.image == image) == (reject is None)
 
 
 def test_scan_is_reused_while_the_files_are_the_same(write: Callable[..., Path]) -> None:
