@@ -1,5 +1,6 @@
 """The command `clipwright`, also as `python -m clipwright` and as what torchrun starts with `-m clipwright`."""
 
+import json
 import os
 import signal
 import sys
@@ -17,7 +18,11 @@ def main() -> None:
 
         run(early)
     except KeyboardInterrupt:
-        print("interrupted before the command started: run it again", file=sys.stderr, flush=True)
+        what, fix = "interrupted before the command started", "run it again"
+        if "--json" in sys.argv:
+            error = {"code": "E_INTERRUPTED", "what": what, "where": "", "found": "", "allowed": "", "fix": fix}
+            print(json.dumps({"error": error}, sort_keys=True), flush=True)
+        print(f"{what}: {fix}", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
 
 

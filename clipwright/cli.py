@@ -21,12 +21,12 @@ from clipwright.eval.cli import app as eval_app
 from clipwright.pipeline.cli import SCORE
 from clipwright.pipeline.cli import app as pipeline_app
 from clipwright.pipeline.core import command
-from clipwright.pipeline.core.command import COMMANDS, Call, Command, Outcome, Preempted, load_name
+from clipwright.pipeline.core.command import COMMANDS, Call, Command, Outcome, Preempted, load_name, print_error
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.messages import command_line, format_count
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.registry import configclass
-from clipwright.pipeline.core.status import INTERRUPTED, STOPPED
+from clipwright.pipeline.core.status import INTERRUPTED, STOPPED, stop_error
 from clipwright.pipeline.core.usage import check_verb, flag_error, verb_of
 
 app = typer.Typer(
@@ -101,15 +101,22 @@ def _run_demo(call: Call, resolved: Any) -> Outcome:
     """Runs the steps one after another and writes their results; with --dry-run, prints them."""
     import time
 
+    from clipwright.eval.intervals import format_interval
+    from clipwright.pipeline.core import activity
     from clipwright.pipeline.core.files import atomic_write, write_json
+    from clipwright.pipeline.page.render import percent
 
     out, config = call.output(), resolved.value
     report: dict[str, Any] = {}
+    lines: list[str] = []
     for number, (name, line) in enumerate(config.steps.items(), 1):
         arguments = [argument.format(demo=out, seed=config.seed) for argument in shlex.split(line)]
-        call.say(f"{number}/{len(config.steps)} {name}: clipwright {shlex.join(arguments)}")
+        step = f"{number}/{len(config.steps)} {name}: clipwright {shlex.join(arguments)}"
+        lines.append(step)
         if call.dry_run:
             continue
+        call.say(step)
+        activity.hide()
         if call.quiet:
             arguments.append("--quiet")
         if call.fresh and COMMANDS[verb_of(arguments, COMMANDS)].supports("--fresh"):
@@ -117,25 +124,28 @@ def _run_demo(call: Call, resolved: Any) -> Outcome:
         started = time.monotonic()
         exit_code, result = _run_step(arguments)
         if exit_code:
-            return Outcome(exit_code=exit_code)  # the step has printed its error
+            return Outcome(result, exit_code=exit_code)  # the step has printed its error
         report[name] = {**result, "seconds": round(time.monotonic() - started, 1)}
         if number == 1:  # the first step refuses a folder of another demo
             atomic_write(out / "config.yaml", resolved.yaml())
     if call.dry_run:
-        return Outcome()
+        return Outcome({"steps": lines}, "\n".join(lines))
     report["seconds"] = round(sum(step["seconds"] for step in report.values()), 1)
     write_json(out / "report.json", report)
     zeroshot, search = report["zeroshot"], report["search"]
+    n = zeroshot["n"]
     text = (
-        f"zero-shot on {format_count(zeroshot['n'], 'new image')}: {zeroshot['top1']:.0%} correct (chance "
-        f"{zeroshot['chance']:.0%}); "
-        f"shape {zeroshot['shape_top1']:.0%} (if only the color were known: {zeroshot['shape_chance']:.0%})\n"
-        f"“{search['query']}”: {search['hits_right']} of the first {format_count(search['k'], 'hit')} correct; "
-        f"over all {format_count(search['n'], 'query', 'queries')} {search['mean_precision_at_10']:.0%} (chance "
-        f"{search['chance']:.0%})\n"
+        f"zero-shot on {format_count(n, 'new image')}: {format_interval(zeroshot['top1'], n)} correct, chance "
+        f"{percent(zeroshot['chance'])}\n"
+        f"shape: {format_interval(zeroshot['shape_top1'], n)} correct, {percent(zeroshot['shape_chance'])} if only "
+        "the color were known\n"
+        f"search, mean precision over {format_count(search['n'], 'query', 'queries')}: "
+        f"{percent(search['mean_precision_at_10'])}, chance {percent(search['chance'])}; “{search['query']}”: "
+        f"{search['hits_right']} of the first {format_count(search['k'], 'hit')} correct\n"
         f"a smoke test on toy images, not a useful model\npage {report['report']['page']}"
     )
-    return Outcome(report, text, next=f"clipwright search {out / 'index'} text='{search['query']}'")
+    text = text.replace("\N{NO-BREAK SPACE}", " ")
+    return Outcome(report, text, next=command_line("search", out / "index", f"text={search['query']}"))
 
 
 def _run_step(arguments: list[str]) -> tuple[int, dict[str, Any]]:
@@ -152,9 +162,9 @@ def _run_step(arguments: list[str]) -> tuple[int, dict[str, Any]]:
             child.terminate()  # Ctrl-C has already reached the complete foreground group
         child.communicate()  # wait until it has saved its state
         raise
+    result: dict[str, Any] = json.loads(printed) if printed else {}
     if child.returncode:
-        return child.returncode, {}
-    result = json.loads(printed)
+        return child.returncode, result
     if "benchmark" in result:
         result = result[result["benchmark"]]
     return 0, {name: value for name, value in result.items() if not isinstance(value, list)}
@@ -188,7 +198,7 @@ def list_(call: Call) -> Outcome:
             "E_USAGE",
             "there is nothing of this name to list",
             where=f"clipwright list {call.config or ''}",
-            found=f"choose from {', '.join(kinds)}",
+            allowed=f"choose from {', '.join(kinds)}",
             fix=nearest(call.config or "", kinds) or "name one of them",
         )
     resolved = call.load()
@@ -210,7 +220,7 @@ def list_(call: Call) -> Outcome:
         rows = _entries(config.what, config.image_size)
     keys = list(dict.fromkeys(key for row in rows for key in row))
     cells = [keys, *([_cell(row.get(key)) for key in keys] for row in rows)]
-    return Outcome(rows, align(cells, left=len(keys)))
+    return Outcome({config.what: rows}, align(cells, left=len(keys)))
 
 
 def _configs() -> list[dict[str, Any]]:
@@ -231,7 +241,10 @@ def _prompts() -> list[dict[str, Any]]:
 
 def _entries(kind: str, image_size: int | None) -> list[dict[str, Any]]:
     """Returns one row per preset of a kind of registry."""
+    from clipwright.pipeline.core.activity import phase
+
     rows: list[dict[str, Any]] = []
+    phase(f"reading the {kind}")
     for name in REGISTRIES[kind]:
         registry = load_name(name)
         for preset, entry in registry.entries.items():
@@ -309,7 +322,7 @@ def _config_verb(call: Call) -> str:
         "E_USAGE",
         "a verb with a config is required",
         where=name or f"clipwright {call.command.verb}",
-        found=f"choose from {', '.join(verbs)}",
+        allowed=f"choose from {', '.join(verbs)}",
         fix=nearest(name, verbs) or "name one of them",
     )
 
@@ -414,14 +427,15 @@ def main(early_signals: Sequence[int] = ()) -> None:
         check_verb(sys.argv[1:], COMMANDS)
         code = app(prog_name="clipwright", standalone_mode=False)
     except ClipwrightError as error:
-        print(error, file=sys.stderr)
+        print_error(error, as_json="--json" in sys.argv)
         code = error.exit_code
     except typer.TyperException as error:
         line = _usage_error(error)
-        print(line, file=sys.stderr)
+        print_error(line, as_json="--json" in sys.argv)
         code = line.exit_code
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
+        print_error(stop_error(code), as_json="--json" in sys.argv)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on Ctrl-C ends the process without a traceback
     if code in STOPPED or any(thread.daemon for thread in threading.enumerate()):
         # After a signal that interrupted an import, Python may end itself by SIGINT instead of with this exit code, or

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from clipwright.pipeline.core.command import Call, Command, Outcome
-from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.messages import command_line, format_count
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -52,10 +52,11 @@ def prep(call: Call) -> Outcome:
     result["notes"] = done.notes
     result["seconds"] = round(time.monotonic() - started, 3)
     if done.manifest["captions"]:
-        then = f"clipwright train photos data.train={folder} -o RUN"
+        then = command_line("train", "photos", f"data.train={folder}", "-o", "RUN")
     else:
-        then = f"clipwright embed model=MODEL data={folder} -o EMBEDDINGS"
-    return Outcome(result, _summary(result, done), next=then)
+        then = command_line("embed", "model=MODEL", f"data={folder}", "-o", "EMBEDDINGS")
+    view = command_line("data", "view", folder, "-o", "PAGES")
+    return Outcome(result, _summary(result, done), next=(view, then) if result["rejected"] else then)
 
 
 def _prep_part(call: Call, resolved: Any, folder: Path) -> Outcome:
@@ -142,7 +143,7 @@ def data_verify(call: Call) -> Outcome:
     if not result["ok"]:
         return Outcome(result, "\n".join(lines), error=failure(result))
     lines.append(f"verify: every byte matches the manifest, fingerprint {result['fingerprint']}")
-    return Outcome(result, "\n".join(lines), next=f"clipwright data stats {result['data']}")
+    return Outcome(result, "\n".join(lines), next=command_line("data", "stats", Path(result["data"])))
 
 
 @Command(
@@ -163,7 +164,7 @@ def data_stats(call: Call) -> Outcome:
     with _report_folder(call):
         result = stats(Path(call.load().value.data), quiet=call.quiet)
         _write_report(call, result)
-    return Outcome(result, table(result), next=f"clipwright data view {result['data']} -o PAGES")
+    return Outcome(result, table(result), next=command_line("data", "view", Path(result["data"]), "-o", "PAGES"))
 
 
 @Command(
@@ -200,7 +201,7 @@ def data_index(call: Call) -> Outcome:
         lines.append(f"index: {format_count(done.ignored, 'member')} without a sample ignored")
     lines += [f"index: {note}" for note in done.notes]
     lines.append("index: finished before, nothing to do" if done.already_finished else f"index: manifest in {folder}")
-    return Outcome(result, "\n".join(lines), next=f"clipwright data verify {folder}")
+    return Outcome(result, "\n".join(lines), next=command_line("data", "verify", folder))
 
 
 @Command(

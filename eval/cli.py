@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from clipwright.pipeline.core.command import Call, Command, Outcome, Preempted, leave_error_to_rank0
-from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.messages import command_line, format_count
 
 app = typer.Typer()
 index_app = typer.Typer(help="Build search indexes.", no_args_is_help=True)
@@ -58,7 +58,7 @@ def embed(call: Call) -> Outcome:
     text = f"{action} {format_count(rows, config.what)}{earlier}, dimension {manifest['dimension']}, in {out}"
     if is_part and "files" not in manifest:
         return Outcome(manifest, f"part {config.runtime.part}: {text}")
-    return Outcome(manifest, text, next=f"clipwright index build flat embeddings={out} -o INDEX")
+    return Outcome(manifest, text, next=command_line("index", "build", "flat", f"embeddings={out}", "-o", "INDEX"))
 
 
 @Command(
@@ -80,7 +80,7 @@ def index_build(call: Call) -> Outcome:
     version = build(resolved, out, fresh=call.fresh, quiet=call.quiet)
     action = "built" if version["made"] else "already built from these embeddings:"
     text = f"{action} {out}/versions/{version['name']}: {format_count(version['rows'], 'row')}, {version['recipe']}"
-    return Outcome(version, text, next=f'clipwright search {out} text="..."')
+    return Outcome(version, text, next=command_line("search", out, "text=a photo of a dog"))
 
 
 @Command(
@@ -130,7 +130,9 @@ def evaluate(call: Call) -> Outcome:
         return Outcome(resolved.tree, f"would run the benchmark {config.benchmark.name}")
     report, text = run(resolved, call.out, quiet=call.quiet, fresh=call.fresh)
     if config.data is not None and Path(config.data).is_dir():
-        return Outcome(report, text, next=f"clipwright embed model={config.model} data={config.data} -o EMBEDDINGS")
+        return Outcome(
+            report, text, next=command_line("embed", f"model={config.model}", f"data={config.data}", "-o", "EMBEDDINGS")
+        )
     return Outcome(report, text)
 
 

@@ -14,11 +14,11 @@ from accelerate.utils import gather_object
 from pydantic import AfterValidator, Field
 
 from clipwright.eval.embed_parts import RECEIPTS, PartWriter
+from clipwright.pipeline.core.activity import Progress
 from clipwright.pipeline.core.command import Call
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write
-from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.part import Part
 from clipwright.pipeline.core.registry import configclass

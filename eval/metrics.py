@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -183,15 +182,3 @@ def rank_both_directions(
         i2t=rank_candidates(images, texts, relevance.captions_of),
         t2i=rank_candidates(texts, images, relevance.images_of),
     )
-
-
-def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Returns the 95 % confidence interval of a proportion: `successes` of `n` > 0 independent trials.
-
-    Source: E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22 (1927).
-    """
-    proportion = successes / n
-    weight = z * z / n
-    middle = proportion + weight / 2
-    half_width = z * math.sqrt(proportion * (1 - proportion) / n + weight / (4 * n))
-    return max(0.0, (middle - half_width) / (1 + weight)), min(1.0, (middle + half_width) / (1 + weight))

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from clipwright.eval.encode import Encoder, encode_images, encode_texts
+from clipwright.eval.intervals import wilson_interval
 from clipwright.eval.labeled import LabeledSet
-from clipwright.eval.metrics import RankedResults, rank_candidates, wilson_interval
+from clipwright.eval.metrics import RankedResults, rank_candidates
 from clipwright.eval.prompting import ClassNames, template_columns
+from clipwright.pipeline.core.activity import Progress
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.nearest import nearest
 
@@ -300,7 +301,8 @@ def _column_labels(
             "E_COLUMN",
             "the column does not hold labels",
             where=f"{data.name}: {column}",
-            found=f"its type is {kind} (allowed: text or integers)",
+            found=f"its type is {kind}",
+            allowed="allowed: text or integers",
             fix="set benchmark.label to the column with the labels, or to a format such as '{colour} {shape}'",
         )
     numbers = {value for value in values if value is not None}

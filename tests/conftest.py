@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from fork_server import ForkServer
+from output_checks import SEEN, check_output, never_seen
 from shape_checks import install_shape_checks
 
 # The tests are those of a CPU, also on a machine with a GPU. Set before torch is imported, here and in commands.
@@ -32,10 +33,31 @@ ALLOWED = set((Path(__file__).parent / "allowed-skips.txt").read_text(encoding="
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_testnodedown(node: Any) -> None:
+    """Called by pytest-xdist in the main process when a worker process has ended."""
+    SEEN.update(getattr(node, "workeroutput", {}).get("seen", ()))
+
+
+def is_complete(session: pytest.Session) -> bool:
+    """Returns whether all tests were run: no files or names were given, and none was left out or stopped."""
+    option = session.config.option
+    given = session.config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+    names = ("keyword", "markexpr", "deselect", "ignore", "ignore_glob", "lf")  # `lf` only with the cache's plugin
+    chosen = any(getattr(option, name, None) for name in names)
+    return not (given or chosen or option.collectonly or session.shouldstop or session.shouldfail)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None or hasattr(session.config, "workerinput"):
+    if hasattr(session.config, "workerinput"):
+        session.config.workeroutput["seen"] = sorted(SEEN)
         return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:
+        return
+    missing = never_seen(SEEN)
+    if missing and is_complete(session):
+        reporter.write_line(f"no test of a command has provoked or used: {', '.join(missing)}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     for report in reporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         if reason.removeprefix("Skipped: ") not in ALLOWED:
@@ -103,6 +125,7 @@ class Cli:
                 check=False,
             )
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        check_output(command, code, done.stdout, done.stderr, ranks=ranks)
         return done
 
     def json(self, *arguments: object, **options: Any) -> Any:

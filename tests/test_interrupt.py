@@ -5,6 +5,7 @@ Ctrl-C exits with 130, SIGTERM and SIGUSR1 with 85: no traceback, no incomplete 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from output_checks import check_json
 from waiting import wait_until
 
+from clipwright.pipeline.core.status import STOPPED
 from clipwright.pipeline.folders import output
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -96,7 +99,7 @@ def test_interrupted_command_leaves_no_incomplete_output_and_can_be_run_again(
     for stage in stages.iterdir():
         (tmp_path / stage.name).symlink_to(stage)
     (tmp_path / "gate.py").write_text(GATE.format(module=module, holder=holder, name=name))
-    second, arguments = [*arguments, "-o", "out"], [*arguments, "plugins=gate.py", "-o", "out"]
+    second, arguments = [*arguments, "-o", "out"], [*arguments, "plugins=gate.py", "-o", "out", "--json"]
     process = subprocess.Popen(
         [sys.executable, "-m", "clipwright", *arguments],
         cwd=tmp_path,
@@ -115,8 +118,10 @@ def test_interrupted_command_leaves_no_incomplete_output_and_can_be_run_again(
     process.send_signal(number)
     if verb == "train":
         (tmp_path / "go").touch()  # it completes the current step and saves
-    _, errors = process.communicate()
+    printed, errors = process.communicate()
     assert process.returncode == code, errors
+    check_json(code, printed)
+    assert json.loads(printed)["error"]["code"] == STOPPED[code][0]
     assert "Traceback" not in errors and errors.strip().endswith("run the same command again to resume")
     assert not list((tmp_path / "out").glob("**/*.partial")) and not list(tmp_path.glob("out/.lock*"))
     assert [path for pattern in final for path in (tmp_path / "out").glob(pattern) if path.name != "status.json"] == []

@@ -18,11 +18,11 @@ from clipwright.data_prep.build.images import ImagesConfig
 from clipwright.data_prep.build.plan import ROWS_PER_TASK, DuplicatePolicy, Job, Plan, make_plan
 from clipwright.data_prep.build.shards import read_receipt, rejects_path, write_shard
 from clipwright.data_prep.sources.base import SOURCES, Source, SourceConfig
+from clipwright.pipeline.core.activity import Progress, phase
 from clipwright.pipeline.core.command import Call
 from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import write_json
-from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.part import Part
 from clipwright.pipeline.core.registry import configclass
@@ -115,6 +115,7 @@ def open_source(config: PrepConfig, *, folder: Path | None = None, quiet: bool =
 
     If an unfinished run in the output `folder` has scanned the same files, its scan is used.
     """
+    phase("opening the source")
     source = SOURCES.build(config.source)
     if source.count == 0:
         raise ClipwrightError(

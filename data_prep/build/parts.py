@@ -5,7 +5,6 @@ Parts communicate only through files in the output folder, which must be on stor
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from clipwright.data_prep.build.pack import (
 from clipwright.data_prep.build.plan import Job, hash_part
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.core.part import Part
+from clipwright.pipeline.core.streams import print_note
 from clipwright.pipeline.folders import output
 
 
@@ -80,4 +80,4 @@ def _run_part(job: Job, config: PrepConfig, part: Part, plugins: list[tuple[str,
 
 def _report_waiting(quiet: bool) -> None:
     if not quiet:
-        print("prep: waiting for the part that makes the plan", file=sys.stderr, flush=True)
+        print_note("prep: waiting for the part that makes the plan")

@@ -16,8 +16,8 @@ from clipwright.data_prep.build.engines import WorkerPool
 from clipwright.data_prep.build.images import ImagesConfig
 from clipwright.data_prep.sources.base import Record, Source
 from clipwright.pipeline import pixels
+from clipwright.pipeline.core.activity import Progress
 from clipwright.pipeline.core.files import atomic_write
-from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.folders.output import WORK
 from clipwright.pipeline.folders.schema import parquet_bytes
 

@@ -20,9 +20,9 @@ from clipwright.data_prep.build.shards import receipt_path, rejects_path
 from clipwright.data_prep.foreign.groups import TarJob, scan_tar, tar_rows_path, tar_stat
 from clipwright.data_prep.sources import json_columns
 from clipwright.data_prep.sources.caption_files import CaptionFilesConfig, CaptionRules
+from clipwright.pipeline.core.activity import Progress
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, canonical_json, digest
-from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders import output

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.activity import Progress
 from clipwright.pipeline.core.messages import format_count
-from clipwright.pipeline.core.tables import align
+from clipwright.pipeline.core.tables import align, shorten_to
 from clipwright.pipeline.folders.dataset import read_dataset_manifest, read_sidecar
 
 QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
@@ -22,7 +22,7 @@ _SIDE_EDGES = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)  # pixel
 _ASPECT_EDGES = (0.0, 0.5, 0.67, 0.8, 1.0, 1.01, 1.25, 1.5, 2.0)  # width / height
 _TOP_CAPTIONS = 10
 _BAR_CELLS = 30
-_CAPTION_CHARACTERS = 80  # shown per caption
+_CAPTION_CELLS = 66  # shown per caption
 # Scripts whose characters have Unicode names that start with another word than the script's name.
 _SCRIPTS = {
     "CJK": "Han",
@@ -232,4 +232,4 @@ def _short(value: float) -> str:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _CAPTION_CHARACTERS else text[: _CAPTION_CHARACTERS - 1] + "…"
+    return shorten_to(" ".join(text.split()), _CAPTION_CELLS)

@@ -18,9 +18,9 @@ from clipwright.data_prep.build.engines import worker_count
 from clipwright.data_prep.build.finish import add_to_fingerprint, count_reasons
 from clipwright.data_prep.build.images import EXTENSION
 from clipwright.data_prep.foreign.tars import BLOCK, HashingReader
+from clipwright.pipeline.core.activity import Progress
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import file_sha256
-from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.folders.dataset import read_dataset_manifest, read_table
 from clipwright.pipeline.folders.output import REJECTS

@@ -21,11 +21,11 @@ from clipwright.data_prep.build.plan import record_key
 from clipwright.data_prep.inspect.argument import DatasetArgument
 from clipwright.data_prep.sources.base import SOURCES, Record
 from clipwright.pipeline import pixels
+from clipwright.pipeline.core.activity import Progress
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.config_files import read_yaml
 from clipwright.pipeline.core.errors import CODES, ClipwrightError
 from clipwright.pipeline.core.files import atomic_write
-from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.status import STATUS
 from clipwright.pipeline.folders import output

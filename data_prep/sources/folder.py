@@ -30,8 +30,8 @@ from clipwright.data_prep.sources.caption_files import (
     CaptionRules,
 )
 from clipwright.data_prep.sources.folder_files import check_folder, find_files
+from clipwright.pipeline.core.activity import Progress
 from clipwright.pipeline.core.files import canonical_json
-from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.text import printable, valid_utf8
 

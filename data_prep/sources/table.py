@@ -24,9 +24,9 @@ from clipwright.data_prep.sources.tables.captions import CaptionReader, list_not
 from clipwright.data_prep.sources.tables.files import TextOptions, find_files, open_files
 from clipwright.data_prep.sources.tables.images import check_image_type, is_url, read_cell
 from clipwright.data_prep.sources.tables.types import common_type
+from clipwright.pipeline.core.activity import Progress
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import file_sha256
-from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.text import listed, shown

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 import pyarrow as pa
 from pydantic import Field
 
-from clipwright.eval.metrics import wilson_interval
+from clipwright.eval.intervals import wilson_interval
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.registry import Registry, configclass
 from clipwright.pipeline.core.tables import align

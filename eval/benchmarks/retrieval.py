@@ -11,8 +11,9 @@ import torch
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, BenchmarkContext, BenchmarkResult, Score
 from clipwright.eval.encode import Encoder, dataset_images, encode_images, encode_texts, sidecar_slices
 from clipwright.eval.metrics import RankedResults, RetrievalResults, rank_both_directions
+from clipwright.pipeline.core.activity import Progress
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders.dataset import Dataset
 
@@ -126,7 +127,7 @@ def _captions_of(data: Dataset) -> list[list[str]]:
             "E_CAP_EMPTY",
             "images of the dataset have no caption",
             where=data.place,
-            found=f"{len(without):,} of {data.samples:,} images, such as key {without[0]}",
+            found=f"{len(without):,} of {format_count(data.samples, 'image')}, such as key {without[0]}",
             fix="evaluate retrieval on a dataset in which every image has a caption",
         )
     return captions_of

@@ -13,8 +13,8 @@ from pydantic import Field
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkConfig, BenchmarkContext, BenchmarkResult, Score
 from clipwright.eval.prompting import template_columns
 from clipwright.eval.search.query import Searcher
+from clipwright.pipeline.core.activity import Progress
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.tables import align

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from clipwright.pipeline.core.config_files import read_yaml
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import command_line
 from clipwright.pipeline.core.status import STATUS
 from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.folders.records import read_manifest
@@ -216,7 +217,7 @@ class Demo:
                 break
         if step == "run" and self.status:  # the run has finished: without --fresh the command would leave it unchanged
             return f"run `{command} --fresh`"
-        return f"run `{command}`, or `clipwright demo -o {shlex.quote(str(self.folder))}` to resume the demo"
+        return f"run `{command}`, or `{command_line('demo', '-o', self.folder)}` to resume the demo"
 
 
 class ImagesByKey:

@@ -10,6 +10,7 @@ from clipwright.pipeline.core.command import Call, Outcome
 from clipwright.pipeline.core.config_files import read_yaml
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write
+from clipwright.pipeline.core.messages import command_line
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.output import CONFIG, REPORT_PAGE
 from clipwright.pipeline.train.run_folder import LOG
@@ -78,7 +79,8 @@ def _run(folder: Path) -> Page:
     run = RunFolder(folder)
     numbers = run_page.headline(run)
     text = f": {numbers['state']}, step {numbers['step']:,} of {numbers['steps']:,}"
-    follows = f"clipwright export {folder} -o MODEL" if numbers["state"] == "finished" else ""
+    finished = numbers["state"] == "finished"
+    follows = command_line("export", folder, "-o", "MODEL") if finished else ""
     return numbers, text, follows, lambda: run_page.make_page(run)
 
 
@@ -94,4 +96,4 @@ def _demo(folder: Path) -> Page:
     from clipwright.eval.demo.results import Demo  # noqa: PLC0415
 
     demo = Demo(folder)
-    return demo.headline(), "", f'clipwright search {folder / "index"} text="..."', lambda: make_page(demo)
+    return demo.headline(), "", command_line("search", folder / "index", "text=a red circle"), lambda: make_page(demo)

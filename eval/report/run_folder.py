@@ -11,7 +11,7 @@ from typing import Any
 
 from clipwright.pipeline.core.config import inline_yaml, resolve
 from clipwright.pipeline.core.config_files import read_yaml
-from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.errors import ClipwrightError, error_line
 from clipwright.pipeline.core.lock import LOCK, held_by_other
 from clipwright.pipeline.core.status import DONE, INTERRUPTED, PREEMPTED, STATUS
 from clipwright.pipeline.folders.output import CONFIG, IDENTITY
@@ -89,21 +89,22 @@ class RunFolder:
             return State("training", f"At {steps}. A process holds the folder's lock.")
         if self.status is None or self._logged_after_status():
             if complete:
-                return State("finished", f"All {self.steps:,} steps are logged; the run did not write its status.")
+                return State("finished", f"Logged: {steps}. The run did not write its status.")
             seen = f"The last log line was written at {self._log_time():%d %B %Y, %H:%M:%S} UTC. " if self.log else ""
             return State("unfinished", f"At {steps}. {seen}Its processes were killed; run the same command again.")
-        code, error = self.status.get("exit_code"), self.status.get("error") or {}
+        code, error = self.status.get("exit_code"), self.status.get("error")
+        message = error_line(error) if error else "no error was recorded"
         if complete:
-            text = f"All {self.steps:,} steps are done."
+            text = f"Done: {steps}."
             if code != DONE:
-                text += f" The last command ended with exit code {code}: {error.get('message', 'stopped by a signal')}"
+                text += f" The last command ended with exit code {code}: {message}"
             return State("finished", text)
         if code == DONE:
             return State("stopped", f"At {steps}: runtime.stop_at ended it there.")
         if code in (PREEMPTED, INTERRUPTED):
             cause = "SIGTERM or SIGUSR1" if code == PREEMPTED else "Ctrl-C"
             return State("stopped", f"At {steps}, by {cause}. Run the same command again to resume.")
-        return State("failed", f"At {steps}, with exit code {code}: {error.get('message', 'no error was recorded')}")
+        return State("failed", f"At {steps}, with exit code {code}: {message}")
 
     def checkpoints(self) -> list[SavedCheckpoint]:
         """Returns the checkpoint folders in order of their steps."""

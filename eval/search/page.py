@@ -11,6 +11,7 @@ import numpy as np
 from clipwright.eval.search.versions import Index
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, write_json
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.dataset import Dataset
 from clipwright.pipeline.folders.output import INSPECTION, REPORT, REPORT_PAGE
@@ -73,7 +74,7 @@ def write(
     page = render(
         Path(__file__).with_name(REPORT_PAGE),
         title="Search",
-        lead=f"The {len(hits)} nearest of {manifest['rows']:,} {manifest['what']} embeddings.",
+        lead=f"The {len(hits)} nearest of {format_count(manifest['rows'], manifest['what'] + ' embedding')}.",
         query=result["query"],
         query_image=None if query_image is None else thumbnail(query_image, SIDE),
         hits=hits,

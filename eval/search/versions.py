@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 
 from clipwright.eval.search.recipes.base import RECIPES, IndexInput, Recipe, RecipeConfig
 from clipwright.eval.search.rows import ROWS, choose_canaries, read_rows, write_rows
+from clipwright.pipeline.core.activity import Progress, phase
 from clipwright.pipeline.core.config import Choice, Resolved
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, digest
-from clipwright.pipeline.core.log import Progress
 from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.core.text import shown
@@ -108,6 +108,7 @@ def open_version(folder: Path) -> Index:
     FAISS readers trust their input, so the manifest and the size and SHA-256 of every file are checked first. Raises
     E_INPUT, E_MANIFEST, E_INDEX_HASH, E_UNSAFE, and E_INDEX_ROWS if embeddings and rows do not match.
     """
+    phase("opening the index")
     name, manifest = _current_version(folder)
     version = folder / VERSIONS / name
     _require_complete(version, manifest)

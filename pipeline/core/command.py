@@ -7,7 +7,6 @@ an `Outcome`. The command line is then `clipwright prep CONFIG [section.key=valu
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import signal
@@ -15,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -24,9 +23,29 @@ from typing import Annotated, Any
 import typer
 
 from clipwright.pipeline.core import lock
+from clipwright.pipeline.core.activity import working
 from clipwright.pipeline.core.command_help import VerbCommand
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.status import DONE, FAILED, INTERRUPTED, PREEMPTED, STOPPED, StatusFile
+from clipwright.pipeline.core.log import silence_libraries
+from clipwright.pipeline.core.status import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    PREEMPTED,
+    STOPPED,
+    StatusFile,
+    stop_error,
+    stop_line,
+)
+from clipwright.pipeline.core.streams import (
+    escape_controls,
+    json_line,
+    print_note,
+    print_result,
+    reserved_stdout,
+    result_stream,
+)
+from clipwright.pipeline.core.tables import StyledText
 
 # Flags that only some verbs support; --json, --quiet and --debug are common to all.
 OPTIONAL_FLAGS = ("-o", "--dry-run", "--fresh")
@@ -54,13 +73,13 @@ class StopFlag:
 class Outcome:
     """The result of a command: the runner prints it, then the command ends.
 
-    `result` is printed with --json, `text` otherwise; `next` is the command that usually follows. With `error` the
-    command fails with it after printing; else `exit_code` decides.
+    `result` is printed with --json, `text` otherwise; `next` is the command that usually follows, or several. With
+    `error` the command fails with it after printing; else `exit_code` decides.
     """
 
-    result: dict[str, Any] | list[Any] | None = None
+    result: dict[str, Any] | None = None
     text: str = ""
-    next: str = ""
+    next: str | tuple[str, ...] = ""
     error: ClipwrightError | None = None
     exit_code: int = DONE
 
@@ -172,19 +191,28 @@ class Call:
 
     def say(self, text: str) -> None:
         """Prints a line for people: on stdout, or on stderr if stdout is for JSON."""
-        if not self.quiet:
-            print(text, file=sys.stderr if self.json else sys.stdout, flush=True)
+        if self.quiet:
+            return
+        if self.json:
+            print_note(text)
+        else:
+            print_result(escape_controls(text))
 
     def show(self, outcome: Outcome) -> None:
-        """Prints the outcome: as JSON with --json, else its text and the command that usually follows."""
+        """Prints the outcome: with --json as the only JSON object, else its text and the command that usually follows.
+
+        An error is part of the JSON object; without --json `conclude` prints it.
+        """
         if self.json:
-            if outcome.result is not None:
-                print(json.dumps(outcome.result, sort_keys=True, ensure_ascii=False, allow_nan=False), flush=True)
+            error = {} if outcome.error is None else {"error": outcome.error.to_dict()}
+            print_result(json_line({**(outcome.result or {}), **error}))
             return
         if outcome.text:
-            print(outcome.text, flush=True)
-        if outcome.next:
-            self.say(f"next: {outcome.next}")
+            print_result(outcome.text if isinstance(outcome.text, StyledText) else escape_controls(outcome.text))
+        following = (outcome.next,) if isinstance(outcome.next, str) else outcome.next
+        for command in following if outcome.error is None else ():
+            if command:
+                self.say(f"next: {command}")
 
 
 def load_name(name: str) -> Any:
@@ -276,60 +304,78 @@ early_signals: Sequence[int] = ()  # stop signals that arrived before a command 
 
 def _run(call: Call, body: Body) -> int:
     """Runs a command to its end: its outcome or error is printed, the status file written; returns the exit code."""
-    error: ClipwrightError | None = None
-    message = ""
     # OpenMP reads it when torch is loaded, which no command has done yet. Waiting threads that spin cost a factor of 7
     # if another process needs the cores (36 against 260 samples/s measured).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    silence_libraries(completely=call.quiet)
     signal.signal(signal.SIGTERM, _preempt)
     signal.signal(signal.SIGUSR1, _preempt)
     lock.report_lost = lambda lost: conclude(call, lost.exit_code, lost)
-    try:
-        call.check()
-        with load_name(call.command.rank)() if call.command.rank else nullcontext(0) as rank:
-            is_rank0 = rank == 0
-            if not is_rank0:
-                call.status.disable()
-            if early_signals:
-                raise Preempted
-            try:
-                outcome = body(call) or Outcome()
-            finally:
-                # The work is done: a signal from now on, such as a launcher's second one, has nothing left to stop.
-                ignore_stop_signals()
-                lock.release_held()
-        if is_rank0:
-            call.show(outcome)
-        if outcome.error is not None:
-            raise outcome.error
-        code = outcome.exit_code
-    except ClipwrightError as caught:
-        error, code = caught, caught.exit_code
-        if call.debug:
-            traceback.print_exc()
-    except BrokenPipeError:
-        # The reader of our output (`| head`) has gone: no message can reach it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = FAILED
-    except OSError as caught:
-        error = ClipwrightError(
+    is_rank0, shown = True, False
+    error: ClipwrightError | None = None
+    code = FAILED
+    with reserved_stdout(quiet=call.quiet):
+        try:
+            call.check()
+            with load_name(call.command.rank)() if call.command.rank else nullcontext(0) as rank:
+                is_rank0 = rank == 0
+                outcome = _run_body(call, body, is_rank0)
+            if is_rank0:
+                call.show(outcome)
+            shown = True
+            error, code = outcome.error, outcome.exit_code if outcome.error is None else outcome.error.exit_code
+        except BrokenPipeError:
+            # The reader of our output (`| head`) has gone: no message can reach it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), result_stream().fileno())
+        except BaseException as caught:
+            error = _as_error(caught, call)
+            code = error.exit_code
+            if error.code == "E_INTERNAL" or (call.debug and code not in STOPPED):
+                print_note(traceback.format_exc().rstrip())
+        conclude(call, code, error, shown=shown or not (is_rank0 or call.status.enabled))
+    return code
+
+
+def _run_body(call: Call, body: Body, is_rank0: bool) -> Outcome:
+    if not is_rank0:
+        call.status.disable()
+    if early_signals:
+        raise Preempted
+    with working(call.command.verb, hidden=call.quiet or not is_rank0):
+        try:
+            return body(call) or Outcome()
+        finally:
+            # The work is done: a signal from now on, such as a launcher's second one, has nothing left to stop.
+            ignore_stop_signals()
+            lock.release_held()
+
+
+def _as_error(caught: BaseException, call: Call) -> ClipwrightError:
+    """Returns the coded error that reports an exception, or raises one that is none of a command's."""
+    if isinstance(caught, ClipwrightError):
+        return caught
+    if isinstance(caught, KeyboardInterrupt):
+        return stop_error(INTERRUPTED)
+    if isinstance(caught, Preempted):
+        return stop_error(PREEMPTED)
+    if isinstance(caught, OSError):
+        return ClipwrightError(
             "E_SYSTEM",
             "the operating system refused an operation",
             where=caught.filename or f"clipwright {call.command.verb}",
             found=caught.strerror or str(caught),
             fix="free disk space or fix the path or its permissions, then run the same command again",
         )
-        code = error.exit_code
-        if call.debug:
-            traceback.print_exc()
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-        message = STOPPED[code]
-    except Preempted:
-        code = PREEMPTED
-        message = STOPPED[code]
-    conclude(call, code, error, message)
-    return code
+    if not isinstance(caught, Exception):
+        raise caught
+    reason = str(caught).strip().splitlines() or [""]
+    return ClipwrightError(
+        "E_INTERNAL",
+        "the command failed unexpectedly",
+        where=f"clipwright {call.command.verb}",
+        found=f"{type(caught).__name__}: {reason[0]}",
+        fix="if it is not a plugin of yours, report the traceback above as a bug of clipwright",
+    )
 
 
 def leave_error_to_rank0(error: ClipwrightError) -> Outcome:
@@ -347,11 +393,19 @@ def ignore_stop_signals() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def conclude(call: Call, code: int, error: ClipwrightError | None, message: str = "") -> None:
-    """Prints the error or the message and writes the status file."""
-    if error is not None or message:
-        print(error or message, file=sys.stderr, flush=True)
+def conclude(call: Call, code: int, error: ClipwrightError | None, *, shown: bool = False) -> None:
+    """Prints the error and writes the status file. shown: the command's JSON object is printed, or not this rank's."""
+    if error is not None:
+        print_error(error, as_json=call.json and not shown)
     call.status.write(code, error)
+
+
+def print_error(error: ClipwrightError, *, as_json: bool) -> None:
+    """Prints an error on stderr; as_json: also as the command's JSON object on stdout."""
+    if as_json:
+        with suppress(BrokenPipeError):
+            print_result(json_line({"error": error.to_dict()}))
+    print_note(stop_line(error) if error.exit_code in STOPPED else error)
 
 
 def _preempt(number: int, frame: object) -> None:

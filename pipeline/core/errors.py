@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from clipwright.pipeline.core.text import shorten
 
 _MAX_SEGMENT = 2000  # characters: whatever value a message echoes, it stays readable
@@ -56,6 +58,9 @@ CODES: dict[str, tuple[int, str]] = {
     "E_RANK": (1, "a rank died, is stopped or cannot be reached"),
     "E_HANG": (1, "a rank made no progress within the timeout"),
     "E_UNSAVED": (1, "the run was asked to stop and could not save in time"),
+    "E_INTERNAL": (1, "clipwright or a library failed in a way that has no code of its own"),
+    "E_STOPPED": (85, "stopped by SIGTERM or SIGUSR1 with the state saved"),
+    "E_INTERRUPTED": (130, "stopped by Ctrl-C"),
     "E_PREP_EMPTY": (3, "no sample of the input could be written"),
     "E_IMG_PATH": (3, "an image path is missing or leaves the source's root"),
     "E_IMG_EMPTY": (3, "an image has no bytes"),
@@ -79,17 +84,20 @@ CODES: dict[str, tuple[int, str]] = {
 class ClipwrightError(Exception):
     """An error that the user can act on.
 
-    `what` states the failure, `where` names the culprit (file, row, key), `found` gives what was found and what is
-    allowed, `fix` what to do; `where` and `found` may be empty. The code decides the exit code.
+    `what` states the failure, `where` names the culprit (file, row, key), `found` and `allowed` give what was found and
+    what is allowed, `fix` what to do; `where`, `found` and `allowed` may be empty. The code decides the exit code.
     """
 
     # All parameters may be positional: unpickling (workers hand errors to their parent) calls `ClipwrightError(*args)`.
-    def __init__(self, code: str, what: str, where: object = "", found: str = "", fix: str = "") -> None:
+    def __init__(
+        self, code: str, what: str, where: object = "", found: str = "", fix: str = "", allowed: str = ""
+    ) -> None:
         assert code in CODES, code
         assert fix, f"{code} without a remedy"
         self.code, self.what, self.fix = code, what, fix
         self.where, self.found = shorten(str(where), _MAX_SEGMENT), shorten(found, _MAX_SEGMENT)
-        super().__init__(code, what, self.where, self.found, fix)
+        self.allowed = shorten(allowed, _MAX_SEGMENT)
+        super().__init__(code, what, self.where, self.found, fix, self.allowed)
 
     @classmethod
     def from_dict(cls, fields: dict[str, str]) -> ClipwrightError:
@@ -98,13 +106,21 @@ class ClipwrightError(Exception):
 
     def to_dict(self) -> dict[str, str]:
         """Returns the error as plain JSON data, for another process or rank."""
-        return {"code": self.code, "what": self.what, "where": self.where, "found": self.found, "fix": self.fix}
+        return {name: getattr(self, name) for name in ("code", "what", "where", "found", "allowed", "fix")}
 
     @property
     def exit_code(self) -> int:
         return CODES[self.code][0]
 
     def __str__(self) -> str:
-        segments = (f"error[{self.code}]: {self.what}", self.where, self.found, self.fix)
-        line = " — ".join(segment for segment in segments if segment)
-        return " ".join(line.split())  # one line, even if a file name or a library's message has several
+        return error_line(self.to_dict())
+
+
+def error_line(fields: Mapping[str, str]) -> str:
+    """Returns the error that `to_dict` described, or that a `status.json` states, as one line."""
+    code, what, where, found, allowed, fix = (
+        fields.get(name, "") for name in ("code", "what", "where", "found", "allowed", "fix")
+    )
+    found = f"{found} ({allowed})" if found and allowed else found or allowed
+    line = " — ".join(segment for segment in (f"error[{code}]: {what}", where, found, fix) if segment)
+    return " ".join(line.split())  # one line, even if a file name or a library's message has several

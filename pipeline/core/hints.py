@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.nearest import nearest, nearest_name
 from clipwright.pipeline.core.other_tools import SYNONYMS, TOOLS, Flag, equal_model, normalized
 
@@ -118,7 +119,8 @@ def _epochs_hint(value: Any, dataset: object) -> str:
         return how
     if samples is None or not 0 < epochs < 1e6:
         return how
-    return f"set schedule.samples={round(epochs * samples)}: {epochs:g} × the {samples} samples of {dataset}"
+    count = format_count(samples, "sample")
+    return f"set schedule.samples={round(epochs * samples)}: {epochs:g} × the {count} of {dataset}"
 
 
 def _samples(dataset: object) -> int | None:

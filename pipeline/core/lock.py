@@ -28,6 +28,7 @@ from pathlib import Path
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import PARTIAL
+from clipwright.pipeline.core.streams import print_note
 
 LOCK = ".lock"
 HEARTBEAT_SECONDS = 5.0
@@ -205,7 +206,7 @@ def release_held() -> None:
 
 
 def _print_error(error: ClipwrightError) -> None:
-    print(error, file=sys.stderr, flush=True)
+    print_note(error)
 
 
 # Prints the error of a lost lock; a command sets its own.
@@ -244,7 +245,7 @@ def refuse_if_held(paths: Iterable[Path], folder: Path) -> dict[Path, LockState]
     deadline = time.monotonic() + STALE_SECONDS
     if watched:
         holder = states[watched[0]].holder or "the process that holds the lock"
-        print(f"waiting up to {STALE_SECONDS:.0f} s for a heartbeat of {holder}", file=sys.stderr, flush=True)
+        print_note(f"waiting up to {STALE_SECONDS:.0f} s for a heartbeat of {holder}")
     while watched and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
         for path in list(watched):

@@ -1,6 +1,9 @@
-"""How counts and durations are written in messages."""
+"""How counts, durations and command lines are written in messages."""
 
 from __future__ import annotations
+
+import shlex
+from pathlib import Path
 
 
 def format_count(count: int, noun: str, plural: str = "") -> str:
@@ -16,3 +19,9 @@ def format_duration(seconds: float) -> str:
     if total < 3600:
         return f"{total // 60}m{total % 60:02d}s"
     return f"{total // 3600}h{total % 3600 // 60:02d}m"
+
+
+def command_line(*words: str | Path) -> str:
+    """Returns `clipwright WORDS` as a shell takes it: words are quoted, a path that looks like a flag gets `./`."""
+    texts = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
+    return shlex.join(["clipwright", *texts])

@@ -16,10 +16,19 @@ from clipwright.pipeline.core.lock import LOCK, held_by_other
 
 STATUS = "status.json"
 DONE, FAILED, INTERRUPTED, PREEMPTED = 0, 1, 130, 85
-STOPPED = {
-    INTERRUPTED: "interrupted: run the same command again to resume",
-    PREEMPTED: "stopped by a signal: run the same command again to resume",
-}
+# Exit codes of a stop that was asked for → the error that status.json and --json state.
+STOPPED = {INTERRUPTED: ("E_INTERRUPTED", "interrupted"), PREEMPTED: ("E_STOPPED", "stopped by a signal")}
+
+
+def stop_error(code: int) -> ClipwrightError:
+    """Returns what `status.json` and --json state about a stop that was asked for; code: its exit code."""
+    name, what = STOPPED[code]
+    return ClipwrightError(name, what, fix="run the same command again to resume")
+
+
+def stop_line(error: ClipwrightError) -> str:
+    """Returns a stop that was asked for in one line; it is no error."""
+    return f"{error.what}: {error.fix}"
 
 
 class StatusFile:
@@ -69,7 +78,7 @@ class StatusFile:
             "folder": str(Path.cwd()),
             "versions": _versions(),
             "exit_code": code,
-            "error": None if error is None else {"code": error.code, "message": str(error)},
+            "error": None if error is None else error.to_dict(),
         }
         write_json(folder / STATUS, status)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from clipwright.pipeline.core.messages import format_count
+
 MAX_SHOWN = 200  # characters of one echoed value
 MAX_LISTED = 20  # names of one echoed list
 
@@ -20,7 +22,7 @@ def shorten(text: str, limit: int = MAX_SHOWN) -> str:
     """Returns `text` in at most `limit` (60 or more) characters: a longer one loses its middle."""
     if len(text) <= limit:
         return text
-    cut = f"… ({len(text):,} characters) …"
+    cut = f"… ({format_count(len(text), 'character')}) …"
     head = (limit - len(cut)) * 3 // 4
     tail = limit - len(cut) - head
     return f"{text[:head]}{cut}{text[-tail:]}"

@@ -157,7 +157,8 @@ class Loader:
                     "E_WORKER",
                     "a data worker is stuck on a sample",
                     where=f"{self.data.datasets[dataset].tar_path(shard)}, row {row}",
-                    found=f"no result for {seconds:.0f} s (limit {SAMPLE_TIMEOUT_SECONDS:.0f} s)",
+                    found=f"no result for {seconds:.0f} s",
+                    allowed=f"limit {SAMPLE_TIMEOUT_SECONDS:.0f} s",
                     fix="check the disk it is stored on and run the same command again",
                 )
         return pending.future.result()

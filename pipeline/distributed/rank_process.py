@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from clipwright.pipeline.core import lock
 from clipwright.pipeline.core.command import Preempted
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.signals import deferred_signals
+from clipwright.pipeline.core.streams import print_note
 from clipwright.pipeline.distributed.launcher_env import read_launcher_env
 
 POLL_SECONDS = 1.0
@@ -86,7 +86,7 @@ def _exit_with_launcher(launchers: list[psutil.Process]) -> None:
         time.sleep(POLL_SECONDS)
     [gone, *_] = [pid for pid, start in starts.items() if lock.process_start(pid) != start]
     with suppress(OSError):  # standard error may have ended with the launcher
-        print(f"the launcher of this rank (process {gone}) has ended: stopping", file=sys.stderr, flush=True)
+        print_note(f"the launcher of this rank (process {gone}) has ended: stopping")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(LEAVE_SECONDS)
     lock.end_process(

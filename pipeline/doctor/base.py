@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import shlex
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clipwright.pipeline.core.command import Call, Outcome
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.messages import command_line, format_count
 from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.tables import wrap
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 GROUPS = ("environment", "device", "network", "data", "model", "speed", "loss", "gradients")
 
 Status = Literal["ok", "warn", "FAIL", "skip"]
-_STYLES = {"ok": "green", "warn": "yellow", "FAIL": "bold red", "skip": "dim"}
+_STYLES = {"ok": "green", "warn": "yellow", "FAIL": "red", "skip": "dim"}
 
 
 @dataclass(frozen=True)
@@ -165,16 +164,16 @@ def report(context: DoctorContext) -> Outcome:
     error = failure(context)
     return Outcome(
         {"checks": rows, **context.predicted},
-        "" if call.quiet else table(results),
-        next=f"clipwright {shlex.join(next_command)}" if error is None else "",
+        table(results),
+        next=command_line(*next_command) if error is None else "",
         error=error,
     )
 
 
 def table(results: dict[str, CheckResult]) -> str:
-    """Formats status, check, found, need, fix: wrapped on a terminal, one line per check elsewhere."""
+    """Formats status, check, found and need in columns, and below them what to do."""
     rows = [[result.status, name, result.found, result.need, result.fix] for name, result in results.items()]
-    return wrap(["", "check", "found", "need", "fix"], rows, fixed=2, styles=_STYLES)
+    return wrap(["", "check", "found", "need"], rows, below="fix", styles=_STYLES)
 
 
 def failure(context: DoctorContext) -> ClipwrightError | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.activity import Progress
 from clipwright.pipeline.distributed.group import all_gather_object, barrier, process_group
 from clipwright.pipeline.distributed.launcher_env import read_launcher_env
 from clipwright.pipeline.doctor.base import GROUPS, Check, CheckResult, DoctorContext, checks, with_prerequisites

@@ -119,7 +119,8 @@ def _store(base: str) -> Any:
             "E_REMOTE",
             "the address is not supported",
             where=redacted(base),
-            found=f"scheme {scheme.lower()}, or a password or a query in it (allowed: {', '.join(SCHEMES)})",
+            found=f"scheme {scheme.lower()}, or a password or a query in it",
+            allowed=f"allowed: {', '.join(SCHEMES)}",
             fix="name bucket and prefix only; credentials come from the environment",
         )
     from obstore.store import from_url  # noqa: PLC0415

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from clipwright.pipeline.core.activity import Progress
 from clipwright.pipeline.core.command import Call, Outcome
 from clipwright.pipeline.core.files import write_json
-from clipwright.pipeline.core.log import Progress, quiet_libraries
-from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.messages import command_line, format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.records import MANIFEST, file_entries
@@ -31,7 +31,6 @@ class ImportConfig:
 
 def import_model(call: Call) -> Outcome:
     """Runs `clipwright import DIR -o MODEL`."""
-    quiet_libraries()
     config: ImportConfig = call.load().value
     out = call.output().absolute()
     output.check(out, output.MODEL)
@@ -57,7 +56,7 @@ def import_model(call: Call) -> Outcome:
     return Outcome(
         {"model": str(call.out), "fingerprint": manifest["fingerprint"], "parity": receipt},
         f"imported the {foreign.kind} in {foreign.folder} to {call.out}; largest differences: {differences}",
-        next=f"clipwright eval retrieval model={call.out} data=DATASET",
+        next=command_line("eval", "retrieval", f"model={call.out}", "data=DATASET"),
     )
 
 

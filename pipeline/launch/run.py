@@ -7,17 +7,19 @@ import json
 import os
 import re
 import subprocess
-import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
+from clipwright.pipeline.core import activity
 from clipwright.pipeline.core.command import Call, Outcome, Preempted
 from clipwright.pipeline.core.errors import CODES, ClipwrightError
 from clipwright.pipeline.core.status import DONE, INTERRUPTED, PREEMPTED, STATUS
+from clipwright.pipeline.core.streams import print_note, result_stream
 from clipwright.pipeline.launch.command import check_command
 from clipwright.pipeline.launch.config import LaunchConfig
 from clipwright.pipeline.launch.files import kubernetes_manifest, run_again, slurm_array_script, slurm_script
@@ -37,7 +39,7 @@ def launch(call: Call) -> Outcome:
         text = _job_file(config, inner)
         check_command(config, call, inner, world_size(config))
         if not call.quiet:  # stdout may be a pipe to sbatch, bash or kubectl
-            print(run_again(config), file=sys.stderr, flush=True)
+            print_note(run_again(config))
         return Outcome({"by": config.by, "file": text}, text)
     description, commands = node_commands(config, inner)
     check_command(config, call, inner, world_size(config))
@@ -46,7 +48,10 @@ def launch(call: Call) -> Outcome:
         return Outcome({"world": description, "lines": lines}, "\n".join([description, *lines]))
     call.say(description)
     call.say("to run it again: the same command; it resumes" + (" without --fresh" if call.fresh else ""))
-    return Outcome(exit_code=NodeGroup(commands, call.out, call.debug).run())
+    activity.hide()
+    group = NodeGroup(commands, call.out, call.debug, captures_results=call.json)
+    exit_code = group.run()
+    return Outcome(group.result(), exit_code=exit_code)
 
 
 def _job_file(config: LaunchConfig, inner: list[str]) -> str:
@@ -60,9 +65,12 @@ def _job_file(config: LaunchConfig, inner: list[str]) -> str:
 class NodeGroup:
     """The launchers of all nodes; if one fails, all are stopped."""
 
-    def __init__(self, commands: list[NodeCommand], out: Path | None, debug: bool) -> None:
-        """out: the output folder of the launched command."""
-        self.commands, self.debug = commands, debug
+    def __init__(
+        self, commands: list[NodeCommand], out: Path | None, debug: bool, *, captures_results: bool = False
+    ) -> None:
+        """out: the output folder of the launched command. captures_results: of what ranks print with --json."""
+        self.commands, self.debug, self.captures_results = commands, debug, captures_results
+        self.printed: list[str] = []  # lines on stdout of the ranks, if captured
         self.status_path = None if out is None else out / STATUS
         self.old_status = self._read_status()
         self.error_line = ""  # the first of any rank
@@ -101,13 +109,35 @@ class NodeGroup:
             command.arguments,
             env={**os.environ, **command.env},
             stdin=subprocess.PIPE if command.host else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if self.captures_results else result_stream(),
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
         self.processes.append(process)
-        reader = threading.Thread(target=self._relay, args=(command.host, process.stderr), daemon=True)
+        self._read(self._relay, command.host, process.stderr)
+        if self.captures_results:
+            self._read(self._capture, process.stdout)
+
+    def _read(self, target: Callable[..., None], *arguments: Any) -> None:
+        reader = threading.Thread(target=target, args=arguments, daemon=True)
         self.readers.append(reader)
         reader.start()
+
+    def _capture(self, stream: IO[bytes]) -> None:
+        for raw in stream:
+            self.printed.append(raw.decode(errors="backslashreplace"))
+
+    def result(self) -> dict[str, Any]:
+        """Returns the JSON object that a rank has printed; if ranks only printed an error line, that as an object."""
+        for line in reversed(self.printed):
+            with contextlib.suppress(ValueError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    return value
+        if not self.error_line:
+            return {}
+        code, _, what = self.error_line.removeprefix("error[").partition("]: ")
+        return {"error": {"code": code, "what": what, "where": "", "found": "", "allowed": "", "fix": ""}}
 
     def _relay(self, host: str, stream: IO[bytes]) -> None:
         """Prints what a node's launcher writes to stderr, up to the first error line of any rank.
@@ -124,9 +154,9 @@ class NodeGroup:
                     self.first_failed_code = int(report[1])  # the last in torchrun's report is the first failure
                 if not self.error_line and re.match(r"error\[E_\w+\]: ", line):
                     self.error_line = line
-                    print(line, file=sys.stderr, flush=True)
+                    print_note(line)
                 elif self.debug or not (self.error_line or self.is_stopping):
-                    print(line, file=sys.stderr, flush=True)
+                    print_note(line)
 
     def _wait_for_failure(self) -> int | None:
         """Returns the number of the first node whose launcher fails, or None once all have succeeded."""
@@ -164,7 +194,7 @@ class NodeGroup:
             return DONE  # they finished while the signal arrived
         if self.error_line:
             if self.debug:  # other lines were printed after it
-                print(self.error_line, file=sys.stderr, flush=True)
+                print_note(self.error_line)
             error_code = self.error_line[len("error[") :].partition("]")[0]
             return CODES[error_code][0] if error_code in CODES else 1
         code = self._exit_code(codes if failed is None else [codes[failed]])

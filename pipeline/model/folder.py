@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clipwright.pipeline.core.activity import phase
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import digest, write_json
@@ -107,6 +108,7 @@ def _raw(tensor: Tensor) -> bytes:
 def load_model(folder: str | Path, device: str = "auto") -> Model:
     """Opens and checks a model folder. Raises E_INPUT, E_MANIFEST, E_MODEL_HASH, E_MODEL_SHAPE and E_UNSAFE."""
     folder = Path(folder)
+    phase(f"loading the model {folder.name}")
     manifest = _read_manifest(folder)
     check_files(folder, manifest["files"], "E_MODEL_HASH")
     refuse_code(folder, "a model folder")

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipwright.pipeline.core.log import quiet_libraries
+from clipwright.pipeline.core.log import silence_libraries
 from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.data.order import key64
 from clipwright.pipeline.distributed.exchange import EXCHANGES
@@ -46,12 +46,12 @@ from clipwright.pipeline.train.supervision.progress import enter_phase
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-quiet_libraries()
+silence_libraries()
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-quiet_libraries()
+silence_libraries()
 
 
 @dataclass

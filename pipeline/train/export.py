@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from clipwright.pipeline.core.activity import Progress
 from clipwright.pipeline.core.command import Call, Outcome
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import digest
-from clipwright.pipeline.core.log import Progress
-from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.messages import command_line, format_count
 from clipwright.pipeline.core.registry import configclass
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.describe import describe, wrong_kind
@@ -87,7 +87,7 @@ def export(call: Call) -> Outcome:
     return Outcome(
         result,
         f"exported step {found.step} to {call.out}",
-        next=f"clipwright eval retrieval model={call.out} data=DATASET",
+        next=command_line("eval", "retrieval", f"model={call.out}", "data=DATASET"),
     )
 
 

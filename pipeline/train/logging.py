@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from clipwright.pipeline.core.activity import Progress
 from clipwright.pipeline.core.command import Call, Outcome
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.log import Progress
-from clipwright.pipeline.core.messages import format_count, format_duration
+from clipwright.pipeline.core.messages import command_line, format_count, format_duration
 from clipwright.pipeline.distributed.group import World, any_rank
 from clipwright.pipeline.losses.base import LossTerm
 from clipwright.pipeline.measure import peak_memory
@@ -84,16 +84,13 @@ class Records:
         self._resumed_at, self._changed = step, changed  # until the first record, which states them
         self.log, self.meter = RunLog(run, step, world), Meter(world.device)
         batch, quiet = config.schedule.global_batch, call.quiet or not world.is_rank0
-        # On a terminal; elsewhere the step lines are the progress.
-        self.progress = Progress(
-            "train", end * batch, "sample", quiet=quiet, interval=math.inf, already_done=step * batch
-        )
+        # Between the step lines, which are the usual progress.
+        self.progress = Progress("train", end * batch, "sample", quiet=quiet, interval=60.0, already_done=step * batch)
 
     def say(self, *lines: str) -> None:
         """Prints lines for people, on rank 0."""
-        with self.progress.above():
-            for line in lines if self.world.is_rank0 else ():
-                self.call.say(line)
+        for line in lines if self.world.is_rank0 else ():
+            self.call.say(line)
 
     def write(
         self, step: int, result: StepResult, loss: LossTerm, counts: dict[str, int], slow: Sequence[int]
@@ -238,7 +235,7 @@ def summary(run: Path, config: RunConfig, world: World, steps: int) -> Outcome:
             "the log of this finished run is empty",
             where=run / LOG,
             found="no line; the checkpoints are valid",
-            fix=f"export it (clipwright export {run} -o MODEL), or train again with --fresh",
+            fix=f"export it ({command_line('export', run, '-o', 'MODEL')}), or train again with --fresh",
         )
     result = {
         "steps": steps,
@@ -252,4 +249,4 @@ def summary(run: Path, config: RunConfig, world: World, steps: int) -> Outcome:
     }
     losses = f"{_number(result['loss_first'], '.3f')} → {_number(result['loss_last'], '.3f')}"
     text = f"trained {format_count(result['samples'], 'sample')}: loss {losses}"
-    return Outcome(result, text, next=f"clipwright export {run} -o MODEL")
+    return Outcome(result, text, next=command_line("export", run, "-o", "MODEL"))

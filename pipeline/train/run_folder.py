@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from clipwright.pipeline.core.config_files import read_yaml
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write
+from clipwright.pipeline.core.streams import print_warning
 from clipwright.pipeline.folders import output
 from clipwright.pipeline.folders.output import CONFIG, IDENTITY, RUN, TOKENIZER
 from clipwright.pipeline.folders.records import differences
@@ -109,11 +109,8 @@ def claim(
     claimed = output.claim(run, RUN, fresh=fresh)
     _require_same_run(run, identity, accept)
     for edit in config_edits(run):
-        print(
-            f"warning: {run / CONFIG} was changed by hand ({edit}): it is not used, and is written anew from the "
-            "command line",
-            file=sys.stderr,
-            flush=True,
+        print_warning(
+            f"{run / CONFIG} was changed by hand ({edit}): it is not used, and is written anew from the command line"
         )
     if trained_tokenizer is not None:
         (run / TOKENIZER).mkdir(exist_ok=True)

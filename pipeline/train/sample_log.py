@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections import Counter, deque
 from collections.abc import Iterable
 from contextlib import suppress
@@ -23,8 +22,9 @@ import torch
 from clipwright.pipeline.core.command import Call, Outcome
 from clipwright.pipeline.core.config import resolve
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.messages import command_line, format_count
 from clipwright.pipeline.core.registry import configclass
+from clipwright.pipeline.core.streams import print_warning
 from clipwright.pipeline.data.batch_samples import (
     KEY_SUM_MODULUS,
     MAX_REPLACED,
@@ -75,11 +75,9 @@ class Ledger:
         """Warns once per shard that cannot be read."""
         for shard, reason in unreadable.items():
             if self.world.is_rank0 and shard not in self._warned:
-                print(
-                    f"warning: {shard} cannot be read since step {step}: {reason}; its samples are replaced by others "
-                    "and counted; restore it, and it is used again from the next start on",
-                    file=sys.stderr,
-                    flush=True,
+                print_warning(
+                    f"{shard} cannot be read since step {step}: {reason}; its samples are replaced by others "
+                    "and counted; restore it, and it is used again from the next start on"
                 )
                 self._warned.add(shard)
 
@@ -139,10 +137,8 @@ def _earlier_replacements(path: Path, step: int) -> tuple[int, list[ReplacedSamp
                 recent.extend(ReplacedSample(**sample) for sample in replaced)
                 count += len(replaced)
     if lines != step:
-        print(
-            f"warning: {path} has {lines} of {format_count(step, 'step')}; samples replaced in the missing "
-            "steps are not counted",
-            file=sys.stderr,
+        print_warning(
+            f"{path} has {lines} of {format_count(step, 'step')}; samples replaced in the missing steps are not counted"
         )
     return count, list(recent)
 
@@ -192,7 +188,7 @@ def show(call: Call) -> Outcome:
             "the ledger does not have this step",
             where=f"{run / LEDGER} step {config.step}",
             found="no such line",
-            fix=f"see which steps it has: clipwright data ledger {run}",
+            fix=f"see which steps it has: {command_line('data', 'ledger', run)}",
         )
     listed = samples(run, record, config.train)
     replaced = {sample["at"]: sample for sample in record.get("replaced", [])}
@@ -250,4 +246,4 @@ def _summary(run: Path) -> Outcome:
         f"{format_count(steps, 'step')}, {format_count(count, 'sample')}, {result['replaced']:,} of them "
         "replaced unreadable ones"
     )
-    return Outcome(result, "\n".join(lines), next=f"clipwright data ledger {run} step={steps}")
+    return Outcome(result, "\n".join(lines), next=command_line("data", "ledger", run, f"step={steps}"))

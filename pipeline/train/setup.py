@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from clipwright.pipeline.core.activity import phase
 from clipwright.pipeline.core.command import Call
 from clipwright.pipeline.core.config import Resolved
 from clipwright.pipeline.data.datasets import Datasets
@@ -40,7 +41,9 @@ def set_up(resolved: Resolved[RunConfig], world: World, run: Path, *, fresh: boo
     """
     config = resolved.value
     torch.set_num_threads(thread_count(config.runtime, world))
+    phase("opening the data, building the towers")
     components = build(config, world, None if fresh else run)
+    phase("starting the engine")
     validation = None
     if config.runtime.validation:
         validation = Validation(config, components.tokenizer, world, score())

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.messages import command_line, format_count
 from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.distributed.group import World, all_gather, all_gather_object
 from clipwright.pipeline.train.engine import Engine, StepResult
@@ -63,7 +63,7 @@ class NonFiniteSteps:
             where=f"{self.run} step {step}: samples {', '.join(keys[:SHOWN_KEYS])}, …",
             found=f"loss {result.loss}, gradient norm {result.grad_norm}; these steps changed nothing; {state}; "
             f"newest checkpoint: {newest}",
-            fix=f"{causes}: list the samples (clipwright data ledger {self.run} step={step}), or {change}",
+            fix=f"{causes}: list the samples ({command_line('data', 'ledger', self.run, f'step={step}')}), or {change}",
         )
 
 

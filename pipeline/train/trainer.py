@@ -187,7 +187,7 @@ def train(call: Call, score: Callable[[], Score]) -> Outcome:
         if world.is_rank0:
             call.say(header(resolved.value, setup.components, world, torch.get_num_threads()))
         if call.dry_run:
-            return Outcome()
+            return Outcome(resolved.tree)
         trainer = Trainer(call, setup, world, run, supervisor)
         call.status.claim(run)
         if world.is_rank0 and trainer.step:

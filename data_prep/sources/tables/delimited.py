@@ -154,7 +154,7 @@ class DelimitedTable(TableFile):
             )
 
     def _wrong_delimiter(self, delimiter: str, described: str, header: list[str], ours: str) -> ClipwrightError:
-        columns = "1 column" if len(header) == 1 else f"{len(header)} columns"
+        columns = format_count(len(header), "column")
         return unreadable(
             f"{self.path}, line 1",
             f"with {ours} between fields the header has {columns}: {listed(header)}; it looks like {described}",
@@ -179,7 +179,7 @@ class DelimitedTable(TableFile):
             if table.num_rows != rows:
                 last = line + count_lines(data[:used]) - 1
                 where = f"{self.path}, lines {line} to {last}"
-                raise unreadable(where, f"they hold {rows} rows, but {table.num_rows} were read")
+                raise unreadable(where, f"they hold {format_count(rows, 'row')}, but {table.num_rows} were read")
         self._check.update(data[:used], line)
         for guess, cells in zip(self._guesses, table.columns, strict=True):
             for chunk in cells.chunks:

@@ -79,7 +79,9 @@ def find_rows(data: bytes, dialect: Dialect, path: Path, first_line: int, *, fin
             closed = _closing_quote(line, 0, dialect.quote)
             if closed is None:
                 if number - opened >= MAX_QUOTED_LINES:
-                    raise _unclosed(path, opened, f"it is still open {MAX_QUOTED_LINES} lines later", dialect)
+                    raise _unclosed(
+                        path, opened, f"it is still open {format_count(MAX_QUOTED_LINES, 'line')} later", dialect
+                    )
                 continue
             if line[closed : closed + 1] not in (b"", dialect.delimiter):
                 raise _unclosed(path, opened, f"text follows the quote that closes it in line {number}", dialect)

@@ -10,7 +10,6 @@ checkpoints.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from torch import Tensor
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import digest, json_text
+from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.streams import print_note
 from clipwright.pipeline.core.unsafe import refuse_code
 from clipwright.pipeline.distributed.group import World, all_gather_object, broadcast_object
 from clipwright.pipeline.folders.records import MANIFEST, check_files, differences, read_manifest
@@ -238,7 +239,7 @@ def saved_steps(run: Path) -> dict[int, Path]:
 
 def _warn(world: World | None, line: str) -> None:
     if world is None or world.is_rank0:
-        print(line, file=sys.stderr, flush=True)
+        print_note(line)
 
 
 def _read_pointer(run: Path) -> str | None:
@@ -263,9 +264,10 @@ def _evidence_of_saves(run: Path) -> str | None:
         return f"{step_name(saved)} was saved, as {run_folder.LOG} states"
     interval = (run_folder.stored_tree(run) or {}).get("runtime", {}).get("save_every")
     if steps > 1 and not records:
-        return f"{run_folder.LEDGER} has {steps:,} steps, and the log, which names the saved ones, is empty or missing"
+        count = format_count(steps, "step")
+        return f"{run_folder.LEDGER} has {count}, and the log, which names the saved ones, is empty or missing"
     if isinstance(interval, int) and steps >= 2 * interval:
-        return f"{run_folder.LEDGER} has {steps:,} steps, with a checkpoint every {interval:,}"
+        return f"{run_folder.LEDGER} has {format_count(steps, 'step')}, with a checkpoint every {interval:,}"
     return None
 
 
@@ -319,6 +321,6 @@ def _read_valid_manifest(folder: Path) -> dict[str, Any]:
     if step_name(body["step"]) != folder.name:
         raise malformed(path, f"it is that of step {body['step']}")
     if min(body["updates"], body["skipped"]) < 0 or body["updates"] + body["skipped"] != body["step"]:
-        found = f"{body['updates']} updates and {body['skipped']} skipped steps are not {body['step']} steps"
+        found = f"updates {body['updates']} and skipped {body['skipped']} do not add up to step {body['step']}"
         raise invalid_state(path, found)
     return manifest

@@ -8,13 +8,13 @@ same command with `-o RUN` resumes.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.streams import print_warning
 from clipwright.pipeline.folders import remote
 from clipwright.pipeline.folders.output import IDENTITY
 from clipwright.pipeline.folders.records import MANIFEST
@@ -68,11 +68,9 @@ class Copies:
             yield
         except (ClipwrightError, OSError) as error:
             reason = error.found if isinstance(error, ClipwrightError) else error
-            print(
-                f"warning: {what} was not copied to {remote.redacted(self.address)}: {reason}; "
-                "it will be tried again with the next checkpoint",
-                file=sys.stderr,
-                flush=True,
+            print_warning(
+                f"{what} was not copied to {remote.redacted(self.address)}: {reason}; "
+                "it will be tried again with the next checkpoint"
             )
 
     def _copy(self, step: int) -> None:

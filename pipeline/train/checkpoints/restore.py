@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.streams import print_warning
 from clipwright.pipeline.distributed.group import World
 from clipwright.pipeline.train import run_folder
 from clipwright.pipeline.train.checkpoints import checkpoint
@@ -55,8 +55,8 @@ def load_start(run: Path, world: World, identity: dict[str, Any], config: RunCon
         ledger = run / run_folder.LEDGER
         if world.is_rank0 and ledger.exists() and ledger.stat().st_size:
             steps = sum(1 for _ in run_folder.read_steps(ledger))
-            line = f"warning: {format_count(steps, 'step')} of {run} ended before a checkpoint: training starts over"
-            print(line, file=sys.stderr, flush=True)
+            line = f"{format_count(steps, 'step')} of {run} ended before a checkpoint: training starts over"
+            print_warning(line)
         techniques.initialize(towers, loss)
         return Start()
     changed = found.changes(identity)

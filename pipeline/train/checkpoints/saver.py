@@ -12,7 +12,6 @@ import errno
 import os
 import re
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -28,6 +27,7 @@ from torch import Tensor
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, digest, fsync_path, staged_path
 from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.streams import print_warning
 from clipwright.pipeline.core.system_errors import rank_name, system_error
 from clipwright.pipeline.distributed.group import World, all_gather_object, run_on_rank0
 from clipwright.pipeline.folders.output import discard, publish, remove_staged
@@ -188,11 +188,7 @@ class Saver:
         name = self.runtime.keep_best
         if name and name not in self._known_figures:
             known = ", ".join(sorted(self._known_figures)) or "none"
-            print(
-                f"warning: runtime.keep_best={name} is not a logged figure; figures so far: {known}",
-                file=sys.stderr,
-                flush=True,
-            )
+            print_warning(f"runtime.keep_best={name} is not a logged figure; figures so far: {known}")
 
     def _stage(self, step: int, needed: int, free: int) -> None:
         """Makes an empty folder for the files of all ranks. Raises E_DISK if there is not enough free space."""

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from clipwright.pipeline.core.errors import ClipwrightError
+from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.losses.base import MAX_LOG_SCALE, LossTerm
 from clipwright.pipeline.model.tensor_checks import Shape, invalid_numbers, module_shapes, shape_difference
 
@@ -57,7 +58,7 @@ def _invalid(name: str, tensor: Tensor, updates: int) -> str | None:
         if bool(((tensor < 0) | (tensor > limit)).any()):
             return f"{name} is {float(tensor.max()):.4g}; 0 to {MAX_LOG_SCALE:.4g} (ln 100) is allowed"
     if name.startswith(LOSS_OPTIMIZER_PREFIX) and name.endswith(".step") and float(tensor) != updates:
-        return f"{name} counts {float(tensor):g} updates, the manifest {updates}"
+        return f"{name} counts {format_count(int(tensor), 'update')}, the manifest {updates:,}"
     return None
 
 
@@ -102,10 +103,11 @@ def _uncovered(slices: dict[str, list[tuple[int, int]]], parameters: dict[str, i
                 return f"{qualified}: {'a gap' if start > end else 'an overlap'} at element {min(start, end)}"
             end = start + length
         if end != parameters[parameter]:
-            return f"{qualified}: {end} of {parameters[parameter]} elements"
+            return f"{qualified}: {end:,} of {format_count(parameters[parameter], 'element')}"
     for parameter, keys in keys_of.items():
         if len(keys) != state_size:
-            return f"{parameter} has the optimizer state {', '.join(sorted(keys))}, {state_size} tensors are needed"
+            needed = format_count(state_size, "tensor")
+            return f"{parameter} has the optimizer state {', '.join(sorted(keys))}, not {needed}"
     return None
 
 

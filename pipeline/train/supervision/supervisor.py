@@ -17,7 +17,7 @@ from types import TracebackType
 from clipwright.pipeline.core import lock
 from clipwright.pipeline.core.command import Call, Preempted, StopFlag, conclude, ignore_stop_signals
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.status import FAILED, INTERRUPTED, PREEMPTED, STOPPED
+from clipwright.pipeline.core.status import FAILED, INTERRUPTED, PREEMPTED, STOPPED, stop_error
 from clipwright.pipeline.distributed.group import World, barrier, broadcast_object, is_failed_collective
 from clipwright.pipeline.distributed.launcher_env import read_launcher_env
 from clipwright.pipeline.train.supervision.failures import RESUME
@@ -170,7 +170,8 @@ class Supervisor:
             return
         if is_reporter:
             self.call.status.enable()
-            conclude(self.call, group_exit.code, group_exit.to_error(), STOPPED.get(group_exit.code, ""))
+            stopped = stop_error(group_exit.code) if group_exit.code in STOPPED else None
+            conclude(self.call, group_exit.code, group_exit.to_error() or stopped)
         sys.stdout.flush()
         sys.stderr.flush()
         lock.release_held()

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from output_checks import check_output
 from PIL import Image
 
 from clipwright.pipeline.core.config import resolve
@@ -141,7 +142,10 @@ def _write_shard(
 def _cli(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """Runs `clipwright ARGUMENTS` in a process of its own, or in several ranks."""
     server = sys.modules["conftest_root"].fork_server()
-    return server.run(list(map(str, arguments)), Path.cwd(), dict(os.environ), 1200, ranks if ranks > 1 else 0)
+    ranks = ranks if ranks > 1 else 0
+    done = server.run(list(map(str, arguments)), Path.cwd(), dict(os.environ), 1200, ranks)
+    check_output(list(map(str, arguments)), done.returncode, done.stdout, done.stderr, ranks=ranks)
+    return done
 
 
 def _refused(done: subprocess.CompletedProcess[str], code: str, exit_code: int, *named: object) -> None:
@@ -219,6 +223,7 @@ def quick_cli(monkeypatch, capfd):
         capfd.readouterr()
         code = app(list(map(str, arguments)), standalone_mode=False)
         printed = capfd.readouterr()
+        check_output(list(map(str, arguments)), code, printed.out, printed.err)
         return SimpleNamespace(returncode=code, stdout=printed.out, stderr=printed.err)
 
     return run

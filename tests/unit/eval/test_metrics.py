@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from clipwright.eval import metrics
+from clipwright.eval.intervals import wilson_interval
 
 
 def units(rows: int, dim: int, seed: int) -> torch.Tensor:
@@ -105,7 +106,7 @@ def test_wilson_interval_contains_the_proportions_that_are_not_rejected(successe
             inside, outside = (p, outside) if accepted else (inside, p)
         return inside
 
-    low, high = metrics.wilson_interval(successes, n)
+    low, high = wilson_interval(successes, n)
     assert (low, high) == pytest.approx((end(successes / n, 0.0), end(successes / n, 1.0)), abs=1e-9)
 
 

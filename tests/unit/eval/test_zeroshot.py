@@ -19,8 +19,9 @@ from PIL import Image
 from clipwright.eval import zeroshot
 from clipwright.eval.benchmarks.zeroshot import scores as score_list
 from clipwright.eval.encode import ImageSource
+from clipwright.eval.intervals import wilson_interval
 from clipwright.eval.labeled import open_labeled
-from clipwright.eval.metrics import TIE, wilson_interval
+from clipwright.eval.metrics import TIE
 from clipwright.eval.prompting import list_prompt_sets, load_classes, load_templates, shipped_sets
 from clipwright.pipeline.core.tables import align, display_width
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from dataset_maker import make_dataset as make_dataset  # the fixture
+from output_checks import check_output
 
 # Two blocks and 32 pixels: seconds, not minutes, and every mechanism of a large run.
 SMALL = [
@@ -95,6 +96,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         exit_code = app(list(map(str, arguments)), standalone_mode=False)
         printed = capfd.readouterr()
         assert exit_code == code and "Traceback" not in printed.err, printed
+        check_output(list(map(str, arguments)), code, printed.out, printed.err)
         return SimpleNamespace(out=printed.out, err=printed.err, error=(printed.err.strip().splitlines() or [""])[-1])
 
     return call

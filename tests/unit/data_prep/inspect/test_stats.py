@@ -69,5 +69,5 @@ def test_command_prints_a_table_or_json(dataset: Path, tmp_path: Path, cli: Any)
     (dataset / "data-000001.parquet").unlink()
     error = cli.error("data", "stats", "data", code=3)
     assert error.startswith("error[E_DATA_HASH]") and "data-000001.parquet" in error and "data verify" in error
-    error = cli.error("data", "stats", "data", "-o", "data", code=3)
-    assert "E_DATA_HASH" in error and {path.name for path in dataset.iterdir()} == before - {"data-000001.parquet"}
+    error = cli.error("data", "stats", "data", "-o", "data", code=2)
+    assert "E_OUTPUT" in error and {path.name for path in dataset.iterdir()} == before - {"data-000001.parquet"}

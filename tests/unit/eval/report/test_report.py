@@ -51,7 +51,8 @@ def write_log(run: Path, lines: list[dict[str, Any] | str]) -> None:
 
 
 def write_status(run: Path, code: int, message: str = "", **fields: Any) -> None:
-    error = {"code": "E_NONFINITE", "message": message} if message else None
+    name, _, what = message.removeprefix("error[").partition("]: ")
+    error = {"code": name, "what": what} if message else None
     body = {"command": "clipwright train -o run", "verb": "train", "started": "2026-01-01T10:00:00+00:00"}
     body |= {"ended": ENDED, "host": "a-host", "versions": {"python": "3.11.7", "torch": "2.13.0"}}
     write_json(run / "status.json", {**body, "exit_code": code, "error": error, **fields})
@@ -104,7 +105,7 @@ def test_page_of_a_finished_run_has_its_curves_marks_checkpoints_and_config(cli:
     result, text = page_of(cli, run)
     assert (result["state"], result["step"], result["steps"]) == ("finished", 60, 60)
     assert (result["best_step"], result["best_recall_at_1"], result["loss"]) == (40, pytest.approx(0.6), 0.05)
-    assert "All 60 steps are done." in text and "The loss goes from 3 to 0.05." in text
+    assert "Done: step 60 of 60." in text and "The loss goes from 3 to 0.05." in text
     assert "50 % of the images" in text and "25 % of the captions" in text and "Its ceiling is 100." in text
     assert "1 step skipped" in text and "Dashed vertical lines: the run was resumed." in text
     assert "Ticks at the bottom: steps were skipped." in text and "optim.lr: 0.001 → 0.0001" in text
@@ -134,7 +135,7 @@ def test_page_of_a_finished_run_has_its_curves_marks_checkpoints_and_config(cli:
 @pytest.mark.parametrize(
     ("steps", "status", "word", "pieces"),
     [
-        (60, (0, ""), "finished", ["All 60 steps are done."]),
+        (60, (0, ""), "finished", ["Done: step 60 of 60."]),
         (60, (2, "error[E_RESUME]: another config"), "finished", ["exit code 2: error[E_RESUME]: another config"]),
         (9, (85, ""), "stopped", ["At step 9 of 60, by SIGTERM or SIGUSR1", "same command again"]),
         (9, (130, ""), "stopped", ["by Ctrl-C"]),

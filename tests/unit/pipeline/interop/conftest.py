@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from output_checks import check_output
 
 from clipwright.pipeline.tokenizers import clip_bpe
 
@@ -151,6 +152,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
         code = app(list(map(str, arguments)), standalone_mode=False)
         printed = capfd.readouterr()
         assert "Traceback" not in printed.err, printed.err
+        check_output(list(map(str, arguments)), code, printed.out, printed.err)
         last = (printed.err.strip().splitlines() or [""])[-1]
         return SimpleNamespace(code=code, out=printed.out, err=printed.err, error=last if code else "")
 

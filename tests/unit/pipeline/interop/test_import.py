@@ -300,7 +300,7 @@ def test_name_table_splits_stacks_and_reshapes() -> None:
 def test_formats_are_listed(run: Any) -> None:
     done = run("list", "formats", "--json")
     assert done.code == 0, done.err
-    assert {"transformers_clip", "transformers_siglip"} <= {row["name"] for row in json.loads(done.out)}
+    assert {"transformers_clip", "transformers_siglip"} <= {row["name"] for row in json.loads(done.out)["formats"]}
 
 
 def test_receipt_detects_conversion_errors(

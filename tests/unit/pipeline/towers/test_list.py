@@ -32,7 +32,7 @@ def listed(monkeypatch, capfd):
 
 
 def test_list_has_the_published_costs(listed, published):
-    rows = {row["name"]: row for row in json.loads(listed("towers", "--json").out)}
+    rows = {row["name"]: row for row in json.loads(listed("towers", "--json").out)["towers"]}
     vit, convmixer, resnet = (rows[name] for name in ("vit_base_patch16", "convmixer_768_32_k7_p7", "clip_rn50"))
     for row in (vit, convmixer):
         expected = published[row["name"], 224]
@@ -51,7 +51,7 @@ def test_list_has_the_published_costs(listed, published):
 
 
 def test_other_image_size_lists_costs_and_unsupported_towers(listed, published):
-    rows = {row["name"]: row for row in json.loads(listed("towers", "--json", "image_size=384").out)}
+    rows = {row["name"]: row for row in json.loads(listed("towers", "--json", "image_size=384").out)["towers"]}
     vit, convmixer = rows["vit_base_patch16"], rows["convmixer_768_32_k7_p7"]
     expected = published["vit_base_patch16", 384]
     assert (vit["image_size"], vit["params_features"]) == (384, expected["params_features"])
@@ -66,7 +66,9 @@ def test_table_has_a_column_per_cost(listed):
     assert lines[0].split() == ["name", "family", "image_size", *COSTS, "source", "error"]
     assert "86,090,496       55.484  768" in next(line for line in lines if line.startswith("vit_base_patch16"))
     # Every tower is built at its own size, except the one that needs a folder.
-    assert [row["name"] for row in json.loads(listed("towers", "--json").out) if "error" in row] == ["huggingface"]
+    assert [row["name"] for row in json.loads(listed("towers", "--json").out)["towers"] if "error" in row] == [
+        "huggingface"
+    ]
 
 
 @pytest.mark.parametrize(

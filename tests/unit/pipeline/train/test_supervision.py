@@ -16,6 +16,7 @@ import pytest
 from group_ranks import Scenario
 from safetensors.torch import load_file
 
+from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.train.step_checks import slow_ranks
 from clipwright.pipeline.train.supervision.failures import Peer, find_failure
 from clipwright.pipeline.train.supervision.heartbeat import Connection, Heartbeat
@@ -198,7 +199,7 @@ def test_failed_rank_is_named_and_all_ranks_exit(name: str, failed: int, results
     assert result["seconds_to_error"] <= SLACK * (3 if name == "rank 0 killed" else TIMEOUT_SECONDS + 10), result
     assert {code for rank, code in enumerate(result["codes"]) if rank != failed} == {1}, result
     assert [rank for rank in result["killed"] if rank != failed] == []
-    assert result["status"]["exit_code"] == 1 and result["status"]["error"]["message"] == line
+    assert result["status"]["exit_code"] == 1 and str(ClipwrightError.from_dict(result["status"]["error"])) == line
     if name == "rank hangs":
         assert "made no progress for" in line and f"(limit {TIMEOUT_SECONDS:.0f} s)" in line
         assert "embed" in line and "fault.py" in line

@@ -1,4 +1,4 @@
-"""Progress on a terminal, in a job's log, and when interrupted; durations."""
+"""Progress and phases on a terminal, in a job's log, and when interrupted."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core import activity, streams
+from clipwright.pipeline.core.activity import Progress
 
 # Processes five items and prints a line in the middle; waits at item 3 while a file named gate exists.
 WORK = """
 import os, sys, time
-from clipwright.pipeline.core.log import Progress
+from clipwright.pipeline.core.activity import Progress
+from clipwright.pipeline.core.streams import print_result
 with Progress("count", 5, "thing", quiet="--quiet" in sys.argv) as progress:
     for number in range(5):
         progress.add(1, failed=number == 1)
         if number == 2:
-            with progress.above():
-                print("a line of text", flush=True)
+            print_result("a line of text")
         if number == 3 and "--blunt" in sys.argv:
             print("not above the bar", flush=True)
         time.sleep(0.05)
@@ -129,17 +130,24 @@ def test_interrupt_during_the_first_draw_restores_the_cursor(monkeypatch: pytest
     assert HIDE in text and text.rindex(SHOW) > text.rindex(HIDE)
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds, which a test moves; the thread that shows activities sleeps."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(activity, "TICK_SECONDS", 3600)
+    return now
+
+
 def test_without_a_terminal_progress_is_plain_lines_at_intervals(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], clock: list[float]
 ) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with Progress("prep", 4000, "row", interval=10) as progress:
         for _ in range(8):
             clock[0] += 4
             progress.add(100, failed=1)
-        with progress.above():
-            print("a line of text")
+            activity._display.tick()
+        streams.print_result("a line of text")
     printed = capsys.readouterr()
     assert printed.err.splitlines() == [
         "prep 300/4,000 rows  25/s  eta 2m28s  failed 3",
@@ -148,15 +156,70 @@ def test_without_a_terminal_progress_is_plain_lines_at_intervals(
     assert printed.out == "a line of text\n"
 
 
-def test_already_done_work_does_not_count_toward_the_rate(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+def test_rate_and_time_left_appear_when_they_are_known(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
+    """Work that was done earlier does not count toward the rate."""
     with Progress("prep", 100_000, "row", already_done=9000) as progress:
         clock[0] += 10
+        activity._display.tick()
         progress.add(10)
+        clock[0] += 10
+        activity._display.tick()
+    with Progress("prep", 1, "query", plural="queries", interval=60) as progress:
+        clock[0] += 10
+        activity._display.tick()  # nothing is done yet: the first line comes after the usual interval
+        progress.add(1)
+        clock[0] += 50
+        activity._display.tick()
+        clock[0] += 20
+        activity._display.tick()
     with Progress("prep", 100_000, "row", quiet=True) as progress:
         clock[0] += 20
         progress.add(10)
-    assert capsys.readouterr().err == "prep 9,010/100,000 rows  1.0/s  eta 25h16m\n"
+        activity._display.tick()
+    assert capsys.readouterr().err.splitlines() == [
+        "prep 9,000/100,000 rows",
+        "prep 9,010/100,000 rows  30.0/min  eta 50h33m",
+        "prep 0/1 query",
+        "prep 1/1 query  45.0/h",
+    ]
+
+
+def test_a_phase_is_shown_until_the_next_message(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
+    with activity.working("train", hidden=False):
+        for number in range(3):  # phases shorter than the interval
+            activity.phase(f"part {number} of \x1b[31m")
+            clock[0] += 6
+            activity._display.tick()
+        streams.print_note("a message")
+        clock[0] += 6
+        activity._display.tick()  # the message was a sign
+        with Progress("eval", 10, "image") as progress:
+            progress.add(4)
+            clock[0] += 6
+            activity._display.tick()
+        clock[0] += 10
+        activity._display.tick()
+        activity.hide()
+        clock[0] += 20
+        activity._display.tick()
+    clock[0] += 20
+    activity._display.tick()
+    with activity.working("train", hidden=True):
+        clock[0] += 20
+        activity._display.tick()
+    assert capsys.readouterr().err.splitlines() == [
+        "train: part 1 of \\x1b[31m (6s)",
+        "a message",
+        "eval 4/10 images  40.0/min  eta 9s",
+        "train: finishing (10s)",
+    ]
+
+
+def test_a_forked_process_shows_nothing_of_its_parent(clock: list[float]) -> None:
+    with activity.working("train", hidden=False):
+        reader, writer = os.pipe()
+        if (pid := os.fork()) == 0:
+            os.write(writer, b"idle" if not activity._display.activities else b"busy")
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert os.read(reader, 4) == b"idle"
