@@ -12,7 +12,7 @@ from clipwright.pipeline.page import plots
 from clipwright.pipeline.page.render import percent, render
 
 TEMPLATE = Path(__file__).with_name("evaluation.html")
-MATRIX_CLASSES = 16  # a confusion matrix of more classes is too small to read
+MATRIX_CLASSES = 10  # a confusion matrix of more classes is too small to read
 _SCORE_KEYS = {"name", "value", "n", "low", "high", "chance", "higher_is_better"}
 
 

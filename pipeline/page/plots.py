@@ -11,7 +11,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 
 WIDTH, FONT = 340, 14
 POINTS = 500  # points per curve; more would not be visible
+MAX_LABEL = 130  # units that the name of a class may take
 FEW_POINTS = 12  # so few are also drawn as points
 INK, SOFT, LINE, BLUE, ORANGE = "#1b1f24", "#57606a", "#d5dae0", "#0072b2", "#b34700"
 _VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line", BLUE: "--right", ORANGE: "--wrong"}
@@ -101,7 +102,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 def curve(
     title: str,
     samples: Sequence[float],
-    lines: dict[str, Sequence[float]],
+    lines: Mapping[str, Sequence[float]],
     *,
     label: str,
     level: tuple[float, str] | None = None,
@@ -216,9 +217,24 @@ def bars(title: str, rows: Sequence[tuple[str, float, float | None, str]]) -> Ma
     return chart(title, sum(heights) + 6, paint, (4, 4, 2, 4))
 
 
+def _text_width(text: str) -> float:
+    """Returns about how wide a text is: letters of East Asian scripts are as wide as the font is high."""
+    return sum(FONT if ord(letter) > 0x1100 else 0.58 * FONT for letter in text)
+
+
+def _fit(name: str) -> str:
+    """Shortens the name of a row or column to MAX_LABEL."""
+    if _text_width(name) <= MAX_LABEL:
+        return name
+    while _text_width(name) > MAX_LABEL - FONT:
+        name = name[:-1]
+    return f"{name}…"
+
+
 def matrix(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> Markup:
     """Plots a confusion matrix in percent of each row (a share for each of `names`); correct cells are framed."""
-    left, top = 74, 74
+    labels = {name: _fit(name) for name in names}
+    left = top = max(74.0, *(_text_width(label) + 10 for label in labels.values()))
     side = min(36.0, (WIDTH - left - 4) / len(names))
 
     def paint(axes: Axes) -> None:
@@ -236,8 +252,8 @@ def matrix(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[
                     axes.text(j + 0.5, i + 0.5, text, ha="center", va="center_baseline", weight=weight)
             frame = Rectangle((own + 0.04, i + 0.04), 0.92, 0.92, fill=False, edgecolor=INK, linewidth=1.5)
             axes.add_patch(frame)
-        axes.set_xticks([j + 0.5 for j in range(len(names))], names, rotation=90, color=INK)
-        axes.set_yticks([i + 0.5 for i in range(len(rows))], [kind for kind, _ in rows], color=INK)
+        axes.set_xticks([j + 0.5 for j in range(len(names))], list(labels.values()), rotation=90, color=INK)
+        axes.set_yticks([i + 0.5 for i in range(len(rows))], [labels[kind] for kind, _ in rows], color=INK)
         axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
         for spine in axes.spines.values():
             spine.set_visible(False)

@@ -303,6 +303,14 @@ def test_charts_keep_text_as_text_and_curves_short() -> None:
     assert plots.smooth([0.0, *[1.0] * 49])[-1] > 0.99
 
 
+def test_long_names_in_a_matrix_are_shortened_to_fit() -> None:
+    names = ["yellow cross with a long description", "빨간 별", "가나다라마바사아자차카타"]
+    made = plots.matrix("Confusion. x", names, [(name, [1.0, 0.0, 0.0]) for name in names])
+    texts = re.findall(r">([^<>]+)</text>", made)
+    assert texts.count("yellow cross w…") == 2 and texts.count("빨간 별") == 2 and texts.count("가나다라마바사아…") == 2
+    assert "0 0 340 " in made.split('viewBox="')[1]
+
+
 def test_unfinished_demo_is_refused_by_the_command(cli: Any, refused: Any, demo: Path) -> None:
     (demo / "report.html").write_text("an older page")
     shutil.rmtree(demo / "zeroshot")
