@@ -7,6 +7,7 @@ of its preset. A layer that changes `name` drops what lower layers set there, so
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from clipwright.pipeline.core import outline
 from clipwright.pipeline.core.config_files import config_path, read_config
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.hints import UnknownKey, value_at
+from clipwright.pipeline.core.nearest import nearest
 from clipwright.pipeline.core.overrides import parse_overrides
 from clipwright.pipeline.core.plugins import load_plugins
 from clipwright.pipeline.core.registry import Registry
@@ -114,8 +116,12 @@ def resolve(
         value = TypeAdapter(kind).validate_python(tree)
     except ValidationError as error:
         problems = error.errors()
+        missing = [problem["loc"] for problem in problems if problem["type"] == "missing"]
+        wrong = [problem for problem in problems if problem["type"] != "missing"]
         if partial:
-            problems = [problem for problem in problems if problem["type"] != "missing"]
+            problems = wrong
+        elif not any(loc[: len(problem["loc"]) - 1] == problem["loc"][:-1] for problem in wrong for loc in missing):
+            problems = wrong or problems  # what is wrong is reported before what is missing elsewhere
         if problems:
             raise _value_error(problems, tree, origins) from None
         value = cast(T, None)
@@ -156,8 +162,13 @@ def _known_keys(kind: type[Any]) -> list[str]:
         return []
 
 
-def _section_layers(values: list[tuple[str, Any]], place: str, fix: str) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the layers of a section: an empty one sets nothing, and an override may give it as `{key: value}`."""
+def _section_layers(
+    values: list[tuple[str, Any]], place: str, registry: Registry[Any] | None = None
+) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the layers of a section: an empty one sets nothing, and an override may give it as `{key: value}`.
+
+    registry: of the choice that the section is.
+    """
     layers: list[tuple[str, dict[str, Any]]] = []
     for origin, value in values:
         if isinstance(value, Raw) and value.startswith("{"):
@@ -168,12 +179,13 @@ def _section_layers(values: list[tuple[str, Any]], place: str, fix: str) -> list
         if value is None:
             continue
         if not isinstance(value, dict):
+            is_preset = registry is not None and str(value) in registry.entries
             raise ClipwrightError(
                 "E_CONFIG_VALUE",
                 "a section must be a mapping",
                 where=f"{place or 'config'} ({origin})",
                 found=repr(str(value)),
-                fix=fix.replace("VALUE", str(value)),
+                fix=f"write {place}.name={value}" if is_preset else f"set the keys in it: {place}.key=value",
             )
         layers.append((origin, value))
     return layers
@@ -182,7 +194,7 @@ def _section_layers(values: list[tuple[str, Any]], place: str, fix: str) -> list
 def _merge(kind: type[Any], layers: list[tuple[str, Any]], place: str, origins: dict[str, str]) -> dict[str, Any]:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     hints = get_type_hints(kind, include_extras=True)
-    layers = _section_layers(layers, place, f"set the keys in it: {place}.key=value")
+    layers = _section_layers(layers, place)
     for origin, layer in layers:
         for key in layer:
             if key not in fields:
@@ -209,7 +221,7 @@ def _merge(kind: type[Any], layers: list[tuple[str, Any]], place: str, origins: 
 
 def _merge_choice(choice: Choice, values: list[tuple[str, Any]], place: str, origins: dict[str, str]) -> dict[str, Any]:
     name, start, named_by = choice.default, 0, "default"
-    values = _section_layers(values, place, f"write {place}.name=VALUE")
+    values = _section_layers(values, place, choice.registry)
     for i, (origin, layer) in enumerate(values):
         if "name" in layer and str(layer["name"]) != name:
             name, start, named_by = str(layer["name"]), i, origin
@@ -287,13 +299,17 @@ def _value_error(errors: list[ErrorDetails], tree: dict[str, Any], origins: dict
     keys, value = _location(deepest, tree)
     key = ".".join(keys)
     if deepest["type"] == "missing":
-        return ClipwrightError("E_CONFIG_VALUE", "a required config value is missing", where=key, fix=f"set {key}=…")
+        numbers = [number for number, part in enumerate(keys) if part.isdigit()]
+        # An element of a list has no key of its own.
+        fix = f"give every element of {'.'.join(keys[: numbers[-1]])} its {keys[-1]}" if numbers else f"set {key}=…"
+        return ClipwrightError("E_CONFIG_VALUE", "a required config value is missing", where=key, fix=fix)
+    names = re.findall(r"'([^']*)'", str(deepest.get("ctx", {}).get("expected", "")))
     return ClipwrightError(
         "E_CONFIG_VALUE",
         "the config value is not allowed",
         where=f"{key} ({origins.get(key, 'config')})",
         found=f"{shown(repr(value))}: {deepest['msg']}",
-        fix="change the value",
+        fix=(nearest(value, names) if isinstance(value, str) else "") or "change the value",
     )
 
 

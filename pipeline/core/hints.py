@@ -84,7 +84,7 @@ def unknown_preset(kind: str, name: str, presets: Sequence[str], where: str) -> 
     equal = equal_model(name, presets)
     fix = f"use {equal}, the same architecture" if equal else nearest(name, presets)
     if not fix and len(presets) > MAX_LISTED:
-        fix = f"clipwright list {LISTS.get(kind, f'{kind}s')} shows all"
+        fix = f"see all: clipwright list {LISTS.get(kind, f'{kind}s')}"
     return ClipwrightError(
         "E_CONFIG_CHOICE",
         f"there is no {kind} of this name",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -202,10 +202,11 @@ def _read_list(hint: Any, value: Any) -> Any:
             raise ValueMismatch("is not a list; write [a, b]")
         return value
     arguments = get_args(hint) or (Any,)
+    kinds: Sequence[Any] = [arguments[0]] * len(value)
     if get_origin(hint) is tuple and Ellipsis not in arguments:
-        kinds: Iterable[Any] = arguments if len(arguments) == len(value) else [arguments[0]] * len(value)
-    else:
-        kinds = [arguments[0]] * len(value)
+        kinds = arguments
+        if len(kinds) != len(value):
+            raise ValueMismatch(f"has the length {len(value)}, not {len(kinds)}")
     items = [item if is_choice(kind) else read_value(kind, item) for kind, item in zip(kinds, value, strict=True)]
     return items if isinstance(value, list) else tuple(items)
 

@@ -127,7 +127,7 @@ def test_a_foreign_model_name_is_answered_with_the_equal_tower(cli: Any) -> None
     line = cli.error("train", "photos", "text.name=RN50", code=2)
     assert line.endswith("use clip_text_b, the same architecture")
     line = cli.error("train", "photos", "image.name=resnet50", code=2)
-    assert line.endswith("clipwright list towers shows all")
+    assert line.endswith("see all: clipwright list towers")
 
 
 def test_the_table_names_keys_towers_and_verbs_that_exist() -> None:

@@ -154,6 +154,11 @@ def test_numbers_of_defaults_and_presets_have_the_type_of_their_field() -> None:
         ("count", "9223372036854775808", "is too large"),
         ("flag", "maybe", "is not true or false"),
         ("flag", "2", "is not true or false"),
+        ("rates", "[0.5]", "has the length 1, not 2"),
+        ("items", "[{weight: 1}]", "give every element of items its path"),
+        ("mode", "ON", "did you mean 'on'?"),
+        ("own", "fast", "write own.name=fast"),
+        ("own", "3", "set the keys in it: own.key=value"),
         ("level", "3", "Input should be 0, 1 or 2"),
         ("mode", "off", "Input should be 'no', 'on' or '1e3'"),
         ("limit", "none", "is not an integer"),
@@ -168,7 +173,7 @@ def test_a_value_of_another_type_is_refused(key: str, written: str, reason: str)
     with pytest.raises(ClipwrightError) as caught:
         resolve(Values, overrides=[f"{key}={written}"])
     line = str(caught.value)
-    assert line.startswith("error[E_CONFIG_VALUE]") and f"{key} (command line)" in line and reason in line, line
+    assert line.startswith("error[E_CONFIG_VALUE]") and f" — {key}" in line and reason in line, line
 
 
 def test_the_last_of_several_overrides_of_a_key_wins() -> None:
@@ -226,4 +231,4 @@ def test_config_show_prints_what_was_meant(cli: Any) -> None:
     for word in ("optim.lr=NaN", "seed=1.5", "runtime.compile=maybe"):
         key = word.partition("=")[0]
         line = cli.error("config", "show", "train", "photos", word, code=2)
-        assert line.startswith("error[E_CONFIG_VALUE]") and key in line and "change the value" in line
+        assert line.startswith("error[E_CONFIG_VALUE]") and f" — {key}" in line and "change the value" in line
