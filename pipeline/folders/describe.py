@@ -59,7 +59,7 @@ def describe(path: Path) -> Description:
         return Description("report", "a report folder", "name the folder that the report is about")
     if ".prep" in names:
         return Description("", "an unfinished dataset folder", RUN_AGAIN)
-    if any(re.fullmatch(r"\.?part-\d+\.(npy|parquet)(\.partial)?", name) for name in names):
+    if ".embed" in names or any(re.fullmatch(r"part-\d+\.(npy|parquet)", name) for name in names):
         return Description("", "an unfinished embedding folder", RUN_AGAIN)
     foreign = _foreign_model(path, names)
     if foreign is not None:

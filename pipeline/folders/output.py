@@ -22,6 +22,7 @@ from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import PARTIAL, fsync_path, is_staged, staged_path, write_json
 from clipwright.pipeline.core.lock import LOCK, Lock, refuse_if_held, verify_held
 from clipwright.pipeline.core.status import STATUS, status_verb
+from clipwright.pipeline.folders.describe import describe
 from clipwright.pipeline.folders.records import MANIFEST, ORIGIN, differences, read_manifest
 
 CONFIG, IDENTITY, REPORT = "config.yaml", "identity.json", "report.json"
@@ -148,6 +149,10 @@ def check(folder: Path, kind: Kind, also: Collection[str] = ()) -> Recorded | No
         return None
     if not folder.is_dir():
         raise refused(folder, "it is a file")
+    if kind.resumes and kind.format and (folder / MANIFEST).exists():
+        description = describe(folder)
+        if description.kind not in ("", kind.format):
+            raise refused(folder, f"it is {description.text}", fix=ONLY_TARS if kind.guest_verb else NEW_FOLDER)
     found = recorded(folder, kind)
     if found is not None:
         if kind.guest_verb and found.identity.get("verb") != kind.guest_verb:

@@ -261,6 +261,12 @@ def test_folder_with_other_files_is_refused(cli, refused, model, small, tmp_path
     (tmp_path / "notes.txt").write_text("mine")
     refused(cli("embed", f"model={model}", f"data={small}", "-o", tmp_path), "E_OUTPUT", 2, tmp_path, "notes.txt")
     assert {path.name for path in tmp_path.iterdir()} <= {"notes.txt", "status.json"}
+    before = {path.name for path in small.iterdir()}
+    done = cli("embed", f"model={model}", f"data={small}", "-o", small, "--fresh")
+    refused(done, "E_OUTPUT", 2, small, "it holds set-000000.parquet")
+    done = cli("embed", f"model={model}", f"data={small}", "-o", small)
+    refused(done, "E_OUTPUT", 2, small, "it is a dataset folder", "-o")
+    assert {path.name for path in small.iterdir()} == before
 
 
 @pytest.fixture

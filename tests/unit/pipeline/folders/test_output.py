@@ -111,7 +111,7 @@ def test_finished_dataset_is_recognized_by_its_manifest(tmp_path: Path) -> None:
     write_manifest(fill(tmp_path, ["data-000000.tar"]), "dataset", "f" * 64, {"identity": IDENTITY, "shards": []})
     found = output.check(tmp_path, DATASET)
     assert found is not None and found.identity == IDENTITY and found.manifest is not None
-    assert "'embedding'" in refused(lambda: output.check(tmp_path, EMBEDDING), "E_MANIFEST")
+    assert "it is a dataset folder" in refused(lambda: output.check(tmp_path, EMBEDDING))
     assert refused(lambda: output.check(tmp_path, RUN))
     assert "clipwright prep" in refused(lambda: output.check(tmp_path, FOREIGN))
 
@@ -135,7 +135,7 @@ def test_model_folder_replaces_only_a_model_folder(tmp_path: Path) -> None:
     write_manifest(fill(tmp_path / "model", ["model.safetensors"]), "model", "f" * 64, {})
     output.check(tmp_path / "model", MODEL)
     write_manifest(fill(tmp_path / "data", ["data-000000.tar"]), "dataset", "f" * 64, {})
-    assert "it holds no model: format 'dataset'" in refused(lambda: output.check(tmp_path / "data", MODEL))
+    assert "it holds no model: it is a dataset folder" in refused(lambda: output.check(tmp_path / "data", MODEL))
 
 
 def test_demo_refuses_the_config_of_another_command(tmp_path: Path) -> None:
