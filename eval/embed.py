@@ -186,8 +186,10 @@ def _default_part_samples(samples: int) -> int:
 
 def _finished_manifest(writer: PartWriter, fresh: bool) -> dict[str, Any] | None:
     """Checks the folder. Returns its manifest if it is a valid folder of these inputs; None if there is work to do."""
+    if fresh:
+        return None
     output.check(writer.out, EMBEDDING)
-    if fresh or not (writer.out / MANIFEST).exists():
+    if not (writer.out / MANIFEST).exists():
         return None
     manifest = read_manifest(writer.out, "embedding")
     what = "the embedding folder was made from other inputs"

@@ -263,7 +263,7 @@ def test_folder_with_other_files_is_refused(cli, refused, model, small, tmp_path
     assert {path.name for path in tmp_path.iterdir()} <= {"notes.txt", "status.json"}
     before = {path.name for path in small.iterdir()}
     done = cli("embed", f"model={model}", f"data={small}", "-o", small, "--fresh")
-    refused(done, "E_OUTPUT", 2, small, "it holds set-000000.parquet")
+    refused(done, "E_OUTPUT", 2, small, "it holds manifest.json, set-000000.parquet")
     done = cli("embed", f"model={model}", f"data={small}", "-o", small)
     refused(done, "E_OUTPUT", 2, small, "it is a dataset folder", "-o")
     assert {path.name for path in small.iterdir()} == before
