@@ -48,6 +48,7 @@ def prep(call: Call) -> Outcome:
     names = ("rows_in", "written", "merged", "rejected", "rejects", "fingerprint")
     result: dict[str, Any] = {name: done.manifest[name] for name in names}
     result["shards"] = len(done.manifest["shards"])
+    result["decisions"] = done.manifest.get("decisions", {})
     result["output"] = str(folder)
     result["notes"] = done.notes
     result["seconds"] = round(time.monotonic() - started, 3)
@@ -88,11 +89,19 @@ def _summary(result: dict[str, Any], done: Prepared) -> str:
         lines.append(
             f"prep: {format_count(done.manifest['captions_dropped'], 'invalid caption')} dropped from written samples"
         )
-    lines += [f"prep: {note}" for note in done.notes]
+    lines += [f"prep: {note}" for note in [*_decisions(done.manifest), *done.notes]]
     duration = "finished before, nothing to do" if done.already_finished else f"{result['seconds']:.1f} s"
     lines.append(f"prep: {format_count(result['shards'], 'shard')} in {result['output']}, {duration}")
     lines.append(f"prep: fingerprint {result['fingerprint']}")
     return "\n".join(lines)
+
+
+def _decisions(manifest: dict[str, Any]) -> list[str]:
+    """Returns what soft rules found in the samples of a dataset."""
+    blank = manifest.get("decisions", {}).get("blank", 0)
+    if not blank:
+        return []
+    return [f"{format_count(blank, 'blank image')} of one color only kept, listed in decisions.parquet"]
 
 
 def _counts(result: dict[str, Any], unit: str) -> str:
@@ -195,11 +204,12 @@ def data_index(call: Call) -> Outcome:
     result: dict[str, Any] = {name: done.manifest[name] for name in names}
     result["data"] = str(folder)
     result["ignored"] = done.ignored
+    result["decisions"] = done.manifest.get("decisions", {})
     result["notes"] = done.notes
     lines = [f"index: {_counts(result, 'groups')}"]
     if done.ignored:
         lines.append(f"index: {format_count(done.ignored, 'member')} without a sample ignored")
-    lines += [f"index: {note}" for note in done.notes]
+    lines += [f"index: {note}" for note in [*_decisions(done.manifest), *done.notes]]
     lines.append("index: finished before, nothing to do" if done.already_finished else f"index: manifest in {folder}")
     return Outcome(result, "\n".join(lines), next=command_line("data", "verify", folder))
 

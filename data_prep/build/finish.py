@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write
 from clipwright.pipeline.core.messages import format_count
-from clipwright.pipeline.folders.output import PLAN, REJECTS
+from clipwright.pipeline.folders.output import DECISIONS, PLAN, REJECTS
 from clipwright.pipeline.folders.records import DatasetFingerprint, file_entries, write_manifest
-from clipwright.pipeline.folders.schema import parquet_bytes
+from clipwright.pipeline.folders.schema import BLANK, DECISIONS_SCHEMA, parquet_bytes
 
 # What the manifest lists per shard.
 SHARD_FIELDS = ("sidecar", "sidecar_bytes", "sidecar_sha256", "tar", "tar_bytes", "tar_sha256", "samples")
@@ -29,8 +29,8 @@ class Contents:
     """Everything a finished dataset consists of.
 
     `shards` are records with at least SHARD_FIELDS, in order and without empty ones; their sidecars are on disk under
-    their final names. `rejects` has REJECTS_SCHEMA and is sorted by row. `foreign` marks tars that clipwright did
-    not write.
+    their final names. `rejects` has REJECTS_SCHEMA and is sorted by row. `blank` are the keys of samples whose image
+    has one color only. `foreign` marks tars that clipwright did not write.
     """
 
     name: str
@@ -38,12 +38,13 @@ class Contents:
     shards: list[dict[str, Any]]
     rejects: pa.Table
     captions_dropped: int
+    blank: list[str]
     identity: dict[str, Any]
     foreign: bool = False
 
 
 def finish(folder: Path, contents: Contents) -> dict[str, Any]:
-    """Writes rejects.parquet and, last, the manifest, which makes the folder a dataset. Returns the manifest.
+    """Writes rejects, decisions and, last, the manifest, which makes the folder a dataset. Returns the manifest.
 
     Every plan row must be in exactly one sidecar or in the rejects.
     """
@@ -62,6 +63,11 @@ def finish(folder: Path, contents: Contents) -> dict[str, Any]:
     hashed_files = [REJECTS]
     if not contents.foreign and (folder / PLAN).is_file():
         hashed_files.append(PLAN)
+    if contents.blank:
+        decisions = [{"key": key, "rule": BLANK, "value": "", "keep": True} for key in contents.blank]
+        table = pa.Table.from_pylist(decisions, schema=DECISIONS_SCHEMA)
+        atomic_write(folder / DECISIONS, parquet_bytes(table))
+        hashed_files.append(DECISIONS)
     body: dict[str, Any] = {
         "name": contents.name,
         "shards": [{name: shard[name] for name in SHARD_FIELDS} for shard in contents.shards],
@@ -75,6 +81,8 @@ def finish(folder: Path, contents: Contents) -> dict[str, Any]:
         "files": file_entries(folder, hashed_files),
         "identity": contents.identity,
     }
+    if contents.blank:
+        body["decisions"] = {BLANK: len(contents.blank)}
     if contents.foreign:
         body["foreign"] = True
     return write_manifest(folder, "dataset", fingerprint.hexdigest(), body)

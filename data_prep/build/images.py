@@ -20,7 +20,8 @@ DHASH_MIN_SIDE = 64  # pixels; the difference hash needs only 9 x 8 of them
 class ImagesConfig:
     """How images are stored. Images are never enlarged.
 
-    A JPEG, PNG or WebP that needs no change is copied byte for byte, whatever `format` is. Every other image is
+    A JPEG, PNG or WebP that needs no change is copied byte for byte, whatever `format` is; only a missing end marker
+    of a JPEG is added. Every other image is
     stored upright and re-encoded as `format`: one that is too large, of another format, transparent or animated, and
     one with EXIF, XMP or text metadata, so that no location, name or camera serial number enters a dataset.
     """
@@ -37,7 +38,10 @@ class ImagesConfig:
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image as it is stored: file extension, bytes, their SHA-256, size in pixels, difference hash."""
+    """An image as it is stored: file extension, bytes, their SHA-256, size in pixels, difference hash.
+
+    blank: all its pixels have one color.
+    """
 
     extension: str
     data: bytes
@@ -45,6 +49,7 @@ class StoredImage:
     width: int
     height: int
     dhash: int
+    blank: bool
 
 
 def target_size(width: int, height: int, config: ImagesConfig) -> tuple[int, int]:
@@ -60,14 +65,15 @@ def target_size(width: int, height: int, config: ImagesConfig) -> tuple[int, int
 def store_image(image: bytes | np.ndarray, config: ImagesConfig) -> StoredImage:
     """Returns how original bytes, or pixels uint8 (H, W, 3), are stored. Raises PixelError."""
     if isinstance(image, bytes):
-        header = pixels.probe(image)
+        encoded = pixels.EncodedImage(image)
+        header = encoded.header
         size = target_size(header.width, header.height, config)
         if header.plain and size == (header.width, header.height):
             # Decoded even though the bytes are kept: this proves that the image is intact.
-            decoded = pixels.decode(image, min_side=DHASH_MIN_SIDE)
-            return _stored(EXTENSION[header.format], image, size, pixels.dhash(decoded))
+            decoded = encoded.decode(min_side=DHASH_MIN_SIDE)
+            return _stored(EXTENSION[header.format], encoded.data, size, decoded)
         # DCT scaling down to twice the target size saves most of the decoding and leaves enough for the resize filter.
-        decoded = pixels.decode(image, min_side=2 * min(size))
+        decoded = encoded.decode(min_side=2 * min(size))
         if _was_rotated(decoded, size):
             size = target_size(decoded.shape[1], decoded.shape[0], config)
     else:
@@ -76,7 +82,7 @@ def store_image(image: bytes | np.ndarray, config: ImagesConfig) -> StoredImage:
     if (decoded.shape[1], decoded.shape[0]) != size:
         decoded = pixels.resize(decoded, *size)
     data = pixels.encode(decoded, config.format, config.quality)
-    return _stored(EXTENSION[config.format], data, size, pixels.dhash(decoded))
+    return _stored(EXTENSION[config.format], data, size, decoded)
 
 
 def _was_rotated(decoded: np.ndarray, size: tuple[int, int]) -> bool:
@@ -84,6 +90,6 @@ def _was_rotated(decoded: np.ndarray, size: tuple[int, int]) -> bool:
     return (decoded.shape[1] > decoded.shape[0]) != (size[0] > size[1])
 
 
-def _stored(extension: str, data: bytes, size: tuple[int, int], dhash: int) -> StoredImage:
-    width, height = size
-    return StoredImage(extension, data, hashlib.sha256(data).hexdigest(), width, height, dhash)
+def _stored(extension: str, data: bytes, size: tuple[int, int], decoded: np.ndarray) -> StoredImage:
+    sha256 = hashlib.sha256(data).hexdigest()
+    return StoredImage(extension, data, sha256, *size, pixels.dhash(decoded), pixels.is_blank(decoded))

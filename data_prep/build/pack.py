@@ -255,6 +255,7 @@ def _finish(job: Job, config: PrepConfig, identity: dict[str, Any], receipts: li
         shards=shards,
         rejects=rejects,
         captions_dropped=sum(receipt["captions_dropped"] for receipt in receipts),
+        blank=[key for receipt in receipts for key in receipt["blank"]],
         identity=identity,
     )
     return finish(job.folder, contents)

@@ -108,6 +108,7 @@ class _ShardWriter:
         self.rejects: list[dict[str, Any]] = []
         self.merged = 0
         self.captions_dropped = 0
+        self.blank: list[str] = []  # keys
 
     def add(self, record: Record, duplicates: list[Record], planned_key: str | None, copy: int) -> None:
         """Writes a leading row and accounts for its duplicates, or rejects all of them for the same reason."""
@@ -157,6 +158,7 @@ class _ShardWriter:
             "rejects": dict(sorted(Counter(row["reason"] for row in self.rejects).items())),
             "captions": sum(len(row["captions"]) for row in self.rows),
             "captions_dropped": self.captions_dropped,
+            "blank": self.blank,
         }
         if self.rows:
             _sync_and_close(self.file)
@@ -203,6 +205,8 @@ class _ShardWriter:
             if extension < stored.extension:
                 offset += _TAR_BLOCK + -(-len(data) // _TAR_BLOCK) * _TAR_BLOCK
         self.tar.write({"__key__": key, **members})
+        if stored.blank:
+            self.blank.append(key)
         self.rows.append({**row, "offset": offset})
         self.columns.append(record.columns)
 

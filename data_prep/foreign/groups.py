@@ -27,7 +27,7 @@ from clipwright.pipeline.folders.output import WORK
 from clipwright.pipeline.folders.schema import REJECTS_SCHEMA, SIDECAR_SCHEMA, parquet_bytes
 
 # The samples of one tar while a run is unfinished: a sidecar's columns and the JSON member's object as text.
-TAR_ROWS = SIDECAR_SCHEMA.append(pa.field("metadata", pa.string()))
+TAR_ROWS = pa.schema([*SIDECAR_SCHEMA, ("metadata", pa.string()), ("blank", pa.bool_())])
 _IMAGES = frozenset((*DECODED_SUFFIXES, *OTHER_IMAGE_SUFFIXES))
 LABEL = "cls"  # extension of a member that holds a class number or name
 _MAX_LABEL_CHARACTERS = 200
@@ -214,6 +214,7 @@ class _TarScan:
             "source": self.tar,
             "source_key": group.key,
             "metadata": json_columns.metadata_text(metadata),
+            "blank": pixels.is_blank(decoded),
         }
 
     def _image_extension(self, group: _Group) -> str:

@@ -193,6 +193,7 @@ def _write_dataset(
         shards=shards,
         rejects=rejects,
         captions_dropped=sum(receipt["captions_dropped"] for receipt in receipts),
+        blank=scanned.blank,
         identity=identity,
         foreign=True,
     )
@@ -223,6 +224,7 @@ class _ScannedTars:
         keys = [key for number in range(len(receipts)) for key in self._rows(number, ["key"])["key"].to_pylist()]
         self.plan = resolve_duplicates(np.array([key.encode() for key in keys], dtype="S32"), duplicates)
         self.is_duplicate = self.plan.leaders != np.arange(self.samples)
+        self.blank: list[str] = []  # keys of the samples staged so far
         self.extra_captions: dict[int, list[str]] = {}  # leading sample → captions merged into it
         self.kinds = json_columns.combine(receipt["columns"] for receipt in receipts)
         self.class_names: list[str] = []
@@ -275,6 +277,8 @@ class _ScannedTars:
             copy = int(self.plan.copies[sample])
             if copy:
                 row["key"] += f"_{copy}"
+            if row.pop("blank"):
+                self.blank.append(row["key"])
             captions = [*row["captions"], *self.extra_captions.get(sample, [])]
             row["captions"] = list(dict.fromkeys(captions))
             rows.append(row)

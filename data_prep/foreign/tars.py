@@ -25,7 +25,7 @@ _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _LONG_NAME = tarfile.GNUTYPE_LONGNAME
 _WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
-_SKIPPED = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)  # extended headers that set neither name nor size
+_MAX_OCTAL_SIZE = 0o77777777777  # a larger size does not fit the header's own field, so that only the pax record has it
 _REFUSED_KINDS = {
     tarfile.LNKTYPE: "a hard link",
     tarfile.SYMTYPE: "a symbolic link",
@@ -98,28 +98,51 @@ def members(reader: HashingReader) -> Iterator[tuple[Member, bytes]]:
             return
         if info.type in _PAX:
             records = _pax_records(_read_extended(reader, info, header), header)
+            if long_size is not None and "size" in records:
+                raise TarError(
+                    "E_TAR", f"two extended headers, the second at offset {header}, state the size of one member"
+                )
             long_name = records.get("path", long_name)
-            long_size = _pax_size(records.get("size"), header)
+            long_size = _pax_size(records["size"], header) if "size" in records else long_size
             sparse = any(key.startswith("GNU.sparse") for key in records)
             continue
         if info.type == _LONG_NAME:
             data = _read_extended(reader, info, header)
             long_name = data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
             continue
-        if info.type in _SKIPPED:
+        if info.type == tarfile.GNUTYPE_LONGLINK:
             _read_extended(reader, info, header)
+            continue
+        if info.type == tarfile.XGLTYPE:
+            _check_global(_pax_records(_read_extended(reader, info, header), header), header)
             continue
         name = long_name or info.name
         size = info.size if long_size is None else long_size
+        if size != info.size and size <= _MAX_OCTAL_SIZE:
+            raise _contradiction(name, header, f"its own header states {info.size} bytes, the pax header {size}")
         kind = "a sparse file" if sparse else _refused_kind(info.type)
         long_name, long_size, sparse = "", None, False
         is_folder = info.type == tarfile.DIRTYPE or (info.type in _FILES and name.endswith("/"))
+        if is_folder and size:
+            raise _contradiction(name, header, f"it is a folder of {format_count(size, 'byte')}")
         if is_folder:
             continue
         if info.type in _WITHOUT_DATA:
             size = 0
         yield _read_member(reader, name, header, size, kind)
     raise TarError("E_TAR", f"more than {format_count(MAX_MEMBERS, 'header')}")
+
+
+def _contradiction(name: str, header: int, found: str) -> TarError:
+    """Returns the error for headers that readers of tars understand differently, so that they find other members."""
+    return TarError("E_TAR", f"the headers of {shown(name)} at offset {header} contradict each other: {found}")
+
+
+def _check_global(records: dict[str, str], header: int) -> None:
+    """Raises TarError if a global header sets the name or size of members, which not all readers heed."""
+    for key in ("size", "path", "GNU.sparse.size", "GNU.sparse.name"):
+        if key in records:
+            raise TarError("E_TAR", f"a global header at offset {header} sets the {key} of all members")
 
 
 def _read_member(reader: HashingReader, name: str, header: int, size: int, kind: str) -> tuple[Member, bytes]:
@@ -193,14 +216,17 @@ def _pax_records(data: bytes, start: int) -> dict[str, str]:
         key, equals, value = data[len(digits) + 1 : length].partition(b"=")
         if not len(digits) + 3 < length <= len(data) or not equals:
             raise TarError("E_TAR", f"the extended header at offset {start} is malformed")
-        records[key.decode("utf-8", "replace")] = value.removesuffix(b"\n").decode("utf-8", "surrogateescape")
+        name, text = key.decode("utf-8", "replace"), value.removesuffix(b"\n").decode("utf-8", "surrogateescape")
+        if records.setdefault(name, text) != text:
+            detail = (
+                f"the extended header at offset {start} states the {shown(name)} twice: {shown(records[name])} and "
+            )
+            raise TarError("E_TAR", detail + shown(text))
         data = data[length:]
     return records
 
 
-def _pax_size(text: str | None, start: int) -> int | None:
-    if text is None:
-        return None
+def _pax_size(text: str, start: int) -> int:
     if text.isascii() and text.isdigit() and len(text) < 20:
         return int(text)
     raise TarError("E_TAR", f"an extended header with a size of {shown(text)} at offset {start}")

@@ -76,6 +76,7 @@ def stats(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
         "rows_in": manifest["rows_in"],
         "rejected": manifest["rejected"],
         "rejects": manifest["rejects"],
+        "decisions": manifest.get("decisions", {}),
     }
 
 
@@ -209,6 +210,8 @@ def table(result: dict[str, Any]) -> str:
         f"rejected: {result['rejected']:,} of {format_count(result['rows_in'], 'row')}",
         *_bars(result["rejects"]),
     ]
+    for rule, samples in result["decisions"].items():
+        lines.append(f"samples of one color only ({rule}), kept: {samples:,}")
     if result["captions_dropped"]:
         lines.append(f"invalid captions dropped from written samples: {result['captions_dropped']:,}")
     return "\n".join(lines)

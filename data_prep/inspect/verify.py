@@ -17,11 +17,12 @@ import pyarrow as pa
 from clipwright.data_prep.build.engines import worker_count
 from clipwright.data_prep.build.finish import add_to_fingerprint, count_reasons
 from clipwright.data_prep.build.images import EXTENSION
-from clipwright.data_prep.foreign.tars import BLOCK, HashingReader
+from clipwright.data_prep.foreign.tars import BLOCK, HashingReader, TarError, members
 from clipwright.pipeline.core.activity import Progress
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import file_sha256
 from clipwright.pipeline.core.messages import format_count
+from clipwright.pipeline.core.text import shown
 from clipwright.pipeline.folders.dataset import read_dataset_manifest, read_table
 from clipwright.pipeline.folders.output import REJECTS
 from clipwright.pipeline.folders.records import MANIFEST, DatasetFingerprint, file_difference
@@ -217,13 +218,26 @@ def _compare_members(reader: HashingReader, rows: list[dict[str, Any]]) -> None:
 
 def _compare_images(reader: HashingReader, rows: list[dict[str, Any]]) -> None:
     """Compares a foreign tar with its sidecar, which lists only the image members. Raises _Mismatch."""
-    for row in rows:
-        reader.skip(row["offset"] - reader.position)
-        if reader.position != row["offset"]:
-            raise _Mismatch(f"the sidecar has offset {row['offset']}", row["key"], reader.position)
-        sha256 = hashlib.sha256(reader.read(row["size"])).hexdigest()
-        if sha256 != row["sha256"] or not row["key"].startswith(sha256[:32]):
-            raise _Mismatch("the image's SHA-256 differs from the sidecar", row["key"], row["offset"])
+    if not rows:
+        return
+    number = 0
+    try:
+        for member, data in members(reader):
+            row = rows[number]
+            if member.offset < row["offset"]:
+                continue
+            if (member.offset, member.size) != (row["offset"], row["size"]):
+                found = f"the tar has {shown(member.name)} of {member.size} bytes at offset {member.offset}"
+                raise _Mismatch(f"{found}, the sidecar has {row['size']} bytes", row["key"], row["offset"])
+            sha256 = hashlib.sha256(data).hexdigest()
+            if sha256 != row["sha256"] or not row["key"].startswith(sha256[:32]):
+                raise _Mismatch("the image's SHA-256 differs from the sidecar", row["key"], row["offset"])
+            number += 1
+            if number == len(rows):
+                return
+    except TarError as error:
+        raise _Mismatch(error.args[1], rows[number]["key"], rows[number]["offset"]) from None
+    raise _Mismatch("the tar ends before it", rows[number]["key"], rows[number]["offset"])
 
 
 def _read_member(reader: HashingReader, key: str) -> tuple[str, int, bytes]:

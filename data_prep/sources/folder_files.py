@@ -15,10 +15,14 @@ from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.core.text import printable, valid_utf8
 from clipwright.pipeline.folders.describe import describe
 
-# Formats that pixels.py decodes, and others: a file of these is a row too, so that it appears among the rejects.
-DECODED_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff")
+# Formats that pipeline/pixels decodes, HEIC with an extra.
+DECODED_SUFFIXES = (
+    *("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "avif"),
+    *("heic", "heif", "hif", "gif", "bmp", "dib", "tif", "tiff"),
+)
+# A file of another format is a row too, so that it appears among the rejects.
 OTHER_IMAGE_SUFFIXES = (
-    *("avif", "heic", "heif", "jp2", "j2k", "jxl", "ico", "pbm", "pgm", "pnm", "ppm", "psd", "qoi", "svg", "tga"),
+    *("jp2", "j2k", "jpx", "jxl", "jxr", "ico", "pbm", "pgm", "pnm", "ppm", "psd", "qoi", "svg", "tga"),
 )
 _IMAGES = frozenset(f".{suffix}" for suffix in (*DECODED_SUFFIXES, *OTHER_IMAGE_SUFFIXES))
 # Folders that an operating system makes. Their files are not the user's.

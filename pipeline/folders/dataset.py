@@ -338,15 +338,32 @@ class Dataset:
         # The column of negatives may be missing in this shard: then all are read, and `_texts` reports it.
         table = self._read_sidecar(shard, columns if self.negatives is None else None, cached=True)
         digests = bytes.fromhex("".join(table["sha256"].to_pylist()))
+        offset, size = table["offset"].to_numpy().astype(np.int64), table["size"].to_numpy().astype(np.int64)
+        self._check_places(shard, table["key"].to_pylist(), offset, size)
         return Rows(
             key=np.array(table["key"].to_pylist(), dtype=np.bytes_),
-            offset=table["offset"].to_numpy().astype(np.int64),
-            size=table["size"].to_numpy().astype(np.int64),
+            offset=offset,
+            size=size,
             sha256=np.frombuffer(digests, np.uint8).reshape(-1, 32),
             checked=np.zeros(len(table), bool),
             captions=self._texts(shard, table, "captions"),
             negatives=None if self.negatives is None else self._texts(shard, table, self.negatives),
         )
+
+    def _check_places(self, shard: int, keys: list[str], offset: np.ndarray, size: np.ndarray) -> None:
+        """Raises E_DATA_HASH if an image lies outside the tar or overlaps another one; repeats of one are allowed."""
+        entry = self._shards[shard]
+        end = offset + size
+        order = np.lexsort((end, offset))
+        same = (offset[order[1:]] == offset[order[:-1]]) & (end[order[1:]] == end[order[:-1]])
+        overlaps = np.flatnonzero((offset[order[1:]] < end[order[:-1]]) & ~same)
+        outside = np.flatnonzero((offset < 0) | (size < 0) | (end > entry["tar_bytes"]))
+        for row, found in (
+            *((row, f"the tar has {entry['tar_bytes']} bytes") for row in outside[:1].tolist()),
+            *((order[place + 1], f"it overlaps {keys[order[place]]}") for place in overlaps[:1].tolist()),
+        ):
+            problem = f"sample {keys[row]} has {size[row]} bytes at offset {offset[row]}; {found}"
+            raise self._mismatch(self.tar_path(shard), problem)
 
     def _texts(self, shard: int, table: pa.Table, name: str) -> Texts:
         """Returns a column of texts, or of lists of texts; a null cell holds none. Raises E_COLUMN."""

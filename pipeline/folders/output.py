@@ -26,7 +26,7 @@ from clipwright.pipeline.folders.describe import describe
 from clipwright.pipeline.folders.records import MANIFEST, ORIGIN, differences, read_manifest
 
 CONFIG, IDENTITY, REPORT = "config.yaml", "identity.json", "report.json"
-PLAN, REJECTS, WORK = "plan.parquet", "rejects.parquet", ".prep"
+PLAN, REJECTS, DECISIONS, WORK = "plan.parquet", "rejects.parquet", "decisions.parquet", ".prep"
 FOREIGN_SIDECAR = ".sidecar.parquet"  # not .parquet: img2dataset leaves a table of that name beside each tar
 EMBED_WORK = ".embed"
 PAGE, REPORT_PAGE = "view.html", "report.html"
@@ -78,7 +78,7 @@ class Kind:
 
 DATASET = Kind(
     "dataset",
-    names=(CONFIG, PLAN, REJECTS, WORK, MANIFEST),
+    names=(CONFIG, PLAN, REJECTS, DECISIONS, WORK, MANIFEST),
     pattern=r"[\w-]+-\d{6}\.(tar|parquet)",
     early=(CONFIG, PLAN, REJECTS, WORK),
     resumes=True,
@@ -87,7 +87,7 @@ DATASET = Kind(
 )
 FOREIGN = Kind(
     "index of a folder of tars",
-    names=(REJECTS, WORK, MANIFEST),
+    names=(REJECTS, DECISIONS, WORK, MANIFEST),
     pattern=rf".+{re.escape(FOREIGN_SIDECAR)}",
     early=(WORK,),
     resumes=True,

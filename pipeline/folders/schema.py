@@ -42,6 +42,12 @@ REJECTS_SCHEMA = pa.schema(
 )
 """`rejects.parquet`: one row per row of the plan that is in no sidecar."""
 
+BLANK = "blank"  # rule: all pixels have one color, as those of a transparent image have
+DECISIONS_SCHEMA = pa.schema(
+    [("key", pa.string()), ("rule", pa.string()), ("value", pa.string()), ("keep", pa.bool_())]
+)
+"""`decisions.parquet`: what soft rules found in samples, which are kept. Only there if a rule found something."""
+
 
 def sidecar_schema(own: pa.Schema) -> pa.Schema:
     """A sidecar with the user's columns `own`, which are renamed as `user_columns` does."""
