@@ -74,7 +74,7 @@ class EncodedImage:
             image.draft(image.mode, (image.width // scale, image.height // scale))
         try:
             image.load()
-            # Read the orientation again: a PNG may have its EXIF after the pixels, and loading a TIFF rotates it.
+            # Read the orientation again: loading a TIFF rotates it.
             upright = ImageOps.exif_transpose(image) if read_orientation(image) != 1 else image
             return _rgb(upright)
         except PixelError:

@@ -9,6 +9,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -111,6 +112,8 @@ def open_image(data: bytes) -> tuple[Image.Image, Header]:
     _check_metadata(image)
     if kind == "tiff":
         _check_tiles(image)
+    if kind == "png":
+        _find_late_exif(image, data)
     orientation = read_orientation(image)
     turned = orientation >= 5
     # Pillow gives the upright size of a TIFF and the stored size of other formats.
@@ -148,7 +151,8 @@ def check_size(width: int, height: int) -> None:
 
 def read_orientation(image: Image.Image) -> int:
     try:
-        value = image.getexif().get(_ORIENTATION, 1)
+        # Not the method of PngImageFile, which decodes the pixels and would hide their errors here.
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
     except Exception:  # a malformed EXIF block states no orientation
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
@@ -235,6 +239,16 @@ def _plain(image: Image.Image, kind: str, data: bytes, orientation: int) -> bool
     if kind == "webp":
         return not ({"exif", "xmp"} & image.info.keys())
     return not any(marker in ("APP1", "APP13") for marker, _ in getattr(image, "applist", []))
+
+
+def _find_late_exif(image: Image.Image, data: bytes) -> None:
+    """Gives Pillow the EXIF that follows the pixels, which it would find only when it decodes them."""
+    if "exif" in image.info:
+        return
+    with suppress(PixelError):
+        for name, start, length in _png_chunks(data):
+            if name == b"eXIf":
+                image.info["exif"] = b"Exif\0\0" + data[start : start + length]
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -150,6 +150,29 @@ def png_with(*chunks: bytes, late: bool = False) -> bytes:
     return data[:offset] + b"".join(chunks) + data[offset:]
 
 
+def test_png_whose_pixel_stream_ends_early_is_rejected() -> None:
+    """Its chunks are whole and have the right CRC: only the decoder sees it."""
+    image = picture(64, 48)
+    rows = b"".join(b"\0" + row.tobytes() for row in np.asarray(image))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 48, 8, 2, 0, 0, 0))
+    stream = zlib.compress(rows)
+    for kept, code in ((len(stream), "ok"), (len(stream) - 300, "E_IMG_TRUNCATED"), (300, "E_IMG_TRUNCATED")):
+        pixel_data = chunk(b"IDAT", stream[:kept])
+        data = b"\x89PNG\r\n\x1a\n" + header + pixel_data + chunk(b"IEND", b"")
+        assert outcome(lambda data=data: pixels.decode(data)) == code
+
+
+def test_exif_after_the_pixels_of_a_png_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    body = exif.tobytes().removeprefix(b"Exif\0\0")
+    for late in (False, True):
+        data = png_with(chunk(b"eXIf", body), late=late)
+        header = pixels.probe(data)
+        assert (header.width, header.height, header.orientation, header.plain) == (10, 20, 6, False)
+        assert (pixels.decode(data) == np.asarray(picture(20, 10).transpose(Image.Transpose.ROTATE_270))).all()
+
+
 def gif_with(frames: int = 1, comment_bytes: int = 0) -> bytes:
     data = saved(Image.new("P", (4, 4)), "GIF")
     start = data.index(b",", 13)

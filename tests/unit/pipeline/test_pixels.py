@@ -144,7 +144,7 @@ def test_sizes_beyond_the_limits_are_rejected_before_decoding(width: int, height
     code, detail = rejection(png_header(width, height))  # decoding it would need gigabytes
     assert code == "E_IMG_PIXELS"
     if width < 20_000:  # above, Pillow rejects the file first
-        assert f"{width} x {height}" in detail and limit in detail
+        assert f"{width} x {height}" in detail and limit in detail.replace(",", "")
 
 
 def test_sizes_at_the_limits_are_accepted() -> None:
@@ -355,7 +355,7 @@ def test_every_unusual_file_decodes_or_is_rejected_with_a_code(
                 assert result.startswith("E_IMG_") and detail
             assert time.process_time() - started < 5, member.name
             row = rows.pop(member.name)
-            if row["format"] not in ALLOWED_FORMATS:
+            if row["format"] not in ALLOWED_FORMATS and member.name not in STRICTER:
                 assert result != "ok", member.name
                 continue
             code = STRICTER.get(member.name) or ("ok" if row["pillow_decodes"] == "1" else "E_IMG")
