@@ -194,15 +194,15 @@ def test_wrong_totals_and_changed_plan_are_reported(dataset: Path) -> None:
 @pytest.mark.parametrize(
     ("verb", "manifest", "code", "expected"),
     [
-        ("verify", None, "E_MANIFEST", "no manifest.json"),
-        ("verify", '{"format": "index", "version": 1}', "E_MANIFEST", "expected 'dataset'"),
+        ("verify", None, "E_MANIFEST", "it is an empty folder"),
+        ("verify", '{"format": "index", "version": 1}', "E_MANIFEST", "an index folder"),
         ("verify", '{"format": "dataset", "version": 1, "shards": []}', "E_MANIFEST", "shards"),
         ("stats", '{"format": "dataset", "version": 1, "rejects": {"E_X": "many"}}', "E_MANIFEST", "rejects"),
         ("verify", "not json", "E_MANIFEST", "manifest.json"),
         ("verify", "no folder", "E_INPUT", "check the path"),
-        ("stats", '{"format": "index", "version": 1}', "E_MANIFEST", "expected 'dataset'"),
+        ("stats", '{"format": "index", "version": 1}', "E_MANIFEST", "an index folder"),
         ("stats", "no folder", "E_INPUT", "check the path"),
-        ("view", '{"format": "index", "version": 1}', "E_MANIFEST", "expected 'dataset'"),
+        ("view", '{"format": "index", "version": 1}', "E_MANIFEST", "an index folder"),
         ("view", "no folder", "E_INPUT", "check the path"),
     ],
 )
