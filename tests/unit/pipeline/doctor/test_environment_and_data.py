@@ -105,7 +105,7 @@ def test_warns_of_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch, t
     [
         (["data.train=x"], "phtos", ["E_CONFIG_FILE", "phtos"]),
         (["data.train=x", "image.name=vit_nanno"], None, ["E_CONFIG_CHOICE", "vit_nanno"]),
-        (["schedule.samples=9"], None, ["E_CONFIG_VALUE", "data.train"]),
+        (["schedule.samples=900"], None, ["E_CONFIG_VALUE", "data.train"]),
     ],
 )
 def test_refused_config_is_a_failed_check(
@@ -216,7 +216,7 @@ def test_malformed_keys_and_missing_captions_fail(
 
 
 def test_warns_of_a_context_too_short_for_the_captions(scenes: Path, world: World) -> None:
-    state = context(world, f"data.train={scenes}", "precision=fp32", "text.context=4")
+    state = context(world, f"data.train={scenes}", "precision=fp32", "text.context=8")
     found = run(state, *DATA, "tokenizer", "captions")
     assert found.status == "warn" and "cut" in found.found
     enough = int(found.fix.removeprefix("set text.context="))
