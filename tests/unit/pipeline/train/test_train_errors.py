@@ -18,7 +18,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
     ("args", "code", "number", "pieces"),
     [
         (["image.name=vit_nanno"], 2, "E_CONFIG_CHOICE", ["vit_nanno", "did you mean 'vit_nano'?"]),
-        (["optim.learning_rate=1"], 2, "E_CONFIG_KEY", ["optim.learning_rate", "remove it"]),
+        (["optim.learning_rate=1"], 2, "E_CONFIG_KEY", ["optim.learning_rate", "use optim.lr"]),
         (["shedule.samples=1"], 2, "E_CONFIG_KEY", ["shedule", "did you mean 'schedule'?"]),
         (["optim.lr=fast"], 2, "E_CONFIG_VALUE", ["optim.lr", "change the value"]),
         (["image.image_size=33"], 2, "E_CONFIG_VALUE", ["image_size", "33"]),
