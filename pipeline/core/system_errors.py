@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from clipwright.pipeline.core.errors import ClipwrightError
 
@@ -19,17 +17,6 @@ def system_error(error: OSError, rank: int, what: str = "a rank cannot read or w
         found=f"{error_name(error)} on {rank_name(rank)}",
         fix="check the disk or mount of this path on that host, then run the same command again to resume",
     )
-
-
-@contextmanager
-def named_system_errors(rank: int, world_size: int) -> Iterator[None]:
-    """Turns an error of the operating system into one that names the rank and its host, if there are several ranks."""
-    try:
-        yield
-    except OSError as error:
-        if world_size == 1:
-            raise
-        raise system_error(error, rank) from error
 
 
 def error_name(error: OSError) -> str:

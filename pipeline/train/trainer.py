@@ -10,7 +10,6 @@ import torch
 
 from clipwright.pipeline.core.command import Call, Outcome, Preempted, StopFlag
 from clipwright.pipeline.core.lock import verify_held
-from clipwright.pipeline.core.system_errors import named_system_errors
 from clipwright.pipeline.data.batch import Batch
 from clipwright.pipeline.distributed.group import World, any_rank, any_rank_flags, process_group, run_on_rank0
 from clipwright.pipeline.folders import output, remote
@@ -180,12 +179,7 @@ def train(call: Call, score: Callable[[], Score]) -> Outcome:
         remote.check_address(resolved.value.runtime.copy_to)
     timeout_seconds = resolved.value.runtime.timeout_minutes * 60
     supervisor = Supervisor(call, timeout_seconds)
-    with (
-        supervisor.handle_signals(),
-        process_group(2 * timeout_seconds + 1800) as world,
-        supervisor.start(world),
-        named_system_errors(world.rank, world.size),
-    ):
+    with supervisor.handle_signals(), process_group(2 * timeout_seconds + 1800) as world, supervisor.start(world):
         if not call.dry_run:
             run_on_rank0(lambda: output.refuse_locked(run, output.RUN))
         resolved = resolve_text(resolve_precision(resolved, run, world, fresh=call.fresh), run, fresh=call.fresh)

@@ -18,6 +18,7 @@ from clipwright.pipeline.core import lock
 from clipwright.pipeline.core.command import Call, Preempted, StopFlag, conclude, ignore_stop_signals
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.status import FAILED, INTERRUPTED, PREEMPTED, STOPPED, stop_error
+from clipwright.pipeline.core.system_errors import system_error
 from clipwright.pipeline.distributed.group import World, barrier, broadcast_object, is_failed_collective
 from clipwright.pipeline.distributed.launcher_env import read_launcher_env
 from clipwright.pipeline.train.supervision.failures import RESUME
@@ -121,6 +122,8 @@ class Supervisor:
             # If a rank knows the cause, the heartbeat thread exits this process meanwhile.
             self._heartbeat.finished.wait(CAUSE_SECONDS)
             error = _unexplained(error)
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            error = system_error(error, self.rank)
         details = error.to_dict() if isinstance(error, ClipwrightError) else None
         self._own_exit = GroupExit(self.rank, _exit_code(error), details)
         self._heartbeat.request_exit(self._own_exit)
