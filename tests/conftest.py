@@ -21,9 +21,12 @@ from fork_server import ForkServer
 from output_checks import SEEN, check_output, never_seen
 from shape_checks import install_shape_checks
 
+from clipwright.pipeline.core import activity
+
 # The tests are those of a CPU, also on a machine with a GPU. Set before torch is imported, here and in commands.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 install_shape_checks()
+activity.TICK_SECONDS = 3600.0  # as in the fork server
 sys.modules.setdefault("conftest_root", sys.modules[__name__])
 # A shell starts background jobs with SIGINT ignored, and commands that a test interrupts would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
