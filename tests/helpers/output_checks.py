@@ -97,7 +97,7 @@ def check_error(command: Sequence[str], code: int, stderr: str, ranks: int = 0) 
     what_where_found_fix = line.split(" — ")
     assert len(what_where_found_fix) >= 3, f"an error without culprit or remedy: {line}"
     assert line.isprintable(), ascii(line)
-    SEEN.add(found[1])
+    SEEN.update(set(re.findall(r"\bE_[A-Z_]+", line)) & CODES.keys())  # its own code, and those of the rows it counts
 
 
 def never_seen(seen: Collection[str]) -> list[str]:

@@ -257,7 +257,9 @@ def bad_groups(make_image: MakeImage, canary: Path) -> dict[str, tuple[list[Any]
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_malformed_groups_are_rejected_with_their_reason(tmp_path: Path, make_image: MakeImage, format: int) -> None:
+def test_malformed_groups_are_rejected_with_their_reason(
+    tmp_path: Path, make_image: MakeImage, format: int, cli: Any
+) -> None:
     canary = tmp_path / "canary"
     bad = bad_groups(make_image, canary)
     entries: list[Any] = []
@@ -270,12 +272,13 @@ def test_malformed_groups_are_rejected_with_their_reason(tmp_path: Path, make_im
     assert [row["row"] for row in rejects(tmp_path / "t")] == list(range(1, 2 * len(bad), 2))
     assert all(row["source"] == "a.tar" and "offset" in row["detail"] for row in rejects(tmp_path / "t"))
     assert manifest["written"] == len(bad)
+    assert cli.json("data", "index", "t")["rejects"].keys() == set(reasons)
     assert [row["captions"] for row in sidecar_rows(tmp_path / "t")] == [[f"good {n}"] for n in range(len(bad))]
     check_conservation(tmp_path / "t")
     assert not canary.exists() and not (tmp_path / "up.jpg").exists()
 
 
-def test_split_groups_and_reused_keys_are_rejected(tmp_path: Path, make_image: MakeImage) -> None:
+def test_split_groups_and_reused_keys_are_rejected(tmp_path: Path, make_image: MakeImage, cli: Any) -> None:
     one, two, three, four = (make_image(n) for n in range(4))
     entries = [
         *[("a.jpg", one), ("b.jpg", two), ("a.txt", b"of a"), ("b.txt", b"of b")],
@@ -286,6 +289,7 @@ def test_split_groups_and_reused_keys_are_rejected(tmp_path: Path, make_image: M
     run(tmp_path / "t")
     assert [row["captions"] for row in sidecar_rows(tmp_path / "t")] == [["fine"], ["fine too"]]
     assert [row["reason"] for row in rejects(tmp_path / "t")] == ["E_PAIR_DUPLICATE"] * 6
+    assert cli.json("data", "index", "t")["rejects"] == {"E_PAIR_DUPLICATE": 6}
     check_conservation(tmp_path / "t")
     # The same key in two tars means two samples.
     write_tar(tmp_path / "u" / "a.tar", pair("0", one, "one"))
@@ -341,6 +345,7 @@ def test_truncated_and_invalid_tars_keep_their_good_samples(
         assert run(folder)["written"] == good + 1, name
         assert [row["reason"] for row in rejects(folder)] == ([reason] if reason else []), name
         check_conservation(folder)
+    assert cli.json("data", "index", "1-cut")["rejects"] == {"E_TAR_TRUNCATED": 1}
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.tar").write_bytes(b"PK\x03\x04" * 500)
     error = cli.error("data", "index", "none", code=3)

@@ -131,3 +131,12 @@ def test_results_are_safe_to_print(monkeypatch: pytest.MonkeyPatch, capfd: pytes
     print("after")
     os.write(1, b"after\n")
     assert capfd.readouterr().out.count("after") == 2
+
+
+def test_launcher_variables_that_are_incomplete_are_refused(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = json.loads(here(tmp_path, "train", "photos", "data.train=data", "-o", "run", "--json", code=2).out)["error"]
+    assert error["code"] == "E_WORLD" and "MASTER_ADDR" in error["what"] + error["found"] + error["fix"]

@@ -14,6 +14,7 @@ from typing import Any
 import group_ranks
 import pytest
 from group_ranks import Scenario
+from output_checks import check_error
 from safetensors.torch import load_file
 
 from clipwright.pipeline.core.errors import ClipwrightError
@@ -193,6 +194,7 @@ def test_failed_rank_is_named_and_all_ranks_exit(name: str, failed: int, results
     named = f"rank {failed} on {os.uname().nodename} "
     assert line.startswith(f"error[{'E_HANG' if name == 'rank hangs' else 'E_RANK'}]: {named}"), line
     assert "run the same command again" in line
+    check_error([], 1, line)
     # A rank sends its step once per second: one that is killed soon after its first step may not have sent it.
     starting = name == "rank 0 killed" and "before step 1" in line
     assert starting or f"step {4 if name == 'rank hangs' else ''}" in line
@@ -248,6 +250,7 @@ def test_ranks_decide_together_to_stop_and_save(name: str, ranks: int, results: 
 def test_save_is_abandoned_if_the_ranks_do_not_agree_to_stop(results: Any) -> None:
     result = results("cases")["signal while a rank hangs"]
     [[_, line]] = result["errors"]
+    check_error([], 1, line)
     assert line.startswith("error[E_UNSAVED]: ") and "did not agree" in line and "run the same command" in line
     assert result["codes"] == [1, 1] and result["seconds_to_exit"] < SLACK * 25 and result["status"]["exit_code"] == 1
 
