@@ -119,7 +119,9 @@ def members(reader: HashingReader) -> Iterator[tuple[Member, bytes]]:
         name = long_name or info.name
         size = info.size if long_size is None else long_size
         if size != info.size and size <= _MAX_OCTAL_SIZE:
-            raise _contradiction(name, header, f"its own header states {info.size} bytes, the pax header {size}")
+            raise _contradiction(
+                name, header, f"its own header states {format_count(info.size, 'byte')}, the pax header {size}"
+            )
         kind = "a sparse file" if sparse else _refused_kind(info.type)
         long_name, long_size, sparse = "", None, False
         is_folder = info.type == tarfile.DIRTYPE or (info.type in _FILES and name.endswith("/"))

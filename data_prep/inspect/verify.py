@@ -227,8 +227,12 @@ def _compare_images(reader: HashingReader, rows: list[dict[str, Any]]) -> None:
             if member.offset < row["offset"]:
                 continue
             if (member.offset, member.size) != (row["offset"], row["size"]):
-                found = f"the tar has {shown(member.name)} of {member.size} bytes at offset {member.offset}"
-                raise _Mismatch(f"{found}, the sidecar has {row['size']} bytes", row["key"], row["offset"])
+                found = (
+                    f"the tar has {shown(member.name)} of {format_count(member.size, 'byte')} at offset {member.offset}"
+                )
+                raise _Mismatch(
+                    f"{found}, the sidecar has {format_count(row['size'], 'byte')}", row["key"], row["offset"]
+                )
             sha256 = hashlib.sha256(data).hexdigest()
             if sha256 != row["sha256"] or not row["key"].startswith(sha256[:32]):
                 raise _Mismatch("the image's SHA-256 differs from the sidecar", row["key"], row["offset"])

@@ -132,7 +132,7 @@ def as_pixel_error(error: Exception, place: str) -> PixelError:
         return PixelError("E_IMG_PIXELS", reason)
     if any(message in reason for message in _TEXT_LIMIT_MESSAGES):
         return PixelError(
-            "E_IMG_METADATA", f"a text or profile of more than {MAX_TEXT_BYTES:,} bytes when decompressed"
+            "E_IMG_METADATA", f"a text or profile of more than {format_count(MAX_TEXT_BYTES, 'byte')} when decompressed"
         )
     return PixelError("E_IMG_TRUNCATED", f"{place}: {reason}")
 
@@ -197,9 +197,9 @@ def _check_gif(data: bytes) -> None:
             if not is_frame and label == 0xFE:
                 texts += offset - start
             if frames > MAX_FRAMES:
-                raise PixelError("E_IMG_FRAMES", f"more than {MAX_FRAMES:,} frames")
+                raise PixelError("E_IMG_FRAMES", f"more than {format_count(MAX_FRAMES, 'frame')}")
             if texts > MAX_TEXT_BYTES:
-                raise PixelError("E_IMG_METADATA", f"comments of more than {MAX_TEXT_BYTES:,} bytes")
+                raise PixelError("E_IMG_METADATA", f"comments of more than {format_count(MAX_TEXT_BYTES, 'byte')}")
     except IndexError:  # truncated; decoding the first frame decides
         return
 
@@ -208,13 +208,13 @@ def _check_frames(image: Image.Image, kind: str) -> None:
     """Checks the number of frames that the header states. For a GIF or TIFF, Pillow would read them one by one."""
     frames = 1 if kind in ("gif", "tiff") else getattr(image, "n_frames", 1)
     if frames > MAX_FRAMES:
-        raise PixelError("E_IMG_FRAMES", f"{frames:,} frames ({MAX_FRAMES:,} allowed)")
+        raise PixelError("E_IMG_FRAMES", f"{format_count(frames, 'frame')} ({MAX_FRAMES:,} allowed)")
 
 
 def _check_metadata(image: Image.Image) -> None:
     size = sum(len(value) for value in image.info.values() if isinstance(value, (bytes, str)))
     if size > MAX_METADATA_BYTES:
-        found = f"{size:,} bytes of profile, EXIF and texts ({MAX_METADATA_BYTES:,} allowed)"
+        found = f"{format_count(size, 'byte')} of profile, EXIF and texts ({MAX_METADATA_BYTES:,} allowed)"
         raise PixelError("E_IMG_METADATA", found)
 
 

@@ -18,7 +18,7 @@ SOURCES = [
 ]
 # Words ending in s that may follow a value which is not a count. Any other one needs format_count.
 VERBS = "is has was does goes holds names leaves starts takes contains exists follows lists occurs needs"
-OTHERS = "this its less as shows states counts"
+OTHERS = "this its less as shows states counts sets"
 UNITS = "ms s times slots radians"
 NOT_NOUNS = set(f"{VERBS} {OTHERS} {UNITS}".split())
 
