@@ -83,6 +83,6 @@ def test_index_searches_with_the_parameters_of_its_recipe(indexed: Path, monkeyp
 
 
 def test_recipes_are_listed(cli) -> None:
-    rows = cli.json("list", "recipes")["recipes"]
+    rows = json.loads(cli("list", "recipes", "--json").stdout)["recipes"]
     assert [row["name"] for row in rows] == list(RECIPES.entries) and rows[0]["kind"] == "index recipe"
     assert "recipes" in cli("list", "nothing").stderr
