@@ -197,7 +197,7 @@ def test_training_data_is_shown_or_its_absence_stated(
     data = make_dataset(tmp_path / "elsewhere" / "data", 5, broken=2)
     run = make_run([], data="data")
     text = page_of(cli, run)[1]
-    assert "data cannot be read: the dataset folder does not exist, no such folder." in text
+    assert "data cannot be read: the dataset folder does not exist, no such folder in " in text
     assert "No step was logged yet." in text and "None was saved yet." in text
     assert "runtime.validation names no held-out dataset" in text
     write_status(run, 130, folder=str(data.parent))
