@@ -10,7 +10,7 @@ import torch
 
 from clipwright.eval.benchmarks import retrieval
 from clipwright.eval.benchmarks.base import BENCHMARKS, BenchmarkContext, EvalRuntime, Score, score_table
-from clipwright.eval.metrics import wilson_interval
+from clipwright.eval.intervals import wilson_interval
 from clipwright.eval.search.query import Searcher
 from clipwright.eval.search.versions import open_version
 from clipwright.pipeline.core.errors import ClipwrightError
