@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +76,13 @@ def test_images_are_never_enlarged_and_small_sides_stay_at_least_one_pixel() -> 
     assert store_image(photo(99, 50), ImagesConfig(resize="longest", size=98)).width == 98
 
 
+def with_chunk(png: bytes, name: bytes, body: bytes) -> bytes:
+    """Returns a PNG with a chunk before its pixels."""
+    offset = png.index(b"IDAT") - 4
+    chunk = len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
+    return png[:offset] + chunk + png[offset:]
+
+
 def test_odd_images_through_the_command(tmp_path: Path, cli: Any, make_image: MakeImage) -> None:
     """Blank images are kept and counted, a missing end marker is mended, damage and refused formats have reasons."""
     folder = tmp_path / "photos"
@@ -97,11 +105,19 @@ def test_odd_images_through_the_command(tmp_path: Path, cli: Any, make_image: Ma
         "new.jxl": b"\xff\x0a\0\0",
         "p.ppm": b"P6 1 1 255 abc",
         "q.qoi": b"qoif\0\0",
+        "text.png": with_chunk(flat.getvalue(), b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20))),
+        "frames.png": with_chunk(flat.getvalue(), b"acTL", (20_000).to_bytes(4, "big") + bytes(4)),
     }
     for name, data in files.items():
         (folder / name).write_bytes(data)
     result = cli.json("prep", "folder", "source.path=photos", "source.caption=none", "-o", "out")
-    assert result["rejects"] == {"E_IMG_DAMAGED": 1, "E_IMG_FORMAT": 4, "E_IMG_TRUNCATED": 1}
+    assert result["rejects"] == {
+        "E_IMG_DAMAGED": 1,
+        "E_IMG_FORMAT": 4,
+        "E_IMG_FRAMES": 1,
+        "E_IMG_METADATA": 1,
+        "E_IMG_TRUNCATED": 1,
+    }
     assert result["decisions"] == {"blank": 2}
     details = {r["source"]: r["detail"] for r in pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()}
     for name, word in (("old.jp2", "JPEG 2000"), ("new.jxl", "JPEG XL"), ("p.ppm", "PNM"), ("q.qoi", "QOI")):
