@@ -37,6 +37,7 @@ class Values:
     number: float = 2
     count: int = 0
     limit: int | None = None
+    either: int | str = 0
     flag: bool = False
     level: Literal[0, 1, 2] = 0
     mode: Literal["no", "on", "1e3"] = "no"
@@ -81,6 +82,9 @@ SAME = [
     ("count", "5.0", 5),
     ("limit", "null", None),
     ("limit", "1e2", 100),
+    ("either", "7", 7),
+    ("either", "007", "007"),
+    ("where", "{big: 99999999999999999999}", {"big": "99999999999999999999"}),
     ("flag", "true", True),
     ("flag", "False", False),
     ("flag", "yes", True),
@@ -144,6 +148,7 @@ def test_numbers_of_defaults_and_presets_have_the_type_of_their_field() -> None:
         ("number", "NaN", "is not a finite number"),
         ("number", ".inf", "is not a finite number"),
         ("number", "1e400", "is too large"),
+        ("number", "-1e400", "is too large"),
         ("number", "", "an empty value"),
         ("count", "1.5", "is not an integer"),
         ("count", "true", "is not an integer"),
@@ -215,6 +220,10 @@ def test_merge_keys_empty_sections_and_quotes(tmp_path: Path) -> None:
     tree = resolve(Values, config=str(path)).tree
     assert (tree["own"]["rate"], tree["own"]["on"], tree["where"]) == (2.0, True, None)
     assert (tree["maybe"], tree["number"]) == ("null", 10.0)
+    path.write_text("either: '7'\n")
+    assert resolve(Values, config=str(path)).tree["either"] == "7"
+    with pytest.raises(ClipwrightError, match="True is not a number"):
+        resolve(Values, base={"count": True})
     path.write_text("own:\ntext: a\n")
     assert resolve(Values, config=str(path)).tree["own"]["name"] == "own"
     path.write_text("number:\n")
