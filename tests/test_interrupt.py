@@ -118,7 +118,7 @@ def test_interrupted_command_leaves_no_incomplete_output_and_can_be_run_again(
     process.send_signal(number)
     if verb == "train":
         (tmp_path / "go").touch()  # it completes the current step and saves
-    printed, errors = process.communicate()
+    printed, errors = process.communicate(timeout=1200)
     assert process.returncode == code, errors
     check_json(code, printed)
     assert json.loads(printed)["error"]["code"] == STOPPED[code][0]

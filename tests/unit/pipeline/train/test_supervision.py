@@ -59,7 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
     "signal while building": {
         "fault": "'build' if rank == 0 and step == -1 else None",
         "when": "at 0",
-        "send": "SIGTERM",
+        "send": "SIGUSR1",
         "to": [1],
         "launcher": "none",
     },
