@@ -176,3 +176,28 @@ def test_status_of_a_folder_is_its_writers(tmp_path: Path) -> None:
     write(tmp_path / ".lock", process_start="1")  # its process has ended
     StatusFile(tmp_path, "train").write(3, None)
     assert json.loads((tmp_path / "status.json").read_text())["exit_code"] == 3
+
+
+def test_lock_that_a_faster_process_took_over_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, faster, real = tmp_path / ".lock", list[Holder](), lock._exclusive
+
+    def enter_late(locked: Path) -> Any:
+        faster.append(write(locked))
+        return real(locked)
+
+    write(path, process_start="1")
+    monkeypatch.setattr(lock, "_exclusive", enter_late)
+    refusal(lambda: Lock(path, tmp_path))
+    assert len(faster) == 1 and json.loads(path.read_text())["token"] == faster[0].token
+
+
+def test_release_leaves_the_lock_of_another_process(tmp_path: Path) -> None:
+    lost: list[ClipwrightError] = []
+    with Lock(tmp_path / ".lock", tmp_path) as held:
+        held.on_lost = lost.append
+        other = write(tmp_path / ".lock", host="node7")
+        held.verify(max_age_seconds=600.0)  # it was read a moment ago
+        assert not lost
+        held.verify()
+        assert [error.code for error in lost] == ["E_LOCKED"] and "node7" in lost[0].found
+    assert json.loads((tmp_path / ".lock").read_text())["token"] == other.token
