@@ -79,6 +79,7 @@ class DemoConfig:
     app,
     "demo",
     kind="clipwright.cli:DemoConfig",
+    resumes=True,
     flags=("-o", "--dry-run", "--fresh"),
     default_out="demo",
     examples=("clipwright demo", "clipwright demo --dry-run"),
@@ -435,7 +436,7 @@ def main(early_signals: Sequence[int] = ()) -> None:
         code = line.exit_code
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
-        print_error(stop_error(code), as_json="--json" in sys.argv)
+        print_error(stop_error(code, "run the same command again"), as_json="--json" in sys.argv)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on Ctrl-C ends the process without a traceback
     if code in STOPPED or any(thread.daemon for thread in threading.enumerate()):
         # After a signal that interrupted an import, Python may end itself by SIGINT instead of with this exit code, or

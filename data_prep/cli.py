@@ -24,6 +24,7 @@ app.add_typer(data_app, name="data")
     app,
     "prep",
     kind="clipwright.data_prep.build.pack:PrepConfig",
+    resumes=True,
     inputs="clipwright.data_prep.build.pack:check_inputs",
     flags=("-o", "--dry-run", "--fresh"),
     examples=(
@@ -180,6 +181,7 @@ def data_stats(call: Call) -> Outcome:
     data_app,
     "data index",
     kind="clipwright.data_prep.foreign.index:ForeignIndexConfig",
+    resumes=True,
     subject="data",
     metavar="FOLDER",
     flags=("--dry-run", "--fresh"),

@@ -16,6 +16,7 @@ app.add_typer(index_app, name="index")
     app,
     "embed",
     kind="clipwright.eval.embed:EmbedConfig",
+    resumes=True,
     inputs="clipwright.eval.embed:check_inputs",
     flags=("-o", "--dry-run", "--fresh"),
     rank="clipwright.pipeline.distributed.rank_process:rank_process",

@@ -20,6 +20,7 @@ SCORE: list[str] = []
     app,
     "train",
     kind="clipwright.pipeline.train.config:RunConfig",
+    resumes=True,
     inputs="clipwright.pipeline.train.setup:check_inputs",
     flags=("-o", "--dry-run", "--fresh"),
     rank=RANK,

@@ -189,6 +189,14 @@ class Call:
             )
         return self.out
 
+    def after_stop(self) -> str:
+        """What to do after the command was stopped: some commands keep what they have finished, others nothing."""
+        verbs = self.arguments if self.command.verb == "launch" else [self.command.verb]
+        if not any(COMMANDS[verb].resumes for verb in verbs if verb in COMMANDS):
+            return "nothing was kept, run the same command again"
+        without = " without --fresh" if self.fresh else ""
+        return f"run the same command again{without} to resume"
+
     def say(self, text: str) -> None:
         """Prints a line for people: on stdout, or on stderr if stdout is for JSON."""
         if self.quiet:
@@ -248,6 +256,7 @@ class Command:
     # MODULE:FUNCTION(call, resolved config) that raises the errors of inputs and output folder without doing the work;
     # `launch` calls it before it starts or prints anything.
     inputs: str = ""
+    resumes: bool = False  # whether it keeps what it has finished when it is stopped, and continues from there
     writes_status: bool = True  # whether it writes status.json into its output folder
 
     @property
@@ -355,9 +364,9 @@ def _as_error(caught: BaseException, call: Call) -> ClipwrightError:
     if isinstance(caught, ClipwrightError):
         return caught
     if isinstance(caught, KeyboardInterrupt):
-        return stop_error(INTERRUPTED)
+        return stop_error(INTERRUPTED, call.after_stop())
     if isinstance(caught, Preempted):
-        return stop_error(PREEMPTED)
+        return stop_error(PREEMPTED, call.after_stop())
     if isinstance(caught, OSError):
         return ClipwrightError(
             "E_SYSTEM",

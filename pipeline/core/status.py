@@ -20,10 +20,10 @@ DONE, FAILED, INTERRUPTED, PREEMPTED = 0, 1, 130, 85
 STOPPED = {INTERRUPTED: ("E_INTERRUPTED", "interrupted"), PREEMPTED: ("E_STOPPED", "stopped by a signal")}
 
 
-def stop_error(code: int) -> ClipwrightError:
+def stop_error(code: int, fix: str) -> ClipwrightError:
     """Returns what `status.json` and --json state about a stop that was asked for; code: its exit code."""
     name, what = STOPPED[code]
-    return ClipwrightError(name, what, fix="run the same command again to resume")
+    return ClipwrightError(name, what, fix=fix)
 
 
 def stop_line(error: ClipwrightError) -> str:

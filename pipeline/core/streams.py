@@ -45,8 +45,9 @@ def print_result(text: str) -> None:
 
 
 def print_note(text: object) -> None:
-    """Prints a line for people on stderr."""
-    _print(escape_controls(str(text)), sys.stderr)
+    """Prints a line for people on stderr. A reader that has gone, such as a killed launcher, changes nothing else."""
+    with suppress(BrokenPipeError):
+        _print(escape_controls(str(text)), sys.stderr)
 
 
 def _print(text: str, stream: TextIO) -> None:

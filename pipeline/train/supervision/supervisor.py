@@ -173,7 +173,7 @@ class Supervisor:
             return
         if is_reporter:
             self.call.status.enable()
-            stopped = stop_error(group_exit.code) if group_exit.code in STOPPED else None
+            stopped = stop_error(group_exit.code, self.call.after_stop()) if group_exit.code in STOPPED else None
             conclude(self.call, group_exit.code, group_exit.to_error() or stopped)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -86,8 +86,8 @@ def test_every_command_prints_one_json_object_or_only_its_result(
             "error[E_INTERNAL]: the command failed unexpectedly — clipwright list",
         ),
         (FileNotFoundError(2, "gone", "x\x1b[31m"), 1, "E_SYSTEM", "error[E_SYSTEM]: the operating system refused"),
-        (KeyboardInterrupt(), 130, "E_INTERRUPTED", "interrupted: run the same command again to resume"),
-        (Preempted(), 85, "E_STOPPED", "stopped by a signal: run the same command again to resume"),
+        (KeyboardInterrupt(), 130, "E_INTERRUPTED", "interrupted: nothing was kept, run the same command again"),
+        (Preempted(), 85, "E_STOPPED", "stopped by a signal: nothing was kept, run the same command again"),
     ],
 )
 def test_failures_and_stops_are_one_json_object_and_a_last_line(
