@@ -216,7 +216,6 @@ class Saver:
         self.committed = self.started
         self._own_steps.add(self.committed)
         if self.world.is_rank0:
-            self._say(f"saved step {self.committed:,} in {self.run / FOLDER / step_name(self.committed)}")
             self._warn_of_unknown_figure()
             if self._copies is not None:
                 self._copies.start()
@@ -232,6 +231,8 @@ class Saver:
         except OSError as error:
             shutil.rmtree(writer.folder, ignore_errors=True)
             raise write_error(error, self.run, self.world, writer.needed) from None
+        # Now, while the other ranks wait: if the run ends with an error of theirs, this process exits with them.
+        self._say(f"saved step {body['step']:,} in {self.run / FOLDER / name}")
 
     def _remove_old(self, newest: int) -> None:
         """Removes checkpoints that need not be kept; only called once a newer one is complete."""
