@@ -71,7 +71,7 @@ def test_dataset_without_manifest_or_with_a_changed_tar_is_refused(scenes: Path,
     assert line.startswith("error[E_DATA_HASH]") and tar.name in line and "--fresh" in line
     (tmp_path / "data" / "manifest.json").unlink()
     line = cli.error("train", *small.settings, "data.train=data", "-o", "run", code=3)
-    assert line.startswith("error[E_MANIFEST]") and "data" in line and "run that command again" in line
+    assert line.startswith("error[E_MANIFEST]") and "data" in line and "run clipwright data index data" in line
     assert not (tmp_path / "run").exists()
 
 
