@@ -172,7 +172,7 @@ def test_rejects_name_the_file_and_the_remedy(images: Path, tmp_path: Path, cli:
     for stem, text in (("cut", '{"caption": "x"'), ("list", '["x"]'), ("object", '{"caption": {"en": "x"}}')):
         (images / f"{stem}.jpg").write_bytes(make_image(40 + len(stem)))
         (images / f"{stem}.json").write_text(text)
-    (images / "new.avif").write_bytes(b"\0\0\0\x20ftypavif")
+    (images / "new.jxl").write_bytes(b"\xff\x0a\0\0")
     (images / "new.txt").write_text("a format that is not read")
     result = cli.json("prep", "folder", "source.path=images", "-o", "out")
     rejects = {Path(r["source"]).stem: r for r in pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()}
