@@ -303,7 +303,7 @@ def test_three_nonfinite_steps_end_the_run_with_a_finite_checkpoint(seed: int, r
     assert [record["loss"] is None for record in ended["log"][-4:]] == [False, True, True, True]
     assert [record["skipped"] for record in ended["log"][:3]] == [0, 1, 1] and ended["log"][-1]["skipped"] == 4
     assert ended["log"][1]["loss"] is None and ended["log"][2]["loss"] > 0 and "skipped 1" in ended["stdout"]
-    assert "lower optim.lr" in line and f"data ledger run step={step}" in line
+    assert "accept=[optim.lr]" in line and f"data ledger run step={step}" in line
     saved = (step - 1) // 10 * 10  # also a checkpoint that was being written when the run ended
     newest = f"step-{saved:08d}" if saved else "none"
     assert ended["checkpoints"][-1:] == ([newest] if saved else []) and f"; newest checkpoint: {newest} —" in line
