@@ -82,7 +82,7 @@ BATCHES: dict[str, tuple[list[str], list[str]]] = {
     "data.augment.views": ([], ["data.augment.views=1"]),
     "schedule.global_batch": ([], ["schedule.global_batch=8"]),
 }
-# The same, and the logged numbers of three steps differ.
+# The same, and the numbers of three steps differ.
 STEPS: dict[str, tuple[list[str], list[str]]] = {
     "embed_dim": ([], ["embed_dim=32"]),
     "precision": ([], ["precision=bf16"]),
@@ -109,16 +109,19 @@ STEPS: dict[str, tuple[list[str], list[str]]] = {
     "optim.betas (adamw)": ([], ["optim.betas=[0.1,0.2]"]),
     "optim.eps (adamw)": ([], ["optim.eps=0.1"]),
     "optim.momentum (sgd)": (["optim.name=sgd", "optim.lr=1"], ["optim.momentum=0.9"]),
-    "schedule.name": ([], ["schedule.name=constant"]),
-    "schedule.samples": ([], ["schedule.samples=32"]),
-    "schedule.warmup": ([], ["schedule.warmup=32"]),
-    "schedule.final_lr_ratio (cosine)": ([], ["schedule.final_lr_ratio=0.9"]),
     "image.name": ([], ["image.name=deit_nano"]),
     "image.projection": (["embed_dim=128"], ["image.projection=none"]),
     "text.name": ([], ["text.name=bidirectional_text_nano"]),
     "text.projection": (["embed_dim=32"], ["text.projection=none"]),
 }
 
+# The same, and the logged learning rates differ.
+SCHEDULES: dict[str, tuple[list[str], list[str]]] = {
+    "schedule.name": ([], ["schedule.name=constant"]),
+    "schedule.samples": ([], ["schedule.samples=32"]),
+    "schedule.warmup": ([], ["schedule.warmup=32"]),
+    "schedule.final_lr_ratio (cosine)": ([], ["schedule.final_lr_ratio=0.9"]),
+}
 # Keys whose tests are elsewhere, in files of tests/ that give the key a value: a key of one family by its bare name.
 ELSEWHERE: dict[str, str] = {
     "accept": "unit/pipeline/train/test_accept_and_warm_start.py",
@@ -131,7 +134,7 @@ ELSEWHERE: dict[str, str] = {
     "runtime.copy_to": "unit/pipeline/train/test_copies.py",
     "runtime.timeout_minutes": "unit/pipeline/train/test_supervision.py",
     "runtime.keep_best": "unit/pipeline/train/test_checkpoint.py",
-    "runtime.save_minutes": "unit/pipeline/train/test_validation.py",
+    "runtime.save_minutes": "unit/pipeline/train/test_save_first.py",
     "techniques": "unit/pipeline/train/test_techniques.py",
     "text.folder (huggingface_text)": "unit/pipeline/towers/test_huggingface_text.py",
     "text.pretrained (huggingface_text)": "unit/pipeline/towers/test_huggingface_text.py",
@@ -177,7 +180,7 @@ FILES = {
 def test_every_key_has_a_test() -> None:
     """Fields of the towers themselves are tested in towers/test_config_fields.py."""
     of_towers = {key for key in config_keys("train") if key.startswith(("image.", "text.")) and key.endswith(")")}
-    tested = {*BATCHES, *STEPS, *ENGINE, *FILES, *ELSEWHERE}
+    tested = {*BATCHES, *STEPS, *SCHEDULES, *ENGINE, *FILES, *ELSEWHERE}
     external = {key for key in of_towers if key.endswith("(huggingface_text)")}
     assert config_keys("train") - of_towers | external == tested
     for key, file in ELSEWHERE.items():
@@ -275,29 +278,42 @@ def test_equal_keys_give_equal_batches(datasets: dict[str, str]) -> None:
     assert is_same(first_batches([], datasets), first_batches([], datasets))
 
 
-def logged_steps(folder: Path, overrides: list[str], datasets: dict[str, str], here: Any) -> list[list[float]]:
-    """Returns the numbers that a run of three steps logs, except times."""
-    run = folder / f"run-{len(list(folder.iterdir()))}"
-    here(folder, "train", *filled([*TINY, *overrides], datasets), "-o", run, "--quiet")
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [[line[name] for name in ("loss", "grad_norm", "lr", "scale", "acc_image")] for line in lines]
-
-
 @pytest.fixture(scope="module")
-def known_steps() -> dict[str, list[list[float]]]:
-    """Runs that several keys compare with."""
+def known_steps() -> dict[str, list[Any]]:
+    """Numbers that several keys compare with."""
     return {}
 
 
+def numbers_of_steps(overrides: list[str], datasets: dict[str, str]) -> list[Any]:
+    """Returns what the engine reports of three steps."""
+    config = config_of(overrides, datasets)
+    with process_group() as world:
+        components = build(config, world)
+        engine = Engine(components.towers, components.loss, config, world)
+        with closing(components.loader.batches(0)) as batches:
+            return [engine.step(next(batches), number, 1.0, measure=True) for number in range(3)]
+
+
 @pytest.mark.parametrize("key", STEPS)
-def test_key_changes_the_steps(
-    key: str, datasets: dict[str, str], tmp_path: Path, here: Any, known_steps: dict[str, list[list[float]]]
-) -> None:
+def test_key_changes_the_steps(key: str, datasets: dict[str, str], known_steps: dict[str, list[Any]]) -> None:
     base, changed = STEPS[key]
     name = " ".join(base)
     if name not in known_steps:
-        known_steps[name] = logged_steps(tmp_path, base, datasets, here)
-    assert logged_steps(tmp_path, [*base, *changed], datasets, here) != known_steps[name], f"{key} is ignored"
+        known_steps[name] = numbers_of_steps(base, datasets)
+    assert numbers_of_steps([*base, *changed], datasets) != known_steps[name], f"{key} is ignored"
+
+
+def logged_rates(overrides: list[str], datasets: dict[str, str], folder: Path, here: Any) -> list[float]:
+    """Returns the learning rates that a run logs."""
+    run = folder / f"run-{len(list(folder.iterdir()))}"
+    here(folder, "train", *filled([*TINY, *overrides], datasets), "-o", run, "--quiet")
+    return [json.loads(line)["lr"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_keys_of_the_schedule_change_the_rates(datasets: dict[str, str], tmp_path: Path, here: Any) -> None:
+    rates = {key: logged_rates(changed, datasets, tmp_path, here) for key, (_, changed) in SCHEDULES.items()}
+    expected = logged_rates([], datasets, tmp_path, here)
+    assert [key for key, changed in rates.items() if changed == expected] == []
 
 
 def engine_behavior(overrides: list[str], datasets: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
