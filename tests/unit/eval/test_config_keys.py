@@ -31,7 +31,10 @@ RESULTS: dict[str, tuple[list[str], list[str]]] = {
     "eval index": (SEARCH_BENCHMARK, ["index={other_index}"]),
     "eval benchmark.classes (zeroshot)": (ZEROSHOT, ["benchmark.classes=[red, green, blue, black]"]),
     "eval benchmark.label (zeroshot)": (ZEROSHOT, ["benchmark.label={colour} {id}"]),
-    "eval benchmark.templates (zeroshot)": (ZEROSHOT, ['benchmark.templates=["no {}"]']),
+    "eval benchmark.templates (zeroshot)": (
+        [*ZEROSHOT[:4], "benchmark.label={colour} {id}"],
+        ['benchmark.templates=["no {}"]'],
+    ),
     "eval benchmark.where (zeroshot)": (ZEROSHOT, ["benchmark.where={held_out: true}"]),
     "eval benchmark.template (search)": (SEARCH_BENCHMARK, ["benchmark.template={id}"]),
     "eval benchmark.where (search)": (SEARCH_BENCHMARK, ["benchmark.where={held_out: true}"]),
