@@ -44,6 +44,7 @@ class _Builder:
             return [self.build(item, depth + 1) for item in node.value]
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, depth)
+        assert isinstance(node, yaml.ScalarNode)
         text = str(node.value)
         if node.style is not None:
             return text

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from clipwright.pipeline import pixels
 from clipwright.pipeline.core.errors import ClipwrightError
-from clipwright.pipeline.core.messages import format_count
 from clipwright.pipeline.interop.formats.base import ForeignModel, Reference
 from clipwright.pipeline.model.folder import Model
 
@@ -63,7 +62,7 @@ def compare(foreign: ForeignModel, model: Model, loss: dict[str, float]) -> dict
         if not value["max_abs"] <= value["limit"]  # NaN fails too
     ]
     if levels > MAX_PIXEL_LEVELS:
-        failures.append(f"pixels differ by {format_count(levels, 'level')} (limit {MAX_PIXEL_LEVELS})")
+        failures.append(f"pixels differ by {levels:g} of 255 (limit {MAX_PIXEL_LEVELS})")
     if differing_text is not None:
         failures.append(f"token ids differ for the text {differing_text!r}")
     if failures:

@@ -103,6 +103,7 @@ class Supervisor:
         """Ends all ranks with an error of this one, which another thread has found."""
         if self._heartbeat is None or not self._heartbeat.peers:
             lock.end_process(error)
+        assert self._heartbeat is not None
         self._heartbeat.request_exit(GroupExit.with_error(self.rank, error))
         # The caller must not go on: the heartbeat thread ends this process.
         self._heartbeat.finished.wait()
