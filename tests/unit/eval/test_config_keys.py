@@ -51,6 +51,7 @@ ELSEWHERE = {
     "embed runtime.part": "unit/eval/test_embed.py",
     "eval runtime.cache_dir": "unit/eval/test_remote_data.py",
     "eval runtime.cache_gb": "unit/eval/test_remote_data.py",
+    "eval benchmark.image (zeroshot)": "unit/eval/test_zeroshot.py",
     "search image": "unit/eval/search/test_query.py",
     "search model": "unit/eval/search/test_query.py",
     "search data": "unit/eval/search/test_page.py",
