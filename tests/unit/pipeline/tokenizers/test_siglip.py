@@ -146,3 +146,19 @@ def test_invalid_models_are_rejected(folder: Path, tmp_path: Path) -> None:
     assert code({"folder": str(folder), "pad": "<none>"}, "spiece.model", "'<none>'", "tokenizer.pad") == "E_INPUT"
     (tmp_path / "spiece.model").write_bytes(b"\xff" * 99)
     assert code({"folder": str(tmp_path)}, "spiece.model") == "E_INPUT"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("lower_case", False, "A DOG"),
+        ("end", "<pad>", "a dog"),
+        ("unknown", "<pad>", "a <unk> dog"),
+        ("pad", "<pad>", "a dog"),
+        ("strip", False, "dog </s> cat"),
+    ],
+)
+def test_every_setting_changes_the_ids(field: str, value: Any, text: str, folder: Path) -> None:
+    settings = ({}, {field: value})
+    ids = [TOKENIZERS.build(TOKENIZERS.preset("siglip", **one), folder=folder).encode([text], 16) for one in settings]
+    assert not np.array_equal(*ids), f"{field} is ignored"
