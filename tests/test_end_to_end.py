@@ -98,6 +98,7 @@ def test_demo_is_a_list_of_clipwright_commands(cli: Any) -> None:
     lines = [line for line in done.stdout.splitlines() if "clipwright " in line]
     assert [line.split(":")[0].split()[1] for line in lines][:3] == ["prep", "prep_test", "train"]
     assert not (cli.folder / "demo").exists()
+    assert sum("seed=4711" in line for line in cli("demo", "--dry-run", "seed=4711").stdout.splitlines()) >= 3
     # Small versions of its two preps: the queries of the search are combinations that training never showed.
     for line in lines[:2]:
         arguments = shlex.split(line.split("clipwright ", 1)[1])

@@ -92,15 +92,17 @@ def reserved_stdout(*, quiet: bool) -> Iterator[None]:
                 saved = os.dup(1)
                 os.dup2(others_number, 1)
         # A test may have replaced sys.stdout by another file.
-        is_file = saved is not None and _number(old) == 1
-        _reserved = os.fdopen(os.dup(saved), "w", encoding=old.encoding, errors="backslashreplace") if is_file else old
+        stream = old
+        if saved is not None and _number(old) == 1:
+            stream = os.fdopen(os.dup(saved), "w", encoding=old.encoding, errors="backslashreplace")
+        _reserved = stream
         sys.stdout = others
         try:
             yield
         finally:
             sys.stdout = old
-            stream, _reserved = _reserved, None
-            if is_file:
+            _reserved = None
+            if stream is not old:
                 with suppress(OSError):  # the reader has gone
                     stream.close()
             if saved is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import threading
@@ -20,6 +21,7 @@ from clipwright.pipeline.core.signals import deferred_signals
 from clipwright.pipeline.core.streams import print_note
 from clipwright.pipeline.distributed.launcher_env import read_launcher_env
 
+RENDEZVOUS = "clipwright.pipeline.distributed.rendezvous"  # imports torch
 POLL_SECONDS = 1.0
 LEAVE_SECONDS = 27.0  # from a signal, or the end of the launcher, to the end of this process
 PROGRAMS = ("torchrun", "deepspeed", "accelerate", "mpirun", "mpiexec", "mpiexec.hydra", "orterun", "prterun")
@@ -49,10 +51,10 @@ def rank_process() -> Iterator[int]:
     try:
         # The other ranks are told through torch, whose import would not survive an interruption.
         with deferred_signals(signal.SIGTERM, signal.SIGUSR1):
-            from clipwright.pipeline.distributed import rendezvous  # noqa: PLC0415
+            importlib.import_module(RENDEZVOUS)
         yield launcher.rank
     except Preempted:
-        rendezvous.leave(launcher)
+        importlib.import_module(RENDEZVOUS).leave(launcher)
         raise
 
 

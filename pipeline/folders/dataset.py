@@ -359,10 +359,10 @@ class Dataset:
         overlaps = np.flatnonzero((offset[order[1:]] < end[order[:-1]]) & ~same)
         outside = np.flatnonzero((offset < 0) | (size < 0) | (end > entry["tar_bytes"]))
         for row, found in (
-            *((row, f"the tar has {format_count(entry['tar_bytes'], 'byte')}") for row in outside[:1].tolist()),
-            *((order[place + 1], f"it overlaps {keys[order[place]]}") for place in overlaps[:1].tolist()),
+            *((int(row), f"the tar has {format_count(entry['tar_bytes'], 'byte')}") for row in outside[:1].tolist()),
+            *((int(order[place + 1]), f"it overlaps {keys[order[place]]}") for place in overlaps[:1].tolist()),
         ):
-            problem = f"sample {keys[row]} has {format_count(size[row], 'byte')} at offset {offset[row]}; {found}"
+            problem = f"sample {keys[row]} has {format_count(int(size[row]), 'byte')} at offset {offset[row]}; {found}"
             raise self._mismatch(self.tar_path(shard), problem)
 
     def _texts(self, shard: int, table: pa.Table, name: str) -> Texts:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 # In names of tensors: the second moments of Adam and its relatives, and the variances of batch norm.
 NOT_NEGATIVE = ("exp_avg_sq", "running_var")
 
-Shape = tuple[tuple[int, ...], torch.dtype]
+Shape = tuple[tuple[int, ...], torch.dtype | str]  # a type by its name in the file if torch has none for it
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:

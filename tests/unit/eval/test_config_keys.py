@@ -18,7 +18,7 @@ EMBED = ["embed", "model={model}", "data={data}"]
 RETRIEVAL = ["eval", "retrieval", "model={model}", "data={data}"]
 ZEROSHOT = ["eval", "zeroshot", "model={model}", "data={data}", "benchmark.label=colour"]
 SEARCH_BENCHMARK = ["eval", "search", "index={index}", "benchmark.template=a {colour} image"]
-SEARCH = ["search", "{index}", "text=a red image"]
+SEARCH = ["search", "index={index}", "text=a red image"]
 # Verb and key → (command line, arguments that change it): the JSON result differs.
 RESULTS: dict[str, tuple[list[str], list[str]]] = {
     "embed data": (EMBED, ["data={other}"]),

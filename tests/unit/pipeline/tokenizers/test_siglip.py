@@ -149,16 +149,10 @@ def test_invalid_models_are_rejected(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "text"),
-    [
-        ("lower_case", False, "A DOG"),
-        ("end", "<pad>", "a dog"),
-        ("unknown", "<pad>", "a <unk> dog"),
-        ("pad", "<pad>", "a dog"),
-        ("strip", False, "dog </s> cat"),
-    ],
+    ("field", "value"),
+    [("lower_case", False), ("end", "<pad>"), ("unknown", "<pad>"), ("pad", "<pad>"), ("strip", False)],
 )
-def test_every_setting_changes_the_ids(field: str, value: Any, text: str, folder: Path) -> None:
+def test_every_setting_changes_the_ids(field: str, value: Any, folder: Path) -> None:
     settings = ({}, {field: value})
-    ids = [TOKENIZERS.build(TOKENIZERS.preset("siglip", **one), folder=folder).encode([text], 16) for one in settings]
+    ids = [TOKENIZERS.build(TOKENIZERS.preset("siglip", **one), folder=folder).encode(CASES, 16) for one in settings]
     assert not np.array_equal(*ids), f"{field} is ignored"
