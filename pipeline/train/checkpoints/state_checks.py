@@ -115,7 +115,10 @@ def _header(path: Path) -> dict[str, Shape]:
     """Returns shape and type of each tensor in a safetensors file."""
     with safe_open(path, framework="pt") as file:
         slices: dict[str, Any] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {name: (tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype())) for name, s in slices.items()}
+        kinds = {name: str(part.get_dtype()) for name, part in slices.items()}
+        return {
+            name: (tuple(part.get_shape()), DTYPES.get(kinds[name]) or kinds[name]) for name, part in slices.items()
+        }
 
 
 def _loss_shapes(loss: LossTerm, *, has_state: bool) -> dict[str, Shape]:
