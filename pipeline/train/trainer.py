@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from clipwright.pipeline.core.activity import during
 from clipwright.pipeline.core.command import Call, Outcome, Preempted, StopFlag
 from clipwright.pipeline.core.lock import verify_held
 from clipwright.pipeline.data.batch import Batch
@@ -168,7 +169,8 @@ class Trainer:
     def save(self, *, wait: bool = False) -> None:
         enter_phase("save")
         self.ledger.sync()
-        self.saver.save(self.engine, self.step, wait=wait, hook_pending=self.hook_pending)
+        with during(f"saving step {self.step}"):
+            self.saver.save(self.engine, self.step, wait=wait, hook_pending=self.hook_pending)
 
 
 def train(call: Call, score: Callable[[], Score]) -> Outcome:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from clipwright.pipeline.core.activity import during
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.system_errors import system_error
 from clipwright.pipeline.distributed.group import World, broadcast_object, run_on_rank0
@@ -58,7 +59,8 @@ class Validation:
         weights = engine.weights()
         scores: dict[str, float] = {}
         try:
-            run_on_rank0(lambda: scores.update(self._scores(techniques.export(weights), should_stop)))
+            with during(f"validation at step {step}"):
+                run_on_rank0(lambda: scores.update(self._scores(techniques.export(weights), should_stop)))
         except ClipwrightError as error:
             raise ClipwrightError(
                 error.code,

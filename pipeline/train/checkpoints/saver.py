@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clipwright.pipeline.core.activity import during
 from clipwright.pipeline.core.errors import ClipwrightError
 from clipwright.pipeline.core.files import atomic_write, digest, fsync_path, staged_path
 from clipwright.pipeline.core.messages import format_count
@@ -142,7 +143,8 @@ class Saver:
     def finish(self) -> None:
         """Waits for copies in a bucket, then removes checkpoints that were kept only for them."""
         if self._copies is not None and self.world.is_rank0:
-            self._copies.finish()
+            with during("copying the checkpoint"):
+                self._copies.finish()
             self._remove_old(self.committed)
 
     @contextmanager

@@ -215,6 +215,19 @@ def test_a_phase_is_shown_until_the_next_message(capsys: pytest.CaptureFixture[s
     ]
 
 
+def test_an_inner_part_is_shown_in_place_of_the_progress_around_it(
+    capsys: pytest.CaptureFixture[str], clock: list[float]
+) -> None:
+    with activity.working("train", hidden=False), Progress("train", 100, "sample", interval=60) as progress:
+        progress.add(10)
+        with activity.during("validation at step 10"):
+            clock[0] += 12
+            activity._display.tick()
+        clock[0] += 12
+        activity._display.tick()
+    assert capsys.readouterr().err.splitlines() == ["train: validation at step 10 (12s)"]
+
+
 def test_a_forked_process_shows_nothing_of_its_parent(clock: list[float]) -> None:
     with activity.working("train", hidden=False):
         reader, writer = os.pipe()
