@@ -34,7 +34,7 @@ OTHERS = {
         "unit/pipeline/train/test_train_errors.py": {"to"},
     },
     "import": {"unit/pipeline/interop/test_import.py": {"folder"}},
-    "list": {"unit/pipeline/towers/test_list.py": {"what", "image_size"}},
+    "list": {"unit/pipeline/towers/test_list.py": {"image_size"}, "unit/pipeline/core/test_hints.py": {"what"}},
 }
 
 

@@ -44,8 +44,6 @@ class SigLIPTokenizerConfig(TokenizerConfig):
     """Token of text that the vocabulary does not cover."""
     pad: str = "</s>"
     """Token that pads a text."""
-    strip: bool = True
-    """Whether white space next to a special token is dropped."""
 
     def train(self, captions: Iterable[str], folder: Path) -> None:
         """Copies the model in the config's folder; `captions` are not read. Raises E_CONFIG_VALUE without a folder."""
@@ -85,7 +83,7 @@ class SigLIPTokenizer:
         tokens = sorted(self._special, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
         self._prefix_length = len(self._pieces.encode(config.unknown, out_type=str))
-        tree = {name: getattr(config, name) for name in ("lower_case", "end", "unknown", "pad", "strip")}
+        tree = {name: getattr(config, name) for name in ("lower_case", "end", "unknown", "pad")}
         self.fingerprint = digest({"siglip": tree, "model": self._model.hex()})
 
     def encode(self, texts: Sequence[str], context: int) -> Int32[np.ndarray, "texts context"]:
@@ -116,9 +114,6 @@ class SigLIPTokenizer:
             if number % 2:
                 pieces.append(part)
                 continue
-            if self._config.strip:
-                part = part.lstrip() if number > 0 else part
-                part = part.rstrip() if number < len(parts) - 1 else part
             pieces += self._text_pieces(part) if part else []
         if len(pieces) > 1 and pieces[0] == META and pieces[1] in self._special:
             pieces = pieces[1:]

@@ -194,10 +194,9 @@ def show(call: Call) -> Outcome:
     replaced = {sample["at"]: sample for sample in record.get("replaced", [])}
     lines = []
     for sample in listed:
-        text = f"{sample.position:>12}  {sample.key}  {sample.shard} row {sample.row}"
+        lines.append(f"{sample.position:>12}  {sample.key}  {sample.shard} row {sample.row}")
         if (unreadable := replaced.get(sample.position)) is not None:
-            text += f"  instead of {unreadable['key']} in {unreadable['shard']} ({unreadable['reason']})"
-        lines.append(text)
+            lines.append(f"{'':12}  instead of {unreadable['key']} in {unreadable['shard']}, {unreadable['reason']}")
     lines.append(
         f"step {record['step']}: {format_count(record['count'], 'sample')} from position {record['at']:,}, "
         "verified by key sum"

@@ -121,7 +121,7 @@ def siglip_tokenizer(folder: Path, theirs: Any) -> tuple[TokenizerTree, Tokenize
         strips.add(token.lstrip)
     if len(strips) > 1:
         raise incompatible(where, "the same lstrip for all tokens", "both true and false")
-    fields = {**special, "lower_case": bool(theirs.do_lower_case), "strip": strips == {True}}
+    fields = {**special, "lower_case": bool(theirs.do_lower_case)}
     with tempfile.TemporaryDirectory() as name:
         file = MODEL if (folder / MODEL).is_file() else "tokenizer.model"
         shutil.copyfile(folder / file, Path(name) / MODEL)

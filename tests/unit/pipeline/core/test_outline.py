@@ -103,8 +103,8 @@ def test_nothing_heavy_is_imported_for_help_lists_and_wrong_names() -> None:
 
 
 def test_every_list_but_that_of_towers_is_read_from_the_source(cli: Any) -> None:
-    assert {row["name"] for row in cli.json("list", "losses")} == {"sigmoid", "softmax"}
-    assert {(row["name"], row["family"]) for row in cli.json("list", "sources")} == {
+    assert {row["name"] for row in cli.json("list", "losses")["losses"]} == {"sigmoid", "softmax"}
+    assert {(row["name"], row["family"]) for row in cli.json("list", "sources")["sources"]} == {
         ("folder", "folder"),
         ("scenes", "scenes"),
         ("table", "table"),

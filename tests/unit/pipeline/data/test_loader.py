@@ -189,7 +189,7 @@ def test_mixture_fingerprint_covers_datasets_weights_and_negatives(make_dataset:
     ("config", "code", "pieces"),
     [
         ({"weights": [0, 0]}, "E_CONFIG_VALUE", ["data.train", "2 weights, 0 above 0"]),
-        ({"reweight": [(64, [1])]}, "E_CONFIG_VALUE", ["data.reweight.0", "1 weights", "2 datasets"]),
+        ({"reweight": [(64, [1])]}, "E_CONFIG_VALUE", ["data.reweight.0", "1 weight", "2 datasets"]),
         ({"reweight": [(100, [1, 2])]}, "E_CONFIG_VALUE", ["at=100", "use 128"]),
         ({"reweight": [(128, [1, 2]), (64, [1, 2])]}, "E_CONFIG_VALUE", ["data.reweight.1", "at=64", "ascending"]),
         ({"weights": [1, 10]}, "E_DATA_SMALL", ["two", "10 samples", "14.5455", "lower schedule.global_batch"]),

@@ -31,8 +31,9 @@ pytestmark = pytest.mark.xdist_group("ranks")
 def test_without_a_config_only_the_machine_is_checked(cli: Any) -> None:
     done = cli("doctor", env={"NO_COLOR": "1"})
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["check", "found", "need", "fix"] and "\x1b" not in done.stdout
-    assert [line.split()[0] for line in lines[1:11]] == ["ok"] * 10 and "faiss-cpu" in done.stdout
+    assert lines[0].split() == ["check", "found", "need"] and "\x1b" not in done.stdout
+    assert [line.split()[0] for line in lines if line[:1].strip()] == [*["ok"] * 10, "next:"]
+    assert "faiss-cpu" in done.stdout
     assert "dataset" not in done.stdout and list(cli.folder.iterdir()) == []
 
 

@@ -326,8 +326,8 @@ def test_receipt_detects_conversion_errors(
         (towers.CheckedConfig, "block_fields", other_eps, ("images", "texts")),
         (NameTable, "to_ours", swapped_projections, ("images", "texts")),
         (NameTable, "to_ours", no_bias, ("logits",)),
-        (preprocessing, "RESAMPLE", {3: "bilinear"}, ("pixels", "levels")),
-        (preprocessing, "_fit", lambda *_: "crop", ("pixels", "levels")),
+        (preprocessing, "RESAMPLE", {3: "bilinear"}, ("pixels differ by", "of 255")),
+        (preprocessing, "_fit", lambda *_: "crop", ("pixels differ by", "of 255")),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, value)

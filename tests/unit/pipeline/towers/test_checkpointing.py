@@ -105,7 +105,7 @@ def test_nonexistent_block_is_rejected():
             prepare_towers(towers, runtime)  # pyright: ignore[reportArgumentType]
         error = caught.value
         assert (error.code, error.where) == ("E_CONFIG_VALUE", f"runtime.activation_checkpointing.{side}: {blocks[-1]}")
-        assert f"there are {count} blocks," in error.found and f"0 to {count - 1}" in error.fix
+        assert f"the tower has {count} blocks," in error.found and f"0 to {count - 1}" in error.fix
 
 
 def test_compiled_tower_recomputes(unchecked):

@@ -150,7 +150,6 @@ ELSEWHERE: dict[str, str] = {
     "tokenizer.end (siglip)": "unit/pipeline/tokenizers/test_siglip.py",
     "tokenizer.unknown (siglip)": "unit/pipeline/tokenizers/test_siglip.py",
     "tokenizer.pad (siglip)": "unit/pipeline/tokenizers/test_siglip.py",
-    "tokenizer.strip (siglip)": "unit/pipeline/tokenizers/test_siglip.py",
 }
 # Key → (overrides under which it has an effect, overrides that change it): what the engine does differs.
 ENGINE: dict[str, tuple[list[str], list[str]]] = {

@@ -78,7 +78,7 @@ def test_samples_of_each_step_are_listed_and_verified(scenes: Path, tmp_path: Pa
     assert len(set(seen)) == 96  # record epoch
     for args, number, pieces in (
         (["run", "step=8"], "E_INPUT", ["step 8", "see which steps it has"]),
-        (["runn"], "E_INPUT", ["runn/ledger.jsonl"]),
+        (["runn"], "E_INPUT", ["the run folder does not exist", "runn", "check the path"]),
         (["run", "step=2"], "E_INPUT", ["data", "check the path"]),
     ):
         error = here(tmp_path, "data", "ledger", *args, code=3).error

@@ -72,7 +72,7 @@ MISFITS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     ),
     "scale missing": (LOSS, lambda t: t.pop("logit_scale"), "logit_scale is missing"),
     "loss without optimizer": (LOSS, lambda t: t.pop("optimizer.0.exp_avg"), "optimizer.0.exp_avg is missing"),
-    "moment missing": (OPTIMIZER, lambda t: t.pop(MOMENT), "text_projection.weight has the optimizer state exp_avg, 2"),
+    "moment missing": (OPTIMIZER, lambda t: t.pop(MOMENT), "has the optimizer state exp_avg, not 2 tensors"),
     "moment too short": (OPTIMIZER, lambda t: t.update({MOMENT: t[MOMENT][:-1].clone()}), f"{MOMENT[:-2]}: "),
     "moment shifted": (OPTIMIZER, lambda t: t.update({f"{MOMENT[:-1]}1": t.pop(MOMENT)}), "a gap at element 0"),
     "moment of no parameter": (OPTIMIZER, lambda t: t.update({"exp_avg/other@0": torch.ones(2)}), "state of other"),
