@@ -250,6 +250,26 @@ def test_best_checkpoint_is_kept_until_the_end_of_a_run(results: Path) -> None:
     assert complete_steps(results / "kill-uninterrupted") == sorted({best, checkpoint_ranks.END})
 
 
+FULL_DISK = """
+import os
+real = os.statvfs
+def full(path):
+    values = list(real(path))
+    values[4] = 1  # f_bavail: one block is free
+    return os.statvfs_result(values)
+os.statvfs = full
+"""
+
+
+def test_checkpoint_is_refused_before_it_fills_the_disk(scenes: Path, tmp_path: Path, small: Any) -> None:
+    (tmp_path / "full.py").write_text(FULL_DISK)
+    arguments = [*small.settings, f"data.train={scenes}", "schedule.samples=16", "plugins=[full.py]", "-o", "run"]
+    line = small.cli(tmp_path).error("train", *arguments, code=1)
+    assert line.startswith("error[E_DISK]") and "— run —" in line, line
+    assert "4,096 are free" in line and "free space and run the same command again" in line, line
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="not root")
 def test_run_on_a_small_disk_fails_with_e_disk(scenes: Path, tmp_path: Path, small: Any) -> None:
     disk = tmp_path / "disk"
