@@ -160,7 +160,7 @@ def test_siglip_import_matches_transformers(make_siglip: Make, run: Any, tmp_pat
 def test_sharded_weights_processor_config_and_separate_vocabulary(clip: Path, run: Any, tmp_path: Path) -> None:
     """The file layout of other versions gives the same model, byte for byte; an import replaces an existing model."""
     first, second, other = tmp_path / "first", tmp_path / "second", tmp_path / "folder"
-    assert run("import", clip, "-o", first).code == 0
+    assert run("import", clip, "-o", first, "--quiet").code == 0
     shutil.copytree(clip, other)
     tensors = load_file(other / "model.safetensors")
     tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
