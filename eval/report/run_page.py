@@ -60,7 +60,7 @@ def make_page(run: RunFolder) -> str:
     sections += [("checkpoints", "Checkpoints"), ("config", "Config"), ("environment", "Environment")]
     return render(
         TEMPLATE,
-        title=f"Run {run.folder.resolve().name}",
+        title=f"Training run: {run.folder.resolve().name}",
         lead="A training run: its progress, its data, its checkpoints and its config.",
         sections=sections,
         state=state,

@@ -48,7 +48,7 @@ def chart(
     `title` is the text for screen readers. `margins`: left, right, top, bottom, in units. If `paint` returns the x
     values and the lines of a curve, `page.js` shows them at the pointer.
     """
-    left, right, top, bottom = margins or (52, 14, 12, 46)
+    left, right, top, bottom = margins or (60, 14, 24, 46)
     # The salt makes the ids of markers and clips unique among the charts of a page.
     with mpl.rc_context({**_STYLE, "svg.hashsalt": title}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser renders the text with its own fonts
