@@ -133,7 +133,7 @@ class _Display:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything: in a forked process, whose parent goes on showing."""
+        """Forgets everything: in a forked process, whose parent still shows its activities."""
         self.lock = threading.RLock()
         self.activities: list[Progress | _Phase] = []
         self.verb = ""

@@ -39,7 +39,7 @@ def rank_process() -> Iterator[int]:
 
     If a launcher of this process ends (SIGKILL, a lost connection), the process gets SIGTERM: it saves what it can and
     exits, at the latest LEAVE_SECONDS later. If this rank is stopped before it has joined the process group, the other
-    ranks are told and exit too.
+    ranks are notified and exit too.
     """
     launcher = read_launcher_env(os.environ)
     launchers = find_launchers()
@@ -49,7 +49,7 @@ def rank_process() -> Iterator[int]:
         yield launcher.rank
         return
     try:
-        # The other ranks are told through torch, whose import would not survive an interruption.
+        # The other ranks are notified through torch, whose import would not survive an interruption.
         with deferred_signals(signal.SIGTERM, signal.SIGUSR1):
             importlib.import_module(RENDEZVOUS)
         yield launcher.rank

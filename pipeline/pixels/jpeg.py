@@ -1,4 +1,4 @@
-"""Strict decoding of JPEG data with libjpeg-turbo: damage is an error, and only a missing end marker is mended."""
+"""Strict decoding of JPEG data with libjpeg-turbo: damage is an error, and only a missing end marker is added."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clipwright.pipeline.pixels.formats import PixelError
 
 _END = b"\xff\xd9"
 _MAX_PADDING_BYTES = 16  # between the last pixel and a marker; some cameras write a few
-# What libjpeg says where it goes on with guessed pixels.
+# What libjpeg reports where it continues with guessed pixels.
 _DAMAGE = ("premature end of data segment", "bad Huffman code", "Inconsistent progression", "found marker")
 _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker")
 

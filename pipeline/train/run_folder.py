@@ -37,7 +37,7 @@ def stored_tree(run: Path) -> dict[str, Any] | None:
             where=path,
             found="; ".join(edits[: output.SHOWN]),
             fix=f"undo the changes ({IDENTITY} has the run's values), or run the train command again, which writes the "
-            "file anew; to change a run, give it other values and name their keys in accept",
+            "file again; to change a run, give it other values and name their keys in accept",
         )
     return read_yaml(path)
 
@@ -110,7 +110,7 @@ def claim(
     _require_same_run(run, identity, accept)
     for edit in config_edits(run):
         print_warning(
-            f"{run / CONFIG} was changed by hand ({edit}): it is not used, and is written anew from the command line"
+            f"{run / CONFIG} was changed by hand ({edit}): it is not used, and is written again from the command line"
         )
     if trained_tokenizer is not None:
         (run / TOKENIZER).mkdir(exist_ok=True)

@@ -104,7 +104,7 @@ def test_other_formats_are_refused_by_name(data: bytes, name: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True, "subsampling": 0}])
-def test_damaged_jpeg_data_is_rejected_and_a_missing_end_is_mended(options: dict[str, Any]) -> None:
+def test_damaged_jpeg_data_is_rejected_and_a_missing_end_marker_is_added(options: dict[str, Any]) -> None:
     image = picture(480, 360)
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -84,7 +84,7 @@ def with_chunk(png: bytes, name: bytes, body: bytes) -> bytes:
 
 
 def test_odd_images_through_the_command(tmp_path: Path, cli: Any, make_image: MakeImage) -> None:
-    """Blank images are kept and counted, a missing end marker is mended, damage and refused formats have reasons."""
+    """Blank images are kept and counted, a missing end marker is added, damage and refused formats have reasons."""
     folder = tmp_path / "photos"
     folder.mkdir()
     jpeg = photo(320, 240)

@@ -65,11 +65,11 @@ def test_non_finite_numbers_become_null() -> None:
 
 
 def test_kinds_of_many_lines_equal_those_of_parsed_objects() -> None:
-    told = 0
+    known = 0
     for seed in range(300):
         draw = random.Random(seed)
         names = draw.sample(NAMES, 2)
-        pool = [draw.choice(POOLS) for _ in names]  # of one type mostly, or no kind could be told
+        pool = [draw.choice(POOLS) for _ in names]  # of one type mostly, or no kind could be determined
         rows = [
             {name: draw.choice(values) for name, values in zip(names, pool, strict=True)}
             for _ in range(draw.randrange(1, 6))
@@ -77,9 +77,9 @@ def test_kinds_of_many_lines_equal_those_of_parsed_objects() -> None:
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
         kinds = kinds_of_lines(lines, len(rows))
         if kinds is not None:
-            told += 1
+            known += 1
             assert kinds == json_columns.kinds_of(map(json_columns.metadata_text, rows)), rows
-    assert 150 < told < 300
+    assert 150 < known < 300
     assert kinds_of_lines(b'{"a": 1}\n{"a": "x"}\n', 2) is None and kinds_of_lines(b'{"a": \n', 1) is None
 
 

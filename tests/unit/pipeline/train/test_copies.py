@@ -7,13 +7,11 @@ import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import obstore
 import pytest
-import torch
-from torch import nn
+from fake_engine import fake_engine
 
 from clipwright.pipeline.distributed.group import World, process_group
 from clipwright.pipeline.folders import remote
@@ -67,16 +65,7 @@ def save_four_times(run: Path, world: World, address: str) -> None:
     (run / "tokenizer").mkdir(parents=True)
     for name in ("config.yaml", "identity.json", "log.jsonl", "ledger.jsonl", "tokenizer/vocabulary"):
         (run / name).write_text(name)
-    loss = nn.Linear(1, 1)
-    engine: Any = SimpleNamespace(
-        weights=lambda: {"weight": torch.ones(2)},
-        optimizer_state=lambda: {"exp_avg/weight@0": torch.ones(2)},
-        loss=loss,
-        loss_optimizer=torch.optim.AdamW(loss.parameters()),
-        config=SimpleNamespace(schedule=SimpleNamespace(global_batch=16)),
-        updates=0,
-        zero=0,
-    )
+    engine = fake_engine()
     runtime = RuntimeConfig(keep=1, save_every=1, copy_to=address)
     saver = Saver(run, world, runtime, {"identity": {}, "accepted": []}, 0)
     for step in range(1, 5):

@@ -1,4 +1,4 @@
-"""What fails after a step costs no step: the run saves first, says so, and the same command goes on from there."""
+"""What fails after a step costs no step: the run saves first, says so, and the same command resumes from there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from fake_engine import fake_engine
 
 from clipwright.pipeline.distributed.group import process_group
 from clipwright.pipeline.folders.dataset import Dataset
@@ -245,19 +245,6 @@ def test_speed_in_the_log_is_that_since_the_last_record(monkeypatch: pytest.Monk
     clock.now = 106.0
     again = meter.record(20, 20 * 16, StepResult(loss=1.0, grad_norm=2.0))  # the first record restarted the interval
     assert again["samples_per_s"] == 2 * 16 / 2.0 and again["data_share"] == 0.0
-
-
-def fake_engine() -> Any:
-    loss = nn.Linear(1, 1)
-    return SimpleNamespace(
-        weights=lambda: {"weight": torch.ones(2)},
-        optimizer_state=lambda: {"exp_avg/weight@0": torch.ones(2)},
-        loss=loss,
-        loss_optimizer=torch.optim.AdamW(loss.parameters()),
-        config=SimpleNamespace(schedule=SimpleNamespace(global_batch=16)),
-        updates=0,
-        zero=0,
-    )
 
 
 def test_best_step_is_judged_by_its_own_figure(tmp_path: Path) -> None:
